@@ -1,0 +1,1 @@
+"""One folder per paper. Import path: vgm_plugins.<paper>."""

@@ -1,0 +1,79 @@
+"""The plugin contract's torch-free half: markers, what a plugin declares, and the hooks it may implement."""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from typing import Any
+
+import pluggy
+import typer
+
+API_VERSION = 1
+PROJECT = "vgm"
+
+KINDS = (
+    "model",
+    "objective",
+    "sampler",
+    "codec",
+    "operator",
+    "reward",
+    "metric",
+    "dataset",
+    "converter",
+)
+
+hookspec = pluggy.HookspecMarker(PROJECT)
+hookimpl = pluggy.HookimplMarker(PROJECT)
+
+
+@dataclass(frozen=True)
+class Component:
+    """One named thing a recipe can build. Declares only strings, so listing costs no torch import.
+
+    kind: one of KINDS. name: what the recipe writes. target: "module:attr", imported when built.
+    presets: published configurations, {name: constructor keywords}, or "module:attr" of such a dict
+        in a torch-free module.
+    from_data: {constructor keyword: fact} filled by the host when the recipe leaves it open; facts are
+        size (side of x as the model sees it, after the codec), channels, num_classes, image_size and
+        image_channels (before the codec).
+    verbs: commands that offer it (objectives: "train", "distill", "finetune-rl"). summary: one line for `vgm ls`.
+    """
+
+    kind: str
+    name: str
+    target: str
+    presets: Mapping[str, Mapping[str, Any]] | str = field(default_factory=dict)
+    from_data: Mapping[str, str] = field(default_factory=dict)
+    verbs: tuple[str, ...] = ()
+    summary: str = ""
+
+
+@dataclass(frozen=True)
+class Paper:
+    """What a plugin reproduces. Feeds `vgm ls`, `vgm explain`, docs and model cards.
+
+    expects: published headline numbers, {"ImageNet 256 FID-50K (XL/2, cfg 1.5)": 2.27}.
+    """
+
+    name: str
+    title: str
+    year: int
+    arxiv: str = ""
+    repository: str = ""
+    family: str = ""
+    summary: str = ""
+    expects: Mapping[str, float] = field(default_factory=dict)
+
+
+class Hooks:
+    """Every hook a plugin may implement."""
+
+    @hookspec
+    def vgm_components(self) -> Iterable[Component | Paper]:  # type: ignore[empty-body]
+        """Return what this plugin brings. Must not import torch."""
+
+    @hookspec
+    def vgm_commands(self, app: typer.Typer) -> None:
+        """Add commands to the CLI with `@app.command()`. Must not import torch at import time."""

@@ -1,0 +1,354 @@
+"""Recipes: YAML with `base:`, KEY=VALUE overrides, the origin of every value, and validation that names the nearest key.
+
+Precedence, weakest first: host defaults < recipe (base before heir) < environment (VGM_TRAIN__STEPS=10) < command line.
+Component nodes (model, codec, objective, sampler, roles) are the component's constructor keywords; the other nodes are
+the dataclasses below. Torch-free until `validate_components`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+import typing
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any, Literal
+
+import yaml
+
+from vgm_cli.errors import USAGE, VgmError, unknown
+from vgm_cli.registry import registry
+
+COMPONENT_NODES = ("model", "codec", "objective", "sampler")
+Precision = Literal["auto", "fp32", "bf16", "fp16"]
+
+
+@dataclass
+class Data:
+    """`data:` where the images come from. size, channels and num_classes are read off the data when it is there."""
+
+    path: str | None = None  # folder, .zip, .tar, .npz or a shipped set; null: the shipped mnist5k
+    size: int | None = None  # pixels per side; null: as found
+    channels: int | None = None  # 1 or 3; null: as found
+    num_classes: int | None = None  # used only where there is no data to count (--plan)
+    count: int | None = None  # images in the set; used only where there is no data to count (--plan)
+    crop: str = "adm"  # adm | center | random | resize | none
+    hflip: bool = False  # random horizontal flips
+    labels: bool | None = None  # null: use labels where the data has them
+    workers: int = 0  # loader processes for sets that do not fit in memory
+    cache_latents: str | bool = "auto"  # latents of a frozen codec: auto (memory if small), a folder, or false
+
+
+@dataclass
+class Optimizer:
+    """`optimizer:` the default of every optimizer; `optimizers: {NAME: {...}}` changes one of them."""
+
+    name: Literal["adamw", "adam", "sgd", "rmsprop"] = "adamw"
+    lr: float = 1e-4
+    betas: tuple[float, float] = (0.9, 0.999)
+    eps: float = 1e-8
+    weight_decay: float = 0.0
+    warmup: int = 0  # steps of linear warm-up
+    schedule: Literal["constant", "linear", "cosine"] = "constant"  # decay after the warm-up
+    final_lr: float = 0.0  # where the decay ends
+
+
+@dataclass
+class Train:
+    """`train:` length, batch, precision, averaging, saving."""
+
+    steps: int = 10_000
+    batch_size: int = 64  # images per optimizer step, over all processes and accumulation
+    accumulate: int = 1  # micro-batches per step
+    precision: Precision = "auto"  # auto: bf16 where the hardware has it
+    compile: Literal["auto", "off", "on"] | bool = "auto"  # torch.compile; auto: on a GPU and for long runs
+    checkpointing: bool = False  # recompute activations in backward
+    channels_last: bool | None = None  # null: on where convolutions gain from it
+    clip: float | None = None  # gradient-norm limit
+    ema: list[float | dict[str, float]] = field(default_factory=lambda: [0.9999])  # several at once
+    seed: int = 0
+    log_every: int = 50
+    save_every: int = 1000
+    keep: int = 2  # checkpoints kept besides the last
+    preview_every: int = 1000
+    preview_n: int = 64
+    fsdp: bool = False  # shard weights and optimizer over GPUs (FSDP2)
+
+
+NODES: dict[str, type] = {"data": Data, "optimizer": Optimizer, "train": Train}
+TOP = ("paper", "base", *COMPONENT_NODES, "roles", "optimizers", "guidance_scale", "expect", "evaluate", *NODES)
+
+
+@dataclass
+class Recipe:
+    """A resolved recipe. config: plain nested dict; origins: {dotted key: where its value came from}."""
+
+    config: dict[str, Any]
+    origins: dict[str, str]
+    name: str
+
+    def node(self, name: str) -> Any:
+        """The typed host node ("data", "optimizer", "train")."""
+        return typed(NODES[name], self.config.get(name) or {}, name)
+
+    def optimizer(self, name: str) -> Optimizer:
+        """Settings of one optimizer: `optimizer:` with `optimizers.NAME` on top."""
+        own = (self.config.get("optimizers") or {}).get(name) or {}
+        return typed(Optimizer, {**(self.config.get("optimizer") or {}), **own}, f"optimizers.{name}")
+
+    @property
+    def paper(self) -> str:
+        return str(self.config.get("paper", ""))
+
+    def dump(self) -> str:
+        return yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
+
+
+def typed(cls: type, values: Mapping[str, Any], where: str) -> Any:
+    """A dataclass from YAML values: unknown keys refused with the nearest names, values coerced by annotation."""
+    from pydantic import TypeAdapter, ValidationError
+
+    known = {f.name for f in dataclasses.fields(cls)}
+    for key in values:
+        if key not in known:
+            raise unknown("key", key, known, where)
+    try:
+        return TypeAdapter(cls).validate_python(dict(values))
+    except ValidationError as e:
+        first = e.errors()[0]
+        place = ".".join(str(p) for p in (where, *first["loc"]) if not str(p).startswith(("literal[", "function-")))
+        raise VgmError(f"{place}={first['input']!r} does not fit: {first['msg'].lower()}", code=USAGE) from e
+
+
+# -- finding ---------------------------------------------------------------------------------------------------------
+
+
+def shipped() -> dict[str, Path]:
+    """{"paper/name": file} of the built-in recipes and those in the `recipes` folder of each plugin's package."""
+    root = Path(str(resources.files("vgm_recipes")))
+    found = {f"{p.parent.name}/{p.stem}": p for p in sorted(root.glob("*/*.yaml"))}
+    for plugin in registry().plugins.values():
+        if plugin.builtin or plugin.error or not plugin.papers:
+            continue
+        spec = __import__("sys").modules.get(plugin.module.split(":")[0])
+        file = getattr(spec, "__file__", None)
+        if file:
+            for p in sorted((Path(file).parent / "recipes").glob("*.yaml")):
+                for paper in plugin.papers:
+                    found.setdefault(f"{paper.name}/{p.stem}", p)
+    return found
+
+
+def locate(target: str, recipe: str | None = None) -> tuple[str, Path]:
+    """(name, file) of `vgm train TARGET --recipe RECIPE`: a paper, PAPER/NAME, or a YAML file."""
+    for given in (recipe, target):
+        if given and given.endswith((".yaml", ".yml")):
+            path = Path(given)
+            if not path.is_file():
+                raise VgmError(f"no such recipe file: {given}", "`vgm ls recipes` shows the shipped ones", USAGE)
+            return path.stem, path
+    files = shipped()
+    if "/" in target and recipe is None:
+        name = target
+    else:
+        papers = sorted({f.split("/")[0] for f in files} | set(registry().papers))
+        if target not in papers:
+            for plugin in registry().plugins.values():
+                if plugin.error and target in (plugin.name, plugin.name.replace("-", "_")):
+                    raise VgmError(f"plugin '{target}' could not be loaded: {plugin.error}", "see `vgm plugins`", USAGE)
+            raise unknown("paper", target, papers)
+        name = f"{target}/{recipe or 'mnist'}"
+        if recipe is None and name not in files:
+            own = [f for f in files if f.startswith(target + "/")]
+            if len(own) == 1:
+                name = own[0]
+    if name not in files:
+        paper, _, short = name.partition("/")
+        own = [f.partition("/")[2] for f in files if f.startswith(paper + "/")]
+        if not own:
+            raise VgmError(f"'{paper}' has no recipes", "pass --recipe FILE.yaml", USAGE)
+        raise unknown("recipe", short, own, where=paper)
+    return name, files[name]
+
+
+# -- loading ---------------------------------------------------------------------------------------------------------
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML 1.1 reads 1e-4 as a string; this reads it as the number everybody means."""
+
+
+_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
+_Loader.add_implicit_resolver(
+    "tag:yaml.org,2002:float",
+    __import__("re").compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    list("-+0123456789."),
+)
+
+
+def parse_yaml(text: str, where: str) -> Any:
+    try:
+        return yaml.load(text, _Loader)
+    except yaml.YAMLError as e:
+        line = f" line {e.problem_mark.line + 1}" if isinstance(e, yaml.MarkedYAMLError) and e.problem_mark else ""
+        raise VgmError(f"{where}:{line} is not valid YAML", str(getattr(e, "problem", "") or ""), USAGE) from e
+
+
+def load_file(path: Path, origin: str, _seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
+    """A recipe file with its bases merged below it."""
+    path = path.resolve()
+    if path in _seen:
+        raise VgmError(f"{path.name}: `base:` goes round in a circle", code=USAGE)
+    try:
+        config = parse_yaml(path.read_text(encoding="utf-8"), path.name) or {}
+    except (OSError, UnicodeDecodeError) as e:
+        raise VgmError(f"cannot read {path}: {e}", code=USAGE) from e
+    if not isinstance(config, dict):
+        raise VgmError(f"{path.name} is not a mapping of keys to values", code=USAGE)
+    base = config.pop("base", None)
+    merged: dict[str, Any] = {}
+    origins: dict[str, str] = {}
+    if base:
+        near = path.parent / (base if str(base).endswith((".yaml", ".yml")) else f"{base}.yaml")
+        if near.is_file():
+            file, name = near, f"{near.parent.name}/{near.stem}"
+        else:
+            name, file = locate(str(base))
+        merged, origins = load_file(file, f"recipe {name}", (*_seen, path))
+    merge(merged, config, origins, origin)
+    return merged, origins
+
+
+def merge(into: dict[str, Any], new: Mapping[str, Any], origins: dict[str, str], origin: str, prefix: str = "") -> None:
+    """Deep merge; a component node whose `name` changes is replaced whole, since its keywords belong to the name."""
+    for key, value in new.items():
+        dotted = f"{prefix}{key}"
+        old = into.get(key)
+        renamed = isinstance(value, dict) and isinstance(old, dict) and value.get("name", old.get("name")) != old.get("name")
+        if isinstance(value, dict) and isinstance(old, dict) and not renamed:
+            merge(old, value, origins, origin, dotted + ".")
+            continue
+        for k in [k for k in origins if k == dotted or k.startswith(dotted + ".")]:
+            del origins[k]
+        into[key] = value
+        for leaf in _leaves(value, dotted):
+            origins[leaf] = origin
+
+
+def _leaves(value: Any, dotted: str) -> Iterable[str]:
+    if isinstance(value, dict) and value:
+        for k, v in value.items():
+            yield from _leaves(v, f"{dotted}.{k}")
+    else:
+        yield dotted
+
+
+def override(config: dict[str, Any], origins: dict[str, str], assignments: Iterable[str], origin: str) -> None:
+    """Apply KEY=VALUE (dotted key, YAML value, split at the first '=') and ~KEY (delete)."""
+    for text in assignments:
+        if text.startswith("~"):
+            parent, last = _descend(config, text[1:], text, create=False)
+            parent.pop(last, None)
+            for k in [k for k in origins if k == text[1:] or k.startswith(text[1:] + ".")]:
+                del origins[k]
+            continue
+        key, eq, value = text.partition("=")
+        if not eq or not key:
+            raise VgmError(f"'{text}' is not KEY=VALUE", "example: train.steps=100", USAGE)
+        head = key.split(".")[0]
+        if head not in TOP:
+            inside = [f"{n}.{f.name}" for n, cls in NODES.items() for f in dataclasses.fields(cls)]
+            hits = [i for i in inside if i.endswith("." + key)]
+            raise (
+                VgmError(f"unknown key '{key}'", f"did you mean {hits[0]}?", USAGE) if hits else unknown("key", head, TOP)
+            )
+        node: Any = parse_yaml(value, text)
+        for part in reversed(key.split(".")):
+            node = {part: node}
+        merge(config, node, origins, origin)
+
+
+def _descend(config: dict[str, Any], key: str, text: str, create: bool) -> tuple[dict[str, Any], str]:
+    *parents, last = key.split(".")
+    for p in parents:
+        config = config.get(p)  # type: ignore[assignment]
+        if not isinstance(config, dict):
+            raise VgmError(f"'{text}': there is no '{key}' to delete", code=USAGE)
+    if last not in config:
+        raise VgmError(f"'{text}': there is no '{key}' to delete", code=USAGE)
+    return config, last
+
+
+def env_assignments() -> list[str]:
+    """VGM_TRAIN__STEPS=10 -> train.steps=10 (double underscore between levels)."""
+    out = []
+    for name, value in sorted(os.environ.items()):
+        if name.startswith("VGM_") and "__" in name:
+            out.append(f"{name[4:].lower().replace('__', '.')}={value}")
+    return out
+
+
+def load(target: str, recipe: str | None = None, assignments: Iterable[str] = ()) -> Recipe:
+    """The resolved recipe of `vgm train TARGET --recipe RECIPE KEY=VALUE…`, host nodes validated."""
+    name, path = locate(target, recipe)
+    config, origins = load_file(path, f"recipe {name}")
+    return finish(config, origins, name, assignments)
+
+
+def finish(config: dict[str, Any], origins: dict[str, str], name: str, assignments: Iterable[str] = ()) -> Recipe:
+    """Overrides on top, unknown keys refused, host nodes typed with their defaults filled in."""
+    override(config, origins, env_assignments(), "environment")
+    override(config, origins, assignments, "command line")
+    for key in config:
+        if key not in TOP:
+            raise unknown("key", key, TOP, where=f"recipe {name}")
+    r = Recipe(config, origins, name)
+    for node, cls in NODES.items():
+        values = dataclasses.asdict(r.node(node))
+        given = config.get(node) or {}
+        config[node] = {k: list(v) if isinstance(v, tuple) else v for k, v in values.items()}
+        for f in dataclasses.fields(cls):
+            if f.name not in given:
+                origins[f"{node}.{f.name}"] = "default"
+    for opt in config.get("optimizers") or {}:
+        r.optimizer(opt)
+    for required in ("model", "objective"):
+        if not isinstance(config.get(required), dict):
+            raise VgmError(f"recipe {name} has no `{required}:` node", "see `vgm cat dit/mnist`", USAGE)
+    return r
+
+
+def check_components(recipe: Recipe, roles: Mapping[str, Any] | None = None) -> None:
+    """Bind every component node to its signature without building anything (imports torch)."""
+    from vgm_cli.registry import bind, load_target, signature
+
+    injected = {"model": None, **{r: None for r in recipe.config.get("roles") or {}}, **(roles or {})}
+    nodes = [(n, n, recipe.config.get(n)) for n in COMPONENT_NODES]
+    nodes += [(n.get("kind", "model"), f"roles.{r}", n) for r, n in (recipe.config.get("roles") or {}).items()]
+    for kind, where, node in nodes:
+        if not node:
+            continue
+        node = {k: v for k, v in node.items() if k not in HOST_KEYS.get(where.split(".")[0], ())}
+        component, kwargs = registry().config(kind, node)
+        target = load_target(component.target, component.name)
+        params = signature(target).parameters
+        facts = {k: 1 for k in component.from_data if k in params and k not in kwargs}
+        bind(target, kwargs, {**injected, **facts}, where=f"{where} '{component.name}'")
+
+
+# keys of component nodes that the host consumes itself
+HOST_KEYS: dict[str, tuple[str, ...]] = {
+    "codec": ("weights", "fallback"),
+    "roles": ("kind", "weights"),
+    "model": ("weights",),
+}
+
+
+def explain_type(annotation: Any) -> str:
+    """A short type name for `--help-config`."""
+    origin = typing.get_origin(annotation)
+    if origin is Literal:
+        return " | ".join(str(a) for a in typing.get_args(annotation))
+    return str(annotation).replace("typing.", "").replace("<class '", "").replace("'>", "")

@@ -1,0 +1,285 @@
+"""Discovery, index and construction of components. Torch-free until something is built.
+
+Built-in papers are found by listing the `vgm_plugins` package and pass through the very same hook as third
+parties, whose packages are found through the entry-point group `vgm`. A broken plugin is reported, never a crash.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.metadata
+import importlib.util
+import inspect
+import os
+import pkgutil
+import sys
+import time
+import traceback
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from types import ModuleType
+from typing import Any
+
+import pluggy
+
+from vgm_cli import hookspecs
+from vgm_cli.errors import MISSING_ASSET, USAGE, VgmError, unknown
+from vgm_cli.hookspecs import KINDS, Component, Paper
+
+BUILTIN = "vgm_plugins"
+
+
+@dataclass
+class PluginInfo:
+    """One discovered plugin as `vgm plugins` shows it. error: one line, empty when it works."""
+
+    name: str
+    distribution: str
+    version: str = ""
+    builtin: bool = False
+    module: str = ""
+    components: list[Component] = field(default_factory=list)
+    papers: list[Paper] = field(default_factory=list)
+    error: str = ""
+    trace: str = ""
+    seconds: float = 0.0
+
+
+class Registry:
+    """The index of everything that plugins brought."""
+
+    def __init__(self) -> None:
+        self.manager = pluggy.PluginManager(hookspecs.PROJECT)
+        self.manager.add_hookspecs(hookspecs.Hooks)
+        self.plugins: dict[str, PluginInfo] = {}
+        self.components: dict[tuple[str, str], Component] = {}
+        self.owners: dict[tuple[str, str], str] = {}
+        self.papers: dict[str, Paper] = {}
+
+    def add(self, info: PluginInfo, load: Callable[[], ModuleType | object]) -> PluginInfo:
+        """Load one plugin, validate it, index what it brings; whatever goes wrong is kept in info.error."""
+        start = time.perf_counter()
+        if info.name in self.plugins:
+            info.error = f"the name '{info.name}' is taken by {self.plugins[info.name].distribution}"
+            self.plugins[f"{info.distribution}:{info.name}"] = info
+            return info
+        self.plugins[info.name] = info
+        try:
+            module = load()
+            required = getattr(module, "requires_api", hookspecs.API_VERSION)
+            if required != hookspecs.API_VERSION:
+                raise VgmError(f"needs plugin API {required}, this is {hookspecs.API_VERSION}")
+            for attr in dir(module):
+                if attr.startswith("vgm_") and callable(getattr(module, attr)) and not hasattr(hookspecs.Hooks, attr):
+                    hooks = [h for h in dir(hookspecs.Hooks) if h.startswith("vgm_")]
+                    raise unknown("hook", attr, hooks)
+            self.manager.register(module, name=info.name)
+            self.manager.check_pending()
+            impl = getattr(module, "vgm_components", None)
+            items = list(impl()) if impl is not None else []
+            self._index(info, items)
+        except Exception as e:
+            if self.manager.has_plugin(info.name):
+                self.manager.unregister(name=info.name)
+            info.error = e.message if isinstance(e, VgmError) else f"{type(e).__name__}: {e}"
+            info.trace = traceback.format_exc()
+        info.seconds = time.perf_counter() - start
+        return info
+
+    def _index(self, info: PluginInfo, items: list[Any]) -> None:
+        components, papers = [], []
+        for item in items:
+            if isinstance(item, Paper):
+                if item.name in self.papers:
+                    raise VgmError(f"duplicate paper '{item.name}'")
+                papers.append(item)
+                continue
+            if not isinstance(item, Component):
+                raise VgmError(f"vgm_components returned a {type(item).__name__}, expected Component or Paper")
+            if item.kind not in KINDS:
+                raise unknown("component kind", item.kind, KINDS)
+            key = (item.kind, item.name)
+            if key in self.components:
+                raise VgmError(f"duplicate {item.kind} '{item.name}': brought by both {self.owners[key]} and {info.name}")
+            components.append(item)
+        for c in components:
+            self.components[c.kind, c.name] = c
+            self.owners[c.kind, c.name] = info.name
+        for p in papers:
+            self.papers[p.name] = p
+        info.components, info.papers = components, papers
+
+    def discover(self, plugins: str | None = None, blocked: tuple[str, ...] = (), files: tuple[str, ...] = ()) -> None:
+        """Built-ins first, then the entry-point group, then single files.
+
+        plugins: comma list of third-party plugins to load, "" for none, None for all. blocked: names to leave out.
+        """
+        from vgm_cli import components as host
+
+        self.add(PluginInfo("vgm", "vgm", builtin=True, module="vgm_cli.components"), lambda: host)
+        package = importlib.import_module(BUILTIN)
+        for mod in sorted(pkgutil.iter_modules(package.__path__), key=lambda m: m.name):
+            if mod.name in blocked or mod.name.replace("_", "-") in blocked or not mod.ispkg:
+                continue
+            path = f"{BUILTIN}.{mod.name}"
+            self.add(
+                PluginInfo(mod.name.replace("_", "-"), "vgm", builtin=True, module=path),
+                lambda path=path: importlib.import_module(path),
+            )
+        chosen = None if plugins is None else {p.strip() for p in plugins.split(",") if p.strip()}
+        for ep in sorted(importlib.metadata.entry_points(group=hookspecs.PROJECT), key=lambda e: e.name):
+            if ep.name in blocked or (chosen is not None and ep.name not in chosen):
+                continue
+            dist = ep.dist
+            self.add(PluginInfo(ep.name, dist.name if dist else "?", dist.version if dist else "", module=ep.value), ep.load)
+        for file in files:
+            name = os.path.splitext(os.path.basename(file))[0]
+            self.add(PluginInfo(name, file, module=file), lambda file=file, name=name: _load_file(file, name))
+
+    # -- look-up ------------------------------------------------------------------------------------------------
+
+    def names(self, kind: str) -> list[str]:
+        return sorted(n for k, n in self.components if k == kind)
+
+    def find(self, kind: str, name: str) -> Component:
+        """The component, or an error naming the nearest ones. 'module:attr' names an importable object directly."""
+        if (kind, name) in self.components:
+            return self.components[kind, name]
+        if ":" in name:
+            return Component(kind, name, name)
+        broken = [p for p in self.plugins.values() if p.error and name in (p.name, p.module)]
+        if broken:
+            raise VgmError(f"plugin '{name}' could not be loaded: {broken[0].error}", "see `vgm plugins`", USAGE)
+        raise unknown(kind, name, self.names(kind))
+
+    def presets(self, component: Component) -> Mapping[str, Mapping[str, Any]]:
+        """{preset: constructor keywords}; a "module:attr" string is imported (torch-free by contract)."""
+        return load_target(component.presets) if isinstance(component.presets, str) else component.presets
+
+    def config(self, kind: str, node: Mapping[str, Any]) -> tuple[Component, dict[str, Any]]:
+        """A recipe node -> (component, constructor keywords): preset expanded, own keys on top."""
+        node = dict(node)
+        name = node.pop("name", None)
+        if name is None:
+            raise VgmError(f"the {kind} node has no name", f"known: {', '.join(self.names(kind))}", USAGE)
+        component = self.find(kind, name)
+        preset = node.pop("preset", None)
+        kwargs: dict[str, Any] = {}
+        if preset is not None:
+            presets = self.presets(component)
+            if preset not in presets:
+                raise unknown(f"{kind} preset", str(preset), presets, where=name)
+            kwargs.update(presets[preset])
+        kwargs.update(node)
+        return component, kwargs
+
+    def build(self, kind: str, node: Mapping[str, Any] | str, **roles: Any) -> Any:
+        """Construct a component from its recipe node.
+
+        roles are injected by parameter name where the constructor asks for them and are ignored otherwise;
+        values are coerced by annotation; unknown keys are refused with the nearest names (exit code 2).
+        """
+        component, kwargs = self.config(kind, {"name": node} if isinstance(node, str) else node)
+        target = load_target(component.target, component.name)
+        bound = bind(target, kwargs, roles, where=f"{kind} '{component.name}'")
+        return target(**bound)
+
+
+def load_target(target: str, name: str = "") -> Any:
+    """Import "module:attr". A missing third-party module becomes a one-line error with exit code 4."""
+    module, _, attr = target.partition(":")
+    try:
+        obj: Any = importlib.import_module(module)
+    except ModuleNotFoundError as e:
+        if e.name and e.name.split(".")[0] in (module.split(".")[0], "vgm_cli"):
+            raise VgmError(f"cannot import '{target}': {e}", "check the module path", USAGE) from e
+        raise VgmError(
+            f"'{name or target}' needs the package '{e.name}', which is not installed",
+            f"{sys.executable} -m pip install {e.name}",
+            MISSING_ASSET,
+        ) from e
+    for part in attr.split("."):
+        try:
+            obj = getattr(obj, part)
+        except AttributeError as e:
+            raise VgmError(f"module '{module}' has no '{attr}'", "check the component's target", USAGE) from e
+    return obj
+
+
+def signature(target: Any) -> inspect.Signature:
+    """The constructor's signature with annotations evaluated, without self."""
+    try:
+        return inspect.signature(target, eval_str=True)
+    except (NameError, TypeError):
+        return inspect.signature(target)
+
+
+def bind(target: Any, kwargs: Mapping[str, Any], roles: Mapping[str, Any], where: str) -> dict[str, Any]:
+    """Match YAML keywords and injected roles to a signature, coerced by annotation."""
+    params = signature(target).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in params.values())
+    named = {n: p for n, p in params.items() if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)}
+    bound: dict[str, Any] = {}
+    for key, value in kwargs.items():
+        if key not in named and not takes_any:
+            raise unknown("key", key, [n for n in named if n not in roles], where)
+        bound[key] = coerce(value, named[key], where) if key in named else value
+    for role, value in roles.items():
+        if role in named and role not in bound:
+            bound[role] = value
+    missing = [n for n, p in named.items() if p.default is p.empty and n not in bound]
+    if missing:
+        raise VgmError(f"{where} needs {', '.join(missing)}", f"set it in the recipe or with {missing[0]}=…", USAGE)
+    return bound
+
+
+def coerce(value: Any, param: inspect.Parameter, where: str) -> Any:
+    """Coerce a YAML value by annotation through pydantic ('1e-4' -> float, [1, 2] -> tuple)."""
+    annotation = param.annotation
+    if annotation is param.empty or isinstance(annotation, str):
+        return value
+    from pydantic import ConfigDict, TypeAdapter, ValidationError
+    from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
+
+    try:
+        adapter = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
+    except PydanticUserError:
+        adapter = TypeAdapter(annotation)
+    except PydanticSchemaGenerationError:
+        return value
+    try:
+        return adapter.validate_python(value)
+    except ValidationError as e:
+        reason = e.errors()[0]["msg"].lower()
+        raise VgmError(f"{where}: {param.name}={value!r} does not fit: {reason}", code=USAGE) from e
+
+
+def _load_file(file: str, name: str) -> ModuleType:
+    if not os.path.isfile(file):
+        raise VgmError(f"no such plugin file: {file}", code=USAGE)
+    spec = importlib.util.spec_from_file_location(f"vgm_local_{name}", file)
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    sys.modules[spec.name] = module
+    spec.loader.exec_module(module)
+    return module
+
+
+_blocked: tuple[str, ...] = ()
+_files: tuple[str, ...] = ()
+
+
+def configure(blocked: tuple[str, ...] = (), files: tuple[str, ...] = ()) -> None:
+    """Set by the CLI's `-p no:NAME` and `--plugin FILE` before anything is looked up."""
+    global _blocked, _files
+    _blocked, _files = blocked, files
+    registry.cache_clear()
+
+
+@cache
+def registry() -> Registry:
+    """The process-wide registry, discovered on first use. VGM_PLUGINS=a,b limits third parties ("" = none)."""
+    r = Registry()
+    r.discover(os.environ.get("VGM_PLUGINS"), _blocked, _files)
+    return r

@@ -1,0 +1,84 @@
+"""pytest plugin: the `--golden DIR` option and the `golden_case` fixture. Import-light: loaded in every pytest run."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+
+def pytest_addoption(parser: pytest.Parser) -> None:
+    parser.addoption(
+        "--golden", action="append", default=[], metavar="DIR", help="also run the golden cases below DIR/<paper>/"
+    )
+
+
+def golden_folders(config: pytest.Config) -> list[Path]:
+    committed = Path(str(config.rootpath)) / "tests" / "golden"
+    extra = [Path(p) for p in config.getoption("--golden")]
+    for folder in extra:
+        if not folder.is_dir():
+            raise pytest.UsageError(f"--golden {folder}: no such folder")
+    return [p for p in [committed, *extra] if p.is_dir()]
+
+
+def golden_files(config: pytest.Config) -> dict[str, list[Path]]:
+    """{paper: files}; the folder's name is the paper's, a file given twice runs once (the first wins)."""
+    found: dict[str, dict[str, Path]] = {}
+    for folder in golden_folders(config):
+        for path in sorted(folder.rglob("*.safetensors")):
+            same = found.setdefault(path.parent.name, {})
+            key = path.name if path.name not in same or _same(same[path.name], path) else f"{path.parent}/{path.name}"
+            same.setdefault(key, path)
+    return {paper: list(files.values()) for paper, files in found.items()}
+
+
+def _same(a: Path, b: Path) -> bool:
+    return a.stat().st_size == b.stat().st_size and a.read_bytes() == b.read_bytes()
+
+
+def pytest_generate_tests(metafunc: Any) -> None:
+    if "golden_case" not in metafunc.fixturenames:
+        return
+    checks = metafunc.module.golden
+    seen = metafunc.config.stash.setdefault(_CLAIMED, {})
+    seen[checks.paper] = checks
+    files = golden_files(metafunc.config).get(checks.paper, [])
+    if checks.partial is not None:
+        from vgm_cli.testing.golden import GoldenCase
+
+        files = [f for f in files if checks.claims(GoldenCase(f))]
+        seen[checks.paper + "#files"] = files
+    metafunc.parametrize("golden_case", files, indirect=True, ids=lambda p: p.stem)
+
+
+@pytest.fixture
+def golden_case(request: pytest.FixtureRequest) -> Any:
+    """The golden file under test, loaded."""
+    from vgm_cli.testing.golden import GoldenCase
+
+    return GoldenCase(request.param)
+
+
+_CLAIMED: pytest.StashKey[dict[str, Any]] = pytest.StashKey()
+
+
+def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
+    claimed = config.stash.get(_CLAIMED, None)
+    if claimed is None or os.environ.get("PYTEST_XDIST_WORKER"):
+        return
+    left: list[str] = []
+    for paper, files in sorted(golden_files(config).items()):
+        checks = claimed.get(paper)
+        if checks is None:
+            left.append(f"{paper}: not in yet, {len(files)} cases")
+        elif checks.partial is not None:
+            out = [f.stem for f in files if f not in claimed[paper + "#files"]]
+            if out:
+                left.append(f"{paper}: {checks.partial} only, {len(out)} cases left ({', '.join(out)})")
+    if left:
+        terminalreporter.section("golden cases not run")
+        for line in left:
+            terminalreporter.write_line(line)
