@@ -1,0 +1,79 @@
+"""Writes that are whole or not there: a temporary file in the same folder, flush, fsync, rename, fsync of the folder."""
+
+from __future__ import annotations
+
+import contextlib
+import errno
+import json
+import os
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vgm_cli.errors import FAILED, VgmError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+
+@contextlib.contextmanager
+def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary path to write; afterwards it takes `path`'s place. On any error the old file is intact.
+
+    Raises VgmError (exit code 1) when the disk is full or the folder cannot be written.
+    """
+    target = Path(path)
+    temp = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        yield temp
+        with open(temp, "rb") as f:
+            os.fsync(f.fileno())
+        os.replace(temp, target)
+        sync_folder(target.parent)
+    except OSError as e:
+        raise _failure(target, e) from e
+    finally:
+        with contextlib.suppress(OSError):
+            temp.unlink(missing_ok=True)
+
+
+def _failure(path: Path, e: OSError) -> VgmError:
+    reason = "no space left on device" if e.errno in (errno.ENOSPC, errno.EDQUOT) else e.strerror or str(e)
+    return VgmError(f"cannot write {path}: {reason}", "what was there before is unchanged", FAILED)
+
+
+def sync_folder(folder: str | os.PathLike[str]) -> None:
+    """Make a rename in `folder` durable (a no-op where folders cannot be opened)."""
+    with contextlib.suppress(OSError):
+        fd = os.open(folder, os.O_RDONLY)
+        try:
+            os.fsync(fd)
+        finally:
+            os.close(fd)
+
+
+def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
+    with replacing(path) as temp:
+        temp.write_bytes(content)
+
+
+def write_text(path: str | os.PathLike[str], text: str) -> None:
+    write_bytes(path, text.encode("utf-8"))
+
+
+def write_json(path: str | os.PathLike[str], value: Any) -> None:
+    write_text(path, json.dumps(value, indent=2, default=str) + "\n")
+
+
+def save_safetensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
+    """tensors: contiguous, on any device; metadata: flat strings."""
+    from safetensors import SafetensorError
+    from safetensors.torch import save_file
+
+    with replacing(path) as temp:
+        try:
+            save_file(dict(tensors), temp, dict(metadata))
+        except SafetensorError as e:
+            full = "No space left" in str(e) or "os error 28" in str(e)
+            raise OSError(errno.ENOSPC if full else errno.EIO, str(e)) from e

@@ -1,0 +1,58 @@
+"""The typer app: one small module per verb, plugins' commands at the end. Torch-free at import."""
+
+from __future__ import annotations
+
+import typer
+
+from vgm_cli import __version__
+from vgm_cli.registry import registry
+from vgm_cli.ui import ui
+
+HELP = """Visual generative models from their papers: train, sample, evaluate, and more.
+
+Start: `vgm train dit` (minutes on a laptop CPU, on real images), then `vgm sample RUN`.
+`vgm ls` shows papers, recipes and components; `vgm explain dit` a paper and its code."""
+
+
+def _version(value: bool) -> None:
+    if value:
+        typer.echo(f"vgm {__version__}")
+        raise typer.Exit()
+
+
+def callback(
+    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
+    json: bool = typer.Option(False, "--json", help="One JSON document (JSON lines for long jobs) on stdout."),
+    quiet: bool = typer.Option(False, "--quiet", help="No progress, only results, warnings and errors."),
+    debug: bool = typer.Option(False, "--debug", help="Show tracebacks."),
+    plugin: list[str] = typer.Option([], "--plugin", metavar="FILE.py", help="Load one more plugin from a file."),
+    p: list[str] = typer.Option([], "-p", metavar="no:NAME", help="Leave a plugin out."),
+) -> None:
+    """These options work anywhere on the command line."""
+
+
+def build_app() -> typer.Typer:
+    """The complete app. A plugin whose commands fail to register is reported and left out."""
+    app = typer.Typer(
+        name="vgm",
+        help=HELP,
+        no_args_is_help=True,
+        pretty_exceptions_enable=False,
+        rich_markup_mode="markdown",
+        context_settings={"help_option_names": ["-h", "--help"]},
+    )
+    app.callback()(callback)
+    from vgm_cli.cli import data, evaluate, info, plugin, runs, sample, train
+
+    for module in (train, sample, evaluate, data, info, runs, plugin):
+        module.register(app)
+    r = registry()
+    for name, module in r.manager.list_name_plugin():
+        hook = getattr(module, "vgm_commands", None)
+        if hook is not None:
+            try:
+                hook(app)
+            except Exception as e:
+                ui.warn(f"plugin '{name}' could not add its commands: {e}")
+                r.plugins[name].error = f"vgm_commands: {type(e).__name__}: {e}"
+    return app

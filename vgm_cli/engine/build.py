@@ -1,0 +1,180 @@
+"""From a recipe to live objects: data facts, codec, networks by role, objective. Shared by train, plan and validate."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vgm_cli.engine import checkpoint as ckpt
+from vgm_cli.errors import MISSING_ASSET, USAGE, VgmError
+from vgm_cli.recipe import HOST_KEYS, Data, Recipe
+from vgm_cli.registry import load_target, registry, signature
+
+
+@dataclass
+class Facts:
+    """What the model is built for. image_*: pixels; size/channels: as the model sees x, after the codec."""
+
+    image_size: int
+    image_channels: int
+    num_classes: int
+    size: int
+    channels: int
+    class_names: list[str] = field(default_factory=list)
+
+    @property
+    def sample_shape(self) -> tuple[int, int, int]:
+        return (self.channels, self.size, self.size)
+
+    @property
+    def image_shape(self) -> tuple[int, int, int]:
+        return (self.image_channels, self.image_size, self.image_size)
+
+    def after(self, codec: Any) -> Facts:
+        """The same data behind a codec."""
+        c, h, _ = codec.latent_shape(self.image_shape)
+        return Facts(self.image_size, self.image_channels, self.num_classes, h, c, self.class_names)
+
+
+def declared_facts(data: Data) -> Facts:
+    """Facts from the recipe alone, for --plan without data."""
+    if data.path in (None, "mnist5k") and data.size is None:
+        return Facts(28, 1, 10, 28, 1)  # the shipped set
+    missing = [k for k in ("size", "channels") if getattr(data, k) is None]
+    if missing:
+        raise VgmError(
+            f"without the data, {' and '.join('data.' + m for m in missing)} must be given",
+            "example: data.size=256 data.channels=3 data.num_classes=1000",
+            USAGE,
+        )
+    assert data.size and data.channels
+    return Facts(data.size, data.channels, data.num_classes or 0, data.size, data.channels)
+
+
+def facts_of(dataset: Any, labelled: bool) -> Facts:
+    f = dataset.facts
+    return Facts(
+        f.size, f.channels, (f.num_classes or 0) if labelled else 0, f.size, f.channels, list(f.class_names or [])
+    )
+
+
+def component_node(kind: str, node: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
+    """A recipe node -> {"kind", "name", "kwargs"} with preset expanded and open keywords filled from the data."""
+    own = {k: v for k, v in node.items() if k not in HOST_KEYS.get(kind, ()) and k != "kind"}
+    component, kwargs = registry().config(kind, own)
+    params = signature(load_target(component.target, component.name)).parameters
+    takes_any = any(p.kind is p.VAR_KEYWORD for p in params.values())
+    for keyword, fact in component.from_data.items():
+        if kwargs.get(keyword) is None and (keyword in params or takes_any):
+            kwargs[keyword] = getattr(facts, fact)
+    return {"kind": kind, "name": component.name, "kwargs": kwargs}
+
+
+def build_component(kind: str, node: Mapping[str, Any], facts: Facts, **roles: Any) -> tuple[Any, dict[str, Any]]:
+    described = component_node(kind, node, facts)
+    return registry().build(kind, {"name": described["name"], **described["kwargs"]}, **roles), described
+
+
+# -- codec -----------------------------------------------------------------------------------------------------------
+
+
+def meta_codec(node: Mapping[str, Any], facts: Facts) -> Any:
+    """The codec on the meta device: only its shapes are wanted."""
+    weights = node.get("weights")
+    with torch.device("meta"):
+        if weights:
+            header = ckpt.read_header(ckpt.resolve(weights))
+            return registry().build("codec", {"name": header.component["name"], **header.component.get("kwargs", {})})
+        return build_component("codec", strip(node, "codec"), facts)[0]
+
+
+def strip(node: Mapping[str, Any], kind: str) -> dict[str, Any]:
+    return {k: v for k, v in node.items() if k not in HOST_KEYS.get(kind, ())}
+
+
+def fits(codec: Any, facts: Facts, images: torch.Tensor, min_psnr: float = 20.0) -> bool:
+    """Can this codec carry these images? Shapes must agree and a batch must come back at `min_psnr` dB or better.
+
+    images: (B, C, H, W) in [-1, 1].
+    """
+    try:
+        codec.latent_shape(facts.image_shape)
+        with torch.no_grad():
+            again = codec.decode(codec.latents(codec.encode(images)))
+    except (RuntimeError, ValueError, VgmError):
+        return False
+    if again.shape != images.shape:
+        return False
+    mse = (again.clamp(-1, 1) - images).square().mean() / 4  # peak of 1 for images in [0, 1]
+    return bool(-10 * torch.log10(mse.clamp_min(1e-12)) >= min_psnr)
+
+
+def missing_codec(node: Mapping[str, Any]) -> VgmError:
+    return VgmError(
+        f"this recipe trains on latents of '{node.get('name')}', whose weights are not given",
+        "codec.weights=RUN|FILE (an official VAE becomes one by `vgm convert`)",
+        MISSING_ASSET,
+    )
+
+
+def find_codec(node: Mapping[str, Any], facts: Facts, images: torch.Tensor, trained: Path | None) -> Path | None:
+    """The weights file of the recipe's codec, or None when the fallback recipe has to train one first."""
+    if trained is not None:
+        return trained
+    weights = node.get("weights")
+    if weights:
+        path = ckpt.resolve(weights)
+        if not node.get("fallback") or fits(ckpt.read_codec(path), facts, images):
+            return path
+    if not node.get("fallback"):
+        raise missing_codec(node)
+    return None
+
+
+# -- networks and objective ------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Built:
+    """Live training objects. components: what each trained role is, for its checkpoint header."""
+
+    objective: Any
+    networks: dict[str, nn.Module]
+    components: dict[str, dict[str, Any]]
+
+
+def build_objective(recipe: Recipe, facts: Facts, extra: Mapping[str, Any] | None = None) -> Built:
+    """Networks by role ("model" and the `roles:` node), then the objective around them.
+
+    extra: further roles made by the caller (a teacher, a reward).
+    """
+    components: dict[str, dict[str, Any]] = {}
+    roles: dict[str, Any] = dict(extra or {})
+    model, components["model"] = build_component("model", recipe.config["model"], facts)
+    roles["model"] = initialise(model, recipe.config["model"])
+    for role, node in (recipe.config.get("roles") or {}).items():
+        if node is None:
+            continue
+        network, components[role] = build_component(node.get("kind", "model"), strip(node, "roles"), facts)
+        roles[role] = initialise(network, node) if isinstance(network, nn.Module) else network
+    objective = registry().build("objective", recipe.config["objective"], **roles)
+    return Built(objective, dict(objective.networks), components)
+
+
+def initialise(network: nn.Module, node: Mapping[str, Any]) -> nn.Module:
+    """Start from the weights the node names (`weights: RUN|FILE`), strictly."""
+    weights = node.get("weights")
+    if not weights or next((p.is_meta for p in network.parameters()), False):
+        return network
+    path = ckpt.resolve(weights)
+    tensors, _ = ckpt.read_tensors(path)
+    try:
+        network.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
+    except RuntimeError as e:
+        raise VgmError(f"{path} does not fit the network: {str(e).splitlines()[-1].strip()}", code=USAGE) from e
+    return network

@@ -1,0 +1,278 @@
+"""Self-describing weights: one .safetensors file is enough to build the network again, sample from it, distill from it.
+
+Header (all strings, values JSON): `vgm.component` {kind, name, kwargs}, `vgm.view` (how a sampler sees the network),
+`vgm.codec` (reference), `vgm.recipe`, `vgm.data`, `vgm.step`, `vgm.images`, `vgm.weights` (raw or the average's name),
+beside the ModelSpec keys. Nothing is ever unpickled here.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import time
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from importlib import resources
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from vgm_cli import __version__, atomic
+from vgm_cli.errors import FAILED, MISSING_ASSET, USAGE, VgmError
+from vgm_cli.registry import registry
+
+SCHEMA = 1
+ASSETS = Path(str(resources.files("vgm_cli"))) / "assets"
+
+
+@dataclass
+class Header:
+    """What a weights file says of itself."""
+
+    component: dict[str, Any]
+    view: dict[str, Any] | None = None
+    codec: dict[str, Any] | None = None
+    recipe: dict[str, Any] = field(default_factory=dict)
+    data: dict[str, Any] = field(default_factory=dict)
+    step: int = 0
+    images: int = 0
+    weights: str = "raw"
+    extra: dict[str, Any] = field(default_factory=dict)
+
+    def metadata(self, title: str = "") -> dict[str, str]:
+        values = {
+            "schema": SCHEMA,
+            "version": __version__,
+            "component": self.component,
+            "view": self.view,
+            "codec": self.codec,
+            "recipe": self.recipe,
+            "data": self.data,
+            "step": self.step,
+            "images": self.images,
+            "weights": self.weights,
+            **self.extra,
+        }
+        spec = {
+            "format": "pt",
+            "modelspec.sai_model_spec": "1.0.1",
+            "modelspec.architecture": f"{self.component.get('name')}",
+            "modelspec.implementation": "vgm",
+            "modelspec.title": title or str(self.recipe.get("paper") or self.component.get("name")),
+            "modelspec.date": time.strftime("%Y-%m-%d"),
+        }
+        return spec | {f"vgm.{k}": json.dumps(v) for k, v in values.items()}
+
+    @classmethod
+    def parse(cls, metadata: Mapping[str, str], path: Path) -> Header:
+        def get(key: str, default: Any = None) -> Any:
+            try:
+                return json.loads(metadata[f"vgm.{key}"])
+            except KeyError:
+                return default
+            except ValueError as e:
+                raise VgmError(f"{path}: its header entry vgm.{key} is not JSON", code=FAILED) from e
+
+        component = get("component")
+        if not isinstance(component, dict) or "name" not in component:
+            raise VgmError(
+                f"{path} does not say what network it holds",
+                "a foreign checkpoint is made self-describing by `vgm convert`",
+                FAILED,
+            )
+        return cls(
+            component=component,
+            view=get("view"),
+            codec=get("codec"),
+            recipe=get("recipe") or {},
+            data=get("data") or {},
+            step=get("step", 0),
+            images=get("images", 0),
+            weights=get("weights", "raw"),
+        )
+
+
+def save_network(path: Path, state: Mapping[str, Tensor], header: Header) -> None:
+    """Write one self-describing file atomically; tensors are made contiguous and unshared."""
+    tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
+    seen: dict[int, str] = {}
+    for k, v in tensors.items():  # safetensors refuses shared storage
+        if v.numel() and v.data_ptr() in seen:
+            tensors[k] = v.clone()
+        seen[v.data_ptr()] = k
+    atomic.save_safetensors(tensors, path, header.metadata())
+
+
+def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
+    """(tensors, header) of any .safetensors file; a truncated or foreign file is one sentence."""
+    if not path.is_file():
+        raise VgmError(f"no such file: {path}", code=USAGE)
+    try:
+        with safe_open(path, framework="pt") as f:
+            return {k: f.get_tensor(k) for k in f.keys()}, dict(f.metadata() or {})
+    except (SafetensorError, OSError, ValueError) as e:
+        raise VgmError(
+            f"{path} is not a readable safetensors file: {str(e).splitlines()[0]}",
+            "it may be cut off; an official .pt or .ckpt goes through `vgm convert`",
+            FAILED,
+        ) from e
+
+
+def read_header(path: Path) -> Header:
+    try:
+        with safe_open(path, framework="pt") as f:
+            metadata = dict(f.metadata() or {})
+    except (SafetensorError, OSError, ValueError) as e:
+        raise VgmError(f"{path} is not a readable safetensors file: {str(e).splitlines()[0]}", code=FAILED) from e
+    return Header.parse(metadata, path)
+
+
+def file_hash(path: Path) -> str:
+    """sha256 of a file's bytes, 16 hexadecimal digits."""
+    h = hashlib.sha256()
+    with open(path, "rb") as f:
+        while block := f.read(1 << 20):
+            h.update(block)
+    return h.hexdigest()[:16]
+
+
+# -- finding weights -------------------------------------------------------------------------------------------------
+
+
+def resolve(target: str | Path, weights: str | None = None) -> Path:
+    """RUN, RUN/checkpoints/step-N, or a file -> the weights file. weights: "raw", an average's name, None: the first
+    average, else raw."""
+    path = Path(target)
+    if path.is_file():
+        return path
+    if not path.exists():
+        asset = ASSETS / f"{target}.safetensors"
+        if asset.is_file():
+            return asset
+        raise VgmError(f"no such run or checkpoint: {target}", "`vgm runs ls` shows the runs below ./runs", USAGE)
+    folder = path
+    if not (path / "model.safetensors").is_file():
+        base = path / "checkpoints" if (path / "checkpoints").is_dir() else path
+        steps = sorted(p for p in base.glob("step-*") if p.is_dir() and p.suffix != ".tmp")
+        if not steps:
+            raise VgmError(f"{target} holds no complete checkpoint", "train it, or pass a .safetensors file", USAGE)
+        folder = steps[-1]
+    files = sorted(p.stem for p in folder.glob("*.safetensors") if p.stem == "model" or p.stem.startswith("ema-"))
+    if weights is None:
+        name = next((f for f in files if f.startswith("ema-")), "model")
+    else:
+        name = "model" if weights == "raw" else weights
+        if name not in files:
+            have = ", ".join("raw" if f == "model" else f for f in files)
+            raise VgmError(f"{folder} has no weights '{weights}'", f"it has {have}", USAGE)
+    return folder / f"{name}.safetensors"
+
+
+@dataclass
+class Loaded:
+    """A network brought back: `model` in eval mode, `view` what a sampler takes, `codec` or None."""
+
+    model: nn.Module
+    view: Any
+    codec: Any
+    header: Header
+    path: Path
+
+
+def load(
+    target: str | Path, weights: str | None = None, device: torch.device | str = "cpu", dtype: torch.dtype | None = None
+) -> Loaded:
+    """Build network, view and codec from a run, a checkpoint folder or one file."""
+    path = resolve(target, weights)
+    tensors, metadata = read_tensors(path)
+    header = Header.parse(metadata, path)
+    model = build_with_weights(header.component, tensors, path)
+    model.eval().requires_grad_(False).to(device)
+    if dtype is not None:
+        model.to(dtype)
+    codec = load_codec(header.codec, path, device) if header.codec else None
+    return Loaded(model, build_view(model, header.view), codec, header, path)
+
+
+def build_with_weights(component: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> nn.Module:
+    """Construct on the meta device (no wasted initialisation), then assign the stored tensors strictly."""
+    node = {"name": component["name"], **component.get("kwargs", {})}
+    with torch.device("meta"):
+        model = registry().build(component.get("kind", "model"), node)
+    state = {k: v.float() if v.dtype in (torch.float16, torch.bfloat16) else v for k, v in tensors.items()}
+    want, have = set(model.state_dict()), set(state)
+    if want != have:
+        raise VgmError(
+            f"{path} does not fit {component['name']}: {len(want - have)} tensors missing, {len(have - want)} unexpected",
+            f"first: {sorted(want ^ have)[0]}",
+            FAILED,
+        )
+    for k, v in model.state_dict().items():
+        if v.shape != state[k].shape:
+            raise VgmError(
+                f"{path} does not fit {component['name']}: {k} is {tuple(state[k].shape)}, expected {tuple(v.shape)}",
+                code=FAILED,
+            )
+    model.load_state_dict(state, assign=True)
+    lost = [n for n, b in model.named_buffers() if b.is_meta]  # non-persistent buffers are not stored
+    if lost:
+        fresh = registry().build(component.get("kind", "model"), node)
+        fresh.load_state_dict(state, assign=True)
+        return fresh
+    return model
+
+
+def build_view(model: nn.Module, view: Mapping[str, Any] | None) -> Any:
+    """What the sampler is handed: a Denoiser, whatever "module:attr" the view names, or the bare network."""
+    if not view:
+        return model
+    if view.get("name") == "denoiser":
+        from vgm_cli.diffusion.denoiser import Denoiser
+
+        return Denoiser.from_config(model, dict(view))
+    from vgm_cli.registry import load_target
+
+    node = dict(view)
+    return load_target(node.pop("name"))(model, **node)
+
+
+# -- codecs ----------------------------------------------------------------------------------------------------------
+
+
+def codec_reference(path: Path, base: Path | None = None) -> dict[str, Any]:
+    """How a checkpoint names its codec: by asset name, or by path (relative to the run where possible) and hash."""
+    if path.parent == ASSETS:
+        return {"asset": path.stem, "sha256": file_hash(path)}
+    shown = path.resolve()
+    inside = base is not None and base.resolve() in shown.parents
+    return {
+        "path": str(shown.relative_to(base.resolve())) if inside and base else str(shown),
+        "relative": inside,
+        "sha256": file_hash(path),
+    }
+
+
+def load_codec(ref: Mapping[str, Any], origin: Path, device: torch.device | str = "cpu") -> Any:
+    """The frozen codec that `origin`'s header refers to; refused when its bytes are not those of training."""
+    if "asset" in ref:
+        path = ASSETS / f"{ref['asset']}.safetensors"
+    elif ref.get("relative"):
+        tried = [p / ref["path"] for p in origin.resolve().parents[:4]]
+        path = next((p for p in tried if p.is_file()), tried[0])
+    else:
+        path = Path(ref["path"])
+    if not path.is_file():
+        raise VgmError(f"the codec of {origin.name} is missing: {path}", "keep it with the run", MISSING_ASSET)
+    if ref.get("sha256") and file_hash(path) != ref["sha256"]:
+        raise VgmError(f"the codec {path} is not the one {origin.name} was trained with", code=FAILED)
+    return read_codec(path, device)
+
+
+def read_codec(path: Path, device: torch.device | str = "cpu") -> Any:
+    tensors, metadata = read_tensors(path)
+    header = Header.parse(metadata, path)
+    codec = build_with_weights(header.component, tensors, path)
+    return codec.eval().requires_grad_(False).to(device)

@@ -1,0 +1,178 @@
+"""What the trainer eats: the data set, its frozen codec, and batches of what the model sees.
+
+With a codec, small sets are encoded once into memory, larger ones into a latent cache (data.cache_latents=FOLDER) or on
+the fly. Posterior noise is drawn per step, so caching moments changes nothing that training sees.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vgm_cli.api import Batch, Step
+from vgm_cli.data import open_dataset
+from vgm_cli.data.latents import build_cache, open_cache
+from vgm_cli.data.loader import Batches
+from vgm_cli.engine import build
+from vgm_cli.engine import checkpoint as ckpt
+from vgm_cli.engine.build import Facts
+from vgm_cli.engine.run import Run
+from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.recipe import Data, Recipe
+from vgm_cli.ui import ui
+
+IN_MEMORY = 20_000  # images whose moments are kept in memory
+
+
+@dataclass
+class Feed:
+    """Batches for one process. codec/codec_ref are None in pixel space; cache holds moments instead of pixels."""
+
+    data: Data
+    dataset: Any
+    facts: Facts
+    labelled: bool
+    seed: int
+    rank: int
+    world: int
+    size: int
+    device: torch.device
+    codec: Any = None
+    codec_ref: dict[str, Any] | None = None
+    cache: Any = None
+
+    @property
+    def count(self) -> int:
+        return len(self.dataset)
+
+    def describe(self) -> dict[str, Any]:
+        return {
+            **self.dataset.describe(),
+            "fingerprint": self.dataset.fingerprint(),
+            "sample_shape": list(self.facts.sample_shape),
+            "labelled": self.labelled,
+        }
+
+    def batches(self, start: int = 0, size: int | None = None) -> Iterator[Batch]:
+        """From batch `start` of the run's fixed order."""
+        return iter(
+            Batches(
+                self.cache if self.cache is not None else self.dataset,
+                size or self.size,
+                seed=self.seed,
+                rank=self.rank,
+                world=self.world,
+                start=start,
+                hflip=self.data.hflip,
+                labels=self.labelled,
+                workers=self.data.workers,
+            )
+        )
+
+    def first(self, n: int) -> Batch:
+        return next(self.batches(0, n))
+
+    def to_model(self, batch: Batch, step: Step) -> Batch:
+        """To the device; pixels or moments become latents with this step's posterior noise."""
+        out = {k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        if self.codec is None:
+            return out
+        with torch.no_grad():
+            moments = out.pop("moments", None)
+            if moments is None:
+                moments = self.codec.encode(out["x"])
+            noise = step.randn((moments.shape[0], *self.facts.sample_shape), "codec posterior")
+            out["x"] = self.codec.latents(moments.float(), noise)
+        return out
+
+
+def open_feed(recipe: Recipe, run: Run, accelerator: Any, micro_size: int) -> Feed:
+    """Open the data, settle the codec (training the fallback one when the shipped does not fit), encode small sets."""
+    data = recipe.node("data")
+    dataset = open_dataset(data.path, size=data.size, channels=data.channels, crop=data.crop)
+    report_skipped(dataset)
+    labelled = bool(dataset.facts.num_classes) if data.labels is None else data.labels
+    if labelled and not dataset.facts.num_classes:
+        raise VgmError(f"{data.path} has no labels", "class sub-folders give labels; data.labels=false trains without", USAGE)
+    facts = build.facts_of(dataset, labelled)
+    if data.num_classes and data.num_classes != facts.num_classes:
+        ui.warn(f"the recipe says {data.num_classes} classes, the data has {facts.num_classes}: the data counts")
+    feed = Feed(
+        data=data,
+        dataset=dataset,
+        facts=facts,
+        labelled=labelled,
+        seed=recipe.node("train").seed,
+        rank=accelerator.process_index,
+        world=accelerator.num_processes,
+        size=micro_size,
+        device=accelerator.device,
+    )
+    node = recipe.config.get("codec")
+    if node:
+        add_codec(feed, node, recipe, run, accelerator)
+    return feed
+
+
+def report_skipped(dataset: Any) -> None:
+    skipped = list(getattr(dataset.facts, "skipped", []) or [])
+    if skipped:
+        shown = ", ".join(str(s) for s in skipped[:3])
+        more = f" and {len(skipped) - 3} more" if len(skipped) > 3 else ""
+        ui.warn(f"{len(skipped)} unreadable image file{'s' * (len(skipped) > 1)} skipped: {shown}{more}")
+
+
+def add_codec(feed: Feed, node: dict[str, Any], recipe: Recipe, run: Run, accelerator: Any) -> None:
+    """Choose or train the codec, then cache what it makes of a small set."""
+    sample = next(iter(Batches(feed.dataset, min(64, feed.count), seed=0, labels=False)))["x"]
+    own = run.path / "codec"
+    trained = ckpt.resolve(own) if own.exists() and Run(own).last() else None
+    path = build.find_codec(node, feed.facts, sample, None)
+    if path is None:
+        if trained is None:
+            ui.info(
+                f"no shipped codec fits {feed.facts.image_size}×{feed.facts.image_size}×{feed.facts.image_channels} "
+                f"images: training one first (recipe {node['fallback']})"
+            )
+        from vgm_cli.engine.trainer import train_codec
+
+        path = train_codec(node["fallback"], recipe, own)
+        accelerator.wait_for_everyone()
+    feed.codec = ckpt.read_codec(path, feed.device)
+    feed.codec_ref = ckpt.codec_reference(path, run.path)
+    feed.facts = feed.facts.after(feed.codec)
+    wish = feed.data.cache_latents
+    if wish is False or (wish == "auto" and feed.count > IN_MEMORY):
+        return
+    folder = None if wish in ("auto", True) else Path(str(wish))
+    fingerprint = feed.dataset.fingerprint()
+    if folder is not None and accelerator.is_main_process:
+        build_cache(feed.dataset, feed.codec, folder, feed.codec_ref["sha256"], hflip=feed.data.hflip, device=feed.device)
+    accelerator.wait_for_everyone()
+    if folder is not None:
+        feed.cache = open_cache(folder, feed.codec_ref["sha256"], fingerprint)
+    else:
+        feed.cache = encode_in_memory(feed)
+
+
+def encode_in_memory(feed: Feed) -> Any:
+    """Moments of every image (and its mirror image) of a small set."""
+    from vgm_cli.data.latents import MemoryLatents
+
+    batch = 256
+    parts: dict[str, list[Tensor]] = {"moments": [], "flipped": []}
+    with torch.no_grad():
+        for first in range(0, feed.count, batch):
+            x = feed.dataset.pixels(range(first, min(first + batch, feed.count))).to(feed.device)
+            parts["moments"].append(feed.codec.encode(x).cpu())
+            if feed.data.hflip:
+                parts["flipped"].append(feed.codec.encode(x.flip(-1)).cpu())
+    labels = feed.dataset.labels() if feed.labelled else None
+    return MemoryLatents(
+        torch.cat(parts["moments"]), torch.cat(parts["flipped"]) if parts["flipped"] else None, labels
+    )

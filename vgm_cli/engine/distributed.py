@@ -1,0 +1,70 @@
+"""Processes and hardware: `--nproc N` re-executes through torch.distributed.run; torchrun, accelerate launch and
+Slurm environments are used as they are found."""
+
+from __future__ import annotations
+
+import os
+import sys
+from collections.abc import Sequence
+
+from vgm_cli.errors import FAILED
+
+
+def launched() -> bool:
+    """Is this process already one of several?"""
+    return "RANK" in os.environ and "WORLD_SIZE" in os.environ
+
+
+def adopt_slurm() -> None:
+    """srun starts N tasks without RANK: translate its variables (MASTER_ADDR must be set by the job for many nodes)."""
+    if not launched() and int(os.environ.get("SLURM_NTASKS", "1")) > 1 and "SLURM_PROCID" in os.environ:
+        os.environ.setdefault("RANK", os.environ["SLURM_PROCID"])
+        os.environ.setdefault("WORLD_SIZE", os.environ["SLURM_NTASKS"])
+        os.environ.setdefault("LOCAL_RANK", os.environ.get("SLURM_LOCALID", "0"))
+        os.environ.setdefault("MASTER_ADDR", "127.0.0.1")
+        os.environ.setdefault("MASTER_PORT", "29500")
+
+
+def relaunch(nproc: int, nnodes: int, rdzv: str | None, argv: Sequence[str]) -> int:
+    """Run `python -m vgm_cli argv` in nproc processes and return the first failing exit code, or 0."""
+    from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
+    from torch.distributed.run import main as torchrun
+
+    cores = os.cpu_count() or 1
+    os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc)))
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads of two processes starve each other
+    where = ["--rdzv-backend", "c10d", "--rdzv-endpoint", rdzv] if rdzv else ["--standalone"]
+    args = ["--nproc-per-node", str(nproc), "--nnodes", str(nnodes), *where, "-m", "vgm_cli", *argv]
+    try:
+        torchrun(args)
+    except ChildFailedError as e:
+        codes = [f.exitcode for f in e.failures.values()]
+        return next((c for c in codes if c > 0), FAILED)
+    except SystemExit as e:
+        return int(e.code or 0)
+    return 0
+
+
+def rank() -> int:
+    return int(os.environ.get("RANK", "0"))
+
+
+def is_main() -> bool:
+    return rank() == 0
+
+
+def without_launch_options(argv: Sequence[str]) -> list[str]:
+    """sys.argv[1:] without --nproc/--nnodes/--rdzv and their values."""
+    out, skip = [], False
+    for arg in argv:
+        if skip:
+            skip = False
+        elif arg in ("--nproc", "--nnodes", "--rdzv"):
+            skip = True
+        elif not arg.startswith(("--nproc=", "--nnodes=", "--rdzv=")):
+            out.append(arg)
+    return out
+
+
+def default_argv() -> list[str]:
+    return without_launch_options(sys.argv[1:])

@@ -1,0 +1,87 @@
+"""Exponential moving averages of network weights, several at once.
+
+Profiles: a constant decay (0.9999), the same with warm-up min(decay, (1 + n) / (10 + n)) as in TensorFlow and LDM's
+LitEma, and the power function of EDM2 (arXiv 2312.02696, eq. 121: beta(n) = (1 - 1/n)^(gamma + 1), gamma from the
+relative width sigma_rel), whose averages can be combined after training.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+
+class EMA:
+    """One average of a network's parameters; buffers are copied. config: a decay, or one of the mappings
+    {decay: 0.9999}, {decay: 0.9999, warmup: 1}, {sigma_rel: 0.05}."""
+
+    def __init__(self, network: nn.Module, config: float | Mapping[str, float]):
+        self.config: dict[str, float] = dict(config) if isinstance(config, Mapping) else {"decay": float(config)}
+        unknown = set(self.config) - {"decay", "warmup", "sigma_rel"}
+        if unknown or ("decay" in self.config) == ("sigma_rel" in self.config):
+            raise ValueError(f"an EMA is a decay, or a mapping with decay [, warmup] or sigma_rel; got {config}")
+        if "decay" in self.config and not 0.0 <= self.config["decay"] < 1.0:
+            raise ValueError(f"EMA decay must be in [0, 1), got {self.config['decay']}")
+        self.gamma = _gamma(self.config["sigma_rel"]) if "sigma_rel" in self.config else None
+        self.updates = 0
+        self.source = network
+        state = network.state_dict(keep_vars=True)
+        self.names = [k for k, v in state.items() if v.dtype.is_floating_point and isinstance(v, nn.Parameter)]
+        self.average = {k: v.detach().clone() for k, v in state.items()}
+
+    @property
+    def name(self) -> str:
+        """Used in file names: "ema-0.9999", "ema-power-0.05"."""
+        return f"ema-power-{self.config['sigma_rel']:g}" if self.gamma is not None else f"ema-{self.config['decay']:g}"
+
+    def decay(self) -> float:
+        """Decay of the coming update (self.updates counts those done)."""
+        n = self.updates + 1
+        if self.gamma is not None:
+            return (1 - 1 / n) ** (self.gamma + 1)
+        decay = self.config["decay"]
+        return min(decay, (1 + n) / (10 + n)) if self.config.get("warmup") else decay
+
+    @torch.no_grad()
+    def update(self) -> None:
+        """average += (1 - decay) (weights - average); called once per optimizer step."""
+        weight = 1 - self.decay()
+        live = self.source.state_dict(keep_vars=True)
+        average = [self.average[k] for k in self.names]
+        torch._foreach_lerp_(average, [live[k].detach() for k in self.names], weight)
+        for k in self.average.keys() - set(self.names):
+            self.average[k].copy_(live[k])
+        self.updates += 1
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.average
+
+    def load_state_dict(self, state: Mapping[str, Tensor], updates: int) -> None:
+        if state.keys() != self.average.keys():
+            raise ValueError("the EMA's tensors do not fit the network")
+        for k, v in state.items():
+            self.average[k].copy_(v)
+        self.updates = updates
+
+
+def _gamma(sigma_rel: float) -> float:
+    """The exponent whose averaging profile has relative width sigma_rel: the real root of
+    (g+1)^(1/2) (g+2)^-1 (g+3)^(-1/2) = sigma_rel, by bisection (the left side falls with g)."""
+    if not 0.0 < sigma_rel < 0.28:
+        raise ValueError(f"sigma_rel must be in (0, 0.28), got {sigma_rel}")
+    low, high = 0.0, 1e6
+    for _ in range(200):
+        mid = (low + high) / 2
+        width = ((mid + 1) / (mid + 3)) ** 0.5 / (mid + 2)
+        low, high = (mid, high) if width > sigma_rel else (low, mid)
+    return (low + high) / 2
+
+
+def swap_in(network: nn.Module, state: Mapping[str, Tensor]) -> dict[str, Any]:
+    """Copy `state` into the network and return what was there, for sampling from an average in mid-training."""
+    before = {k: v.detach().clone() for k, v in network.state_dict().items()}
+    network.load_state_dict(dict(state))
+    return before

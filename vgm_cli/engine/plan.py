@@ -1,0 +1,241 @@
+"""`vgm train … --plan`: what a run costs, before it is paid. Works without the data set and without weights."""
+
+from __future__ import annotations
+
+import time
+from dataclasses import asdict, dataclass
+from typing import Any
+
+import torch
+from torch import nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from vgm_cli.api import Batch, Step
+from vgm_cli.data import open_dataset
+from vgm_cli.engine import build
+from vgm_cli.engine.build import Facts
+from vgm_cli.engine.run import bf16_supported
+from vgm_cli.errors import VgmError
+from vgm_cli.recipe import Recipe
+from vgm_cli.ui import duration, human, ui
+
+TIMED_FLOPS = 4e12  # a step above this many FLOPs is timed on a smaller batch and scaled
+TIMED_PARAMETERS = 3e8  # above this many, timing alone would take minutes on a CPU
+
+
+@dataclass
+class RunPlan:
+    """Cost of a run. Bytes are for one process; flops per image are one forward and one backward of the loss."""
+
+    recipe: str
+    parameters: int
+    trainable: int
+    roles: dict[str, int]
+    sample_shape: tuple[int, ...]
+    num_classes: int
+    precision: str
+    batch_size: int
+    steps: int
+    epochs: float | None
+    flops_forward: float
+    flops_step: float
+    memory: dict[str, int]
+    seconds_per_step: float | None
+    timed: str
+    total_seconds: float | None
+    disk: dict[str, int]
+
+
+def make_plan(recipe: Recipe, device: torch.device | None = None) -> RunPlan:
+    """Build on the meta device, count, then time three steps for real where that is affordable."""
+    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    opts = recipe.node("train")
+    facts, count = plan_facts(recipe)
+    with torch.device("meta"):
+        built = build.build_objective(recipe, facts, plan_roles(recipe))
+    phases = built.objective.phases()
+    trained = sorted({r for p in phases for r in p.trains})
+    numbers = {r: sum(p.numel() for p in n.parameters()) for r, n in built.networks.items()}
+    trainable = sum(p.numel() for r in trained for p in built.networks[r].parameters() if p.requires_grad)
+    micro = max(1, opts.batch_size // opts.accumulate)
+    forward, step = count_flops(built, facts, recipe)
+    precision = opts.precision if opts.precision != "auto" else ("bf16" if bf16_supported() else "fp32")
+    memory = memory_by_part(built, trained, recipe, precision, micro, facts)
+    seconds, how = time_steps(recipe, facts, device, precision, step, trainable)
+    weights = 4 * numbers.get("model", 0)
+    one = weights * (1 + len(opts.ema)) + 8 * trainable
+    return RunPlan(
+        recipe=recipe.name,
+        parameters=numbers.get("model", sum(numbers.values())),
+        trainable=trainable,
+        roles=numbers,
+        sample_shape=facts.sample_shape,
+        num_classes=facts.num_classes,
+        precision=precision,
+        batch_size=opts.batch_size,
+        steps=opts.steps,
+        epochs=opts.steps * opts.batch_size / count if count else None,
+        flops_forward=forward,
+        flops_step=step * opts.batch_size,
+        memory=memory,
+        seconds_per_step=seconds,
+        timed=how,
+        total_seconds=seconds * opts.steps if seconds else None,
+        disk={"one checkpoint": one, f"kept ({opts.keep + 1})": one * (opts.keep + 1)},
+    )
+
+
+def plan_facts(recipe: Recipe) -> tuple[Facts, int | None]:
+    """Facts from the data when it is there, else from the recipe; then through the codec's shapes."""
+    data = recipe.node("data")
+    count = data.count
+    facts: Facts | None = None
+    try:
+        if data.path is not None or data.size is None:
+            dataset = open_dataset(data.path, size=data.size, channels=data.channels, crop=data.crop)
+            labelled = bool(dataset.facts.num_classes) if data.labels is None else data.labels
+            facts, count = build.facts_of(dataset, labelled), len(dataset)
+    except VgmError as e:
+        if data.size is None:
+            raise
+        ui.warn(f"{e.message}; planning from the recipe's own numbers")
+    facts = facts or build.declared_facts(data)
+    node = recipe.config.get("codec")
+    if node:
+        facts = facts.after(build.meta_codec(node, facts))
+    return facts, count
+
+
+def plan_roles(recipe: Recipe) -> dict[str, Any]:
+    return {}
+
+
+def example(facts: Facts, n: int, device: torch.device | str, recipe: Recipe) -> Batch:
+    """A batch of the right shapes."""
+    batch: Batch = {
+        "x": torch.zeros(n, *facts.sample_shape, device=device),
+        "index": torch.zeros(n, dtype=torch.long, device=device),
+    }
+    if facts.num_classes:
+        batch["y"] = torch.zeros(n, dtype=torch.long, device=device)
+    return batch
+
+
+class _MetaStep(Step):
+    """Draws of the right shape without values."""
+
+    def generator(self, name: str = "") -> torch.Generator:
+        return torch.Generator()
+
+    def _rows(self, n: int, draw: Any) -> torch.Tensor:
+        with torch.device("cpu"):
+            return draw(n).to(self.device)
+
+
+def count_flops(built: build.Built, facts: Facts, recipe: Recipe) -> tuple[float, float]:
+    """(forward, forward and backward) FLOPs of every phase's loss for one image, by torch's counter on meta tensors."""
+    n = 2  # losses may take statistics over the batch
+    step = _MetaStep(index=0, device=torch.device("meta"))
+    batch = example(facts, n, "meta", recipe)
+    forward = total = 0.0
+    try:
+        for phase in built.objective.phases():
+            with FlopCounterMode(display=False) as counter:
+                loss, _ = built.objective.loss(phase.name, batch, step)
+                one = counter.get_total_flops()
+                loss.backward()
+            forward += one / n / phase.every
+            total += counter.get_total_flops() / n / phase.every
+    except (RuntimeError, NotImplementedError) as e:
+        ui.warn(f"FLOPs could not be counted: {str(e).splitlines()[0]}")
+    for network in built.networks.values():
+        network.zero_grad(set_to_none=True)
+    return forward, total
+
+
+def memory_by_part(built: build.Built, trained: list[str], recipe: Recipe, precision: str, micro: int,
+                   facts: Facts) -> dict[str, int]:
+    """Bytes of weights, gradients, optimizer state, averages and (measured on meta tensors) saved activations."""
+    opts = recipe.node("train")
+    weights = sum(p.numel() * 4 for n in built.networks.values() for p in n.parameters())
+    grads = sum(p.numel() * 4 for r in trained for p in built.networks[r].parameters() if p.requires_grad)
+    moments = {"adam": 2, "adamw": 2, "rmsprop": 1, "sgd": 1}[recipe.node("optimizer").name]
+    model = sum(p.numel() * 4 for p in built.networks["model"].parameters()) if "model" in built.networks else 0
+    parts = {
+        "weights": weights,
+        "gradients": grads,
+        "optimizer state": grads * moments,
+        "averages": model * len(opts.ema),
+    }
+    saved = 0
+
+    def pack(t: torch.Tensor) -> torch.Tensor:
+        nonlocal saved
+        if not isinstance(t, nn.Parameter):
+            saved += t.numel() * (2 if precision != "fp32" else 4)
+        return t
+
+    step = _MetaStep(index=0, device=torch.device("meta"))
+    try:
+        with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
+            for phase in built.objective.phases():
+                built.objective.loss(phase.name, example(facts, 2, "meta", recipe), step)
+        parts["activations"] = saved // 2 * micro
+    except (RuntimeError, NotImplementedError):
+        pass
+    return parts
+
+
+def time_steps(recipe: Recipe, facts: Facts, device: torch.device, precision: str, flops_image: float,
+               trainable: int) -> tuple[float | None, str]:
+    """Median of three timed forward-backward passes, scaled to the batch; None with the reason when not affordable."""
+    opts = recipe.node("train")
+    if device.type == "cpu" and trainable > TIMED_PARAMETERS:
+        return None, f"not timed: {human(trainable)} parameters would take minutes to set up on this CPU"
+    n = max(2, min(opts.batch_size // opts.accumulate, int(TIMED_FLOPS / max(flops_image, 1))))
+    built = build.build_objective(recipe, facts, plan_roles(recipe))
+    for network in built.networks.values():
+        network.to(device)
+    step = Step(index=0, device=device)
+    batch = example(facts, n, device, recipe)
+    if hasattr(built.objective, "prepare"):
+        built.objective.prepare(batch, step)
+    times = []
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    for _ in range(4):
+        began = time.perf_counter()
+        for phase in built.objective.phases():
+            with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                loss, _ = built.objective.loss(phase.name, batch, step)
+            loss.backward()
+        if device.type == "cuda":
+            torch.cuda.synchronize()
+        times.append(time.perf_counter() - began)
+    seconds = sorted(times[1:])[1] * opts.batch_size / n
+    note = f"3 steps timed on this machine ({device.type}, {n} images each"
+    return seconds, note + (", scaled to the batch)" if n != opts.batch_size else ")")
+
+
+def show_plan(plan: RunPlan) -> None:
+    """The plan for people, or as JSON."""
+    ui.document(asdict(plan))
+    shape = "×".join(str(s) for s in plan.sample_shape)
+    ui.data(f"{plan.recipe}")
+    ui.data(f"  parameters       {plan.parameters:,} ({plan.trainable:,} trained)")
+    for role, n in plan.roles.items():
+        if role != "model":
+            ui.data(f"    {role:<14} {n:,}")
+    ui.data(f"  model sees       {shape}, {plan.num_classes or 'no'} classes")
+    ui.data(f"  FLOPs            {human(plan.flops_forward)} forward per image, {human(plan.flops_step)} per step")
+    total = sum(plan.memory.values())
+    ui.data(f"  memory           {gib(total)} = " + ", ".join(f"{k} {gib(v)}" for k, v in plan.memory.items()))
+    epochs = f" = {plan.epochs:,.1f} epochs" if plan.epochs else ""
+    ui.data(f"  length           {plan.steps:,} steps of {plan.batch_size} images{epochs}, {plan.precision}")
+    if plan.seconds_per_step is not None and plan.total_seconds is not None:
+        ui.data(f"  time             {plan.seconds_per_step:.3g} s per step, {duration(plan.total_seconds)} in all")
+    ui.data(f"                   {plan.timed}")
+    ui.data("  disk             " + ", ".join(f"{k} {gib(v)}" for k, v in plan.disk.items()))
+
+
+def gib(n: float) -> str:
+    return f"{n / 2**30:.2f} GiB" if n >= 2**29 else f"{n / 2**20:.1f} MiB"

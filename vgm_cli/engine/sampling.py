@@ -1,0 +1,74 @@
+"""What `vgm sample` and `vgm evaluate` share: open a model, turn options into a plan."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from contextlib import nullcontext
+from typing import Any
+
+import torch
+
+from vgm_cli.engine import checkpoint as ckpt
+from vgm_cli.engine.generate import Plan, class_labels, class_numbers, sampler_node
+from vgm_cli.errors import USAGE, VgmError, unknown
+from vgm_cli.recipe import parse_yaml
+
+
+def device_for() -> torch.device:
+    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+
+
+def open_model(model: str, weights: str | None = None, precision: str = "fp32") -> tuple[ckpt.Loaded, torch.device]:
+    """A loaded generator on this machine's device; codecs alone cannot be sampled from."""
+    if precision not in ("fp32", "bf16"):
+        raise unknown("precision", precision, ("fp32", "bf16"))
+    device = device_for()
+    loaded = ckpt.load(model, weights, device)
+    if loaded.header.view and loaded.header.view.get("name") == "codec":
+        raise VgmError(f"{model} is a codec: it reconstructs, it does not generate", "train a model on its latents", USAGE)
+    return loaded, device
+
+
+def autocast(precision: str, device: torch.device) -> Any:
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
+def plan_for(
+    loaded: ckpt.Loaded,
+    *,
+    n: int,
+    label: str = "",
+    sampler: str | None = None,
+    steps: int | None = None,
+    guidance_scale: float | None = None,
+    guidance_interval: str | None = None,
+    seed: int = 0,
+    batch_size: int = 64,
+    overrides: Sequence[str] = (),
+) -> Plan:
+    """Command-line options on top of the recipe that the checkpoint carries."""
+    recipe = loaded.header.recipe
+    own = {}
+    for text in overrides:
+        key, eq, value = text.partition("=")
+        if not eq:
+            raise VgmError(f"'{text}' is not KEY=VALUE", "example: eta=0.5", USAGE)
+        own[key.removeprefix("sampler.")] = parse_yaml(value, text)
+    wanted = class_numbers([w.strip() for w in label.split(",") if w.strip()], loaded) if label else []
+    interval = None
+    if guidance_interval is not None:
+        try:
+            low, high = (float(v) for v in guidance_interval.split(","))
+        except ValueError as e:
+            raise VgmError(f"--guidance-interval {guidance_interval} is not LO,HI", "example: 0.1,0.8", USAGE) from e
+        interval = (low, high)
+    return Plan(
+        n=n,
+        seed=seed,
+        labels=class_labels(n, loaded.header.data.get("num_classes") or 0, wanted),
+        sampler=sampler_node(recipe, sampler, own),
+        steps=steps,
+        guidance_scale=recipe.get("guidance_scale") if guidance_scale is None else guidance_scale,
+        guidance_interval=interval,
+        batch_size=batch_size,
+    )

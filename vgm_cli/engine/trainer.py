@@ -1,0 +1,631 @@
+"""THE training loop. Every paper runs through it; what differs is the objective.
+
+    for batch in data:
+        for part in objective.experience(batch, step):
+            for phase in objective.phases():          # one accelerate-prepared root per OPTIMIZER
+                loss = root[phase.optimizer](phase.name, part, step)
+                backward; clip; optimizer.step()
+        objective.after_step(step); ema.update()
+
+Randomness is a function of (seed, step, draw) and data order of (seed, index), so k + k steps with a resume in between
+are bit-identical to 2k steps on a CPU, and the number of processes does not change what an item sees.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+import signal
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, nullcontext
+from dataclasses import asdict, dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vgm_cli import atomic
+from vgm_cli.api import Batch, Phase, Step, seed_of
+from vgm_cli.engine import build, data_feed, generate
+from vgm_cli.engine import checkpoint as ckpt
+from vgm_cli.engine.ema import EMA
+from vgm_cli.engine.run import Run, bf16_supported
+from vgm_cli.errors import DIVERGED, FAILED, INTERRUPTED, USAGE, VgmError
+from vgm_cli.recipe import Optimizer, Recipe, load
+from vgm_cli.ui import Progress, duration, flat, ui
+
+MAY_CHANGE = ("steps", "log_every", "save_every", "keep", "preview_every", "preview_n", "compile")  # on resume
+
+
+class Root(nn.Module):
+    """What one optimizer trains, wrapped once by DDP/FSDP; its forward is a phase's loss, so that whatever happens
+    inside (two discriminator calls, double backward, JVPs) stays inside one wrapped forward."""
+
+    def __init__(self, objective: Any, networks: Mapping[str, nn.Module]):
+        super().__init__()
+        self.networks = nn.ModuleDict(networks)
+        self._objective = [objective]  # in a list: the objective's other networks are not this root's children
+
+    def forward(self, phase: str, batch: Batch, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        return self._objective[0].loss(phase, batch, step)
+
+
+@dataclass
+class Outcome:
+    """What a training run came to."""
+
+    path: Path
+    step: int
+    images: int
+    seconds: float
+    images_per_second: float
+    metrics: dict[str, float] = field(default_factory=dict)
+
+
+def train(
+    recipe: Recipe,
+    out: Path | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    stop_after: int | None = None,
+    track: str = "jsonl",
+    roles: Mapping[str, Any] | None = None,
+    quiet_end: bool = False,
+) -> Outcome:
+    """Run a recipe to its last step (or `stop_after`) and leave a run directory behind.
+
+    Raises VgmError with code 5 when the loss is not finite (the last good checkpoint stays), 130/143 after saving on
+    SIGINT/SIGTERM, 2 for configuration mistakes.
+    """
+    accelerator = make_accelerator(recipe, track)
+    opts = recipe.node("train")
+    run = open_run(recipe, out, resume, overwrite, accelerator)
+    with Guard() as guard:
+        trainer = Trainer(recipe, run, accelerator, roles or {}, track)
+        if resume:
+            trainer.restore()
+        return trainer.loop(min(opts.steps, stop_after or opts.steps), guard, quiet_end)
+
+
+def make_accelerator(recipe: Recipe, track: str = "jsonl") -> Any:
+    """accelerate's Accelerator for the recipe's precision; CPU processes talk through gloo."""
+    from accelerate import Accelerator
+    from accelerate.state import AcceleratorState
+    from accelerate.utils import DistributedDataParallelKwargs
+
+    opts = recipe.node("train")
+    precision = opts.precision
+    if precision == "auto":
+        precision = "bf16" if bf16_supported() else "fp32"
+    if precision == "fp16" and not torch.cuda.is_available():
+        raise VgmError("fp16 training needs a GPU", "train.precision=bf16 or fp32", USAGE)
+    mixed = "no" if precision == "fp32" else precision
+    if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed:
+        AcceleratorState._reset_state()  # a codec trained first may use another precision
+    log_with = None if track in ("jsonl", "none") else [track]
+    if log_with:
+        import importlib.util
+
+        if importlib.util.find_spec(track) is None:
+            from vgm_cli.errors import MISSING_ASSET
+
+            raise VgmError(f"tracking with {track} needs an extra", f"pip install 'vgm[{track}]'", MISSING_ASSET)
+    if torch.cuda.is_available():
+        torch.backends.cuda.matmul.allow_tf32 = True
+        torch.backends.cudnn.allow_tf32 = True
+    fsdp = None
+    if opts.fsdp:
+        from accelerate import FullyShardedDataParallelPlugin
+
+        fsdp = FullyShardedDataParallelPlugin(fsdp_version=2)
+    return Accelerator(
+        mixed_precision=mixed,
+        cpu=not torch.cuda.is_available(),
+        log_with=log_with,
+        fsdp_plugin=fsdp,
+        kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
+    )
+
+
+def open_run(recipe: Recipe, out: Path | None, resume: bool, overwrite: bool, accelerator: Any) -> Run:
+    """Only the first process creates; the others take the same path."""
+    if resume and out is None:
+        raise VgmError("--resume needs the run's directory", "vgm train … --out RUN --resume", USAGE)
+    paths: list[Any] = [None]
+    problem: list[Any] = [None]
+    if accelerator.is_main_process:
+        try:
+            run = Run.create(out, recipe.name, resume, overwrite)
+            if resume:
+                run.clean()
+                compare(recipe, run)
+            paths[0] = str(run.path)
+        except VgmError as e:
+            problem[0] = (e.message, e.hint, e.code)
+    if accelerator.num_processes > 1:
+        torch.distributed.broadcast_object_list(paths)
+        torch.distributed.broadcast_object_list(problem)
+    if problem[0]:
+        raise VgmError(*problem[0])
+    return Run(Path(paths[0]))
+
+
+def compare(recipe: Recipe, run: Run) -> None:
+    """A resumed run must be the same run: only lengths and intervals may change."""
+    import yaml
+
+    file = run.path / "config.yaml"
+    if not file.exists():
+        return
+    free = {f"train.{k}" for k in MAY_CHANGE}
+    before, now = flat(yaml.safe_load(file.read_text()) or {}), flat(yaml.safe_load(recipe.dump()))
+    changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and k not in free)
+    if changed:
+        k = changed[0]
+        raise VgmError(
+            f"{run.path} was trained with {k}={before.get(k, 'absent')}, now {k}={now.get(k, 'absent')}",
+            "resume with the same recipe and overrides, or start a new run with --out",
+            USAGE,
+        )
+
+
+class Guard:
+    """First SIGINT/SIGTERM: finish the step, save, leave. Second: at once."""
+
+    def __enter__(self) -> Guard:
+        self.signal: int | None = None
+        self.before: dict[int, Any] = {}
+        import threading
+
+        if threading.current_thread() is threading.main_thread():
+            for s in (signal.SIGINT, signal.SIGTERM):
+                self.before[s] = signal.signal(s, self._note)
+        return self
+
+    def _note(self, number: int, _frame: Any) -> None:
+        if self.signal is not None:
+            raise KeyboardInterrupt
+        self.signal = number
+        ui.info("stopping after this step (once more to stop at once)")
+
+    def __exit__(self, *exc: object) -> None:
+        for s, handler in self.before.items():
+            signal.signal(s, handler)
+
+
+class Trainer:
+    """State of one run between steps."""
+
+    def __init__(self, recipe: Recipe, run: Run, accelerator: Any, roles: Mapping[str, Any], track: str = "jsonl"):
+        self.recipe, self.run, self.acc, self.track = recipe, run, accelerator, track
+        self.opts = recipe.node("train")
+        self.world, self.rank, self.device = accelerator.num_processes, accelerator.process_index, accelerator.device
+        per_step = self.world * self.opts.accumulate
+        if self.opts.batch_size % per_step:
+            raise VgmError(
+                f"train.batch_size={self.opts.batch_size} does not divide over {self.world} processes × "
+                f"{self.opts.accumulate} micro-batches",
+                f"a multiple of {per_step} does",
+                USAGE,
+            )
+        self.micro_size = self.opts.batch_size // per_step
+        self.start, self.images, self.seconds = 0, 0, 0.0
+
+        torch.manual_seed(self.opts.seed)
+        self.feed = data_feed.open_feed(recipe, run, accelerator, self.micro_size)
+        self.facts = self.feed.facts
+        torch.manual_seed(self.opts.seed)  # opening the data may have trained a codec
+        built = build.build_objective(recipe, self.facts, roles)
+        self.objective, self.networks, self.components = built.objective, built.networks, built.components
+        self.phases: list[Phase] = list(self.objective.phases())
+        self._prepare()
+        if accelerator.is_main_process and not (run.path / "config.yaml").exists():
+            run.write_facts(recipe.dump(), recipe.origins, {**self.feed.describe(), **asdict(self.facts)})
+        if track not in ("jsonl", "none"):
+            accelerator.init_trackers("vgm", config=flat(recipe.config))
+
+    # -- set-up -----------------------------------------------------------------------------------------------------
+
+    def _prepare(self) -> None:
+        """Device, memory format, compilation, one wrapped root and optimizer per optimizer name, the averages."""
+        for network in self.networks.values():
+            network.to(self.device)
+            if channels_last(network, self.opts.channels_last):
+                network.to(memory_format=torch.channels_last)
+        if hasattr(self.objective, "to"):
+            self.objective.to(self.device)
+        first = self.feed.first(self.micro_size)
+        if hasattr(self.objective, "prepare"):
+            self.objective.prepare(self._to_model(first, self._step(0)), self._step(0))
+        trained = sorted({r for p in self.phases for r in p.trains})
+        self.trained = trained
+        self.trainable = {r: [p for p in self.networks[r].parameters() if p.requires_grad] for r in trained}
+        for name, network in self.networks.items():
+            network.train(name in trained)
+        if self.opts.checkpointing:
+            for r in trained:
+                if not hasattr(self.networks[r], "checkpointing"):
+                    raise VgmError(f"{self.components[r]['name']} has no activation checkpointing", code=USAGE)
+                self.networks[r].checkpointing = True
+        if should_compile(self.opts, self.device):
+            for r in trained:
+                self.networks[r].compile()
+        self.averages = [EMA(self.networks["model"], c) for c in self.opts.ema] if "model" in trained else []
+
+        self.roots: dict[str, Any] = {}
+        self.optimizers: dict[str, Any] = {}
+        self.settings: dict[str, Optimizer] = {}
+        for name in dict.fromkeys(p.optimizer for p in self.phases):
+            mine = [p for p in self.phases if p.optimizer == name]
+            members = sorted({r for p in mine for r in p.trains})
+            self.settings[name] = self.recipe.optimizer(name)
+            params = [q for r in members for q in self.trainable[r]]
+            root: Any = Root(self.objective, {r: self.networks[r] for r in members})
+            if self.world > 1:
+                partial = any(set(p.trains) != set(members) for p in mine)
+                self.acc.ddp_handler.find_unused_parameters = partial or getattr(self.objective, "sparse_grads", False)
+            self.roots[name], self.optimizers[name] = self.acc.prepare(
+                root, make_optimizer(params, self.settings[name], self.device)
+            )
+
+    def _step(self, index: int, micro: int = 0) -> Step:
+        return Step(
+            index=index,
+            seed=self.opts.seed,
+            rank=self.rank,
+            world=self.world,
+            micro=micro,
+            micros=self.opts.accumulate,
+            total=self.opts.steps,
+            device=self.device,
+        )
+
+    def _to_model(self, batch: Batch, step: Step) -> Batch:
+        """Device, then latents drawn from the posterior of a frozen codec."""
+        return self.feed.to_model(batch, step)
+
+    # -- the loop ---------------------------------------------------------------------------------------------------
+
+    def loop(self, until: int, guard: Guard, quiet_end: bool = False) -> Outcome:
+        opts = self.opts
+        batches = self.feed.batches(self.start * opts.accumulate)
+        window: dict[str, Tensor] = {}
+        counts: dict[str, int] = {}
+        finite = torch.ones((), dtype=torch.bool, device=self.device)
+        self._announce(until)
+        began = mark = time.perf_counter()
+        mark_images = self.images
+        rate = 0.0
+        index = self.start
+        with Progress(self.recipe.name, until, self.start) as progress:
+            for index in range(self.start, until):
+                logs, ok = self.one_step(index, batches)
+                finite &= ok
+                for k, v in logs.items():
+                    window[k] = window[k] + v if k in window else v
+                    counts[k] = counts.get(k, 0) + 1
+                done = index + 1
+                self.images += opts.batch_size
+                last = done == until or guard.signal is not None
+                if done % opts.log_every == 0 or last:
+                    now = time.perf_counter()
+                    rate = (self.images - mark_images) / max(now - mark, 1e-9)
+                    mark, mark_images = now, self.images
+                    row = self._log(done, window, counts, rate)
+                    window, counts = {}, {}
+                    self._stop_if_diverged(finite, done)
+                    left = (until - done) * opts.batch_size / max(rate, 1e-9)
+                    note = f"loss {row.get('loss', math.nan):.4g}  {rate:.0f} img/s"
+                    progress.update(done, note)
+                    progress.line(f"step {done}/{until}  {note}  ETA {duration(left)}")
+                elif progress.bar is not None:
+                    progress.update(done)
+                if done % opts.save_every == 0 or last:
+                    self._stop_if_diverged(finite, done)
+                    self.save(done, self.seconds + time.perf_counter() - began)
+                if (done % opts.preview_every == 0 or done == until) and opts.preview_n:
+                    self.preview(done)
+                    mark, mark_images = time.perf_counter(), self.images
+                if self._stopped(guard):
+                    break
+        self.seconds += time.perf_counter() - began
+        done = index + 1 if until > self.start else self.start
+        if self._stopped(guard):
+            code = 143 if guard.signal == signal.SIGTERM else INTERRUPTED
+            raise VgmError(
+                f"stopped after step {done}; everything is saved in {self.run.path}", "--resume goes on", code
+            )
+        overall = (self.images - self.start * opts.batch_size) / max(time.perf_counter() - began, 1e-9)
+        outcome = Outcome(self.run.path, done, self.images, self.seconds, overall)
+        if self.acc.is_main_process:
+            from vgm_cli.engine.card import write_card
+
+            write_card(self.run, self.recipe, outcome, self.components)
+            if not quiet_end:
+                ui.event("result", **asdict(outcome))
+                ui.info(f"done: {done} steps in {duration(self.seconds)}, {overall:.0f} img/s")
+                ui.data(str(self.run.path))
+                ui.info(f"next: vgm sample {self.run.path}")
+        if self.track not in ("jsonl", "none"):
+            self.acc.end_training()
+        return outcome
+
+    def one_step(self, index: int, batches: Iterator[Batch]) -> tuple[dict[str, Tensor], Tensor]:
+        """One optimizer step of every phase that is due; returns mean logs and whether every loss was finite."""
+        torch.manual_seed(seed_of(self.opts.seed, index, self.rank))  # nn.Dropout and the like
+        steps = [self._step(index, m) for m in range(self.opts.accumulate)]
+        micros = [self._to_model(next(batches), s) for s in steps]
+        due = [p for p in self.phases if index % p.every == 0]
+        logs: dict[str, Tensor] = {}
+        ok = torch.ones((), dtype=torch.bool, device=self.device)
+        experience = getattr(self.objective, "experience", None)
+        parts = zip(*(experience(b, s) for b, s in zip(micros, steps))) if experience else [tuple(micros)]
+        for group in parts:
+            for phase in due:
+                self._set_lr(phase.optimizer, index)
+                self._freeze(phase)
+                root, optimizer = self.roots[phase.optimizer], self.optimizers[phase.optimizer]
+                for m, (part, step) in enumerate(zip(group, steps)):
+                    last = m == len(steps) - 1
+                    with nullcontext() if last or self.world == 1 else self.acc.no_sync(root):
+                        loss, own = root(phase.name, part, step)
+                        self.acc.backward(loss * (phase.gain / len(steps)))
+                    ok &= torch.isfinite(loss.detach())
+                    key = "loss" if len(self.phases) == 1 else f"{phase.name}/loss"
+                    for k, v in {key: loss.detach(), **own}.items():
+                        v = torch.as_tensor(v, device=self.device).detach().float() / len(steps)
+                        logs[k] = logs[k] + v if k in logs and m else v
+                clip = phase.clip if phase.clip is not None else self.opts.clip
+                if clip is not None:
+                    logs["grad_norm"] = self.acc.clip_grad_norm_(root.parameters(), clip).detach()
+                optimizer.step()
+                optimizer.zero_grad(set_to_none=True)
+        if hasattr(self.objective, "after_step"):
+            self.objective.after_step(steps[-1])
+        for average in self.averages:
+            average.update()
+        return logs, ok
+
+    def _freeze(self, phase: Phase) -> None:
+        if len(self.phases) > 1:
+            for role, params in self.trainable.items():
+                for p in params:
+                    p.requires_grad_(role in phase.trains)
+
+    def _set_lr(self, name: str, index: int) -> None:
+        lr = learning_rate(self.settings[name], index, self.opts.steps)
+        for group in self.optimizers[name].param_groups:
+            group["lr"] = lr
+
+    def _log(self, done: int, window: Mapping[str, Tensor], counts: Mapping[str, int], rate: float) -> dict[str, Any]:
+        row: dict[str, Any] = {"step": done, "images": self.images, "images_per_second": round(rate, 2)}
+        keys = sorted(window)
+        if keys:
+            values = torch.stack([window[k].double() / counts[k] for k in keys])
+            if self.world > 1:
+                values = self.acc.reduce(values, "mean")
+            row |= dict(zip(keys, (float(f"{v:.6g}") for v in values.tolist())))
+        for name, setting in self.settings.items():
+            key = "lr" if len(self.settings) == 1 else f"{name}/lr"
+            row[key] = learning_rate(setting, done - 1, self.opts.steps)
+        if self.acc.is_main_process and self.track != "none":
+            self.run.log(row)
+        ui.event("step", **row)
+        if self.track not in ("jsonl", "none"):
+            self.acc.log({k: v for k, v in row.items() if k != "step"}, step=done)
+        return row
+
+    def _stop_if_diverged(self, finite: Tensor, done: int) -> None:
+        flag = finite.float()
+        if self.world > 1:
+            flag = self.acc.reduce(flag, "mean")
+        if flag.item() < 1:
+            last = self.run.last()
+            kept = f"the last good checkpoint is {last}" if last else "no checkpoint was written yet"
+            raise VgmError(
+                f"training diverged: the loss was not finite by step {done}; {kept}",
+                "lower optimizer.lr, set train.clip=1.0, or train.precision=fp32",
+                DIVERGED,
+            )
+
+    def _stopped(self, guard: Guard) -> bool:
+        """All ranks agree whether a signal came."""
+        flag = guard.signal is not None
+        if self.world == 1:
+            return flag
+        seen = torch.tensor(float(flag), device=self.device)
+        flag = bool(self.acc.reduce(seen, "sum").item() > 0)
+        if flag and guard.signal is None:
+            guard.signal = signal.SIGINT
+        return flag
+
+    def _announce(self, until: int) -> None:
+        count = sum(p.numel() for p in self.networks["model"].parameters()) if "model" in self.networks else 0
+        ui.event("start", run=str(self.run.path), parameters=count, steps=until, start=self.start)
+        ui.info(
+            f"{self.recipe.name}: {count:,} parameters, {self.feed.count:,} images "
+            f"{self.facts.image_size}×{self.facts.image_size}×{self.facts.image_channels}"
+            + (f", {self.facts.num_classes} classes" if self.facts.num_classes else ", unlabelled")
+            + f", {self.acc.mixed_precision.replace('no', 'fp32')}, {self.world} process{'es' * (self.world > 1)}"
+        )
+
+    # -- saving and restoring -----------------------------------------------------------------------------------------
+
+    def header(self, role: str = "model", weights: str = "raw") -> ckpt.Header:
+        view = self.objective.view() if role == "model" and hasattr(self.objective, "view") else None
+        return ckpt.Header(
+            component=self.components.get(role, {"kind": "model", "name": role, "kwargs": {}}),
+            view=view,
+            codec=self.feed.codec_ref if role == "model" else None,
+            recipe=self.recipe.config,
+            data={**asdict(self.facts), **self.feed.describe()},
+            step=self.start,
+            images=self.images,
+            weights=weights,
+        )
+
+    def save(self, done: int, seconds: float) -> None:
+        """One complete checkpoint; it gets its name only when every byte is on disk."""
+        if not self.acc.is_main_process:
+            return
+        header = self.header()
+        header.step = done
+        temp = self.run.begin_checkpoint(done)
+        ckpt.save_network(temp / "model.safetensors", self.networks["model"].state_dict(), header)
+        for average in self.averages:
+            header.weights = average.name
+            ckpt.save_network(temp / f"{average.name}.safetensors", average.state_dict(), header)
+        for role in self.trained:
+            if role != "model":
+                own = self.header(role)
+                own.step = done
+                ckpt.save_network(temp / f"{role}.safetensors", self.networks[role].state_dict(), own)
+        tensors: dict[str, Tensor] = {}
+        for name, optimizer in self.optimizers.items():
+            tensors |= optimizer_tensors(optimizer, f"optimizer.{name}.")
+        if hasattr(self.objective, "state_dict"):
+            tensors |= {f"objective.{k}": v for k, v in self.objective.state_dict().items()}
+        atomic.save_safetensors({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()},
+                                temp / "trainer.safetensors", {"format": "pt"})
+        scaler = self.acc.scaler.state_dict() if self.acc.scaler is not None else None
+        state = {
+            "step": done,
+            "images": self.images,
+            "seconds": seconds,
+            "seed": self.opts.seed,
+            "world": self.world,
+            "ema_updates": {a.name: a.updates for a in self.averages},
+            "scaler": scaler,
+        }
+        atomic.write_json(temp / "state.json", state)
+        self.run.commit_checkpoint(temp, self.opts.keep)
+
+    def restore(self) -> None:
+        """Continue from the last complete checkpoint; from the start when there is none."""
+        folder = self.run.last()
+        if folder is None:
+            ui.info(f"{self.run.path} has no checkpoint yet: starting at step 0")
+            return
+        try:
+            state = json.loads((folder / "state.json").read_text())
+        except (OSError, ValueError) as e:
+            raise VgmError(f"{folder} is damaged: {e}", "remove it to resume from the one before", FAILED) from e
+        for role in self.trained:
+            file = folder / f"{'model' if role == 'model' else role}.safetensors"
+            self.networks[role].load_state_dict(ckpt.read_tensors(file)[0])
+        for average in self.averages:
+            tensors, _ = ckpt.read_tensors(folder / f"{average.name}.safetensors")
+            average.load_state_dict(tensors, state["ema_updates"][average.name])
+        tensors, _ = ckpt.read_tensors(folder / "trainer.safetensors")
+        for name, optimizer in self.optimizers.items():
+            load_optimizer_tensors(optimizer, tensors, f"optimizer.{name}.")
+        own = {k.removeprefix("objective."): v for k, v in tensors.items() if k.startswith("objective.")}
+        if hasattr(self.objective, "load_state_dict"):
+            self.objective.load_state_dict(own)
+        if self.acc.scaler is not None and state.get("scaler"):
+            self.acc.scaler.load_state_dict(state["scaler"])
+        self.start, self.images, self.seconds = state["step"], state["images"], state["seconds"]
+        if self.acc.is_main_process:
+            self.run.rewind_log(self.start)
+        ui.info(f"resuming from step {self.start}")
+
+    def preview(self, done: int) -> None:
+        """A grid from the first average with the run's fixed noise and labels, comparable between steps."""
+        if not self.acc.is_main_process or self.recipe.config.get("sampler") is None:
+            return
+        model = self.networks["model"]
+        rng = torch.random.get_rng_state()
+        with ExitStack() as stack:
+            if self.averages:
+                from vgm_cli.engine.ema import swap_in
+
+                before = swap_in(model, self.averages[0].state_dict())
+                stack.callback(model.load_state_dict, before)
+            was_training = model.training
+            model.eval()
+            stack.callback(model.train, was_training)
+            loaded = ckpt.Loaded(
+                model,
+                ckpt.build_view(model, self.header().view),
+                self.feed.codec,
+                self.header(),
+                self.run.path,
+            )
+            with self.acc.autocast():
+                generate.preview(loaded, self.recipe, self.run.path / "samples" / f"step-{done:06d}.png",
+                                 self.opts.preview_n, self.device)
+        torch.random.set_rng_state(rng)
+
+
+# -- small pieces --------------------------------------------------------------------------------------------------------
+
+
+def make_optimizer(params: list[Tensor], setting: Optimizer, device: torch.device) -> torch.optim.Optimizer:
+    """torch.optim by name, fused where the device has a fused kernel."""
+    common: dict[str, Any] = {"lr": setting.lr, "weight_decay": setting.weight_decay}
+    if setting.name in ("adam", "adamw"):
+        cls = torch.optim.AdamW if setting.name == "adamw" else torch.optim.Adam
+        fused = device.type in ("cuda", "cpu") and all(p.is_floating_point() for p in params)
+        return cls(params, betas=tuple(setting.betas), eps=setting.eps, fused=fused, **common)
+    if setting.name == "rmsprop":
+        return torch.optim.RMSprop(params, eps=setting.eps, **common)
+    return torch.optim.SGD(params, momentum=setting.betas[0], **common)
+
+
+def learning_rate(setting: Optimizer, index: int, total: int) -> float:
+    """Learning rate of step `index`: linear warm-up, then constant, linear or cosine decay to final_lr."""
+    warm = min(1.0, (index + 1) / setting.warmup) if setting.warmup else 1.0
+    if setting.schedule == "constant" or index < setting.warmup:
+        return setting.lr * warm
+    progress = (index - setting.warmup) / max(1, total - setting.warmup)
+    fall = 1 - progress if setting.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
+    return setting.final_lr + (setting.lr - setting.final_lr) * fall
+
+
+def optimizer_tensors(optimizer: Any, prefix: str) -> dict[str, Tensor]:
+    """Optimizer state as named tensors: "<prefix><parameter index>.<entry>"."""
+    state = optimizer.state_dict()["state"]
+    return {f"{prefix}{i}.{k}": torch.as_tensor(v) for i, entries in state.items() for k, v in entries.items()}
+
+
+def load_optimizer_tensors(optimizer: Any, tensors: Mapping[str, Tensor], prefix: str) -> None:
+    full = optimizer.state_dict()
+    state: dict[int, dict[str, Tensor]] = {}
+    for key, value in tensors.items():
+        if key.startswith(prefix):
+            index, _, entry = key[len(prefix) :].partition(".")
+            state.setdefault(int(index), {})[entry] = value
+    optimizer.load_state_dict({"state": state, "param_groups": full["param_groups"]})
+
+
+def should_compile(opts: Any, device: torch.device) -> bool:
+    """auto: on a GPU, and only when the run is long enough to win the compilation time back."""
+    if opts.compile in ("on", True):
+        return True
+    return opts.compile == "auto" and device.type == "cuda" and opts.steps >= 2000
+
+
+def channels_last(network: nn.Module, asked: bool | None) -> bool:
+    """Convolutional networks run faster in channels-last memory; others are left alone."""
+    if asked is not None:
+        return asked
+    convs = sum(p.numel() for m in network.modules() if isinstance(m, nn.Conv2d) for p in m.parameters(False))
+    return convs > 0.5 * sum(p.numel() for p in network.parameters())
+
+
+def train_codec(recipe_name: str, recipe: Recipe, out: Path, track: str = "none") -> Path:
+    """Train the fallback codec on this recipe's data into `out`; returns its weights file. Finished ones are reused."""
+    data = recipe.node("data")
+    assignments = [f"train.seed={recipe.node('train').seed}"]
+    for key in ("path", "size", "channels", "crop", "hflip"):
+        value = getattr(data, key)
+        if value is not None:
+            assignments.append(f"data.{key}={json.dumps(value)}")
+    own = load(recipe_name, None, assignments)
+    finished = Run(out).last() if out.exists() else None
+    if finished is None or json.loads((finished / "state.json").read_text())["step"] < own.node("train").steps:
+        train(own, out, resume=out.exists(), track=track, quiet_end=True)
+    return ckpt.resolve(out)

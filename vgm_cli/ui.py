@@ -1,0 +1,152 @@
+"""The one output sink. Data goes to stdout; progress, warnings and hints to stderr; `--json` prints one document (or
+JSON lines while training) and never colour. Torch-free."""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+from collections.abc import Iterable, Mapping, Sequence
+from typing import Any
+
+from vgm_cli.errors import VgmError
+
+
+class UI:
+    """Output modes: human (default), json, quiet."""
+
+    def __init__(self) -> None:
+        self.json = False
+        self.quiet = False
+        self.debug = os.environ.get("VGM_DEBUG", "") not in ("", "0")
+
+    @property
+    def main(self) -> bool:
+        """Only the first process speaks."""
+        return os.environ.get("RANK", "0") == "0"
+
+    @property
+    def interactive(self) -> bool:
+        return sys.stderr.isatty() and not self.json and not self.quiet and not os.environ.get("CI")
+
+    def data(self, text: str) -> None:
+        """A result line on stdout."""
+        if self.main and not self.json:
+            print(text, flush=True)
+
+    def document(self, value: Any) -> None:
+        """The command's one JSON document."""
+        if self.main and self.json:
+            print(json.dumps(value, indent=2, default=str), flush=True)
+
+    def event(self, event: str, **fields: Any) -> None:
+        """One JSON line of a long job."""
+        if self.main and self.json:
+            print(json.dumps({"event": event, **fields}, default=str), flush=True)
+
+    def info(self, text: str) -> None:
+        """Progress for people, on stderr."""
+        if self.main and not self.json and not self.quiet:
+            print(text, file=sys.stderr, flush=True)
+
+    def warn(self, text: str) -> None:
+        if self.main:
+            print(f"warning: {text}", file=sys.stderr, flush=True)
+
+    def error(self, e: VgmError) -> None:
+        """One sentence and a hint on stderr; with --json also an error document on stdout."""
+        if not self.main and os.environ.get("WORLD_SIZE", "1") != "1":
+            return
+        if self.json:
+            print(json.dumps({"event": "error", "error": e.message, "hint": e.hint, "code": e.code}), flush=True)
+        print(f"error: {e.message}", file=sys.stderr)
+        if e.hint:
+            print(f"  hint: {e.hint}", file=sys.stderr, flush=True)
+
+    def table(self, columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str = "") -> None:
+        """A table on stdout; plain tab-separated rows when stdout is a pipe."""
+        if self.json or not self.main:
+            return
+        rows = [[str(c) for c in r] for r in rows]
+        if not sys.stdout.isatty():
+            print("\t".join(columns))
+            for r in rows:
+                print("\t".join(r))
+            return
+        from rich.console import Console
+        from rich.table import Table
+
+        table = Table(*columns, title=title or None, title_justify="left", box=None, pad_edge=False)
+        for r in rows:
+            table.add_row(*r)
+        Console().print(table)
+
+
+ui = UI()
+
+
+class Progress:
+    """Progress of a long loop: a bar on a terminal, otherwise a plain line whenever `line` is called."""
+
+    def __init__(self, what: str, total: int, done: int = 0):
+        self.what, self.total = what, total
+        self.bar: Any = None
+        if ui.interactive and ui.main:
+            from rich.console import Console
+            from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+            from rich.progress import Progress as RichProgress
+
+            self.bar = RichProgress(
+                TextColumn("{task.description}"),
+                BarColumn(),
+                MofNCompleteColumn(),
+                TimeRemainingColumn(),
+                TextColumn("{task.fields[note]}"),
+                console=Console(stderr=True),
+            )
+            self.task = self.bar.add_task(what, total=total, completed=done, note="")
+            self.bar.start()
+
+    def update(self, done: int, note: str | None = None) -> None:
+        if self.bar is not None:
+            self.bar.update(self.task, completed=done, **({"note": note} if note is not None else {}))
+
+    def line(self, text: str) -> None:
+        if self.bar is None:
+            ui.info(text)
+
+    def __enter__(self) -> Progress:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        if self.bar is not None:
+            self.bar.stop()
+
+
+def human(n: float) -> str:
+    """1234567 -> '1.23 M'."""
+    for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
+        if abs(n) >= size:
+            return f"{n / size:.3g} {unit}"
+    return f"{n:.4g}"
+
+
+def duration(seconds: float) -> str:
+    """3725 -> '1 h 2 min'."""
+    s = int(seconds)
+    if s >= 172800:
+        return f"{s / 86400:.1f} days"
+    if s >= 3600:
+        return f"{s // 3600} h {s % 3600 // 60} min"
+    return f"{s // 60} min {s % 60} s" if s >= 60 else f"{s} s"
+
+
+def flat(config: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Nested mapping -> dotted scalars, as trackers want it."""
+    out: dict[str, Any] = {}
+    for k, v in config.items():
+        if isinstance(v, Mapping):
+            out.update(flat(v, f"{prefix}{k}."))
+        else:
+            out[f"{prefix}{k}"] = v if isinstance(v, int | float | str | bool) else str(v)
+    return out
