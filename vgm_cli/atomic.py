@@ -1,4 +1,6 @@
-"""Writes that are whole or not there: a temporary file in the same folder, flush, fsync, rename, fsync of the folder."""
+"""Writes that are whole or not there: temporary file in the same folder, flush, fsync, rename, fsync of the folder.
+
+Torch is imported only by save_safetensors."""
 
 from __future__ import annotations
 
@@ -6,6 +8,7 @@ import contextlib
 import errno
 import json
 import os
+import re
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -14,6 +17,9 @@ from vgm_cli.errors import FAILED, VgmError
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+FULL = (errno.ENOSPC, errno.EDQUOT)
 
 
 @contextlib.contextmanager
@@ -26,7 +32,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     temp = target.with_name(f".{target.name}.{os.getpid()}.tmp")
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        temp.touch()
+        mode = temp.stat().st_mode  # what the umask gives: some writers (safetensors) leave files that only we may read
         yield temp
+        os.chmod(temp, mode)
         with open(temp, "rb") as f:
             os.fsync(f.fileno())
         os.replace(temp, target)
@@ -39,7 +48,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 
 def _failure(path: Path, e: OSError) -> VgmError:
-    reason = "no space left on device" if e.errno in (errno.ENOSPC, errno.EDQUOT) else e.strerror or str(e)
+    reason = "no space left on device" if e.errno in FULL else e.strerror or str(e)
     return VgmError(f"cannot write {path}: {reason}", "what was there before is unchanged", FAILED)
 
 
@@ -75,5 +84,5 @@ def save_safetensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str]
         try:
             save_file(dict(tensors), temp, dict(metadata))
         except SafetensorError as e:
-            full = "No space left" in str(e) or "os error 28" in str(e)
-            raise OSError(errno.ENOSPC if full else errno.EIO, str(e)) from e
+            number = re.search(r"os error (\d+)", str(e))  # safetensors keeps the system's error in its text only
+            raise OSError(int(number[1]) if number else errno.EIO, str(e)) from e

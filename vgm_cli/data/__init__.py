@@ -1,0 +1,102 @@
+"""Data sets: whatever images a user has, opened by path.
+
+`open_dataset` knows image folders, .zip (EDM layout or a zipped folder), webdataset .tar shards, .npz arrays, folders of
+latents, and the shipped sets. `loader.Batches` draws training batches from them, `latents` caches what a codec makes of
+them.
+"""
+
+from __future__ import annotations
+
+from importlib import resources
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from vgm_cli.data.dataset import Dataset, Facts
+from vgm_cli.data.source import Source, usage
+from vgm_cli.errors import FAILED, VgmError, nearest
+
+if TYPE_CHECKING:
+    from vgm_cli.data.latents import Latents
+
+__all__ = ["FORMATS", "SHIPPED", "Dataset", "Facts", "open_dataset"]
+
+SHIPPED = {
+    "mnist5k": "5,000 MNIST digits, 28 × 28 grey, 10 classes (LeCun, Cortes, Burges; CC BY-SA 3.0)",
+    "shapes": "3,000 coloured shapes, 32 × 32 (or data.size), 3 classes, captions; drawn from a seed",
+}
+FORMATS = "an image folder, .zip, .tar (or a{000..009}.tar, or a folder of them), .npz, a folder of latents"
+
+
+def open_dataset(
+    path: str | Path | None = None,
+    *,
+    size: int | None = None,
+    channels: int | None = None,
+    crop: str = "adm",
+    labels: bool | None = None,
+    label_key: str | None = None,
+    split: str | None = None,
+) -> Dataset | Any:
+    """Open a set of images (`Dataset`), or of latents (`vgm_cli.data.latents.Latents`).
+
+    path: see FORMATS; None is the shipped mnist5k, other names of SHIPPED work too (write ./NAME for a folder of that
+    name). size, channels: as found if None (rules: dataset.py). crop: adm, center, random, resize, none.
+    labels: True refuses a set without. label_key: the column of metadata.jsonl, array of the .npz or key of the .json
+    that holds the labels. split: train, val or test, where the set has them.
+
+    Raises VgmError: nothing there or unknown kind (exit code 2), labels wanted but missing (2), empty or unreadable (1).
+    """
+    if path is not None and not isinstance(path, str):
+        path = str(path)
+    source = shipped(path, size) or find(path or "", label_key, split)
+    dataset: Any = source if not isinstance(source, Source) else Dataset(source, size, channels, crop)
+    if labels and not dataset.facts.num_classes:
+        hint = source.no_labels if isinstance(source, Source) else "these latents were stored without"
+        raise usage(f"{dataset.facts.root} has no labels", hint)
+    return dataset
+
+
+def shipped(name: str | None, size: int | None) -> Source | None:
+    """A set that comes with the package."""
+    from vgm_cli.data.arrays import open_npz, shapes
+
+    if name in (None, "mnist5k"):
+        source = open_npz(Path(str(resources.files("vgm_cli") / "data" / "assets" / "mnist5k.npz")))
+        source.root = "mnist5k"
+        return source
+    return shapes(size=size or 32) if name == "shapes" else None
+
+
+def find(path: str, label_key: str | None, split: str | None) -> Source | Latents:
+    """The reader that fits what lies at `path`."""
+    from vgm_cli.data.arrays import open_npz
+    from vgm_cli.data.files import Folder, Zip
+    from vgm_cli.data.tars import Tar, expand_braces
+
+    file = Path(path).expanduser()
+    suffix = file.suffix.lower()
+    try:
+        if "{" in path and not file.exists():
+            return Tar([Path(p) for p in expand_braces(str(file.absolute()))], str(file.absolute()), label_key)
+        if file.is_dir():
+            from vgm_cli.data.latents import is_latents, open_latents
+
+            shards = sorted(p for p in file.glob("*.tar") if not p.name.startswith("."))
+            if shards:
+                return Tar(shards, str(file.absolute()), label_key)
+            return open_latents(file) if is_latents(file) else Folder(file, split, label_key)
+        if not file.exists():
+            close = nearest(path, SHIPPED)
+            hint = (
+                f"did you mean the shipped {close[0]}?" if close else f"known: {FORMATS}; shipped: {', '.join(SHIPPED)}"
+            )
+            raise usage(f"no such data: {path}", hint)
+        if suffix == ".tar":
+            return Tar([file], str(file.absolute()), label_key)
+        if suffix == ".zip":
+            return Zip(file, split, label_key)
+        if suffix == ".npz":
+            return open_npz(file, label_key)
+    except OSError as e:
+        raise VgmError(f"{path} cannot be read: {e.strerror or e}", code=FAILED) from e
+    raise usage(f"{path} is no kind of data set", f"known: {FORMATS}; shipped: {', '.join(SHIPPED)}")

@@ -1,0 +1,164 @@
+"""Sets that are arrays: .npz files (images, labels; ADM's arr_0, arr_1) and procedural sets drawn from a seed."""
+
+from __future__ import annotations
+
+import zipfile
+import zlib
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+
+from vgm_cli.data.decode import eight_bits
+from vgm_cli.data.files import data_offset
+from vgm_cli.data.source import Source, class_indices
+from vgm_cli.errors import FAILED, USAGE, VgmError
+
+IMAGE_KEYS = ("images", "arr_0", "x", "image", "data")
+LABEL_KEYS = ("labels", "arr_1", "y", "label")
+
+
+def npz_keys(path: str | Path) -> list[str]:
+    """Names of the arrays. Raises VgmError when the file is not an .npz."""
+    try:
+        with zipfile.ZipFile(path) as z:
+            return [n.removesuffix(".npy") for n in z.namelist()]
+    except (zipfile.BadZipFile, OSError) as e:
+        raise VgmError(f"{path} is not a readable .npz file: {e}", "was the copy complete?", FAILED) from e
+
+
+def npz_array(path: str | Path, key: str) -> np.ndarray:
+    """One array; memory-mapped where it is stored uncompressed, so that 10 GB of samples cost no memory."""
+    with zipfile.ZipFile(path) as z, open(path, "rb") as f:
+        member = z.getinfo(key + ".npy")
+        if member.compress_type == zipfile.ZIP_STORED:
+            f.seek(data_offset(f, member))
+            version = np.lib.format.read_magic(f)
+            read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(
+                version
+            )
+            if read is not None:
+                shape, fortran, dtype = read(f)
+                if np.prod(shape) and not dtype.hasobject:
+                    return np.memmap(path, dtype, "r", f.tell(), shape, "F" if fortran else "C")
+    with np.load(path, allow_pickle=False) as archive:
+        return archive[key]
+
+
+def as_pixels(a: np.ndarray, where: str) -> np.ndarray:
+    """(N, H, W), (N, H, W, C) or (N, C, H, W) of any usual range -> uint8 (N, H, W, C), C in {1, 3}.
+
+    C is where a 1, 3 or 4 stands, looked for at the end first. Floats are taken as [-1, 1] when negative.
+    """
+    if a.ndim == 3:
+        a = a[..., None]
+    if a.ndim != 4 or (a.shape[3] not in (1, 3, 4) and a.shape[1] not in (1, 3, 4)):
+        shape = tuple(a.shape)
+        raise VgmError(
+            f"{where} has shape {shape}, which are not images", "(N, H, W, 3), (N, 3, H, W) or (N, H, W)", FAILED
+        )
+    if a.shape[3] not in (1, 3, 4):
+        a = a.transpose(0, 2, 3, 1)
+    if a.dtype == bool:
+        a = a.astype(np.uint8) * np.uint8(255)
+    elif a.dtype.kind not in "uif":
+        raise VgmError(f"{where} holds {a.dtype}, not pixels", "uint8 is best", FAILED)
+    elif a.dtype != np.uint8:
+        if a.dtype.kind == "i" and len(a) and a.min() >= 0 and a.max() <= 255:
+            a = a.astype(np.uint8)
+        else:
+            a = eight_bits((a + 1) / 2 if a.dtype.kind == "f" and a.min(initial=0) < 0 else a)
+    if a.shape[3] == 4:  # composited on white
+        alpha = a[..., 3:].astype(np.float32) / 255
+        a = (a[..., :3] * alpha + 255 * (1 - alpha) + 0.5).astype(np.uint8)
+    return a
+
+
+class Arrays(Source):
+    """images: uint8 (N, H, W, C), C in {1, 3}; labels: (N,) or None; captions: one per image."""
+
+    kind = "npz"
+
+    def __init__(self, root: str, images: np.ndarray, labels: Any = None, captions: list[str] | None = None) -> None:
+        super().__init__(root)
+        self.images = images
+        self.names = [f"{i:08d}" for i in range(len(images))]
+        self.sizes = [int(images[0].nbytes) if len(images) else 0] * len(images)
+        self.texts = captions or []
+        self.captioned = bool(captions)
+        self.no_labels = f"an array named {' or '.join(LABEL_KEYS[:2])} gives labels"
+        if labels is not None:
+            if len(labels) != len(images):
+                raise VgmError(f"{root} has {len(images)} images but {len(labels)} labels", code=FAILED)
+            self.labels, self.class_names = class_indices(labels, root)
+
+    def header(self, i: int) -> tuple[int, int, bool]:
+        h, w, c = self.images.shape[1:]
+        return w, h, c == 1
+
+    def image(self, i: int) -> Image.Image:
+        a = self.images[i]
+        return Image.fromarray(a[..., 0] if a.shape[-1] == 1 else a)
+
+    def caption(self, i: int) -> str | None:
+        return self.texts[i] if self.texts else None
+
+    def read(self, i: int) -> bytes:
+        return self.images[i].tobytes()
+
+    def pixels(self) -> np.ndarray | None:
+        return self.images
+
+
+def open_npz(path: Path, label_key: str | None = None) -> Arrays:
+    """Raises VgmError when no array of images is there."""
+    keys = npz_keys(path)
+    key = next((k for k in IMAGE_KEYS if k in keys), None)
+    if key is None:
+        extra = "; it holds statistics, not images" if "mu" in keys else ""
+        raise VgmError(
+            f"{path} has no images{extra}", f"arrays: {', '.join(keys[:8]) or 'none'}; 'images' is wanted", USAGE
+        )
+    if label_key is not None and label_key not in keys:
+        raise VgmError(f"{path} has no array '{label_key}'", f"arrays: {', '.join(keys[:8])}", USAGE)
+    wanted = (label_key,) if label_key else LABEL_KEYS
+    label = next((k for k in wanted if k in keys), None)
+    try:
+        found, labels = npz_array(path, key), None if label is None else npz_array(path, label)
+    except (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError) as e:
+        raise VgmError(
+            f"{path} is damaged or holds Python objects: {e}", "write plain arrays (numpy.savez)", FAILED
+        ) from e
+    return Arrays(str(path.absolute()), as_pixels(found, f"'{key}' of {path}"), labels)
+
+
+# -- procedural ------------------------------------------------------------------------------------------------------
+
+SHAPES = ("circle", "square", "triangle")
+COLOURS = {"red": (220, 50, 47), "green": (60, 160, 70), "blue": (40, 100, 210), "yellow": (225, 185, 40)}
+
+
+def shapes(count: int = 3000, size: int = 32, seed: int = 0) -> Arrays:
+    """Coloured shapes on white: label = shape, caption "a red circle". Centre, radius and colour are drawn from `seed`.
+
+    Edges are smoothed over one pixel; triangles point up.
+    """
+    rng = np.random.default_rng(seed)
+    kinds = np.arange(count) % len(SHAPES)
+    colours = rng.integers(len(COLOURS), size=count)
+    radius = rng.uniform(0.15, 0.3, (count, 1, 1))  # of the side
+    cx, cy = rng.uniform(radius + 0.02, 0.98 - radius, (2, count, 1, 1))
+    at = (np.arange(size) + 0.5) / size
+    x, y = at[None, None, :] - cx, at[None, :, None] - cy  # (N, 1, W), (N, H, 1)
+    circle = np.hypot(x, y) - radius
+    square = np.maximum(abs(x), abs(y)) - 0.85 * radius
+    triangle = np.maximum(0.866 * abs(x) - 0.5 * y - 0.5 * radius, y - 0.5 * radius)
+    distance = np.choose(kinds[:, None, None], [circle, square, triangle])  # (N, H, W), negative inside
+    inside = (0.5 - distance * size).clip(0, 1)[..., None]
+    paint = np.array(list(COLOURS.values()), np.float64)[colours][:, None, None]  # (N, 1, 1, 3)
+    images = (255 * (1 - inside) + paint * inside + 0.5).astype(np.uint8)
+    names = list(COLOURS)
+    out = Arrays("shapes", images, kinds, [f"a {names[c]} {SHAPES[k]}" for c, k in zip(colours, kinds)])
+    out.kind, out.class_names = "procedural", list(SHAPES)
+    return out

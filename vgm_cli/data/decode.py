@@ -1,0 +1,80 @@
+"""Any image file to 8-bit pixels, by one rule for every kind of file.
+
+Grey, bilevel, palette, CMYK, YCbCr: converted by Pillow (colour profiles are not applied). Transparency: composited on
+white. 16-bit grey: scaled by 1/257, not clipped; 32-bit integers beyond that: from [0, 2^32). Floats: from [0, 1],
+[0, 255] or [0, 65535], the smallest range that holds the image. EXIF orientation: applied. Animations: first frame.
+"""
+
+from __future__ import annotations
+
+import io
+import os
+from typing import BinaryIO
+
+import numpy as np
+from PIL import Image, ImageOps
+
+File = str | os.PathLike[str] | BinaryIO
+SUFFIXES = frozenset(".png .jpg .jpeg .webp .bmp .gif .tif .tiff .ppm .pgm .pnm .jp2 .avif".split())
+GREY = frozenset(("1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L", "I;16N"))
+ORIENTATION = 0x0112  # EXIF tag; values from 5 on swap width and height
+
+
+class Unreadable(Exception):
+    """An image that cannot be decoded; the text says why."""
+
+
+def eight_bits(a: np.ndarray) -> np.ndarray:
+    """Non-negative numbers of any dtype -> uint8 of the same shape, by the ranges of the module's docstring."""
+    if a.dtype == np.uint8:
+        return a
+    a, floats = np.nan_to_num(a.astype(np.float64)), a.dtype.kind == "f"
+    ranges = ((1, 255.0), (255, 1.0), (np.inf, 1 / 257)) if floats else ((65535, 1 / 257), (np.inf, 255 / (2**32 - 1)))
+    scale = next(scale for top, scale in ranges if a.max(initial=0) <= top)
+    return (a * scale + 0.5).clip(0, 255).astype(np.uint8)
+
+
+def _orientation(image: Image.Image) -> int:
+    try:
+        return int(image.getexif().get(ORIENTATION, 1))
+    except Exception:  # broken EXIF does not spoil the pixels
+        return 1
+
+
+def load_image(file: File) -> Image.Image:
+    """A decoded image of mode "L" (the file is grey) or "RGB". Raises Unreadable, whatever is wrong with the file."""
+    try:
+        with Image.open(file) as image:
+            image.load()
+            if _orientation(image) != 1:
+                ImageOps.exif_transpose(image, in_place=True)
+            grey = image.mode in GREY
+            if image.mode.startswith(("I", "F")):
+                return Image.fromarray(eight_bits(np.asarray(image)))
+            if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
+                rgba = image.convert("RGBA")
+                image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+            return image.convert("L" if grey else "RGB")
+    except Exception as e:  # decoders raise OSError, SyntaxError, ValueError, struct.error, bomb errors and more
+        raise Unreadable(str(e) or type(e).__name__) from e
+
+
+def load_rgb(file: File | bytes) -> np.ndarray:
+    """Any image file (path, open file or bytes) -> uint8 (H, W, 3). Raises Unreadable."""
+    return np.asarray(load_image(io.BytesIO(file) if isinstance(file, bytes) else file).convert("RGB"))
+
+
+def read_header(file: File) -> tuple[int, int, bool]:
+    """(width, height, grey?) without decoding pixels; width and height after EXIF rotation. Raises Unreadable."""
+    try:
+        with Image.open(file) as image:
+            width, height = image.size
+            if _orientation(image) >= 5:
+                width, height = height, width
+            grey = image.mode in GREY
+            if image.mode in ("P", "PA"):
+                palette = np.array(image.getpalette("RGB") or [], np.uint8).reshape(-1, 3)
+                grey = bool(len(palette)) and bool((palette == palette[:, :1]).all())
+            return width, height, grey
+    except Exception as e:
+        raise Unreadable(str(e) or type(e).__name__) from e
