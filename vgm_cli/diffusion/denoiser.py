@@ -1,0 +1,285 @@
+"""One view of any diffusion or flow network, and the conversions between what networks predict.
+
+Gao et al. 2024, "Diffusion meets flow matching": with the same alpha and sigma every prediction is an affine function
+of every other. Host convention: t = 0 data, t = 1 noise, z = alpha x0 + sigma eps. Kinds of prediction:
+x0 | eps | score = -eps / sigma | v = alpha eps - sigma x0 | velocity u = alpha' x0 + sigma' eps = dz/dt |
+F (EDM: x0 = c_skip(s) y + c_out(s) F with y = z / alpha, s = sigma / alpha).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal, get_args
+
+import torch
+from torch import Tensor
+
+from vgm_cli.diffusion.path import DiscreteVPPath, Path, Time, as_time, expand, make_path
+from vgm_cli.errors import USAGE, VgmError, unknown
+
+Prediction = Literal["x0", "eps", "score", "v", "velocity", "F"]
+KINDS: tuple[str, ...] = get_args(Prediction)
+TIMES = ("unit", "reversed", "index", "sigma", "log-sigma", "edm", "logsnr")
+SCALES = ("none", "edm", "ve", "vp")
+Network = Callable[..., Tensor]
+
+# -- conversions -----------------------------------------------------------------------------------------------------
+
+Affine = tuple[Tensor, Tensor]  # (a, b): the wanted quantity is a z + b prediction
+
+
+def edm_scales(s: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor]:
+    """EDM's c_skip, c_out, c_in at noise level s (Karras et al. 2022, table 1)."""
+    total = s**2 + sigma_data**2
+    return sigma_data**2 / total, s * sigma_data / total.sqrt(), 1 / total.sqrt()
+
+
+def x0_from(kind: str, path: Path, t: Tensor, sigma_data: float) -> Affine:
+    """(a, b) of x0 = a z + b prediction."""
+    alpha, sigma = path.alpha(t), path.sigma(t)
+    if kind == "x0":
+        return torch.zeros_like(t), torch.ones_like(t)
+    if kind == "eps":
+        return 1 / alpha, -sigma / alpha
+    if kind == "score":
+        return 1 / alpha, sigma**2 / alpha
+    if kind == "v":
+        norm = alpha**2 + sigma**2
+        return alpha / norm, -sigma / norm
+    if kind == "velocity":
+        d_alpha, d_sigma = path.alpha_prime(t), path.sigma_prime(t)
+        w = d_alpha * sigma - alpha * d_sigma
+        return -d_sigma / w, sigma / w
+    if kind == "F":
+        c_skip, c_out, _ = edm_scales(sigma / alpha, sigma_data)
+        return c_skip / alpha, c_out
+    raise unknown("prediction", kind, KINDS)
+
+
+def eps_from(kind: str, path: Path, t: Tensor, sigma_data: float) -> Affine:
+    """(a, b) of eps = a z + b prediction."""
+    alpha, sigma = path.alpha(t), path.sigma(t)
+    if kind == "eps":
+        return torch.zeros_like(t), torch.ones_like(t)
+    if kind == "score":
+        return torch.zeros_like(t), -sigma
+    if kind == "v":
+        norm = alpha**2 + sigma**2
+        return sigma / norm, alpha / norm
+    if kind == "velocity":
+        d_alpha, d_sigma = path.alpha_prime(t), path.sigma_prime(t)
+        w = d_alpha * sigma - alpha * d_sigma
+        return d_alpha / w, -alpha / w
+    a, b = x0_from(kind, path, t, sigma_data)
+    return (1 - alpha * a) / sigma, -alpha * b / sigma
+
+
+def affine(src: str, dst: str, path: Path, t: Tensor, sigma_data: float) -> Affine:
+    """(a, b), float64 and shaped like t, with dst = a z + b src."""
+    if dst not in KINDS:
+        raise unknown("prediction", dst, KINDS)
+    if dst == "x0":
+        return x0_from(src, path, t, sigma_data)
+    if dst in ("eps", "score"):
+        a, b = eps_from(src, path, t, sigma_data)
+        return (a, b) if dst == "eps" else (-a / path.sigma(t), -b / path.sigma(t))
+    xa, xb = x0_from(src, path, t, sigma_data)
+    if dst == "F":
+        alpha = path.alpha(t)
+        c_skip, c_out, _ = edm_scales(path.sigma(t) / alpha, sigma_data)
+        return (xa - c_skip / alpha) / c_out, xb / c_out
+    ea, eb = eps_from(src, path, t, sigma_data)
+    if dst == "v":
+        cx, ce = -path.sigma(t), path.alpha(t)
+    else:
+        cx, ce = path.alpha_prime(t), path.sigma_prime(t)
+    return cx * xa + ce * ea, cx * xb + ce * eb
+
+
+def convert(
+    pred: Tensor, z: Tensor, t: Time, path: Path, src: str, dst: str, sigma_data: float | None = None
+) -> Tensor:
+    """Re-express a prediction of kind `src` at z (B, ...) and t ((B,) or a number) as kind `dst`; pred's dtype.
+
+    Computed in float64. Infinite where it must be: x0 from eps at alpha = 0, eps from x0 at sigma = 0. sigma_data: for
+    "F"; None is the path's. VgmError: unknown kind.
+    """
+    if src == dst and src in KINDS:
+        return pred
+    t = as_time(t).to(z.device).double()
+    a, b = affine(src, dst, path, t, path.sigma_data if sigma_data is None else sigma_data)
+    return (expand(a, z) * z.double() + expand(b, z) * pred.double()).to(pred.dtype)
+
+
+# -- the view --------------------------------------------------------------------------------------------------------
+
+
+class Denoiser:
+    """What samplers, guidance, distillation and restoration see of a network(x, t, **cond).
+
+    path: alpha and sigma. prediction: what the network gives; "x_prev" too (mean of x_{t-1}, discrete paths only).
+    time: the network's own time argument, times time_scale: "unit" host t | "reversed" 1 - t, in which case a velocity
+    is the derivative in that time, -u | "index" 0..steps - 1 of a discrete path | "sigma" | "log-sigma" |
+    "edm" ln(sigma) / 4 (sigma is that of z / alpha) | "logsnr".
+    input_scale: what the network is fed: "none" z | "ve" z / alpha | "vp" z / sqrt(alpha^2 + sigma^2) |
+    "edm" c_in z / alpha; None is "edm" for F, else "none".
+    learned_sigma: the network gives 2C channels, the second half being about the variance (kept aside, see `split`);
+    variance: how that half is to be read, for samplers that use it. The attribute nfe counts evaluations of one image.
+    VgmError: unknown names, "index" without a discrete path.
+    """
+
+    def __init__(
+        self,
+        network: Network,
+        path: str | Mapping[str, Any] | Path,
+        prediction: str = "velocity",
+        *,
+        time: str = "unit",
+        time_scale: float = 1.0,
+        input_scale: str | None = None,
+        learned_sigma: bool = False,
+        variance: str | None = None,
+        sigma_data: float | None = None,
+    ):
+        self.network, self.path = network, make_path(path)
+        if prediction not in (*KINDS, "x_prev"):
+            raise unknown("prediction", prediction, (*KINDS, "x_prev"))
+        if time not in TIMES:
+            raise unknown("time argument", time, TIMES)
+        if (time == "index" or prediction == "x_prev") and not isinstance(self.path, DiscreteVPPath):
+            raise VgmError(f"time={time}, prediction={prediction} needs the path vp-discrete", code=USAGE)
+        if input_scale is not None and input_scale not in SCALES:
+            raise unknown("input scale", input_scale, SCALES)
+        self.prediction, self.time, self.time_scale = prediction, time, time_scale
+        self.input_scale = input_scale or ("edm" if prediction == "F" else "none")
+        self.learned_sigma, self.variance = learned_sigma, variance
+        self.sigma_data = self.path.sigma_data if sigma_data is None else sigma_data
+        self.nfe = 0
+
+    @classmethod
+    def from_config(cls, network: Network, config: Mapping[str, Any]) -> Denoiser:
+        """The inverse of config(). VgmError: unknown key."""
+        options = {k: v for k, v in config.items() if k not in ("name", "path", "prediction")}
+        known = ("time", "time_scale", "input_scale", "learned_sigma", "variance", "sigma_data")
+        for key in options:
+            if key not in known:
+                raise unknown("key", key, known, "denoiser")
+        return cls(network, config["path"], config.get("prediction", "velocity"), **options)
+
+    def config(self) -> dict[str, Any]:
+        """JSON-able description, stored in checkpoints: everything but the network."""
+        config: dict[str, Any] = {"name": "denoiser", "path": self.path.config(), "prediction": self.prediction}
+        config["time"] = self.time
+        optional = {
+            "time_scale": (self.time_scale, 1.0),
+            "input_scale": (self.input_scale, "edm" if self.prediction == "F" else "none"),
+            "learned_sigma": (self.learned_sigma, False),
+            "variance": (self.variance, None),
+            "sigma_data": (self.sigma_data, self.path.sigma_data),
+        }
+        return config | {k: value for k, (value, default) in optional.items() if value != default}
+
+    # the network's side
+
+    def time_argument(self, t: Tensor) -> Tensor:
+        """What the network is told at host time t: float32, shaped like t."""
+        t = t.double()
+        if self.time == "unit":
+            own = t
+        elif self.time == "reversed":
+            own = 1 - t
+        elif self.time == "index":
+            assert isinstance(self.path, DiscreteVPPath)
+            own = self.path.timestep(t)
+        elif self.time == "logsnr":
+            own = self.path.logsnr(t)
+        else:
+            own = self.path.ve_sigma(t)
+            if self.time != "sigma":
+                own = own.log() / (4 if self.time == "edm" else 1)
+        return (own * self.time_scale).float()
+
+    def input_of(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """What the network is fed at x_t (B, ...), t (B,) float64."""
+        if self.input_scale == "none":
+            return x_t
+        alpha, sigma = self.path.alpha(t), self.path.sigma(t)
+        if self.input_scale == "ve":
+            scale = 1 / alpha
+        elif self.input_scale == "vp":
+            scale = 1 / (alpha**2 + sigma**2).sqrt()
+        else:
+            scale = 1 / (sigma**2 + (alpha * self.sigma_data) ** 2).sqrt()
+        return (expand(scale, x_t) * x_t).to(x_t.dtype)
+
+    def batch_time(self, x: Tensor, t: Time) -> Tensor:
+        """t as a float64 tensor (B,) beside x (B, ...)."""
+        if not isinstance(t, Tensor):
+            return torch.full((len(x),), float(t), dtype=torch.float64, device=x.device)
+        return t.to(x.device).double().expand(len(x)) if t.ndim == 0 else t.to(x.device).double()
+
+    def raw(self, x_t: Tensor, t: Time, **cond: Any) -> Tensor:
+        """The network's own output at x_t (B, C, ...), t (B,) or a number: (B, C, ...), or (B, 2C, ...)."""
+        t = self.batch_time(x_t, t)
+        self.nfe += 1
+        return self.network(self.input_of(x_t, t), self.time_argument(t), **cond)
+
+    def split(self, output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:
+        """The prediction, and the variance channels that a learned sigma adds."""
+        if not self.learned_sigma:
+            return output, None
+        channels = x_t.shape[1]
+        return output[:, :channels], output[:, channels:]
+
+    # the host's side
+
+    def interpret(self, output: Tensor, x_t: Tensor, t: Time, to: str = "x0") -> Tensor:
+        """A raw output, as quantity `to`: (B, C, ...)."""
+        t = self.batch_time(x_t, t)
+        pred, _ = self.split(output, x_t)
+        pred = pred.to(torch.promote_types(pred.dtype, x_t.dtype))  # half-precision networks keep a float32 state
+        kind = self.prediction
+        if kind == "velocity" and self.time == "reversed":
+            pred = -pred
+        elif kind == "x_prev":
+            pred, kind = self._x0_from_x_prev(pred, x_t, t), "x0"
+        return convert(pred, x_t, t, self.path, kind, to, self.sigma_data)
+
+    def predict(self, x_t: Tensor, t: Time, to: str = "x0", **cond: Any) -> Tensor:
+        """Quantity `to` (x0, eps, score, v, velocity, F) at x_t (B, C, ...), host time t: (B, C, ...)."""
+        return self.interpret(self.raw(x_t, t, **cond), x_t, t, to)
+
+    def predict_both(self, x_t: Tensor, t: Time, **cond: Any) -> tuple[Tensor, Tensor]:
+        """(x0, eps) from one evaluation."""
+        output = self.raw(x_t, t, **cond)
+        return self.interpret(output, x_t, t, "x0"), self.interpret(output, x_t, t, "eps")
+
+    def denoise_ve(self, x_ve: Tensor, sigma: Time, **cond: Any) -> Tensor:
+        """k-diffusion's interface: x0 at x_ve = x0 + sigma noise (B, ...), sigma (B,) or a number, for any path."""
+        t = self.path.t_of_ve_sigma(self.batch_time(x_ve, sigma)).clamp(max=self.path.t_max)
+        x_t = (expand(self.path.alpha(t), x_ve) * x_ve).to(x_ve.dtype)
+        return self.predict(x_t, t, "x0", **cond)
+
+    def learned_variance(self, output: Tensor, x_t: Tensor) -> Tensor | None:
+        """The variance channels of a raw output, or None."""
+        return self.split(output, x_t)[1]
+
+    def t_range(self) -> tuple[float, float]:
+        """The times between which velocity, x0 and eps are all finite for this path and prediction."""
+        low, high, gap = self.path.t_min, self.path.t_max, 1e-3
+        if self.prediction in ("x0", "score", "F") and float(self.path.sigma(low)) == 0:
+            low = low + gap
+        if self.prediction in ("eps", "score", "F") and float(self.path.alpha(high)) == 0:
+            high = high - gap
+        return low, high
+
+    def _x0_from_x_prev(self, mean: Tensor, x_t: Tensor, t: Tensor) -> Tensor:
+        """Invert the posterior mean of q(x_{t-1} | x_t, x0) (Ho et al. 2020, eq. 7)."""
+        assert isinstance(self.path, DiscreteVPPath)
+        before = (t - 1 / self.path.steps).clamp(min=0)
+        ratio = self.path.alpha(t) / self.path.alpha(before)
+        beta = 1 - ratio**2
+        of_x0, of_x = self.path.alpha(before) * beta, ratio * self.path.sigma(before) ** 2
+        sigma2 = self.path.sigma(t) ** 2
+        x0 = (expand(sigma2, x_t) * mean.double() - expand(of_x, x_t) * x_t.double()) / expand(of_x0, x_t)
+        return x0.to(mean.dtype)

@@ -1,0 +1,499 @@
+"""The discrete Gaussian diffusion process: betas, respacing, posterior, losses, ancestral and DDIM steps.
+
+Ho et al., DDPM (2006.11239); Song et al., DDIM (2010.02502); Nichol & Dhariwal, IDDPM (2102.09672); Dhariwal & Nichol,
+ADM (2105.05233). Behaviour follows openai/guided-diffusion@22e0df8, which facebookresearch/DiT@ed81ce2 copies.
+
+Index t counts from 0 (the least noisy step) to steps - 1. Every draw (t, noise) is an argument. Networks are plain
+callables `model(x, t)` that receive the ORIGINAL process's timestep: see `DiscreteDiffusion.model_timesteps`.
+Deviations: a one-step respacing is allowed (its variance is never used); noise multiplied by 0 is not drawn. DiT's copy
+reads LEARNED as learned_range; here "learned" is the raw log-variance as in guided-diffusion.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Literal, NamedTuple, get_args
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vgm_cli.errors import USAGE, VgmError, unknown
+
+Mean = Literal["eps", "x0", "x_prev"]
+Variance = Literal["fixed_small", "fixed_large", "learned", "learned_range"]
+Loss = Literal["mse", "rescaled_mse", "kl", "rescaled_kl"]
+Network = Callable[[Tensor, Tensor], Tensor]
+
+SCHEDULES = ("linear", "cosine", "squaredcos_cap_v2", "quad", "scaled_linear", "const", "warmup10", "warmup50", "jsd")
+
+
+# -- schedules -------------------------------------------------------------------------------------------------------
+
+
+def named_betas(
+    schedule: str, steps: int, beta_start: float | None = None, beta_end: float | None = None
+) -> np.ndarray:
+    """The betas of a named schedule: (steps,) float64.
+
+    "linear" without ends is Ho et al.'s 1e-4..0.02 scaled by 1000 / steps, so that it stays alike for any length; given
+    ends are used as they are. "cosine" (alias "squaredcos_cap_v2") is IDDPM eq. 17 with betas capped at 0.999. "quad"
+    (alias "scaled_linear", LDM's and Stable Diffusion's "linear") is linear in sqrt(beta). VgmError: unknown name.
+    """
+    if schedule in ("cosine", "squaredcos_cap_v2"):
+        return betas_for_alpha_bar(steps, lambda t: math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2)
+    scale = 1000 / steps if schedule == "linear" else 1.0
+    start = scale * 0.0001 if beta_start is None else beta_start
+    end = scale * 0.02 if beta_end is None else beta_end
+    if schedule == "linear":
+        return np.linspace(start, end, steps, dtype=np.float64)
+    if schedule in ("quad", "scaled_linear"):
+        return np.linspace(start**0.5, end**0.5, steps, dtype=np.float64) ** 2
+    if schedule == "jsd":  # 1/T, 1/(T-1), ..., 1
+        return 1.0 / np.linspace(steps, 1, steps, dtype=np.float64)
+    if schedule in ("const", "warmup10", "warmup50"):
+        betas = np.full(steps, end, dtype=np.float64)
+        warm = int(steps * {"const": 0.0, "warmup10": 0.1, "warmup50": 0.5}[schedule])
+        betas[:warm] = np.linspace(start, end, warm, dtype=np.float64)
+        return betas
+    raise unknown("beta schedule", schedule, SCHEDULES)
+
+
+def betas_for_alpha_bar(steps: int, alpha_bar: Callable[[float], float], max_beta: float = 0.999) -> np.ndarray:
+    """Betas whose cumulative product of (1 - beta) follows alpha_bar(t), t in [0, 1]: (steps,) float64."""
+    ends = [(i / steps, (i + 1) / steps) for i in range(steps)]
+    return np.array([min(1 - alpha_bar(b) / alpha_bar(a), max_beta) for a, b in ends])
+
+
+def space_timesteps(steps: int, sections: str | int | Sequence[int]) -> list[int]:
+    """The timesteps of a `steps`-step process that a respaced one keeps, ascending.
+
+    sections: N, "N" or "a,b,c" (that many from each equal part, first and last of a part included), "ddimN" (integer
+    stride from 0). VgmError: a part has fewer steps than wanted, or no integer stride gives N.
+    """
+    if isinstance(sections, str) and sections.startswith("ddim"):
+        wanted = int(sections.removeprefix("ddim"))
+        for stride in range(1, steps):
+            if len(range(0, steps, stride)) == wanted:
+                return list(range(0, steps, stride))
+        raise VgmError(f"no integer stride takes {wanted} of {steps} steps", f"try {wanted} without 'ddim'", USAGE)
+    if isinstance(sections, str):
+        counts = [int(s) for s in sections.split(",")]
+    else:
+        counts = [sections] if isinstance(sections, int) else list(sections)
+    kept: list[int] = []
+    first = 0
+    for i, count in enumerate(counts):
+        size = steps // len(counts) + (i < steps % len(counts))
+        if not 0 <= count <= size:
+            raise VgmError(f"cannot take {count} steps from a section of {size}", f"at most {size}", USAGE)
+        step = (size - 1) / (count - 1) if count > 1 else 1.0
+        at = 0.0
+        for _ in range(count):
+            kept.append(first + round(at))  # half to even, on a running sum: both decide the official indices
+            at += step
+        first += size
+    if not kept:
+        raise VgmError("a respaced process keeps at least one step", code=USAGE)
+    return sorted(set(kept))
+
+
+# -- likelihoods -----------------------------------------------------------------------------------------------------
+
+
+def normal_kl(mean1: Tensor, logvar1: Tensor, mean2: Tensor | float, logvar2: Tensor | float) -> Tensor:
+    """KL(N(mean1, exp(logvar1)) || N(mean2, exp(logvar2))) in nats, elementwise with broadcasting."""
+    logvar2 = torch.as_tensor(logvar2, dtype=logvar1.dtype, device=logvar1.device)
+    return 0.5 * (-1.0 + logvar2 - logvar1 + torch.exp(logvar1 - logvar2) + (mean1 - mean2) ** 2 * torch.exp(-logvar2))
+
+
+def approx_standard_normal_cdf(x: Tensor) -> Tensor:
+    """The tanh approximation of the standard normal's distribution function."""
+    return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
+
+
+def discretized_gaussian_log_likelihood(x: Tensor, means: Tensor, log_scales: Tensor) -> Tensor:
+    """log p of 8-bit values scaled to [-1, 1] under a Gaussian integrated over each value's bin, in nats, like x.
+
+    The outermost bins reach to infinity; probabilities are floored at 1e-12.
+    """
+    centered, inv_std = x - means, torch.exp(-log_scales)
+    cdf_plus = approx_standard_normal_cdf(inv_std * (centered + 1.0 / 255.0))
+    cdf_min = approx_standard_normal_cdf(inv_std * (centered - 1.0 / 255.0))
+    log_plus = cdf_plus.clamp(min=1e-12).log()
+    log_rest = (1.0 - cdf_min).clamp(min=1e-12).log()
+    log_bin = (cdf_plus - cdf_min).clamp(min=1e-12).log()
+    return torch.where(x < -0.999, log_plus, torch.where(x > 0.999, log_rest, log_bin))
+
+
+def mean_flat(x: Tensor) -> Tensor:
+    """Mean over everything but the batch: (B, ...) -> (B,)."""
+    return x.flatten(1).mean(1)
+
+
+# -- the process -----------------------------------------------------------------------------------------------------
+
+
+class Posterior(NamedTuple):
+    """A Gaussian over x_{t-1} (all shaped like x) and the x0 it was made from."""
+
+    mean: Tensor
+    variance: Tensor
+    log_variance: Tensor
+    x0: Tensor
+
+
+class DiscreteDiffusion:
+    """A chain of `steps` Gaussian steps, possibly respaced from a longer one.
+
+    betas: (T,) of the original process, in (0, 1]. mean: what the network predicts. variance: of the reverse step;
+    learned ones come from the network's second half of channels. loss: what `losses` returns under "loss". keep: the
+    original timesteps to keep (space_timesteps), None for all. rescale_timesteps: the network gets t * 1000 / T.
+    """
+
+    def __init__(
+        self,
+        betas: np.ndarray | Sequence[float],
+        mean: Mean = "eps",
+        variance: Variance = "learned_range",
+        loss: Loss = "mse",
+        keep: Sequence[int] | None = None,
+        rescale_timesteps: bool = False,
+    ):
+        for what, value, kind in (
+            ("mean type", mean, Mean),
+            ("variance type", variance, Variance),
+            ("loss", loss, Loss),
+        ):
+            if value not in get_args(kind):
+                raise unknown(what, value, get_args(kind))
+        original = np.asarray(betas, dtype=np.float64)
+        if original.ndim != 1 or not ((original > 0) & (original <= 1)).all():
+            raise VgmError(
+                f"betas must be a list of numbers in (0, 1], these {original.size} reach {original.max(initial=0):.3g}",
+                "the linear schedule needs more than 20 steps; schedule=cosine works for any number",
+                USAGE,
+            )
+        self.mean, self.variance, self.loss = mean, variance, loss
+        self.original_steps = len(original)
+        self.rescale_timesteps = rescale_timesteps
+        self.timestep_map = list(range(len(original))) if keep is None else sorted(set(keep))
+        if keep is not None:
+            alpha_bar = np.cumprod(1.0 - original)[self.timestep_map]
+            original = 1 - alpha_bar / np.append(1.0, alpha_bar[:-1])
+        self.betas = original
+        self.steps = len(original)
+        self.tables = self._float64_tables(original)
+        self._on: dict[torch.device, dict[str, Tensor]] = {}
+
+    @classmethod
+    def create(
+        cls,
+        schedule: str = "linear",
+        steps: int = 1000,
+        respacing: str | int | Sequence[int] | None = None,
+        learn_sigma: bool = True,
+        sigma_small: bool = False,
+        use_kl: bool = False,
+        predict_xstart: bool = False,
+        rescale_learned_sigmas: bool = False,
+        rescale_timesteps: bool = False,
+    ) -> DiscreteDiffusion:
+        """The process by the official code's options (create_diffusion / create_gaussian_diffusion)."""
+        return cls(
+            named_betas(schedule, steps),
+            mean="x0" if predict_xstart else "eps",
+            variance="learned_range" if learn_sigma else "fixed_small" if sigma_small else "fixed_large",
+            loss="rescaled_kl" if use_kl else "rescaled_mse" if rescale_learned_sigmas else "mse",
+            keep=space_timesteps(steps, respacing) if respacing else None,
+            rescale_timesteps=rescale_timesteps,
+        )
+
+    @staticmethod
+    def _float64_tables(betas: np.ndarray) -> dict[str, np.ndarray]:
+        alpha_bar = np.cumprod(1.0 - betas)
+        previous = np.append(1.0, alpha_bar[:-1])
+        variance = betas * (1.0 - previous) / (1.0 - alpha_bar)
+        # the first posterior variance is 0: its log, and fixed_large's first entry, take the second one's place
+        second = variance[1] if len(betas) > 1 else betas[0]
+        clipped, large = np.append(second, variance[1:]), np.append(second, betas[1:])
+        coef1 = betas * np.sqrt(previous) / (1.0 - alpha_bar)
+        coef2 = (1.0 - previous) * np.sqrt(1.0 - betas) / (1.0 - alpha_bar)
+        with np.errstate(divide="ignore"):  # a beta of 1 ends the chain in pure noise
+            return {
+                "alphas_cumprod": alpha_bar,
+                "alphas_cumprod_prev": previous,
+                "alphas_cumprod_next": np.append(alpha_bar[1:], 0.0),
+                "sqrt_alphas_cumprod": np.sqrt(alpha_bar),
+                "sqrt_one_minus_alphas_cumprod": np.sqrt(1.0 - alpha_bar),
+                "one_minus_alphas_cumprod": 1.0 - alpha_bar,
+                "log_one_minus_alphas_cumprod": np.log(1.0 - alpha_bar),
+                "sqrt_recip_alphas_cumprod": np.sqrt(1.0 / alpha_bar),
+                "sqrt_recipm1_alphas_cumprod": np.sqrt(1.0 / alpha_bar - 1),
+                "posterior_variance": variance,
+                "posterior_log_variance_clipped": np.log(clipped),
+                "posterior_mean_coef1": coef1,
+                "posterior_mean_coef2": coef2,
+                "recip_posterior_mean_coef1": 1.0 / coef1,
+                "posterior_mean_coef_ratio": coef2 / coef1,
+                "log_betas": np.log(betas),
+                "fixed_large_variance": large,
+                "fixed_large_log_variance": np.log(large),
+            }
+
+    def at(self, name: str, t: Tensor, like: Tensor) -> Tensor:
+        """Entry t of a float64 table as fp32, shaped (B, 1, ...) to broadcast against `like`. t: (B,) int64."""
+        tables = self._on.get(t.device)
+        if tables is None:  # moved once per device; casting before or after indexing gives the same numbers
+            tables = {k: torch.from_numpy(v).float().to(t.device) for k, v in self.tables.items()}
+            kept = torch.tensor(self.timestep_map, device=t.device)
+            scale = 1000.0 / self.original_steps
+            tables["model_timesteps"] = kept.float() * scale if self.rescale_timesteps else kept
+            self._on[t.device] = tables
+        return tables[name][t].view(-1, *[1] * (like.ndim - 1))
+
+    def model_timesteps(self, t: Tensor) -> Tensor:
+        """What the network is told at index t: (B,) the original process's timestep, scaled to 1000 if so asked."""
+        return self.at("model_timesteps", t, t)
+
+    # forward process
+
+    def q_mean_variance(self, x0: Tensor, t: Tensor) -> tuple[Tensor, Tensor, Tensor]:
+        """q(x_t | x0): mean (B, ...), variance and log-variance (B, 1, ...)."""
+        return (
+            self.at("sqrt_alphas_cumprod", t, x0) * x0,
+            self.at("one_minus_alphas_cumprod", t, x0),
+            self.at("log_one_minus_alphas_cumprod", t, x0),
+        )
+
+    def q_sample(self, x0: Tensor, t: Tensor, noise: Tensor) -> Tensor:
+        """x_t = sqrt(abar_t) x0 + sqrt(1 - abar_t) noise; all (B, ...)."""
+        return self.at("sqrt_alphas_cumprod", t, x0) * x0 + self.at("sqrt_one_minus_alphas_cumprod", t, x0) * noise
+
+    def q_posterior(self, x0: Tensor, x_t: Tensor, t: Tensor) -> Posterior:
+        """q(x_{t-1} | x_t, x0), DDPM eq. 7; the log-variance is clipped at t = 0."""
+        mean = self.at("posterior_mean_coef1", t, x_t) * x0 + self.at("posterior_mean_coef2", t, x_t) * x_t
+        log_variance = self.at("posterior_log_variance_clipped", t, x_t)
+        return Posterior(mean, self.at("posterior_variance", t, x_t), log_variance, x0)
+
+    def x0_from_eps(self, x_t: Tensor, t: Tensor, eps: Tensor) -> Tensor:
+        return self.at("sqrt_recip_alphas_cumprod", t, x_t) * x_t - self.at("sqrt_recipm1_alphas_cumprod", t, x_t) * eps
+
+    def eps_from_x0(self, x_t: Tensor, t: Tensor, x0: Tensor) -> Tensor:
+        scaled = self.at("sqrt_recip_alphas_cumprod", t, x_t) * x_t
+        return (scaled - x0) / self.at("sqrt_recipm1_alphas_cumprod", t, x_t)
+
+    def x0_from_x_prev(self, x_t: Tensor, t: Tensor, x_prev: Tensor) -> Tensor:
+        scaled = self.at("recip_posterior_mean_coef1", t, x_t) * x_prev
+        return scaled - self.at("posterior_mean_coef_ratio", t, x_t) * x_t
+
+    # reverse process
+
+    @property
+    def learned(self) -> bool:
+        """Does the network's output carry a second half of channels for the variance?"""
+        return self.variance in ("learned", "learned_range")
+
+    def split(self, output: Tensor, x: Tensor) -> tuple[Tensor, Tensor | None]:
+        """Network output (B, C or 2C, ...) -> prediction (B, C, ...) and variance channels, in fp32."""
+        wanted = x.shape[1] * (2 if self.learned else 1)
+        if output.shape[1] != wanted:
+            raise VgmError(
+                f"the network gives {output.shape[1]} channels where '{self.variance}' variance needs {wanted}",
+                "learn_sigma of the model and of the objective must agree",
+                USAGE,
+            )
+        if not self.learned:
+            return output.float(), None
+        prediction, values = output.float().chunk(2, dim=1)
+        return prediction, values
+
+    def p_mean_variance(
+        self,
+        output: Tensor,
+        x: Tensor,
+        t: Tensor,
+        clip_denoised: bool = False,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+    ) -> Posterior:
+        """p(x_{t-1} | x_t) from the network's output at (x, t). denoised_fn: applied to x0 before the clip."""
+        prediction, values = self.split(output, x)
+        if values is not None:
+            log_variance = values
+            if self.variance == "learned_range":  # IDDPM eq. 15; the fraction is not clamped
+                fraction = (values + 1) / 2
+                low, high = self.at("posterior_log_variance_clipped", t, x), self.at("log_betas", t, x)
+                log_variance = fraction * high + (1 - fraction) * low
+            variance = torch.exp(log_variance)
+        elif self.variance == "fixed_large":
+            variance = self.at("fixed_large_variance", t, x)
+            log_variance = self.at("fixed_large_log_variance", t, x)
+        else:
+            variance = self.at("posterior_variance", t, x)
+            log_variance = self.at("posterior_log_variance_clipped", t, x)
+        if self.mean == "x0":
+            x0 = prediction
+        elif self.mean == "eps":
+            x0 = self.x0_from_eps(x, t, prediction)
+        else:
+            x0 = self.x0_from_x_prev(x, t, prediction)
+        if denoised_fn is not None:
+            x0 = denoised_fn(x0)
+        if clip_denoised:
+            x0 = x0.clamp(-1, 1)
+        mean = prediction if self.mean == "x_prev" else self.q_posterior(x0, x, t).mean
+        return Posterior(mean, variance, log_variance, x0)
+
+    def condition_mean(self, p: Posterior, gradient: Tensor) -> Posterior:
+        """Classifier guidance of an ancestral step: the mean moves by variance * gradient (ADM algorithm 1)."""
+        return p._replace(mean=p.mean.float() + p.variance * gradient.float())
+
+    def condition_score(self, p: Posterior, gradient: Tensor, x: Tensor, t: Tensor) -> Posterior:
+        """Classifier guidance of DDIM: eps moves by -sqrt(1 - abar) * gradient (ADM algorithm 2)."""
+        noise = (1 - self.at("alphas_cumprod", t, x)).sqrt()
+        x0 = self.x0_from_eps(x, t, self.eps_from_x0(x, t, p.x0) - noise * gradient)
+        return p._replace(x0=x0, mean=self.q_posterior(x0, x, t).mean)
+
+    def p_sample(self, p: Posterior, t: Tensor, noise: Tensor | None) -> Tensor:
+        """One ancestral step; nothing is added at t = 0. noise None: the mean."""
+        if noise is None:
+            return p.mean
+        moving = (t != 0).view(-1, *[1] * (noise.ndim - 1))
+        return p.mean + moving * torch.exp(0.5 * p.log_variance) * noise
+
+    def ddim_sample(self, p: Posterior, x: Tensor, t: Tensor, eta: float = 0.0, noise: Tensor | None = None) -> Tensor:
+        """One DDIM step, DDIM eq. 12; eta = 1 has the DDPM variance. noise None: only right for eta = 0 or t = 0."""
+        eps = self.eps_from_x0(x, t, p.x0)  # derived again: x0 may have been clipped or guided
+        now, before = self.at("alphas_cumprod", t, x), self.at("alphas_cumprod_prev", t, x)
+        sigma = eta * torch.sqrt((1 - before) / (1 - now)) * torch.sqrt(1 - now / before)
+        mean = p.x0 * torch.sqrt(before) + torch.sqrt(1 - before - sigma**2) * eps
+        if noise is None:
+            return mean
+        return mean + (t != 0).view(-1, *[1] * (x.ndim - 1)) * sigma * noise
+
+    def ddim_reverse_sample(self, p: Posterior, x: Tensor, t: Tensor) -> Tensor:
+        """x_{t+1} by the reversed deterministic DDIM step (data to noise)."""
+        later = self.at("alphas_cumprod_next", t, x)
+        return p.x0 * torch.sqrt(later) + torch.sqrt(1 - later) * self.eps_from_x0(x, t, p.x0)
+
+    def sample_loop(
+        self,
+        model: Network,
+        x: Tensor,
+        noise: Callable[[], Tensor],
+        sampler: Literal["ddpm", "ddim"] = "ddpm",
+        eta: float = 0.0,
+        clip_denoised: bool = False,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+        cond_fn: Network | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Walk from pure noise x (B, ...) to data; yields (x_{t-1}, x0) after every step, the last pair at the end.
+
+        noise(): the next draw, like x; called once per step that uses it. cond_fn(x, t): gradient of log p(y | x_t).
+        """
+        if sampler not in ("ddpm", "ddim"):
+            raise unknown("sampler", sampler, ("ddpm", "ddim"))
+        indices = torch.arange(self.steps, device=x.device)
+        for i in reversed(range(self.steps)):
+            t = indices[i].expand(len(x))
+            told = self.model_timesteps(t)
+            p = self.p_mean_variance(model(x, told), x, t, clip_denoised, denoised_fn)
+            x0 = p.x0
+            if sampler == "ddpm":
+                if cond_fn is not None:
+                    p = self.condition_mean(p, cond_fn(x, told))
+                x = self.p_sample(p, t, noise() if i else None)
+            else:
+                if cond_fn is not None:
+                    p = self.condition_score(p, cond_fn(x, told), x, t)
+                    x0 = p.x0
+                x = self.ddim_sample(p, x, t, eta, noise() if i and eta else None)
+            yield x, x0
+
+    def ddim_reverse_loop(
+        self,
+        model: Network,
+        x0: Tensor,
+        clip_denoised: bool = False,
+        denoised_fn: Callable[[Tensor], Tensor] | None = None,
+        cond_fn: Network | None = None,
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """Encode data x0 (B, ...) to noise; yields (x_{t+1}, predicted x0) after every step."""
+        x, indices = x0, torch.arange(self.steps, device=x0.device)
+        for i in range(self.steps):
+            t = indices[i].expand(len(x))
+            told = self.model_timesteps(t)
+            p = self.p_mean_variance(model(x, told), x, t, clip_denoised, denoised_fn)
+            if cond_fn is not None:
+                p = self.condition_score(p, cond_fn(x, told), x, t)
+            x = self.ddim_reverse_sample(p, x, t)
+            yield x, p.x0
+
+    # training and likelihood
+
+    def vb_terms(
+        self, output: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, clip_denoised: bool = False
+    ) -> tuple[Tensor, Tensor]:
+        """One term of the variational bound in bits per dimension (B,), and the predicted x0.
+
+        KL(q(x_{t-1} | x_t, x0) || p) for t > 0, the decoder's negative log-likelihood at t = 0 (IDDPM eq. 4-7).
+        """
+        true = self.q_posterior(x0, x_t, t)
+        p = self.p_mean_variance(output, x_t, t, clip_denoised)
+        kl = mean_flat(normal_kl(true.mean, true.log_variance, p.mean, p.log_variance)) / math.log(2.0)
+        log_scales = (0.5 * p.log_variance).expand_as(x0)
+        decoder = -mean_flat(discretized_gaussian_log_likelihood(x0, p.mean, log_scales)) / math.log(2.0)
+        return torch.where(t == 0, decoder, kl), p.x0
+
+    def losses(self, model: Network, x0: Tensor, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
+        """Per-sample terms (B,): "loss", and where they exist "mse" and "vb" (bits per dimension).
+
+        x0, noise: (B, C, ...). t: (B,) int64 in [0, steps). With a learned variance the mse losses add the bound, in
+        which the mean is detached: it trains the variance channels only (L_hybrid, IDDPM eq. 16).
+        """
+        x_t = self.q_sample(x0, t, noise)
+        output = model(x_t, self.model_timesteps(t))
+        if self.loss in ("kl", "rescaled_kl"):
+            bound, _ = self.vb_terms(output, x0, x_t, t)
+            return {"loss": bound * self.steps if self.loss == "rescaled_kl" else bound}
+        prediction, values = self.split(output, x_t)
+        terms: dict[str, Tensor] = {}
+        if values is not None:
+            terms["vb"], _ = self.vb_terms(torch.cat([prediction.detach(), values], dim=1), x0, x_t, t)
+            if self.loss == "rescaled_mse":
+                terms["vb"] = terms["vb"] * (self.steps / 1000.0)
+        if self.mean == "eps":
+            target = noise
+        else:
+            target = x0 if self.mean == "x0" else self.q_posterior(x0, x_t, t).mean
+        terms["mse"] = mean_flat((target - prediction) ** 2)
+        terms["loss"] = terms["mse"] + terms["vb"] if "vb" in terms else terms["mse"]
+        return terms
+
+    def prior_bpd(self, x0: Tensor) -> Tensor:
+        """KL(q(x_T | x0) || N(0, 1)) in bits per dimension: (B,)."""
+        t = torch.full((len(x0),), self.steps - 1, device=x0.device)
+        mean, _, log_variance = self.q_mean_variance(x0, t)
+        return mean_flat(normal_kl(mean, log_variance.expand_as(x0), 0.0, 0.0)) / math.log(2.0)
+
+    @torch.no_grad()
+    def bpd_loop(
+        self, model: Network, x0: Tensor, noise: Callable[[], Tensor], clip_denoised: bool = True
+    ) -> dict[str, Tensor]:
+        """The whole variational bound in bits per dimension, from the last step to the first.
+
+        Gives total_bpd and prior_bpd (B,), and per step, most noisy first: vb, xstart_mse, mse (B, steps).
+        """
+        rows: dict[str, list[Tensor]] = {"vb": [], "xstart_mse": [], "mse": []}
+        indices = torch.arange(self.steps, device=x0.device)
+        for i in reversed(range(self.steps)):
+            t, eps = indices[i].expand(len(x0)), noise()
+            x_t = self.q_sample(x0, t, eps)
+            bound, predicted = self.vb_terms(model(x_t, self.model_timesteps(t)), x0, x_t, t, clip_denoised)
+            rows["vb"].append(bound)
+            rows["xstart_mse"].append(mean_flat((predicted - x0) ** 2))
+            rows["mse"].append(mean_flat((self.eps_from_x0(x_t, t, predicted) - eps) ** 2))
+        out = {k: torch.stack(v, dim=1) for k, v in rows.items()}
+        prior = self.prior_bpd(x0)
+        return out | {"prior_bpd": prior, "total_bpd": out["vb"].sum(dim=1) + prior}

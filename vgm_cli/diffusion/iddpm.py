@@ -1,0 +1,263 @@
+"""IDDPM's objective and samplers on any network: what DiT and ADM are trained with and sampled by.
+
+Nichol & Dhariwal 2021 (arXiv 2102.09672), Dhariwal & Nichol 2021 (2105.05233), Peebles & Xie 2022 (2212.09748);
+behaviour of openai/guided-diffusion@22e0df8 and facebookresearch/DiT@ed81ce2, whose process is in discrete.py.
+Deviation: each image has its own noise stream, so a sample does not depend on the batch it is made in.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from typing import Any, Literal
+
+import torch
+import torch.distributed as dist
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vgm_cli.api import Batch, ObjectiveBase, Request, Step
+from vgm_cli.diffusion.discrete import DiscreteDiffusion, Loss, Mean, Network, Variance, named_betas, space_timesteps
+from vgm_cli.diffusion.resample import UniformResampler, build_resampler, draw
+from vgm_cli.errors import USAGE, VgmError
+
+
+def label_condition(model: nn.Module, batch: Batch, step: Step, label_dropout: float) -> dict[str, Tensor]:
+    """Keywords for the network: the batch's labels, and which of them to drop ("force_drop_ids": (B,) bool).
+
+    Nothing for unlabelled data or a network without classes; no mask for a network without a null class.
+    """
+    if batch.get("y") is None or not getattr(model, "num_classes", True):
+        return {}
+    y = batch["y"]
+    if label_dropout <= 0 or not hasattr(model, "null_condition"):
+        return {"y": y}
+    return {"y": y, "force_drop_ids": step.rand(len(y), "label_dropout") < label_dropout}
+
+
+def check_null_class(model: nn.Module, label_dropout: float) -> None:
+    """VgmError when labels are to be dropped and the network was built without a null class."""
+    if label_dropout > 0 and getattr(model, "class_dropout_prob", 1.0) == 0:
+        raise VgmError(
+            "labels cannot be dropped: the network was built without a null class",
+            "objective.label_dropout=0, or model.class_dropout_prob above 0",
+            USAGE,
+        )
+
+
+class IDDPM(ObjectiveBase):
+    """Denoising loss plus, with a learned variance, the variational bound of the variance channels.
+
+    schedule, steps, beta_start, beta_end: see discrete.named_betas. prediction: what the network gives. learn_sigma: it
+    gives twice the channels. variance: None is learned_range with learn_sigma, else fixed_large. label_dropout: share
+    of labels replaced by the null class. resampler: uniform | loss-second-moment. rescale_timesteps: the network is
+    told t * 1000 / steps. VgmError: the network's channels or classes do not agree.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        schedule: str = "linear",
+        steps: int = 1000,
+        learn_sigma: bool = True,
+        prediction: Mean = "eps",
+        variance: Variance | None = None,
+        loss: Loss = "mse",
+        label_dropout: float = 0.1,
+        resampler: Literal["uniform", "loss-second-moment"] = "uniform",
+        rescale_timesteps: bool = False,
+        beta_start: float | None = None,
+        beta_end: float | None = None,
+    ):
+        if getattr(model, "learn_sigma", learn_sigma) != learn_sigma:
+            raise VgmError(
+                f"learn_sigma is {str(learn_sigma).lower()} in the objective and not in the model",
+                "set objective.learn_sigma and model.learn_sigma alike",
+                USAGE,
+            )
+        check_null_class(model, label_dropout)
+        self.model, self.networks = model, {"model": model}
+        self.label_dropout = label_dropout
+        variance = variance or ("learned_range" if learn_sigma else "fixed_large")
+        betas = named_betas(schedule, steps, beta_start, beta_end)
+        self.process = DiscreteDiffusion(betas, prediction, variance, loss, rescale_timesteps=rescale_timesteps)
+        if self.process.learned != learn_sigma:
+            raise VgmError(f"variance={variance} contradicts learn_sigma={str(learn_sigma).lower()}", code=USAGE)
+        self.path = {"name": "vp-discrete", "schedule": schedule, "steps": steps}
+        self.path |= {k: v for k, v in (("beta_start", beta_start), ("beta_end", beta_end)) if v is not None}
+        self.resampler = build_resampler(resampler, steps)
+        self._seen: list[tuple[Tensor, Tensor]] = []
+
+    def condition(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+        """What the network is told besides x_t and t."""
+        return label_condition(self.model, batch, step, self.label_dropout)
+
+    def loss(self, phase: str, batch: Batch, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        """batch x: (B, C, H, W), y: (B,) optional. Logs mse and vb (bits per dimension) where they exist."""
+        x0 = batch["x"]
+        if isinstance(self.resampler, UniformResampler):
+            t, weight = step.randint(self.process.steps, len(x0), "t"), None
+        else:
+            t, weight = draw(self.resampler.weights(), step.rand(len(x0), "t"))
+        noise = step.randn(x0.shape, "noise")
+        cond = self.condition(batch, step)
+        terms = self.process.losses(lambda x, s: self.model(x, s, **cond), x0, t, noise)
+        loss = terms.pop("loss")
+        if weight is not None:
+            self._seen.append((t, loss.detach()))
+            loss = loss * weight
+        return loss.mean(), {k: v.detach().mean() for k, v in terms.items()}
+
+    def after_step(self, step: Step) -> None:
+        """Hand the losses of the whole batch, in its order, to the resampler of every process."""
+        if not self._seen:
+            return
+        pairs = torch.stack([torch.stack([t.double(), loss.double()]) for t, loss in self._seen])  # (micros, 2, B)
+        self._seen.clear()
+        if step.world > 1 and dist.is_initialized():
+            parts = [torch.empty_like(pairs) for _ in range(step.world)]
+            dist.all_gather(parts, pairs)
+            pairs = torch.stack(parts, dim=1).flatten(0, 1)  # (micros * world, 2, B): the order of Step's rows
+        t, loss = pairs.transpose(0, 1).flatten(1).cpu()
+        self.resampler.update(t.long(), loss)
+
+    def view(self) -> dict[str, Any]:
+        view = {
+            "name": "denoiser",
+            "path": self.path,
+            "prediction": self.process.mean,
+            "time": "index",
+            "learned_sigma": self.process.learned,
+            "variance": self.process.variance,
+        }
+        return view | ({"time_scale": 1000.0 / self.process.steps} if self.process.rescale_timesteps else {})
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return self.resampler.state_dict()
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.resampler.load_state_dict(state)
+
+
+# -- samplers --------------------------------------------------------------------------------------------------------
+
+
+def guided(network: nn.Module, cond: dict[str, Tensor], scale: float, channels: int | None = None) -> Network:
+    """Classifier-free guidance as one doubled forward: model(x, t) -> u + scale (c - u) on the leading channels.
+
+    channels: how many channels are guided; None: all of x's. Others (variance) are the conditional ones.
+    """
+    null = network.null_condition(cond)  # type: ignore[operator]
+    both = {k: torch.cat([v, null[k]]) for k, v in cond.items()}
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        c, u = network(torch.cat([x, x]), torch.cat([t, t]), **both).chunk(2)
+        k = x.shape[1] if channels is None else channels
+        return torch.cat([u[:, :k] + scale * (c[:, :k] - u[:, :k]), c[:, k:]], dim=1)
+
+    return model
+
+
+def classifier_gradient(classifier: Callable[[Tensor, Tensor], Tensor], y: Tensor, scale: float = 1.0) -> Network:
+    """cond_fn(x, t) = scale * d/dx log p(y | x_t), from a classifier of noisy images giving logits (B, classes)."""
+
+    def cond_fn(x: Tensor, t: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_(True)
+            chosen = F.log_softmax(classifier(x, t).float(), dim=-1)[torch.arange(len(y), device=y.device), y]
+            return torch.autograd.grad(chosen.sum(), x)[0] * scale
+
+    return cond_fn
+
+
+class DDPMSampler:
+    """Ancestral (or DDIM) sampling over a respaced discrete process.
+
+    steps: N, "a,b,c" per section, or "ddimN" for an integer stride; a request's own steps go before. variance: None is
+    the training's. cfg_channels: leading channels that guidance applies to, None for all (3 in DiT's published
+    numbers). clip_denoised: x0 to [-1, 1] in every step. eta: DDIM's share of noise. classifier: noisy-image classifier
+    (x, t) -> logits for classifier guidance towards request.cond["y"], with classifier_scale.
+    """
+
+    def __init__(
+        self,
+        steps: int | str = 250,
+        clip_denoised: bool = False,
+        variance: Variance | None = None,
+        cfg_channels: int | None = None,
+        sampler: Literal["ddpm", "ddim"] = "ddpm",
+        eta: float = 0.0,
+        classifier: Any = None,
+        classifier_scale: float = 1.0,
+    ):
+        self.steps, self.clip_denoised, self.variance, self.cfg_channels = steps, clip_denoised, variance, cfg_channels
+        self.sampler, self.eta = sampler, eta
+        self.classifier, self.classifier_scale = classifier, classifier_scale
+
+    def process(self, view: Any, steps: int | None = None) -> DiscreteDiffusion:
+        """The respaced process of a discrete denoiser's view. VgmError: the view is of another kind."""
+        betas = getattr(view.path, "betas", None)
+        if betas is None:
+            raise VgmError(
+                "this sampler needs a network trained on discrete steps",
+                "choose one for continuous time; `vgm ls samplers`",
+                USAGE,
+            )
+        wanted: int | str = self.steps
+        if steps is not None:
+            wanted = f"ddim{steps}" if str(self.steps).startswith("ddim") else steps
+        betas = torch.as_tensor(betas, dtype=torch.float64).cpu().numpy()
+        own: Variance = "learned_range" if view.learned_sigma else "fixed_large"
+        return DiscreteDiffusion(
+            betas,
+            mean=view.prediction,
+            variance=self.variance or getattr(view, "variance", own) or own,
+            keep=space_timesteps(len(betas), wanted),
+            rescale_timesteps=getattr(view, "time_scale", 1.0) != 1.0,
+        )
+
+    def __call__(self, view: Any, request: Request) -> Tensor:
+        """view: a Denoiser (its network and path are used). Gives (N, *request.shape)."""
+        process, network, cond = self.process(view, request.steps), view.network, request.cond
+        scale = 1.0 if request.guidance_scale is None else request.guidance_scale
+        if scale != 1.0 and cond and not hasattr(network, "null_condition"):
+            raise VgmError("this network has no null class to be guided away from", "guidance_scale=1", USAGE)
+
+        def plain(x: Tensor, t: Tensor) -> Tensor:
+            return network(x, t, **cond)
+
+        doubled = guided(network, cond, scale, self.cfg_channels) if scale != 1.0 and cond else None
+        low, high = request.guidance_interval or (0.0, 1.0)
+        visited = iter(reversed(process.timestep_map))
+        nfe = 0
+
+        def model(x: Tensor, t: Tensor) -> Tensor:
+            nonlocal nfe
+            guide = doubled is not None and low <= next(visited) / process.original_steps <= high
+            nfe += 2 if guide else 1
+            return doubled(x, t) if guide and doubled is not None else plain(x, t)
+
+        cond_fn = None
+        if self.classifier is not None:
+            cond_fn = classifier_gradient(self.classifier, cond["y"], self.classifier_scale)
+        x = request.randn()
+        loop = process.sample_loop(model, x, request.randn, self.sampler, self.eta, self.clip_denoised, cond_fn=cond_fn)
+        for i, (x, x0) in enumerate(loop):
+            if request.callback is not None:
+                request.callback(i, process.steps, x, x0)
+        request.info["nfe"] = nfe
+        return x
+
+
+class DDIMSampler(DDPMSampler):
+    """The same with DDIM steps by default: fewer of them, deterministic at eta = 0."""
+
+    def __init__(
+        self,
+        steps: int | str = 50,
+        eta: float = 0.0,
+        clip_denoised: bool = False,
+        cfg_channels: int | None = None,
+        classifier: Any = None,
+        classifier_scale: float = 1.0,
+    ):
+        super().__init__(steps, clip_denoised, None, cfg_channels, "ddim", eta, classifier, classifier_scale)
