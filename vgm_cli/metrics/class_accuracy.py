@@ -1,0 +1,50 @@
+"""Class accuracy: the share of conditional samples that a classifier recognises as the class they were made for."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.metrics.base import Measured, Value
+from vgm_cli.nets.mnist_features import CLASSES, MnistCNN, to_digits
+
+
+@torch.no_grad()
+def classifier_accuracy(images: Tensor | np.ndarray, labels: Tensor | np.ndarray, net: MnistCNN | None = None) -> float:
+    """Share of digits recognised. images: uint8 (N, C, H, W) tensor or (N, H, W, C) array, or float (N, C, H, W) tensor in
+    [-1, 1]; labels: (N,) in 0..9; net: the shipped classifier by default."""
+    from vgm_cli.metrics.features import mnist_features
+
+    net = net if net is not None else mnist_features().net
+    x = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2) if isinstance(images, np.ndarray) else images
+    logits = torch.cat([net(to_digits(part))[1] for part in x.split(500)])
+    return accuracy_of(logits, np.asarray(labels))
+
+
+def accuracy_of(logits: Tensor, labels: np.ndarray) -> float:
+    """logits: (N, 10), labels: (N,)."""
+    if len(labels) != len(logits):
+        raise VgmError(f"{len(logits)} images have {len(labels)} labels", code=USAGE)
+    if len(labels) and not (0 <= int(labels.min()) and int(labels.max()) < CLASSES):
+        raise VgmError(f"class-accuracy recognises digits 0 to 9, the labels reach {int(labels.max())}", code=USAGE)
+    return float((logits.argmax(1).cpu() == torch.as_tensor(labels).long()).double().mean())
+
+
+class ClassAccuracy:
+    """Of the digit classifier: `features=mnist`."""
+
+    needs_samples = frozenset({"logits", "labels"})
+    needs_reference: frozenset[str] = frozenset()
+
+    def __call__(self, samples: Measured, reference: Measured, seed: int) -> list[Value]:
+        assert samples.logits is not None and samples.labels is not None
+        if samples.logits.shape[1] != CLASSES:
+            raise VgmError(
+                f"class-accuracy needs the digit classifier, these features have {samples.logits.shape[1]} classes",
+                "use --features mnist, on digits",
+                USAGE,
+            )
+        value = accuracy_of(samples.logits, samples.labels)
+        return [Value("class-accuracy", value, float(np.sqrt(value * (1 - value) / samples.n)))]

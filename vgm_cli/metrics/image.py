@@ -1,0 +1,145 @@
+"""Metrics of paired images: PSNR, SSIM, MS-SSIM, each per image and then averaged.
+
+Papers: Wang et al., Image Quality Assessment: From Error Visibility to Structural Similarity (TIP 2004); Wang, Simoncelli
+and Bovik, Multi-Scale Structural Similarity (Asilomar 2003). Gaussian window 11x11, sigma 1.5, k1 0.01, k2 0.03.
+padding="valid" is the paper's (windows inside the image only); "reflect" is torchmetrics'.
+"""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.metrics.base import Measured, Value
+
+WINDOW, SIGMA, K1, K2 = 11, 1.5, 0.01, 0.03
+BETAS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
+
+
+def psnr(x: Tensor, y: Tensor, data_range: float = 1.0) -> Tensor:
+    """10 log10(range^2 / mse) of every image. x, y: (B, C, H, W) -> (B,); equal images give infinity."""
+    mse = (x.double() - y.double()).square().flatten(1).mean(1)
+    return 10 * torch.log10(data_range**2 / mse)
+
+
+def _blur(x: Tensor, padding: str) -> Tensor:
+    """Separable Gaussian window. x: (B, C, H, W) -> the same size (reflect) or 10 pixels less (valid)."""
+    place = torch.arange(WINDOW, dtype=x.dtype, device=x.device) - WINDOW // 2
+    g = torch.exp(-((place / SIGMA) ** 2) / 2)
+    g = g / g.sum()
+    c, side = x.shape[1], WINDOW // 2
+    if padding == "reflect":
+        x = F.pad(x, (side, side, side, side), mode="reflect")
+    x = F.conv2d(x, g.view(1, 1, 1, -1).expand(c, 1, 1, -1), groups=c)
+    return F.conv2d(x, g.view(1, 1, -1, 1).expand(c, 1, -1, 1), groups=c)
+
+
+def _ssim_parts(x: Tensor, y: Tensor, data_range: float, padding: str) -> tuple[Tensor, Tensor]:
+    """(B,) means of SSIM and of its contrast-structure factor; the latter always over windows inside the image."""
+    if padding not in ("valid", "reflect"):
+        raise VgmError(f"unknown padding '{padding}'", "known: valid, reflect", USAGE)
+    if min(x.shape[-2:]) < WINDOW:
+        raise VgmError(f"SSIM needs images of at least {WINDOW} pixels, these are {x.shape[-2]}x{x.shape[-1]}", code=USAGE)
+    c1, c2 = (K1 * data_range) ** 2, (K2 * data_range) ** 2
+    mx, my, xx, yy, xy = _blur(torch.cat([x, y, x * x, y * y, x * y]), padding).chunk(5)
+    var_x, var_y = (xx - mx * mx).clamp(min=0), (yy - my * my).clamp(min=0)
+    contrast = (2 * (xy - mx * my) + c2) / (var_x + var_y + c2)
+    ssim_map = (2 * mx * my + c1) / (mx * mx + my * my + c1) * contrast
+    if padding == "reflect":
+        side = WINDOW // 2
+        contrast = contrast[..., side:-side, side:-side]
+    return ssim_map.flatten(1).mean(1), contrast.flatten(1).mean(1)
+
+
+def ssim(x: Tensor, y: Tensor, data_range: float = 1.0, padding: str = "valid") -> Tensor:
+    """Structural similarity of every image. x, y: (B, C, H, W), at least 11x11 -> (B,); computed in float64."""
+    return _ssim_parts(x.double(), y.double(), data_range, padding)[0]
+
+
+def ms_ssim(x: Tensor, y: Tensor, data_range: float = 1.0, padding: str = "valid") -> Tensor:
+    """Five scales, each the 2x2 mean of the last, combined by BETAS; negative factors count as 0.
+
+    x, y: (B, C, H, W), at least 176x176 -> (B,).
+    """
+    smallest = WINDOW * 2 ** (len(BETAS) - 1)
+    if min(x.shape[-2:]) < smallest:
+        raise VgmError(
+            f"MS-SSIM's five scales need images of at least {smallest} pixels, these are {x.shape[-2]}x{x.shape[-1]}",
+            "use ssim",
+            USAGE,
+        )
+    x, y = x.double(), y.double()
+    out = torch.ones(len(x), dtype=torch.float64, device=x.device)
+    for i, beta in enumerate(BETAS):
+        if i:
+            x, y = F.avg_pool2d(x, 2), F.avg_pool2d(y, 2)
+        full, contrast = _ssim_parts(x, y, data_range, padding)
+        out = out * (full if i == len(BETAS) - 1 else contrast).clamp(min=0) ** beta
+    return out
+
+
+class PairMetric:
+    """The mean over pairs (sample i, reference i), uint8 pixels over 255."""
+
+    needs_samples = needs_reference = frozenset({"images"})
+    name = ""
+
+    def measure(self, x: Tensor, y: Tensor) -> Tensor:
+        """x, y: float64 (B, C, H, W) in [0, 1] -> (B,)."""
+        raise AssertionError(f"{type(self).__name__} does not say how to measure a pair")
+
+    def options(self) -> dict[str, str]:
+        return {}
+
+    def __call__(self, samples: Measured, reference: Measured, seed: int) -> list[Value]:
+        a, b = samples.images, reference.images
+        assert a is not None and b is not None
+        if a.shape != b.shape:
+            raise VgmError(
+                f"{self.name} compares pairs: the samples are {tuple(a.shape)}, the reference is {tuple(b.shape)}",
+                "give as many reference images of the same size, in the same order",
+                USAGE,
+            )
+
+        def batch(images: np.ndarray, i: int) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(images[i : i + 32])).permute(0, 3, 1, 2).double() / 255
+
+        values = torch.cat([self.measure(batch(a, i), batch(b, i)) for i in range(0, len(a), 32)])
+        spread = float(values.std()) / len(values) ** 0.5 if len(values) > 1 and bool(values.isfinite().all()) else None
+        return [Value(self.name, float(values.mean()), spread, self.options())]
+
+
+class PSNR(PairMetric):
+    """Mean over images of each image's PSNR (not the PSNR of the mean error); identical pairs make it infinite."""
+
+    name = "psnr"
+
+    def measure(self, x: Tensor, y: Tensor) -> Tensor:
+        return psnr(x, y)
+
+
+class SSIM(PairMetric):
+    """padding: "valid" (Wang et al.) or "reflect" (torchmetrics)."""
+
+    name = "ssim"
+
+    def __init__(self, padding: str = "valid"):
+        self.padding = padding
+
+    def options(self) -> dict[str, str]:
+        return {"padding": self.padding}
+
+    def measure(self, x: Tensor, y: Tensor) -> Tensor:
+        return ssim(x, y, padding=self.padding)
+
+
+class MSSSIM(SSIM):
+    """padding: "valid" (Wang et al.) or "reflect" (torchmetrics)."""
+
+    name = "ms-ssim"
+
+    def measure(self, x: Tensor, y: Tensor) -> Tensor:
+        return ms_ssim(x, y, padding=self.padding)

@@ -1,0 +1,92 @@
+"""A small digit classifier whose 64-d embedding is the feature space of Frechet distance and friends on MNIST-like data.
+
+There is no published network for this role, so the numbers are comparable only between runs that name the same weights
+(their sha256 is part of every result). Weights: vgm_cli/assets/mnist-features.safetensors, trained by
+`python -m vgm_cli.metrics.train_mnist_features`; the file's metadata states data, recipe and held-out accuracy.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+import torch.nn.functional as F
+from safetensors import SafetensorError, safe_open
+from torch import Tensor, nn
+
+from vgm_cli.errors import FAILED, MISSING_ASSET, VgmError
+
+SIZE = 28
+CLASSES = 10
+KIND = "mnist-features"  # metadata "vgm.features" of a weights file
+MEAN, STD = 0.1307, 0.3081  # of MNIST in [0, 1]
+LUMA = (0.299, 0.587, 0.114)  # ITU-R 601, Pillow's "L"
+RESIZE = f"grey (ITU-R 601) and antialiased bilinear to {SIZE}x{SIZE} where needed"
+
+
+def to_digits(x: Tensor) -> Tensor:
+    """x: uint8 (B, C, H, W), or float (B, C, H, W) in [-1, 1]; C in {1, 3} -> float (B, 1, 28, 28) in [0, 1].
+
+    Colour becomes grey by ITU-R 601 luma, other sizes are resized (bilinear, antialiased); 28x28 grey is untouched.
+    """
+    x = x.float() / 255 if x.dtype == torch.uint8 else (x.float() + 1) / 2
+    if x.shape[1] == 3:
+        x = (x * x.new_tensor(LUMA).view(1, 3, 1, 1)).sum(1, keepdim=True)
+    elif x.shape[1] != 1:
+        raise VgmError(f"digit features take 1 or 3 channels, not {x.shape[1]}")
+    if x.shape[-2:] != (SIZE, SIZE):
+        x = F.interpolate(x, (SIZE, SIZE), mode="bilinear", antialias=True, align_corners=False)
+    return x
+
+
+def block(c_in: int, c_out: int, stride: int = 1) -> nn.Sequential:
+    conv = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
+    return nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.ReLU(inplace=True))
+
+
+class MnistCNN(nn.Module):
+    """(B, 1, 28, 28) in [0, 1] -> embedding (B, dim) and digit logits (B, 10)."""
+
+    def __init__(self, dim: int = 64):
+        super().__init__()
+        self.dim = dim
+        self.body = nn.Sequential(
+            block(1, 16),
+            block(16, 32, stride=2),
+            block(32, 64),
+            block(64, 64, stride=2),
+            block(64, 48, stride=2),
+        )
+        self.embed = nn.Linear(48 * 4 * 4, dim)
+        self.head = nn.Linear(dim, CLASSES)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, Tensor]:
+        x = (x - MEAN) / STD  # (B, 1, 28, 28)
+        x = self.body(x)  # (B, 48, 4, 4)
+        features = self.embed(x.flatten(1))  # (B, dim): before the non-linearity, so that it is closer to Gaussian
+        return features, self.head(F.relu(features))  # (B, dim), (B, 10)
+
+
+def load_mnist_features(path: str | Path) -> MnistCNN:
+    """The network in eval mode, fp32, from a file that the training script wrote.
+
+    Raises VgmError (exit code 4) when the file is missing, (1) when it is something else.
+    """
+    path = Path(path)
+    if not path.is_file():
+        raise VgmError(
+            f"the digit feature network is missing: {path}",
+            "it ships with the package; make it again with `python -m vgm_cli.metrics.train_mnist_features`",
+            MISSING_ASSET,
+        )
+    try:
+        with safe_open(path, framework="pt") as f:
+            kind = (f.metadata() or {}).get("vgm.features")
+            state = {k: f.get_tensor(k) for k in f.keys()}
+    except (SafetensorError, OSError) as e:
+        raise VgmError(f"{path} is not a readable safetensors file: {str(e).splitlines()[0]}", code=FAILED) from e
+    if kind != KIND:
+        raise VgmError(f"{path} does not hold digit features", "train one with vgm_cli.metrics.train_mnist_features", FAILED)
+    net = MnistCNN(dim=state["embed.weight"].shape[0])
+    net.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+    return net.eval().requires_grad_(False)
