@@ -1,0 +1,59 @@
+"""ADM: Diffusion Models Beat GANs on Image Synthesis. Dhariwal & Nichol, NeurIPS 2021 (arXiv 2105.05233).
+
+Official code: openai/guided-diffusion@22e0df8 (MIT). The process, its losses and samplers are IDDPM's, shared with DiT:
+vgm_cli/diffusion/{discrete,iddpm,resample}.py; this plugin brings the U-Net, the classifier and their training.
+Deviations: see model.py (fused attention, optional null class and patches).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from vgm_cli.hookspecs import Component, Paper, hookimpl
+
+FROM_DATA = {"image_size": "size", "in_channels": "channels", "num_classes": "num_classes"}
+OBJECTIVES = (
+    ("adm-classifier", "NoisyClassifier", "cross entropy on noisy images, for classifier guidance"),
+    ("adm-upsampler", "Upsampling", "discrete diffusion given a smaller copy of the image"),
+)
+CONVERTERS = (
+    ("adm-unet", "CONVERTER", "openai/guided-diffusion diffusion models and upsamplers"),
+    ("adm-classifier", "CLASSIFIER", "openai/guided-diffusion classifiers"),
+    ("adm-unet-diffusers", "DIFFUSERS", "diffusers UNet2DModel, 64 channels a head"),
+    ("adm-unet-diffusers-legacy", "DIFFUSERS_LEGACY", "the same for networks of the legacy attention order"),
+)
+
+
+@hookimpl
+def vgm_components() -> Iterable[Component | Paper]:
+    presets = "vgm_plugins.adm_unet.presets:"
+    return [
+        Paper(
+            name="adm-unet",
+            title="Diffusion Models Beat GANs on Image Synthesis",
+            year=2021,
+            arxiv="2105.05233",
+            repository="https://github.com/openai/guided-diffusion",
+            family="diffusion",
+            summary="An ablated U-Net and guidance by a classifier of noisy images.",
+            expects={
+                f"ImageNet {n} FID-50K (ADM-G)": v for n, v in ((64, 2.07), (128, 2.97), (256, 4.59), (512, 7.72))
+            },
+        ),
+        Component(
+            "model", "adm-unet", "vgm_plugins.adm_unet.model:UNetModel", presets + "PRESETS", FROM_DATA, (), "ADM U-Net"
+        ),
+        Component(
+            "model",
+            "adm-classifier",
+            "vgm_plugins.adm_unet.model:EncoderUNetModel",
+            presets + "CLASSIFIERS",
+            FROM_DATA,
+            summary="classifier of noisy images (half of the ADM U-Net)",
+        ),
+        *(
+            Component("objective", n, f"vgm_plugins.adm_unet.objective:{a}", {}, {}, ("train",), s)
+            for n, a, s in OBJECTIVES
+        ),
+        *(Component("converter", n, f"vgm_plugins.adm_unet.checkpoints:{a}", summary=s) for n, a, s in CONVERTERS),
+    ]

@@ -1,0 +1,313 @@
+"""ADM weights: the official layout, which is ours, and diffusers' UNet2DModel.
+
+Official files (openai/guided-diffusion@22e0df8) are bare state dicts: 256x256_diffusion.pt, 64x64_classifier.pt, ...
+diffusers (0.35) can express networks with one width of head everywhere, a first multiplier of 1, and convolutions or
+residual blocks where the size changes: the 64 and 256 pixel models, LSUN, and the trunk of the 128->512 upsampler; not
+those with 4 heads (128, 64->256), nor 512, nor conv_resample=false. It stores q, k and v apart, so the order of
+attention that ours has must be known: it names the layout.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vgm_cli.convert_api import Converter
+from vgm_cli.errors import USAGE, VgmError
+
+from .model import EncoderUNetModel, UNetModel
+
+State = Mapping[str, Tensor]
+
+# -- official --------------------------------------------------------------------------------------------------------
+
+
+def recognise(keys: Iterable[str]) -> bool:
+    """The U-Net's names, with ADM's attention in the middle (latent diffusion has transformers there)."""
+    keys = set(keys)
+    middle = {"middle_block.1.qkv.weight", "middle_block.2.out_layers.3.weight"}
+    return middle | {"time_embed.0.weight", "input_blocks.0.0.weight", "output_blocks.0.0.in_layers.0.weight"} <= keys
+
+
+def recognise_classifier(keys: Iterable[str]) -> bool:
+    keys = set(keys)
+    wanted = {"time_embed.0.weight", "input_blocks.0.0.weight", "middle_block.1.qkv.weight", "out.0.weight"}
+    return wanted <= keys and not any(k.startswith("output_blocks.") for k in keys)
+
+
+def indices(state: State, prefix: str) -> set[int]:
+    return {int(k.removeprefix(prefix).split(".")[0]) for k in state if k.startswith(prefix)}
+
+
+def trunk_config(state: State, num_res_blocks: int) -> dict[str, Any]:
+    """Keywords that the encoder's shapes tell, given the residual blocks of a level."""
+    blocks = indices(state, "input_blocks.")
+    levels = (max(blocks) + 1) // (num_res_blocks + 1)
+    gaps, convolutions = len(blocks) <= max(blocks), any(".op." in k for k in state)
+    channels = state["time_embed.0.weight"].shape[1]
+    first = [f"input_blocks.{1 + i * (num_res_blocks + 1)}" for i in range(levels)]
+    widths = [len(state[f"{b}.0.out_layers.3.bias"]) for b in first]
+    mult = [w / channels for w in widths]
+    return {
+        "model_channels": channels,
+        "num_res_blocks": num_res_blocks,
+        "channel_mult": [int(m) if m == int(m) else m for m in mult],
+        "attention_resolutions": [2**i for i, b in enumerate(first) if f"{b}.1.qkv.weight" in state],
+        "conv_resample": not gaps,
+        "resblock_updown": not gaps and not convolutions,
+        "use_scale_shift_norm": len(state[f"{first[0]}.0.emb_layers.1.bias"]) == 2 * widths[0],
+        # as published: 64 pixels have 4 levels, 128 have 5, 256 have 6, 512 have 7
+        "image_size": 2 ** (levels + 2),
+    }
+
+
+def blocks_of_a_level(state: State) -> int:
+    """num_res_blocks of a U-Net: the first layer that changes the size says how many blocks a level has."""
+    blocks = indices(state, "input_blocks.")
+    missing = sorted(set(range(max(blocks) + 1)) - blocks)  # averages have no weights
+    if missing:
+        return missing[0] - 1
+    convolutions = sorted(int(k.split(".")[1]) for k in state if k.endswith(".op.weight"))
+    if convolutions:
+        return convolutions[0] - 1
+    ups = [int(k.split(".")[1]) for k in state if k.startswith("output_blocks.") and k.endswith(".in_layers.0.bias")]
+    twice = sorted(i for i in set(ups) if ups.count(i) == 2)
+    return twice[0] if twice else max(indices(state, "output_blocks."))
+
+
+def config_from(state: State) -> dict[str, Any]:
+    """Constructor keywords of a U-Net. Heads and the order of attention are not in the shapes: the published models
+    have 64 channels a head, but 4 heads at 128 pixels and in the 64->256 upsampler; the new order at 64 pixels."""
+    config = trunk_config(state, blocks_of_a_level(state))
+    inputs, outputs = state["input_blocks.0.0.weight"].shape[1], len(state["out.2.bias"])
+    super_res = inputs == 6  # an RGB image and the small one
+    channels = inputs // 2 if super_res else inputs
+    large = config["attention_resolutions"] == [16, 32]
+    four = config["channel_mult"] == [1, 1, 2, 3, 4] or (super_res and not large)
+    fits = all(int(m * config["model_channels"]) % 64 == 0 for m in config["channel_mult"])
+    return config | {
+        "image_size": 512 if super_res and large else config["image_size"],
+        "in_channels": channels,
+        "out_channels": outputs,
+        "learn_sigma": outputs == 2 * channels,
+        "num_classes": len(state["label_emb.weight"]) if "label_emb.weight" in state else 0,
+        "super_res": super_res,
+        "num_heads": 4 if four else 1,
+        "num_head_channels": None if four or not fits else 64,
+        "use_new_attention_order": config["model_channels"] == 192 and not super_res,
+    }
+
+
+def classifier_config_from(state: State) -> dict[str, Any]:
+    """Constructor keywords of a classifier; 64 channels a head, as in the published ones."""
+    blocks = sorted(indices(state, "input_blocks."))
+    convolutions = [i for i in blocks if f"input_blocks.{i}.0.op.weight" in state]
+    missing = sorted(set(range(max(blocks) + 1)) - set(blocks))
+    if missing or convolutions:
+        depth = (missing or convolutions)[0] - 1
+    else:  # the lowest level ends the list; attention is on its blocks and not on the one that led there
+        with_attention = [f"input_blocks.{i}.1.qkv.weight" in state for i in reversed(blocks)]
+        depth = with_attention.index(False) or len(blocks) - 1
+    config = trunk_config(state, depth)
+    if "out.2.positional_embedding" in state:
+        pool, classes = "attention", len(state["out.2.c_proj.bias"])
+        side = round((state["out.2.positional_embedding"].shape[1] - 1) ** 0.5)
+        config["image_size"] = side * 2 ** (len(config["channel_mult"]) - 1)
+    elif "out.2.weight" in state:
+        pool, classes = "spatial", len(state["out.2.bias"])
+    else:
+        pool, classes = "spatial_v2" if "out.1.weight" in state else "adaptive", len(state["out.3.bias"])
+    channels = state["input_blocks.0.0.weight"].shape[1]
+    return config | {"in_channels": channels, "num_classes": classes, "num_head_channels": 64, "pool": pool}
+
+
+def checked(state: State, network: type[torch.nn.Module], config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The state, whose names are ours; a missing tensor is a KeyError."""
+    with torch.device("meta"):
+        names = network(**config).state_dict()
+    for name in names:
+        if name not in state:
+            raise KeyError(name)
+    return dict(state)
+
+
+def official(state: State) -> dict[str, Tensor]:
+    """Official names are ours, both ways; a missing tensor is a KeyError."""
+    one_head = {"num_heads": 1, "num_head_channels": None}  # names do not depend on heads
+    return checked(state, UNetModel, config_from(state) | one_head)
+
+
+def official_classifier(state: State) -> dict[str, Tensor]:
+    """Official names are ours, both ways; a missing tensor is a KeyError."""
+    return checked(state, EncoderUNetModel, classifier_config_from(state) | {"num_head_channels": 1})
+
+
+CONVERTER = Converter(
+    name="adm-unet",
+    component="adm-unet",
+    recognise=recognise,
+    to_ours=official,
+    from_ours=official,
+    config_from=config_from,
+    summary="openai/guided-diffusion diffusion models and upsamplers",
+)
+CLASSIFIER = Converter(
+    name="adm-classifier",
+    component="adm-classifier",
+    recognise=recognise_classifier,
+    to_ours=official_classifier,
+    from_ours=official_classifier,
+    config_from=classifier_config_from,
+    summary="openai/guided-diffusion classifiers",
+)
+
+# -- diffusers -------------------------------------------------------------------------------------------------------
+
+OUTER = {
+    "time_embed.0": "time_embedding.linear_1",
+    "time_embed.2": "time_embedding.linear_2",
+    "input_blocks.0.0": "conv_in",
+    "out.0": "conv_norm_out",
+    "out.2": "conv_out",
+}
+RES = {
+    "in_layers.0": "norm1",
+    "in_layers.2": "conv1",
+    "emb_layers.1": "time_emb_proj",
+    "out_layers.0": "norm2",
+    "out_layers.3": "conv2",
+    "skip_connection": "conv_shortcut",
+}
+KINDS = ("weight", "bias")
+
+
+def layers(levels: int, depth: int, attention: Iterable[int], updown: bool) -> list[tuple[str, str, str]]:
+    """(ours, theirs, "res" | "attn" | "conv") of every block between the first and the last convolution."""
+    attention = set(attention)
+    pairs = [
+        ("middle_block.0", "mid_block.resnets.0", "res"),
+        ("middle_block.1", "mid_block.attentions.0", "attn"),
+        ("middle_block.2", "mid_block.resnets.1", "res"),
+    ]
+    for i in range(levels):
+        theirs = f"down_blocks.{i}"
+        for j in range(depth):
+            ours = f"input_blocks.{1 + i * (depth + 1) + j}"
+            pairs.append((f"{ours}.0", f"{theirs}.resnets.{j}", "res"))
+            if i in attention:
+                pairs.append((f"{ours}.1", f"{theirs}.attentions.{j}", "attn"))
+        if i < levels - 1:
+            ours = f"input_blocks.{(i + 1) * (depth + 1)}.0"
+            change = (ours, f"{theirs}.downsamplers.0", "res")
+            pairs.append(change if updown else (f"{ours}.op", f"{theirs}.downsamplers.0.conv", "conv"))
+        theirs = f"up_blocks.{levels - 1 - i}"
+        for j in range(depth + 1):
+            ours = f"output_blocks.{(levels - 1 - i) * (depth + 1) + j}"
+            pairs.append((f"{ours}.0", f"{theirs}.resnets.{j}", "res"))
+            if i in attention:
+                pairs.append((f"{ours}.1", f"{theirs}.attentions.{j}", "attn"))
+        if i > 0:
+            ours = f"{ours}.{2 if i in attention else 1}"
+            change = (ours, f"{theirs}.upsamplers.0", "res")
+            pairs.append(change if updown else (f"{ours}.conv", f"{theirs}.upsamplers.0.conv", "conv"))
+    return pairs
+
+
+def split_qkv(qkv: Tensor, heads: int, new_order: bool) -> tuple[Tensor, ...]:
+    """Our 3C rows -> q, k, v of C rows each."""
+    return qkv.chunk(3) if new_order else tuple(p.flatten(0, 1) for p in qkv.unflatten(0, (heads, 3, -1)).unbind(1))
+
+
+def join_qkv(parts: list[Tensor], heads: int, new_order: bool) -> Tensor:
+    if new_order:
+        return torch.cat(parts)
+    return torch.stack([p.unflatten(0, (heads, -1)) for p in parts], dim=1).flatten(0, 2)
+
+
+def diffusers_to_ours(state: State, new_order: bool, head_channels: int) -> dict[str, Tensor]:
+    """UNet2DModel -> ours. KeyError: a tensor is missing."""
+    levels, depth = len(indices(state, "down_blocks.")), len(indices(state, "down_blocks.0.resnets."))
+    attention = [i for i in range(levels) if f"down_blocks.{i}.attentions.0.to_q.weight" in state]
+    updown = levels == 1 or "down_blocks.0.downsamplers.0.norm1.weight" in state
+    ours = {f"{a}.{kind}": state[f"{b}.{kind}"] for a, b in OUTER.items() for kind in KINDS}
+    if "class_embedding.weight" in state:
+        ours["label_emb.weight"] = state["class_embedding.weight"]
+    for a, b, block in layers(levels, depth, attention, updown):
+        for kind in KINDS:
+            if block == "conv":
+                ours[f"{a}.{kind}"] = state[f"{b}.{kind}"]
+            elif block == "res":
+                for x, y in RES.items():
+                    if y != "conv_shortcut" or f"{b}.{y}.{kind}" in state:
+                        ours[f"{a}.{x}.{kind}"] = state[f"{b}.{y}.{kind}"]
+            else:
+                parts = [state[f"{b}.to_{x}.{kind}"] for x in "qkv"]
+                qkv = join_qkv(parts, len(parts[0]) // head_channels, new_order)
+                out = state[f"{b}.to_out.0.{kind}"]
+                width_one = kind == "weight"  # ours are convolutions of width 1
+                ours[f"{a}.norm.{kind}"] = state[f"{b}.group_norm.{kind}"]
+                ours[f"{a}.qkv.{kind}"] = qkv[..., None] if width_one else qkv
+                ours[f"{a}.proj_out.{kind}"] = out[..., None] if width_one else out
+    return ours
+
+
+def diffusers_from_ours(state: State, new_order: bool, head_channels: int) -> dict[str, Tensor]:
+    """Ours -> UNet2DModel. VgmError: diffusers cannot express this network. KeyError: a tensor is missing."""
+    config = config_from(state)
+    if config["channel_mult"][0] != 1 or not config["conv_resample"]:
+        raise VgmError(
+            "diffusers' UNet2DModel cannot express this network",
+            "it needs channel_mult[0]=1, and convolutions or residual blocks where the size changes",
+            USAGE,
+        )
+    attention = [f.bit_length() - 1 for f in config["attention_resolutions"]]
+    theirs = {f"{b}.{kind}": state[f"{a}.{kind}"] for a, b in OUTER.items() for kind in KINDS}
+    if "label_emb.weight" in state:
+        theirs["class_embedding.weight"] = state["label_emb.weight"]
+    levels, updown = len(config["channel_mult"]), config["resblock_updown"]
+    for a, b, block in layers(levels, config["num_res_blocks"], attention, updown):
+        for kind in KINDS:
+            if block == "conv":
+                theirs[f"{b}.{kind}"] = state[f"{a}.{kind}"]
+            elif block == "res":
+                for x, y in RES.items():
+                    if x != "skip_connection" or f"{a}.{x}.{kind}" in state:
+                        theirs[f"{b}.{y}.{kind}"] = state[f"{a}.{x}.{kind}"]
+            else:
+                qkv, out = (state[f"{a}.{x}.{kind}"] for x in ("qkv", "proj_out"))
+                if kind == "weight":
+                    qkv, out = qkv[..., 0], out[..., 0]
+                parts = split_qkv(qkv, len(qkv) // (3 * head_channels), new_order)
+                theirs |= {f"{b}.to_{x}.{kind}": part for x, part in zip("qkv", parts)}
+                theirs |= {f"{b}.to_out.0.{kind}": out, f"{b}.group_norm.{kind}": state[f"{a}.norm.{kind}"]}
+    return theirs
+
+
+def diffusers(name: str, new_order: bool, head_channels: int = 64) -> Converter:
+    def to_ours(state: State) -> dict[str, Tensor]:
+        return diffusers_to_ours(state, new_order, head_channels)
+
+    def config(state: State) -> dict[str, Any]:
+        known = {"num_heads": 1, "num_head_channels": head_channels, "use_new_attention_order": new_order}
+        return config_from(to_ours(state)) | known
+
+    def recognise(keys: Iterable[str]) -> bool:
+        wanted = {"time_embedding.linear_1.weight", "conv_in.weight", "mid_block.attentions.0.group_norm.weight"}
+        return wanted | {"mid_block.attentions.0.to_q.weight", "up_blocks.0.resnets.0.norm1.weight"} <= set(keys)
+
+    return Converter(
+        name=name,
+        component="adm-unet",
+        recognise=recognise,
+        to_ours=to_ours,
+        from_ours=lambda state: diffusers_from_ours(state, new_order, head_channels),
+        config_from=config,
+        summary=f"diffusers UNet2DModel, {head_channels} channels a head, {'new' if new_order else 'legacy'} order",
+    )
+
+
+DIFFUSERS = diffusers("adm-unet-diffusers", new_order=True)
+DIFFUSERS_LEGACY = diffusers("adm-unet-diffusers-legacy", new_order=False)

@@ -1,0 +1,459 @@
+"""The ADM U-Net and the classifier of noisy images. Dhariwal & Nichol, NeurIPS 2021 (arXiv 2105.05233), sec. 3.
+
+Official code: openai/guided-diffusion@22e0df8 guided_diffusion/unet.py. Parameter names are the official ones.
+Deviations: attention is fused (q and k scaled by ch^-1/4 each is SDPA's ch^-1/2); the upsampler is the U-Net with
+super_res=True instead of a subclass; `null_class` adds a row to the label table for classifier-free guidance;
+`patch_size` p moves p x p pixels into channels around the whole network (1: the published one), for small images.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vgm_cli.errors import USAGE, VgmError
+
+Pool = Literal["adaptive", "attention", "spatial", "spatial_v2"]
+
+# -- blocks ----------------------------------------------------------------------------------------------------------
+
+
+def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tensor:
+    """(N,) timesteps, whole or not -> (N, dim) cosines then sines of t * max_period^(-k / (dim / 2)), fp32."""
+    half = dim // 2
+    k = torch.arange(half, dtype=torch.float32, device=t.device)
+    angles = t[:, None].float() * torch.exp(-math.log(max_period) * k / half)
+    return F.pad(torch.cat([angles.cos(), angles.sin()], dim=-1), (0, dim % 2))
+
+
+class GroupNorm32(nn.GroupNorm):
+    """32 groups, computed in fp32 whatever the input's type is."""
+
+    def __init__(self, channels: int):
+        if channels % 32:
+            raise VgmError(f"{channels} channels do not divide into 32 groups", "a multiple of 32 does", USAGE)
+        super().__init__(32, channels)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x.float()).to(x.dtype)
+
+
+class Upsample(nn.Module):
+    """Twice the size: nearest neighbour, then 3x3 if use_conv."""
+
+    def __init__(self, channels: int, use_conv: bool):
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1) if use_conv else nn.Identity()
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(F.interpolate(x, scale_factor=2, mode="nearest"))
+
+
+class Downsample(nn.Module):
+    """Half the size: 3x3 stride 2, or 2x2 means."""
+
+    def __init__(self, channels: int, use_conv: bool):
+        super().__init__()
+        self.op = nn.Conv2d(channels, channels, 3, stride=2, padding=1) if use_conv else nn.AvgPool2d(2)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.op(x)
+
+
+class ResBlock(nn.Module):
+    """(N, in, h, w) -> (N, out, h', w'), told of time and class by emb: (N, emb_channels).
+
+    resample: "up" or "down" changes the size between the first activation and its convolution (BigGAN's block).
+    scale_shift: emb scales and shifts the second normalisation (AdaGN), otherwise it is added before it.
+    """
+
+    def __init__(
+        self,
+        in_channels: int,
+        out_channels: int,
+        emb_channels: int,
+        dropout: float,
+        scale_shift: bool,
+        resample: Literal["up", "down"] | None = None,
+    ):
+        super().__init__()
+        self.scale_shift = scale_shift
+        self.in_layers = nn.Sequential(
+            GroupNorm32(in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        )
+        kind = {"up": Upsample, "down": Downsample}
+        self.resample = kind[resample](in_channels, False) if resample else nn.Identity()  # no parameters
+        self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels * (2 if scale_shift else 1)))
+        self.out_layers = nn.Sequential(
+            GroupNorm32(out_channels),
+            nn.SiLU(),
+            nn.Dropout(dropout),
+            zero(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
+        )
+        same = in_channels == out_channels
+        self.skip_connection = nn.Identity() if same else nn.Conv2d(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:
+        norm, act, conv = self.in_layers
+        h = conv(self.resample(act(norm(x))))  # (N, out, h', w')
+        e = self.emb_layers(emb).to(h.dtype)[:, :, None, None]
+        norm, *rest = self.out_layers
+        if self.scale_shift:
+            scale, shift = e.chunk(2, dim=1)
+            h = norm(h) * (1 + scale) + shift
+        else:
+            h = norm(h + e)
+        for layer in rest:
+            h = layer(h)
+        return self.skip_connection(self.resample(x)) + h
+
+
+def attend(qkv: Tensor, heads: int, new_order: bool) -> Tensor:
+    """Multi-head attention on qkv: (N, T, 3C) -> (N, T, C).
+
+    The 3C channels are laid out (q|k|v, head, ch) in the new order and (head, q|k|v, ch) in the legacy one: the shapes
+    are equal, so weights loaded under the wrong flag give silent garbage.
+    """
+    n, length, width = qkv.shape
+    ch = width // (3 * heads)
+    if new_order:
+        parts = qkv.view(n, length, 3, heads, ch).permute(2, 0, 3, 1, 4)  # (3, N, heads, T, ch)
+    else:
+        parts = qkv.view(n, length, heads, 3, ch).permute(3, 0, 2, 1, 4)
+    q, k, v = parts.unbind(0)
+    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, length, heads * ch)
+
+
+def pointwise(conv: nn.Conv1d, x: Tensor) -> Tensor:
+    """A convolution of width 1 on tokens: (N, T, C) -> (N, T, C'), without changing the memory layout."""
+    return F.linear(x, conv.weight[:, :, 0], conv.bias)
+
+
+class AttentionBlock(nn.Module):
+    """Self-attention over positions, with a residual: (N, C, h, w) -> (N, C, h, w)."""
+
+    def __init__(self, channels: int, heads: int, new_order: bool):
+        super().__init__()
+        self.heads, self.new_order = heads, new_order
+        self.norm = GroupNorm32(channels)
+        self.qkv = nn.Conv1d(channels, 3 * channels, 1)
+        self.proj_out = zero(nn.Conv1d(channels, channels, 1))
+
+    def forward(self, x: Tensor) -> Tensor:
+        n, c, height, width = x.shape
+        tokens = self.norm(x).permute(0, 2, 3, 1).reshape(n, height * width, c)  # (N, T, C)
+        h = pointwise(self.proj_out, attend(pointwise(self.qkv, tokens), self.heads, self.new_order))
+        return x + h.view(n, height, width, c).permute(0, 3, 1, 2)
+
+
+class AttentionPool2d(nn.Module):
+    """CLIP's pooling: the mean joins the positions as a token, attends, and is read out. (N, C, s, s) -> (N, K)."""
+
+    def __init__(self, side: int, channels: int, head_channels: int, out_channels: int):
+        super().__init__()
+        self.side, self.heads = side, channels // head_channels
+        self.positional_embedding = nn.Parameter(torch.randn(channels, side**2 + 1) / channels**0.5)
+        self.qkv_proj = nn.Conv1d(channels, 3 * channels, 1)
+        self.c_proj = nn.Conv1d(channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if x.shape[2:] != (self.side, self.side):
+            raise VgmError(
+                f"attention pooling is built for {self.side}x{self.side} features, got {tuple(x.shape[2:])}",
+                "model.image_size must be the size of the images",
+                USAGE,
+            )
+        tokens = x.flatten(2).transpose(1, 2)  # (N, T, C)
+        tokens = torch.cat([tokens.mean(1, keepdim=True), tokens], dim=1)  # (N, 1 + T, C)
+        tokens = tokens + self.positional_embedding.T.to(x.dtype)
+        h = attend(pointwise(self.qkv_proj, tokens), self.heads, new_order=True)
+        return pointwise(self.c_proj, h[:, :1])[:, 0]
+
+
+class Stage(nn.Sequential):
+    """Layers in a row, of which residual blocks are also told emb."""
+
+    def forward(self, x: Tensor, emb: Tensor) -> Tensor:  # type: ignore[override]
+        for layer in self:
+            x = layer(x, emb) if isinstance(layer, ResBlock) else layer(x)
+        return x
+
+
+def zero(module: nn.Module) -> nn.Module:
+    """The module with its parameters set to 0."""
+    for p in module.parameters():
+        nn.init.zeros_(p)
+    return module
+
+
+# -- the trunk ---------------------------------------------------------------------------------------------------------
+
+
+class Trunk(nn.Module):
+    """Time embedding, encoder and middle: what the U-Net and the classifier share.
+
+    Every stage of input_blocks leaves a skip connection; `skips` are their widths, `factor` the total downsampling.
+    """
+
+    checkpointing = False
+
+    def __init__(
+        self,
+        in_channels: int,
+        model_channels: int,
+        num_res_blocks: int,
+        attention_resolutions: Sequence[int],
+        dropout: float,
+        channel_mult: Sequence[float],
+        conv_resample: bool,
+        num_heads: int,
+        num_head_channels: int | None,
+        use_scale_shift_norm: bool,
+        resblock_updown: bool,
+        use_new_attention_order: bool,
+    ):
+        super().__init__()
+        self.model_channels, self.emb_channels = model_channels, 4 * model_channels
+        self.dropout, self.scale_shift = dropout, use_scale_shift_norm
+        self.widths = [int(m * model_channels) for m in channel_mult]
+        self.head_channels = num_head_channels if num_head_channels and num_head_channels > 0 else None
+        self.new_order = use_new_attention_order
+
+        self.time_embed = nn.Sequential(
+            nn.Linear(model_channels, self.emb_channels), nn.SiLU(), nn.Linear(self.emb_channels, self.emb_channels)
+        )
+        ch = self.widths[0]
+        self.input_blocks = nn.ModuleList([Stage(nn.Conv2d(in_channels, ch, 3, padding=1))])
+        self.skips, self.factor = [ch], 1
+        for level, width in enumerate(self.widths):
+            for _ in range(num_res_blocks):
+                layers: list[nn.Module] = [self.res(ch, width)]
+                ch = width
+                if self.factor in attention_resolutions:
+                    layers.append(self.attention(ch, num_heads))
+                self.input_blocks.append(Stage(*layers))
+                self.skips.append(ch)
+            if level < len(self.widths) - 1:
+                down = self.res(ch, ch, "down") if resblock_updown else Downsample(ch, conv_resample)
+                self.input_blocks.append(Stage(down))
+                self.skips.append(ch)
+                self.factor *= 2
+        self.middle_block = Stage(self.res(ch, ch), self.attention(ch, num_heads), self.res(ch, ch))
+
+    def res(self, in_channels: int, out_channels: int, resample: Literal["up", "down"] | None = None) -> ResBlock:
+        return ResBlock(in_channels, out_channels, self.emb_channels, self.dropout, self.scale_shift, resample)
+
+    def attention(self, channels: int, num_heads: int) -> AttentionBlock:
+        """Heads by number, or by their width where num_head_channels says so. VgmError: the width does not divide."""
+        heads = channels // self.head_channels if self.head_channels else num_heads
+        if channels % (self.head_channels or heads):
+            raise VgmError(
+                f"{channels} channels do not divide into attention heads",
+                "change num_heads or num_head_channels",
+                USAGE,
+            )
+        return AttentionBlock(channels, heads, self.new_order)
+
+    def run(self, stage: nn.Module, h: Tensor, emb: Tensor) -> Tensor:
+        """stage(h, emb), recomputed in backward when `checkpointing` is on."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(stage, h, emb, use_reentrant=False)
+        return stage(h, emb)
+
+    def embed(self, t: Tensor) -> Tensor:
+        """(N,) timesteps -> (N, 4 * model_channels)."""
+        return self.time_embed(timestep_embedding(t, self.model_channels))
+
+
+class UNetModel(Trunk):
+    """Predicts the noise (and, with learn_sigma, what interpolates its variance) in x_t.
+
+    out_channels: None is in_channels, twice that with learn_sigma. attention_resolutions: downsampling factors at which
+    attention follows every residual block, e.g. [2, 4] at half and quarter size. num_head_channels: width of a head,
+    goes before num_heads. num_heads_upsample: heads in the decoder, None for num_heads. num_classes: 0 or None for an
+    unconditional network. null_class: one more label that means "none". super_res: forward takes low_res.
+    conv_resample: convolutions where the size changes (without resblock_updown). VgmError: widths that do not divide
+    into 32 groups or into heads.
+    """
+
+    def __init__(
+        self,
+        image_size: int = 256,
+        in_channels: int = 3,
+        model_channels: int = 256,
+        num_res_blocks: int = 2,
+        attention_resolutions: Sequence[int] = (8, 16, 32),
+        channel_mult: Sequence[float] = (1, 1, 2, 2, 4, 4),
+        num_classes: int | None = 1000,
+        learn_sigma: bool = True,
+        out_channels: int | None = None,
+        dropout: float = 0.0,
+        conv_resample: bool = True,
+        num_heads: int = 1,
+        num_head_channels: int | None = None,
+        num_heads_upsample: int | None = None,
+        use_scale_shift_norm: bool = True,
+        resblock_updown: bool = True,
+        use_new_attention_order: bool = False,
+        super_res: bool = False,
+        null_class: bool = False,
+        patch_size: int = 1,
+    ):
+        out_channels = out_channels or in_channels * (2 if learn_sigma else 1)
+        super().__init__(
+            in_channels * (2 if super_res else 1) * patch_size**2,
+            model_channels,
+            num_res_blocks,
+            attention_resolutions,
+            dropout,
+            channel_mult,
+            conv_resample,
+            num_heads,
+            num_head_channels,
+            use_scale_shift_norm,
+            resblock_updown,
+            use_new_attention_order,
+        )
+        self.in_channels, self.out_channels = in_channels, out_channels
+        self.learn_sigma = out_channels == 2 * in_channels
+        self.sample_shape = (in_channels, image_size, image_size)
+        self.num_classes, self.null_class = num_classes or 0, null_class and bool(num_classes)
+        self.super_res, self.patch_size = super_res, patch_size
+        if self.num_classes:
+            self.label_emb = nn.Embedding(self.num_classes + self.null_class, 4 * model_channels)
+
+        up_heads = num_heads_upsample if num_heads_upsample and num_heads_upsample > 0 else num_heads
+        ch, skips, factor = self.widths[-1], list(self.skips), self.factor
+        self.output_blocks = nn.ModuleList()
+        for level, width in reversed(list(enumerate(self.widths))):
+            for i in range(num_res_blocks + 1):
+                layers: list[nn.Module] = [self.res(ch + skips.pop(), width)]
+                ch = width
+                if factor in attention_resolutions:
+                    layers.append(self.attention(ch, up_heads))
+                if level > 0 and i == num_res_blocks:
+                    layers.append(self.res(ch, ch, "up") if resblock_updown else Upsample(ch, conv_resample))
+                    factor //= 2
+                self.output_blocks.append(Stage(*layers))
+        final = zero(nn.Conv2d(self.widths[0], out_channels * patch_size**2, 3, padding=1))
+        self.out = nn.Sequential(GroupNorm32(ch), nn.SiLU(), final)
+
+    @property
+    def null_condition(self) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        """cond -> its unconditional version, for classifier-free guidance; absent without a null class."""
+        if not self.null_class:
+            raise AttributeError("null_condition")
+        return lambda cond: {**cond, "y": torch.full_like(cond["y"], self.num_classes)} if "y" in cond else dict(cond)
+
+    def labels(self, y: Tensor | None, force_drop_ids: Tensor | None, x: Tensor) -> Tensor:
+        """(N,) rows of the label table. VgmError: a label is needed, or cannot be dropped."""
+        if y is not None and force_drop_ids is None:
+            return y
+        if not self.null_class:
+            raise VgmError(
+                "this network was built without a null class, it needs labels" if y is None else "no null class",
+                "model.null_class=true adds one",
+                USAGE,
+            )
+        null = torch.full((len(x),), self.num_classes, device=x.device)
+        return null if y is None or force_drop_ids is None else torch.where(force_drop_ids.bool(), null, y)
+
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor | None = None,
+        low_res: Tensor | None = None,
+        force_drop_ids: Tensor | None = None,
+    ) -> Tensor:
+        """x: (N, C, H, W), H and W multiples of patch_size * 2^(levels - 1); t: (N,) timesteps in [0, 1000);
+        y: (N,) int64 labels; low_res: (N, C, h, w) for super_res; force_drop_ids: (N,), true where the label becomes
+        the null class. Gives (N, out_channels, H, W). VgmError: low_res or labels are missing."""
+        if self.super_res:
+            if low_res is None:
+                raise VgmError("an upsampler needs the small image", "cond={'low_res': (N, C, h, w)}", USAGE)
+            x = torch.cat([x, F.interpolate(low_res, x.shape[2:], mode="bilinear")], dim=1)
+        emb = self.embed(t)  # (N, 4M)
+        if self.num_classes:
+            emb = emb + self.label_emb(self.labels(y, force_drop_ids, x))
+        h = F.pixel_unshuffle(x, self.patch_size) if self.patch_size > 1 else x  # (N, C p^2, H/p, W/p)
+        skips = []
+        for stage in self.input_blocks:
+            h = self.run(stage, h, emb)
+            skips.append(h)
+        h = self.run(self.middle_block, h, emb)
+        for stage in self.output_blocks:
+            h = self.run(stage, torch.cat([h, skips.pop()], dim=1), emb)
+        h = self.out(h)  # (N, out p^2, H/p, W/p)
+        return F.pixel_shuffle(h, self.patch_size) if self.patch_size > 1 else h
+
+
+class EncoderUNetModel(Trunk):
+    """Classifier of noisy images: the U-Net's encoder and middle, then a pooling. Gives logits.
+
+    image_size: of the images; fixed by the attention pooling's positions. pool: attention (the released ones), adaptive
+    (means), spatial and spatial_v2 (means of every stage through two linear layers). Other keywords: see UNetModel.
+    """
+
+    def __init__(
+        self,
+        image_size: int = 256,
+        in_channels: int = 3,
+        model_channels: int = 128,
+        num_res_blocks: int = 2,
+        attention_resolutions: Sequence[int] = (8, 16, 32),
+        channel_mult: Sequence[float] = (1, 1, 2, 2, 4, 4),
+        num_classes: int = 1000,
+        dropout: float = 0.0,
+        conv_resample: bool = True,
+        num_heads: int = 1,
+        num_head_channels: int | None = 64,
+        use_scale_shift_norm: bool = True,
+        resblock_updown: bool = True,
+        use_new_attention_order: bool = False,
+        pool: Pool = "attention",
+    ):
+        super().__init__(
+            in_channels,
+            model_channels,
+            num_res_blocks,
+            attention_resolutions,
+            dropout,
+            channel_mult,
+            conv_resample,
+            num_heads,
+            num_head_channels,
+            use_scale_shift_norm,
+            resblock_updown,
+            use_new_attention_order,
+        )
+        self.num_classes, self.pool = num_classes, pool
+        ch, features = self.widths[-1], sum(self.skips) + self.widths[-1]
+        if pool == "attention":
+            if self.head_channels is None:
+                raise VgmError("attention pooling needs num_head_channels", code=USAGE)
+            pooling = AttentionPool2d(image_size // self.factor, ch, self.head_channels, num_classes)
+            layers: list[nn.Module] = [GroupNorm32(ch), nn.SiLU(), pooling]
+        elif pool == "adaptive":
+            head = zero(nn.Conv2d(ch, num_classes, 1))
+            layers = [GroupNorm32(ch), nn.SiLU(), nn.AdaptiveAvgPool2d(1), head, nn.Flatten()]
+        elif pool == "spatial":
+            layers = [nn.Linear(features, 2048), nn.ReLU(), nn.Linear(2048, num_classes)]
+        else:
+            layers = [nn.Linear(features, 2048), GroupNorm32(2048), nn.SiLU(), nn.Linear(2048, num_classes)]
+        self.out = nn.Sequential(*layers)
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """x: (N, C, H, W) in [-1, 1] plus noise; t: (N,) timesteps. Gives logits (N, num_classes)."""
+        emb, h = self.embed(t), x
+        means = []
+        for stage in (*self.input_blocks, self.middle_block):
+            h = self.run(stage, h, emb)
+            means.append(h.mean(dim=(2, 3)))  # (N, width of the stage)
+        return self.out(torch.cat(means, dim=1) if self.pool.startswith("spatial") else h)

@@ -1,0 +1,177 @@
+"""DiT weights: the official layout, which is ours, and diffusers' DiTTransformer2DModel.
+
+Official files (facebookresearch/DiT@ed81ce2): a bare state dict (DiT-XL-2-256x256.pt) or train.py's dict with "model"
+and "ema", see vgm_cli.convert_api.unwrap. diffusers (0.35): q, k, v apart; one copy of the timestep and label embedders
+in every block (equal copies, the first is read); no position table, so the image size names the layout. diffusers runs
+these weights with timestep frequencies 10000^(-k/127) instead of /128 and eps 1e-5 before the MLP: outputs differ.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import replace
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vgm_cli.convert_api import Converter
+
+from .model import sincos_2d
+
+State = Mapping[str, Tensor]
+
+
+# -- official --------------------------------------------------------------------------------------------------------
+
+
+def recognise(keys: Iterable[str]) -> bool:
+    """DiT's names and nothing that only a descendant (LightningDiT, MAR, ...) has."""
+    keys = set(keys)
+    own = {"pos_embed", "x_embedder.proj.weight", "y_embedder.embedding_table.weight", "final_layer.linear.weight"}
+    return own | {"blocks.0.attn.qkv.bias", "blocks.0.mlp.fc1.bias", "t_embedder.mlp.2.weight"} <= keys and not any(
+        "norm" in k or "rope" in k for k in keys
+    )
+
+
+def official(state: State) -> dict[str, Tensor]:
+    """Official names are ours, both ways; a missing tensor is a KeyError."""
+    for name in names(depth_of(state)):
+        if name not in state:
+            raise KeyError(name)
+    return dict(state)
+
+
+def config_from(state: State) -> dict[str, Any]:
+    """Constructor keywords of an official state. A null class is assumed; heads follow the published widths."""
+    hidden, in_channels, patch, _ = state["x_embedder.proj.weight"].shape
+    out_channels = state["final_layer.linear.weight"].shape[0] // patch**2
+    return {
+        "input_size": round(state["pos_embed"].shape[1] ** 0.5) * patch,
+        "patch_size": patch,
+        "in_channels": in_channels,
+        "hidden_size": hidden,
+        "depth": depth_of(state),
+        "num_heads": heads_of(hidden),
+        "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / hidden,
+        "num_classes": state["y_embedder.embedding_table.weight"].shape[0] - 1,
+        "learn_sigma": out_channels == 2 * in_channels,
+    }
+
+
+def depth_of(state: State, prefix: str = "blocks.") -> int:
+    return 1 + max(int(k.removeprefix(prefix).split(".")[0]) for k in state if k.startswith(prefix))
+
+
+def heads_of(hidden: int) -> int:
+    """64 channels per head as in S, B and L; 72 in XL; else the largest head size up to 64 that divides the width."""
+    published = {384: 6, 768: 12, 1024: 16, 1152: 16}
+    return published.get(hidden) or next(hidden // d for d in range(min(64, hidden), 0, -1) if hidden % d == 0)
+
+
+def names(depth: int) -> list[str]:
+    """Every tensor of a DiT, in the official layout."""
+    layers = ["x_embedder.proj", "t_embedder.mlp.0", "t_embedder.mlp.2"]
+    for i in range(depth):
+        parts = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")
+        layers += [f"blocks.{i}.{p}" for p in parts]
+    layers += ["final_layer.linear", "final_layer.adaLN_modulation.1"]
+    tensors = [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
+    return ["pos_embed", "y_embedder.embedding_table.weight", *tensors]
+
+
+CONVERTER = Converter(
+    name="dit",
+    component="dit",
+    recognise=recognise,
+    to_ours=official,
+    from_ours=official,
+    config_from=config_from,
+    summary="facebookresearch/DiT (bare state, or train.py's model/ema)",
+)
+
+
+# -- diffusers -------------------------------------------------------------------------------------------------------
+
+BLOCK = {
+    "attn.proj": "attn1.to_out.0",
+    "mlp.fc1": "ff.net.0.proj",
+    "mlp.fc2": "ff.net.2",
+    "adaLN_modulation.1": "norm1.linear",
+}
+OUTER = {"x_embedder.proj": "pos_embed.proj", "final_layer.linear": "proj_out_2"}
+EMBEDDER = {
+    "t_embedder.mlp.0": "timestep_embedder.linear_1",
+    "t_embedder.mlp.2": "timestep_embedder.linear_2",
+}
+TABLE = "class_embedder.embedding_table.weight"
+KINDS = ("weight", "bias")
+
+
+def diffusers_recognise(keys: Iterable[str]) -> bool:
+    keys = set(keys)
+    return {f"transformer_blocks.0.norm1.emb.{TABLE}", "proj_out_2.weight", "pos_embed.proj.weight"} <= keys
+
+
+def diffusers_to_ours(state: State, input_size: int) -> dict[str, Tensor]:
+    """diffusers' layout -> ours. input_size: side of x, for the positions that this layout does not store."""
+    ours: dict[str, Tensor] = {}
+    for kind in KINDS:
+        for a, b in OUTER.items():
+            ours[f"{a}.{kind}"] = state[f"{b}.{kind}"]
+        for a, b in EMBEDDER.items():
+            ours[f"{a}.{kind}"] = state[f"transformer_blocks.0.norm1.emb.{b}.{kind}"]
+        ours[f"final_layer.adaLN_modulation.1.{kind}"] = state[f"proj_out_1.{kind}"]
+        for i in range(depth_of(state, "transformer_blocks.")):
+            theirs = f"transformer_blocks.{i}."
+            for a, b in BLOCK.items():
+                ours[f"blocks.{i}.{a}.{kind}"] = state[f"{theirs}{b}.{kind}"]
+            qkv = [state[f"{theirs}attn1.to_{x}.{kind}"] for x in "qkv"]
+            ours[f"blocks.{i}.attn.qkv.{kind}"] = torch.cat(qkv)
+    ours["y_embedder.embedding_table.weight"] = state[f"transformer_blocks.0.norm1.emb.{TABLE}"]
+    hidden, _, patch, _ = state["pos_embed.proj.weight"].shape
+    grid = input_size // patch
+    ours["pos_embed"] = torch.from_numpy(sincos_2d(hidden, grid, grid)).float()[None]
+    return ours
+
+
+def diffusers_from_ours(state: State) -> dict[str, Tensor]:
+    """Ours -> diffusers' layout; the embedders are copied into every block."""
+    theirs: dict[str, Tensor] = {}
+    for kind in KINDS:
+        for a, b in OUTER.items():
+            theirs[f"{b}.{kind}"] = state[f"{a}.{kind}"]
+        theirs[f"proj_out_1.{kind}"] = state[f"final_layer.adaLN_modulation.1.{kind}"]
+        for i in range(depth_of(state)):
+            block = f"transformer_blocks.{i}."
+            for a, b in BLOCK.items():
+                theirs[f"{block}{b}.{kind}"] = state[f"blocks.{i}.{a}.{kind}"]
+            for a, b in EMBEDDER.items():
+                theirs[f"{block}norm1.emb.{b}.{kind}"] = state[f"{a}.{kind}"]
+            for x, part in zip("qkv", state[f"blocks.{i}.attn.qkv.{kind}"].chunk(3)):
+                theirs[f"{block}attn1.to_{x}.{kind}"] = part
+            theirs[f"{block}norm1.emb.{TABLE}"] = state["y_embedder.embedding_table.weight"]
+    return theirs
+
+
+def diffusers(name: str, input_size: int) -> Converter:
+    def to_ours(state: State) -> dict[str, Tensor]:
+        return diffusers_to_ours(state, input_size)
+
+    return Converter(
+        name=name,
+        component="dit",
+        recognise=diffusers_recognise,
+        to_ours=to_ours,
+        from_ours=diffusers_from_ours,
+        config_from=lambda state: config_from(to_ours(state)),
+        summary=f"diffusers DiTTransformer2DModel, {8 * input_size} pixels",
+    )
+
+
+DIFFUSERS = diffusers("dit-diffusers", input_size=32)
+DIFFUSERS_512 = diffusers("dit-diffusers-512", input_size=64)
+
+# -- SiT -------------------------------------------------------------------------------------------------------------
+
+SIT = replace(CONVERTER, name="sit", component="sit", summary="willisma/SiT: the same tensors as DiT's")

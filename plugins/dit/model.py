@@ -1,0 +1,252 @@
+"""DiT: a plain transformer on latent patches, conditioned by adaLN-Zero. Peebles & Xie 2022 (arXiv 2212.09748).
+
+Same function and parameter names as facebookresearch/DiT@ed81ce2 models.py. Deviations: attention through
+scaled_dot_product_attention; labels are dropped by an explicit mask, never by a draw inside forward; y may be None
+(unconditional). `SiT` below is the same network with the variance half of its output thrown away.
+"""
+
+from __future__ import annotations
+
+import math
+from typing import Any
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vgm_cli.errors import USAGE, VgmError
+
+
+def sincos_1d(dim: int, positions: np.ndarray) -> np.ndarray:
+    """(T,) positions -> (T, dim) float64: all sines, then all cosines, of 10000^(-k / (dim/2)) positions."""
+    omega = 1.0 / 10000 ** (np.arange(dim // 2, dtype=np.float64) / (dim / 2.0))
+    angles = np.outer(positions.astype(np.float64), omega)  # (T, dim/2)
+    return np.concatenate([np.sin(angles), np.cos(angles)], axis=1)
+
+
+def sincos_2d(dim: int, height: int, width: int) -> np.ndarray:
+    """Position table (height * width, dim) float64, rows in raster order; the first half encodes the COLUMN index."""
+    rows, columns = np.mgrid[:height, :width]
+    return np.concatenate([sincos_1d(dim // 2, columns.ravel()), sincos_1d(dim // 2, rows.ravel())], axis=1)
+
+
+def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
+    """x: (N, T, D); shift, scale: (N, D)."""
+    return x * (1 + scale[:, None]) + shift[:, None]
+
+
+class PatchEmbed(nn.Module):
+    """(N, C, H, W) -> (N, T, D), tokens in raster order."""
+
+    def __init__(self, patch_size: int, in_channels: int, hidden_size: int):
+        super().__init__()
+        self.proj = nn.Conv2d(in_channels, hidden_size, kernel_size=patch_size, stride=patch_size)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.proj(x).flatten(2).transpose(1, 2)
+
+
+class TimestepEmbedder(nn.Module):
+    """(N,) timesteps, fractional ones too -> (N, D)."""
+
+    def __init__(self, hidden_size: int, frequency_embedding_size: int = 256):
+        super().__init__()
+        self.frequency_embedding_size = frequency_embedding_size
+        self.mlp = nn.Sequential(
+            nn.Linear(frequency_embedding_size, hidden_size), nn.SiLU(), nn.Linear(hidden_size, hidden_size)
+        )
+
+    def forward(self, t: Tensor) -> Tensor:
+        half = self.frequency_embedding_size // 2
+        steps = torch.arange(half, dtype=torch.float32, device=t.device)
+        angles = t[:, None].float() * torch.exp(-math.log(10000) * steps / half)  # (N, half)
+        waves = torch.cat([angles.cos(), angles.sin()], dim=-1)  # cosines first
+        return self.mlp(waves.to(self.mlp[0].weight.dtype))
+
+
+class LabelEmbedder(nn.Module):
+    """(N,) labels -> (N, D). Row num_classes of the table, where there is one, is the null class."""
+
+    def __init__(self, num_classes: int, hidden_size: int, has_null: bool):
+        super().__init__()
+        self.num_classes = num_classes
+        self.embedding_table = nn.Embedding(num_classes + has_null, hidden_size)
+
+    def forward(self, y: Tensor, force_drop_ids: Tensor | None = None) -> Tensor:
+        if force_drop_ids is not None:
+            y = torch.where(force_drop_ids.bool(), self.num_classes, y)
+        return self.embedding_table(y)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one fused projection, rows ordered (q, k, v), heads within."""
+
+    def __init__(self, dim: int, num_heads: int):
+        super().__init__()
+        self.num_heads = num_heads
+        self.qkv = nn.Linear(dim, 3 * dim)
+        self.proj = nn.Linear(dim, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        N, T, D = x.shape
+        q, k, v = self.qkv(x).view(N, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # 3 x (N, heads, T, D/heads)
+        x = F.scaled_dot_product_attention(q, k, v)
+        return self.proj(x.transpose(1, 2).reshape(N, T, D))
+
+
+class Mlp(nn.Module):
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.fc1 = nn.Linear(dim, hidden)
+        self.fc2 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
+
+
+class DiTBlock(nn.Module):
+    """Attention and MLP, each with its shift, scale and gate from the condition; gates start at zero."""
+
+    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
+        super().__init__()
+        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.attn = Attention(hidden_size, num_heads)
+        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)  # 6 x (N, D)
+        x = x + gate_a[:, None] * self.attn(modulate(self.norm1(x), shift_a, scale_a))
+        return x + gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
+
+
+class FinalLayer(nn.Module):
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
+        super().__init__()
+        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
+
+    def forward(self, x: Tensor, c: Tensor) -> Tensor:
+        shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
+        return self.linear(modulate(self.norm_final(x), shift, scale))
+
+
+class DiT(nn.Module):
+    """Diffusion transformer: forward(x, t, y) -> eps, and with learn_sigma the variance channels after it.
+
+    Without labels (num_classes=0, or y=None) the null class conditions every image. checkpointing=True recomputes the
+    blocks in backward.
+    """
+
+    def __init__(
+        self,
+        input_size: int = 32,  # side of x (latents: image size / 8)
+        patch_size: int = 2,  # side of a token's patch
+        in_channels: int = 4,  # channels of x
+        hidden_size: int = 1152,  # width D
+        depth: int = 28,  # number of blocks
+        num_heads: int = 16,  # attention heads; D must divide by it
+        mlp_ratio: float = 4.0,  # hidden width of the MLP over D
+        class_dropout_prob: float = 0.1,  # > 0: the label table has a null class
+        num_classes: int = 1000,
+        learn_sigma: bool = True,  # twice the output channels: the second half is the variance
+    ):
+        super().__init__()
+        if input_size % patch_size:
+            raise VgmError(f"patch_size={patch_size} does not divide the side {input_size}", code=USAGE)
+        if hidden_size % num_heads or hidden_size % 4:
+            raise VgmError(f"hidden_size={hidden_size} must divide by num_heads={num_heads} and by 4", code=USAGE)
+        self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
+        self.num_classes, self.class_dropout_prob, self.learn_sigma = num_classes, class_dropout_prob, learn_sigma
+        self.out_channels = in_channels * 2 if learn_sigma else in_channels
+        self.sample_shape = (in_channels, input_size, input_size)
+        self.checkpointing = False
+
+        self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
+        self.t_embedder = TimestepEmbedder(hidden_size)
+        self.y_embedder = LabelEmbedder(num_classes, hidden_size, has_null=class_dropout_prob > 0)
+        grid = input_size // patch_size
+        self.pos_embed = nn.Parameter(torch.zeros(1, grid * grid, hidden_size), requires_grad=False)
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self.initialize_weights()
+
+    @torch.no_grad()
+    def initialize_weights(self) -> None:
+        """Xavier linears, sin-cos positions, small embeddings; modulation and output at zero: the model gives 0."""
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                nn.init.zeros_(module.bias)
+        grid = self.input_size // self.patch_size
+        self.pos_embed[0].copy_(torch.from_numpy(sincos_2d(self.pos_embed.shape[-1], grid, grid)))
+        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # as the linear layer on patches that it is
+        nn.init.zeros_(self.x_embedder.proj.bias)
+        nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
+        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
+        for layer in (*(b.adaLN_modulation[1] for b in self.blocks), self.final_layer.adaLN_modulation[1]):
+            nn.init.zeros_(layer.weight)
+        nn.init.zeros_(self.final_layer.linear.weight)
+
+    def null_labels(self, like: Tensor) -> Tensor:
+        """(N,) labels of the null class for x. VgmError: this network has none."""
+        if not self.class_dropout_prob:
+            raise VgmError(
+                "this network was built without a null class, it cannot be unconditional",
+                "class_dropout_prob above 0 adds one",
+                USAGE,
+            )
+        return torch.full((len(like),), self.num_classes, device=like.device)
+
+    def null_condition(self, cond: dict[str, Any]) -> dict[str, Any]:
+        """The unconditional version of cond, for classifier-free guidance."""
+        return {**cond, "y": self.null_labels(cond["y"])} if cond.get("y") is not None else dict(cond)
+
+    def unpatchify(self, x: Tensor) -> Tensor:
+        """(N, T, p * p * C), channels fastest -> (N, C, H, W)."""
+        p, grid = self.patch_size, self.input_size // self.patch_size
+        x = x.view(len(x), grid, grid, p, p, -1)  # (N, h, w, p, p, C)
+        return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, self.input_size, self.input_size)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, force_drop_ids: Tensor | None = None) -> Tensor:
+        """x: (N, C, H, W); t: (N,) timesteps in [0, 1000); y: (N,) int64 labels; force_drop_ids: (N,), true where the
+        label becomes the null class. Gives (N, C or 2C, H, W). VgmError: x has another size than the positions."""
+        if x.shape[1:] != self.sample_shape:
+            raise VgmError(f"the network is built for {self.sample_shape}, got {tuple(x.shape[1:])}", code=USAGE)
+        if y is None:
+            y = self.null_labels(x)
+        x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
+        c = self.t_embedder(t) + self.y_embedder(y, force_drop_ids)  # (N, D)
+        for block in self.blocks:
+            if self.checkpointing and torch.is_grad_enabled():
+                x = checkpoint(block, x, c, use_reentrant=False)
+            else:
+                x = block(x, c)  # (N, T, D)
+        return self.unpatchify(self.final_layer(x, c))  # (N, C or 2C, H, W)
+
+    def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, channels: int | None = 3) -> Tensor:
+        """Guided output of a doubled batch, labels [y; null]; the second half of x is ignored, as in the official code.
+
+        channels: how many leading channels are guided (3 gave the published FIDs; None: all predicted ones). The rest
+        stay conditional in the first half and unconditional in the second.
+        """
+        half = x[: len(x) // 2]
+        output = self.forward(torch.cat([half, half]), t, y)
+        channels = self.in_channels if channels is None else channels
+        eps, rest = output[:, :channels], output[:, channels:]
+        cond, uncond = eps.chunk(2)
+        guided = uncond + cfg_scale * (cond - uncond)
+        return torch.cat([torch.cat([guided, guided]), rest], dim=1)
+
+
+class SiT(DiT):
+    """DiT as Scalable Interpolant Transformers use it (willisma/SiT@947f95b): t in [0, 1] fed as it is, and only the
+    first half of the output channels returned; learn_sigma stays true so that published weights fit."""
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, force_drop_ids: Tensor | None = None) -> Tensor:
+        return super().forward(x, t, y, force_drop_ids)[:, : self.in_channels]

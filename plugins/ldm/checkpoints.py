@@ -1,0 +1,270 @@
+"""First-stage weights: the CompVis layout, whose names are ours, and diffusers' AutoencoderKL (with its config).
+
+CompVis files (latent-diffusion@a506df5): a Lightning pickle with "state_dict" (see vgm_cli.convert_api.unwrap).
+First-stage files hold the names bare beside `loss.*`; diffusion files hold them below `first_stage_model.`. diffusers:
+levels are called blocks, the decoder's order is reversed, attention is linear instead of 1x1 convolutions; its plain
+blocks have no attention, so the f16 and f32 presets have no diffusers layout.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vgm_cli.convert_api import Converter
+from vgm_cli.errors import USAGE, VgmError
+
+from .presets import KL
+
+State = Mapping[str, Tensor]
+PREFIX = "first_stage_model."
+PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.", "latent_mean", "latent_std")
+
+
+# -- CompVis ---------------------------------------------------------------------------------------------------------
+
+
+def bare(names: Iterable[str]) -> dict[str, str]:
+    """{our name: name in the file} of the first stage's tensors; losses, averages and denoisers are left out."""
+    names = list(names)
+    prefix = PREFIX if any(n.startswith(PREFIX) for n in names) else ""
+    found = {n.removeprefix(prefix): n for n in names if n.startswith(prefix)}
+    return {ours: theirs for ours, theirs in found.items() if ours.startswith(PARTS)}
+
+
+def recognise(names: Iterable[str], quantised: bool) -> bool:
+    """A CompVis first stage, bare or inside a diffusion checkpoint."""
+    own = bare(names)
+    common = {"encoder.mid.block_1.conv1.weight", "decoder.up.0.block.0.conv1.weight", "post_quant_conv.weight"}
+    return common <= own.keys() and ("quantize.embedding.weight" in own) == quantised
+
+
+def to_ours(state: State) -> dict[str, Tensor]:
+    """CompVis -> ours. KeyError when a half is missing."""
+    own = {ours: state[theirs] for ours, theirs in bare(state).items()}
+    for name in ("encoder.conv_in.weight", "decoder.conv_out.weight", "quant_conv.weight", "post_quant_conv.weight"):
+        if name not in own:
+            raise KeyError(name)
+    return own
+
+
+def config_from(state: State) -> dict[str, Any]:
+    """Constructor keywords read off the shapes; resolution 256, as published, is assumed to place attention."""
+    own = to_ours(state)
+    ch, in_channels = own["encoder.conv_in.weight"].shape[:2]
+    levels = 1 + highest(own, r"encoder\.down\.(\d+)\.")
+    blocks = 1 + highest(own, r"encoder\.down\.0\.block\.(\d+)\.")
+    widths = [own[f"encoder.down.{i}.block.{blocks - 1}.conv2.weight"].shape[0] for i in range(levels)]
+    attended = [i for i in range(levels) if any(n.startswith(f"encoder.down.{i}.attn.") for n in own)]
+    quantised = "quantize.embedding.weight" in own
+    config: dict[str, Any] = {
+        "ch": ch,
+        "ch_mult": tuple(w // ch for w in widths),
+        "num_res_blocks": blocks,
+        "attn_resolutions": tuple(256 // 2**i for i in attended),
+        "resolution": 256,
+        "z_channels": own["decoder.conv_in.weight"].shape[1],
+        "embed_dim": own["post_quant_conv.weight"].shape[1],
+        "in_channels": in_channels,
+        "out_ch": own["decoder.conv_out.weight"].shape[0],
+    }
+    if "encoder.mid.attn_1.to_qkv.weight" in own:
+        config["attn_type"] = "linear"
+    elif "encoder.mid.attn_1.q.weight" not in own:
+        config["attn_type"] = "none"
+    if levels > 1 and "encoder.down.0.downsample.conv.weight" not in own:
+        config["resamp_with_conv"] = False
+    if ch % 32:  # no published model: the largest group count that divides
+        config["norm_groups"] = next(g for g in (16, 8, 4, 2, 1) if ch % g == 0)
+    if "latent_mean" in own:
+        config["latent_stats"] = True
+    if "scale_factor" in state:  # a diffusion model that measured it
+        config["scale_factor"] = float(state["scale_factor"])
+    if quantised:
+        config["n_embed"] = own["quantize.embedding.weight"].shape[0]
+    elif config == {k: v for k, v in KL["kl-f8"].items() if k != "scale_factor"}:
+        config["scale_factor"] = KL["kl-f8"]["scale_factor"]  # Stable Diffusion's VAE
+    return config
+
+
+def highest(names: Iterable[str], pattern: str) -> int:
+    return max(int(m[1]) for n in names if (m := re.match(pattern, n)))
+
+
+def in_checkpoint(state: State) -> dict[str, Tensor]:
+    """Ours -> the names inside a diffusion checkpoint (`first_stage_model.`)."""
+    return {PREFIX + k: v for k, v in state.items()}
+
+
+CONVERTER_KL = Converter(
+    name="autoencoder-kl",
+    component="autoencoder-kl",
+    kind="codec",
+    recognise=lambda names: recognise(names, quantised=False),
+    to_ours=to_ours,
+    from_ours=dict,
+    config_from=config_from,
+    summary="CompVis KL first stages, also inside diffusion checkpoints (first_stage_model.*)",
+)
+CONVERTER_VQ = Converter(
+    name="vq-autoencoder",
+    component="vq-autoencoder",
+    kind="codec",
+    recognise=lambda names: recognise(names, quantised=True),
+    to_ours=to_ours,
+    from_ours=dict,
+    config_from=config_from,
+    summary="CompVis VQ first stages, also inside diffusion checkpoints (first_stage_model.*)",
+)
+
+
+# -- diffusers -------------------------------------------------------------------------------------------------------
+
+ATTENTION = {"norm": "group_norm", "q": "to_q", "k": "to_k", "v": "to_v", "proj_out": "to_out.0"}
+OLD_ATTENTION = {"query": "to_q", "key": "to_k", "value": "to_v", "proj_attn": "to_out.0"}  # before diffusers 0.17
+RULES = (  # ours -> theirs; {i} stays for the encoder and is counted from the other end in the decoder
+    (r"(encoder)\.down\.(\d+)\.block\.(\d+)\.(.+)", "{0}.down_blocks.{1}.resnets.{2}.{3}"),
+    (r"(decoder)\.up\.(\d+)\.block\.(\d+)\.(.+)", "{0}.up_blocks.{1}.resnets.{2}.{3}"),
+    (r"(encoder)\.down\.(\d+)\.downsample\.(.+)", "{0}.down_blocks.{1}.downsamplers.0.{2}"),
+    (r"(decoder)\.up\.(\d+)\.upsample\.(.+)", "{0}.up_blocks.{1}.upsamplers.0.{2}"),
+)
+
+
+def diffusers_name(ours: str, levels: int) -> str:
+    """Our name of a tensor -> diffusers'. VgmError for tensors that its AutoencoderKL does not have."""
+    for pattern, form in RULES:
+        if m := re.fullmatch(pattern, ours):
+            parts = list(m.groups())
+            if parts[0] == "decoder":
+                parts[1] = str(levels - 1 - int(parts[1]))
+            return form.format(*parts).replace("nin_shortcut", "conv_shortcut")
+    if m := re.fullmatch(r"(encoder|decoder)\.mid\.block_(\d)\.(.+)", ours):
+        return f"{m[1]}.mid_block.resnets.{int(m[2]) - 1}.{m[3]}"
+    if m := re.fullmatch(r"(encoder|decoder)\.mid\.attn_1\.(norm|q|k|v|proj_out)\.(weight|bias)", ours):
+        return f"{m[1]}.mid_block.attentions.0.{ATTENTION[m[2]]}.{m[3]}"
+    if m := re.fullmatch(r"((?:encoder|decoder)\.)norm_out\.(.+)", ours):
+        return f"{m[1]}conv_norm_out.{m[2]}"
+    if re.fullmatch(r"((encoder|decoder)\.conv_(in|out)|quant_conv|post_quant_conv)\.(weight|bias)", ours):
+        return ours
+    raise VgmError(f"diffusers' AutoencoderKL has no place for {ours}", "only plain KL first stages convert", USAGE)
+
+
+def diffusers_recognise(names: Iterable[str]) -> bool:
+    names = set(names)
+    own = {f"{half}.resnets.0.conv1.weight" for half in ("encoder.down_blocks.0", "decoder.up_blocks.0")}
+    other = any(n.startswith(("quantize.", "decoder.time")) for n in names)  # its VQ and video autoencoders
+    return own | {"decoder.conv_norm_out.weight"} <= names and not other
+
+
+def ours_names(state: State) -> list[str]:
+    """Our names of everything in a diffusers state, found by inverting the rules."""
+    levels = 1 + highest(state, r"encoder\.down_blocks\.(\d+)\.")
+    found = []
+    for name in state:
+        kind = name.split(".")[0]
+        name = name.replace("conv_shortcut", "nin_shortcut").replace("conv_norm_out", "norm_out")
+        side, stack = ("down", "down_blocks") if kind == "encoder" else ("up", "up_blocks")
+        if m := re.fullmatch(rf"{kind}\.{stack}\.(\d+)\.(resnets|\w+samplers)\.(\d+)\.(.+)", name):
+            i = int(m[1]) if kind == "encoder" else levels - 1 - int(m[1])
+            middle = f"block.{m[3]}" if m[2] == "resnets" else f"{side}sample"
+            name = f"{kind}.{side}.{i}.{middle}.{m[4]}"
+        elif m := re.fullmatch(rf"{kind}\.mid_block\.resnets\.(\d)\.(.+)", name):
+            name = f"{kind}.mid.block_{int(m[1]) + 1}.{m[2]}"
+        elif m := re.fullmatch(rf"{kind}\.mid_block\.attentions\.0\.(.+)\.(weight|bias)", name):
+            name = f"{kind}.mid.attn_1.{next(a for a, b in ATTENTION.items() if b == m[1])}.{m[2]}"
+        found.append(name)
+    return found
+
+
+def diffusers_to_ours(state: State) -> dict[str, Tensor]:
+    """diffusers -> ours, attention names of before 0.17 included; 1x1 convolutions that a model does without (Stable
+    Diffusion 3, FLUX) become the identity."""
+    state = {modern(k): v for k, v in state.items()}
+    bias, z = state["encoder.conv_out.bias"], state["decoder.conv_in.weight"].shape[1]
+    for name, n in (("quant_conv", len(bias)), ("post_quant_conv", z)):
+        if f"{name}.weight" not in state:
+            state[f"{name}.weight"] = torch.eye(n).to(bias)[:, :, None, None]
+            state[f"{name}.bias"] = torch.zeros(n).to(bias)
+    levels = 1 + highest(state, r"encoder\.down_blocks\.(\d+)\.")
+    ours = {name: state[diffusers_name(name, levels)] for name in ours_names(state)}
+    for name, tensor in ours.items():
+        if ".attn_1." in name and tensor.ndim == 2:
+            ours[name] = tensor[:, :, None, None]
+    return to_ours(ours)
+
+
+def modern(name: str) -> str:
+    if ".attentions." in name:
+        for old, new in OLD_ATTENTION.items():
+            name = name.replace(f".{old}.", f".{new}.")
+    return name
+
+
+def diffusers_from_ours(state: State) -> dict[str, Tensor]:
+    """Ours -> diffusers. VgmError for attention outside the middle and for measured latent statistics."""
+    levels = 1 + highest(state, r"encoder\.down\.(\d+)\.")
+    theirs = {}
+    for name, tensor in state.items():
+        flat = ".attn_1." in name and tensor.ndim == 4
+        theirs[diffusers_name(name, levels)] = tensor[:, :, 0, 0] if flat else tensor
+    return theirs
+
+
+def diffusers_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Our constructor keywords -> config.json of diffusers' AutoencoderKL."""
+    width, mult = config["ch"], config["ch_mult"]
+    return {
+        "_class_name": "AutoencoderKL",
+        "in_channels": config["in_channels"],
+        "out_channels": config.get("out_ch") or config["in_channels"],
+        "down_block_types": ["DownEncoderBlock2D"] * len(mult),
+        "up_block_types": ["UpDecoderBlock2D"] * len(mult),
+        "block_out_channels": [width * m for m in mult],
+        "layers_per_block": config["num_res_blocks"],
+        "act_fn": "silu",
+        "latent_channels": config["embed_dim"],
+        "norm_num_groups": config.get("norm_groups", 32),
+        "sample_size": config.get("resolution", 256),
+        "scaling_factor": config.get("scale_factor", 1.0),
+        "shift_factor": config.get("shift_factor") or None,
+        "mid_block_add_attention": config.get("attn_type", "vanilla") == "vanilla",
+    }
+
+
+def config_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
+    """config.json of diffusers' AutoencoderKL -> our constructor keywords. VgmError for blocks of another kind."""
+    kinds = {*config["down_block_types"], *config["up_block_types"]}
+    if kinds - {"DownEncoderBlock2D", "UpDecoderBlock2D"} or config.get("act_fn", "silu") not in ("silu", "swish"):
+        raise VgmError(f"blocks {sorted(kinds)} have no counterpart", "only plain AutoencoderKL converts", USAGE)
+    widths = config["block_out_channels"]
+    return {
+        "ch": widths[0],
+        "ch_mult": tuple(w // widths[0] for w in widths),
+        "num_res_blocks": config["layers_per_block"],
+        "attn_resolutions": (),
+        "resolution": config.get("sample_size", 256),
+        "z_channels": config["latent_channels"],
+        "embed_dim": config["latent_channels"],
+        "in_channels": config["in_channels"],
+        "out_ch": config["out_channels"],
+        "norm_groups": config.get("norm_num_groups", 32),
+        "attn_type": "vanilla" if config.get("mid_block_add_attention", True) else "none",
+        "scale_factor": config.get("scaling_factor", 0.18215),
+        "shift_factor": config.get("shift_factor") or 0.0,
+    }
+
+
+DIFFUSERS = Converter(
+    name="autoencoder-kl-diffusers",
+    component="autoencoder-kl",
+    kind="codec",
+    recognise=diffusers_recognise,
+    to_ours=diffusers_to_ours,
+    from_ours=diffusers_from_ours,
+    config_from=lambda state: config_from(diffusers_to_ours(state)),
+    summary="diffusers AutoencoderKL (diffusion_pytorch_model.safetensors)",
+)
