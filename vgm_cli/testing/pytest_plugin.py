@@ -1,8 +1,10 @@
-"""pytest plugin: the `--golden DIR` option and the `golden_case` fixture. Import-light: loaded in every pytest run."""
+"""pytest plugin: the `--golden DIR` option, the `golden_case` fixture, and the fixtures of the conformance suites
+(tiny_dataset, tmp_run, vgm). Import-light: loaded in every pytest run."""
 
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -17,7 +19,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
 
 def golden_folders(config: pytest.Config) -> list[Path]:
     committed = Path(str(config.rootpath)) / "tests" / "golden"
-    extra = [Path(p) for p in config.getoption("--golden")]
+    start = config.invocation_params.dir  # tests may change the working directory
+    extra = [start / p for p in config.getoption("--golden")]
     for folder in extra:
         if not folder.is_dir():
             raise pytest.UsageError(f"--golden {folder}: no such folder")
@@ -82,3 +85,56 @@ def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> Non
         terminalreporter.section("golden cases not run")
         for line in left:
             terminalreporter.write_line(line)
+
+
+# -- fixtures for plugin authors -------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def tiny_dataset(tmp_path: Path) -> Path:
+    """A folder of 24 grey images of 28 x 28 pixels in two classes: bright squares and bright discs."""
+    from PIL import Image, ImageDraw
+
+    for label in ("disc", "square"):
+        folder = tmp_path / "tiny_dataset" / label
+        folder.mkdir(parents=True)
+        for i in range(12):
+            image = Image.new("L", (28, 28), 10 * (i % 4))
+            box = (3 + i % 5, 4 + i % 3, 17 + i % 7, 18 + i % 5)
+            draw = ImageDraw.Draw(image)
+            (draw.rectangle if label == "square" else draw.ellipse)(box, fill=200 + 4 * i)
+            image.save(folder / f"{i:02d}.png")
+    return tmp_path / "tiny_dataset"
+
+
+@pytest.fixture
+def tmp_run(tmp_path: Path) -> Path:
+    """An empty folder for runs."""
+    folder = tmp_path / "runs"
+    folder.mkdir(exist_ok=True)
+    return folder
+
+
+@pytest.fixture
+def vgm(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., tuple[int, str, str]]]:
+    """Run the CLI in this process: vgm("ls", "--json") -> (exit code, stdout, stderr)."""
+    from vgm_cli import registry
+    from vgm_cli.__main__ import run
+    from vgm_cli.ui import ui
+
+    flags = ("json", "quiet", "debug")
+    before = {flag: getattr(ui, flag) for flag in flags}
+
+    def call(*args: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        for flag in flags:
+            setattr(ui, flag, before[flag])
+        code = run([str(a) for a in args])
+        out = capsys.readouterr()
+        return code, out.out, out.err
+
+    yield call
+    for flag in flags:
+        setattr(ui, flag, before[flag])
+    if registry._blocked or registry._files:
+        registry.configure()  # what -p and --plugin changed

@@ -1,0 +1,62 @@
+"""What a checkpoint converter is: one published layout of one component, both ways. Importing it needs no torch."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterable, Mapping
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from vgm_cli.errors import USAGE, VgmError
+
+if TYPE_CHECKING:
+    from torch import Tensor
+
+State = Mapping[str, "Tensor"]
+
+
+@dataclass(frozen=True)
+class Converter:
+    """One layout of one component's weights, as pure functions on dicts of tensors.
+
+    name: the layout as `vgm convert --from/--to` names it ("dit", "dit-diffusers").
+    component: the model (or codec) it feeds, as a recipe names it. kind: that component's kind.
+    recognise(keys): does a state with these names have this layout? Wrapped files go through `unwrap` first.
+    to_ours(state) / from_ours(state): rename, split and merge tensors. The result of to_ours loads with strict=True
+        and to_ours(from_ours(s)) equals s. KeyError when a tensor of the layout is missing.
+    config_from(state): constructor keywords read off the shapes of the published tensors; keywords that shapes do not
+        tell (the number of heads) follow the published presets.
+    """
+
+    name: str
+    component: str
+    recognise: Callable[[Iterable[str]], bool]
+    to_ours: Callable[[State], dict[str, Tensor]]
+    from_ours: Callable[[State], dict[str, Tensor]]
+    config_from: Callable[[State], dict[str, Any]]
+    kind: str = "model"
+    summary: str = ""
+
+
+WRAPPERS = ("ema", "model_ema", "state_dict", "model", "module")
+
+
+def unwrap(checkpoint: Mapping[str, Any], weights: str | None = None) -> dict[str, Any]:
+    """The state dict inside a training checkpoint ({"model": ..., "ema": ..., "opt": ...}); a bare one is returned.
+
+    weights: the entry to take; None takes the average where there is one. DDP's leading "module." is dropped.
+    """
+    state: Mapping[str, Any] = checkpoint
+    if weights is not None:
+        if not isinstance(checkpoint.get(weights), Mapping):
+            have = ", ".join(k for k, v in checkpoint.items() if isinstance(v, Mapping))
+            raise VgmError(f"the checkpoint holds no '{weights}' weights", f"it holds {have or 'a bare state'}", USAGE)
+        state = checkpoint[weights]
+    else:
+        for key in WRAPPERS:
+            inner = checkpoint.get(key)
+            if isinstance(inner, Mapping) and inner and all(hasattr(v, "shape") for v in inner.values()):
+                state = inner
+                break
+    if state and all(k.startswith("module.") for k in state):
+        state = {k.removeprefix("module."): v for k, v in state.items()}
+    return dict(state)
