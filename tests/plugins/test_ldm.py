@@ -1,0 +1,643 @@
+"""LDM's first stages against CompVis/latent-diffusion@a506df5 (golden cases), sizes, checkpoints, training."""
+
+from __future__ import annotations
+
+import math
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from vgm_plugins.ldm import checkpoints as ck
+from vgm_plugins.ldm.model import AutoencoderKL, DiagonalGaussian, VQModel, tiled
+from vgm_plugins.ldm.objective import (
+    AutoencoderObjective,
+    code_usage,
+    discriminator_term,
+    generator_term,
+    reconstruction_loss,
+)
+from vgm_plugins.ldm.presets import KL, VQ
+
+from vgm_cli.api import Codec, Objective, Step
+from vgm_cli.convert_api import Converter, unwrap
+from vgm_cli.errors import VgmError
+from vgm_cli.losses import lpips
+from vgm_cli.losses.adversarial import adaptive_weight
+from vgm_cli.losses.lpips import LPIPS
+from vgm_cli.nets.discriminators import NLayerDiscriminator
+from vgm_cli.registry import registry
+from vgm_cli.testing.golden import GoldenCase, GoldenChecks, assert_close
+
+golden = GoldenChecks("ldm", partial="codec half")
+
+
+# -- golden cases ----------------------------------------------------------------------------------------------------
+
+
+def keywords(config: dict[str, Any]) -> dict[str, Any]:
+    """An official model config (ddconfig, embed_dim, ...) -> constructor keywords."""
+    dd = {k: v for k, v in config["ddconfig"].items() if k not in ("double_z", "use_linear_attn", "give_pre_end")}
+    if config["ddconfig"].get("use_linear_attn"):
+        dd["attn_type"] = "linear"
+    return {**dd, **{k: config[k] for k in ("embed_dim", "n_embed") if k in config}}
+
+
+def load(case: GoldenCase, cls: type, converter: Converter) -> Any:
+    assert converter.recognise(case.state)
+    model = cls(**keywords(case.config))
+    model.load_state_dict(converter.to_ours(case.state))
+    return model.eval()
+
+
+@golden.check(lambda c: "ddconfig" in c.config and "out/moments" in c)
+@torch.no_grad()
+def kl_autoencoder(case: GoldenCase) -> None:
+    model = load(case, AutoencoderKL, ck.CONVERTER_KL)
+    moments = model.encode(case.inputs["x"])
+    assert_close(moments, case.outputs["moments"], 1e-5, "moments")
+    posterior = DiagonalGaussian(moments)
+    z = posterior.sample(case.inputs["noise"])
+    found = {"mean": posterior.mean, "logvar": posterior.logvar, "std": posterior.std, "z": z, "kl": posterior.kl()}
+    found |= {"nll_of_z": posterior.nll(z), "dec_z": model.decode(z), "dec_mode": model.decode(posterior.mean)}
+    for name, got in found.items():
+        assert_close(got, case.outputs[name], 1e-5, name)
+    assert torch.equal(model.latents(moments, case.inputs["noise"]), z)
+    assert torch.equal(model(case.inputs["x"], case.inputs["noise"])[0], found["dec_z"])
+
+
+@golden.check(lambda c: "ddconfig" in c.config and "out/quant" in c)
+@torch.no_grad()
+def vq_interface(case: GoldenCase) -> None:
+    model = load(case, VQModel, ck.CONVERTER_VQ)
+    assert_close(model.latents(model.encode(case.inputs["x"])), case.outputs["h"], 1e-5, "h")
+    h = case.inputs["h_scaled"]
+    quant, loss, indices = model.quantize(h)
+    assert torch.equal(indices.flatten(), case.outputs["idx"].flatten())
+    assert_close(quant, case.outputs["quant"], 1e-5, "quant")
+    assert_close(loss, case.outputs["emb_loss"], 1e-5, "emb_loss")
+    assert_close(model.decode(h), case.outputs["dec"], 1e-5, "dec")
+    assert_close(model.decode(h, True), case.outputs["dec_force_not_quantize"], 1e-5, "dec_force_not_quantize")
+    assert_close(model.decode_tokens(indices), case.outputs["dec"], 1e-5, "decode_tokens")
+
+
+def toy_perceptual(a: Tensor, b: Tensor) -> Tensor:
+    return ((3 * a).sin() - (3 * b).sin()).square().mean(dim=(1, 2, 3), keepdim=True)
+
+
+@golden.check(lambda c: "out/loss_gen" in c)
+def autoencoder_losses(case: GoldenCase) -> None:
+    """Both losses at the case's step, put together from the functions that the objective uses."""
+    config, x = case.config, case.inputs["x"]
+    cond = case.inputs.get("cond")
+    variational = "in/moments" in case
+    weights = {k.removeprefix("discriminator."): v for k, v in case.state.items() if k.startswith("discriminator.")}
+
+    def fresh() -> NLayerDiscriminator:
+        net = NLayerDiscriminator(
+            x.shape[1] + (0 if cond is None else cond.shape[1]),
+            config.get("disc_ndf", 64),
+            config.get("disc_num_layers", 3),
+            config.get("use_actnorm", False),
+        )
+        net.load_state_dict(weights)
+        return net.train()
+
+    last = case.inputs["last_layer_weight"].clone().requires_grad_()
+    recon = F.conv2d(case.inputs["h"], last, case.inputs["last_layer_bias"], padding=1)
+    if "out/rec" in case:
+        assert_close(recon, case.outputs["rec"], 1e-5, "rec")
+    logvar = float(case.state["logvar"]) if "logvar" in case.state else config.get("logvar_init", 0.0)
+    nll, logs = reconstruction_loss(
+        x,
+        recon,
+        toy_perceptual,
+        config.get("perceptual_weight", 1.0),
+        config.get("pixel_loss", "l1"),
+        logvar,
+        "sum" if variational else "mean",
+    )
+    factor = config.get("disc_factor", 1.0) * (config["global_step"] >= config["disc_start"])
+    term, own = generator_term(fresh(), recon, nll, last, config.get("disc_weight", 1.0), cond)
+    if config.get("disc_factor", 1.0) == 0 and variational:
+        term, own["d_weight"] = 0 * term, torch.tensor(0.0)
+    loss = nll + factor * term
+    if variational:
+        kl = DiagonalGaussian(case.inputs["moments"]).kl().mean()
+        loss, logs["kl_loss"] = loss + config.get("kl_weight", 1.0) * kl, kl
+        logs["logvar"] = torch.tensor(logvar)
+    else:
+        codebook = case.inputs["codebook_loss"]
+        loss, logs["quant_loss"] = loss + config.get("codebook_weight", 1.0) * codebook, codebook
+    if "predicted_indices" in case.inputs:
+        logs |= code_usage(case.inputs["predicted_indices"], config["n_classes"])
+    (grad,) = torch.autograd.grad(loss, last)
+    d_loss, d_logs = discriminator_term(fresh(), x, recon, config.get("disc_loss", "hinge"), cond)
+
+    found = {**logs, **own, **d_logs, "total_loss": loss, "disc_factor": torch.tensor(float(factor))}
+    found["disc_loss"] = factor * d_loss
+    for name, want in case.outputs.items():
+        if name.startswith("log_"):
+            got = found.get(name.removeprefix("log_"), torch.tensor(0.0))
+            assert_close(got.reshape(want.shape), want, 1e-4 if name == "log_d_weight" else 1e-5, name)
+    assert_close(loss, case.outputs["loss_gen"], 1e-5, "loss_gen")
+    assert_close(factor * d_loss, case.outputs["loss_disc"], 1e-5, "loss_disc")
+    assert_close(grad, case.outputs["grad_last_layer"], 1e-4, "grad_last_layer")
+    if "logits_fake_map" in case.outputs:
+        assert_close(fresh()(recon), case.outputs["logits_fake_map"], 1e-5, "logits_fake_map")
+
+
+def formula_weights(names: list[str]) -> dict[str, Tensor]:
+    """The LPIPS weights that the golden case defines by formula, under their official names."""
+    target = {k: v.shape for k, v in lpips.from_ours(LPIPS().state_dict()).items()}
+    weights = {}
+    for k, name in enumerate(names):
+        shape = target[name]
+        i = torch.arange(shape.numel(), dtype=torch.float64)
+        if name.startswith("lin"):
+            value = 0.1 * (0.7 * i + k).sin().abs()
+        elif name.endswith("weight"):
+            value = 1.4 * math.sqrt(2 / shape[1:].numel()) * (0.7 * i + k).sin()
+        else:
+            value = 0.05 * (0.3 * i + k).sin()
+        weights[name] = value.float().view(shape)
+    return weights
+
+
+@golden.check(lambda c: "param_order" in c.config and "out/lpips" in c)
+@torch.no_grad()
+def lpips_formula_weights(case: GoldenCase) -> None:
+    state = formula_weights(case.config["param_order"])
+    assert lpips.CONVERTER.recognise(state)
+    model = LPIPS()
+    model.load_state_dict(lpips.to_ours(state))
+    assert_close(model(case.inputs["a"], case.inputs["b"]), case.outputs["lpips"], 1e-4, "lpips")
+    for i, tap in enumerate(model.features(case.inputs["a"])):
+        if f"feat{i}_mean_abs" in case.outputs:
+            assert_close(tap.abs().mean(), case.outputs[f"feat{i}_mean_abs"], 1e-4, f"feat{i}")
+
+
+def test_golden(golden_case: GoldenCase) -> None:
+    golden.run(golden_case)
+
+
+# -- sizes -----------------------------------------------------------------------------------------------------------
+
+SIZES = {  # encoder, decoder, total: instantiated official code
+    "kl-f4": (22_351_238, 32_960_771, 55_312_063),
+    "kl-f8": (34_163_592, 49_490_179, 83_653_863),
+    "kl-f16": (28_265_760, 41_343_875, 69_610_963),
+    "kl-f32": (42_614_656, 61_244_803, 103_880_131),
+    "vq-f4": (22_337_411, 32_960_771, 55_322_782),
+    "vq-f4-noattn": (21_285_763, 31_909_123, 53_219_486),
+    "vq-f8": (27_397_764, 40_253_955, 67_717_295),
+    "vq-f8-n256": (27_397_764, 40_253_955, 67_652_783),
+    "vq-f16": (28_155_144, 41_307_011, 69_593_371),
+}
+
+
+def count(module: nn.Module) -> int:
+    return sum(p.numel() for p in module.parameters())
+
+
+@pytest.mark.parametrize("kind", ["model", "codec"])
+@pytest.mark.parametrize("name", SIZES)
+def test_preset_size(name: str, kind: str) -> None:
+    component = "autoencoder-kl" if name in KL else "vq-autoencoder"
+    with torch.device("meta"):
+        model = registry().build(kind, {"name": component, "preset": name})
+        x = torch.empty(1, 3, 256, 256)
+    assert (count(model.encoder), count(model.decoder), count(model)) == SIZES[name]
+    assert isinstance(model, Codec)
+    latent = model.latent_shape((3, 256, 256))
+    assert model.latents(model.encode(x)).shape == (1, *latent)
+    assert model.decode(torch.empty(1, *latent, device="meta")).shape == x.shape
+
+
+def test_every_preset_is_counted() -> None:
+    assert set(SIZES) == {*KL, *VQ}
+
+
+def test_published_discriminator_and_lpips_sizes() -> None:
+    with torch.device("meta"):
+        assert count(registry().build("model", {"name": "patchgan"})) == 2_765_633
+        assert count(registry().build("model", {"name": "lpips"})) == 14_714_688 + 64 + 128 + 256 + 512 + 512
+
+
+# -- codecs ----------------------------------------------------------------------------------------------------------
+
+TINY: dict[str, Any] = {
+    "ch": 8,
+    "ch_mult": (1, 2, 2),
+    "num_res_blocks": 1,
+    "resolution": 16,
+    "z_channels": 4,
+    "embed_dim": 3,
+    "norm_groups": 4,
+}
+
+
+def tiny(cls: Any = AutoencoderKL, **more: Any) -> Any:
+    torch.manual_seed(0)
+    return cls(**{**TINY, **({"n_embed": 16} if cls is VQModel else {}), **more}).eval()
+
+
+@pytest.mark.parametrize("cls", [AutoencoderKL, VQModel])
+@torch.no_grad()
+def test_scaling_is_undone_by_decode(cls: type) -> None:
+    x, noise = torch.randn(2, 3, 16, 16), torch.randn(2, 3, 4, 4)
+    plain, scaled = tiny(cls), tiny(cls, scale_factor=0.3, shift_factor=0.5, latent_stats=True)
+    scaled.load_state_dict({**plain.state_dict(), "latent_mean": torch.arange(3.0), "latent_std": torch.ones(3) * 2})
+    z, z_scaled = plain.latents(plain.encode(x), noise), scaled.latents(scaled.encode(x), noise)
+    want = ((z - torch.arange(3.0)[:, None, None]) / 2 - 0.5) * 0.3
+    torch.testing.assert_close(z_scaled, want)
+    torch.testing.assert_close(scaled.decode(z_scaled), plain.decode(z))
+
+
+def test_latent_statistics_follow_training() -> None:
+    model = tiny(latent_stats=True)
+    x, noise = 3 * torch.randn(16, 3, 16, 16), torch.randn(16, 3, 4, 4)
+    model.train()
+    for _ in range(300):
+        model(x, noise)
+    with torch.no_grad():
+        model(5 * x, noise)  # no gradients, no measurement: the discriminator's pass
+        model.eval()
+        z = model.latents(model.encode(x), noise)
+    assert z.mean(dim=(0, 2, 3)).abs().max() < 0.02 and (z.std(dim=(0, 2, 3)) - 1).abs().max() < 0.02
+    model.measure(torch.randn(64, 3, 8, 8) * 4 + 1)
+    assert (model.latent_std - 4).abs().max() < 0.3 and (model.latent_mean - 1).abs().max() < 0.3
+
+
+@pytest.mark.parametrize("cls", [AutoencoderKL, VQModel])
+@torch.no_grad()
+def test_tiles(cls: type) -> None:
+    whole, tiles = tiny(cls), tiny(cls, tile=32, tile_overlap=0.25)
+    small, large = torch.randn(1, 3, 32, 24), torch.randn(1, 3, 72, 100)
+    assert torch.equal(tiles.encode(small), whole.encode(small))
+    z = whole.latents(whole.encode(small))
+    assert torch.equal(tiles.decode(z), whole.decode(z))
+    moments = tiles.encode(large)
+    assert moments.shape == whole.encode(large).shape
+    assert tiles.decode(tiles.latents(moments)).shape == large.shape
+    with pytest.raises(VgmError, match="multiple"):
+        tiny(cls, tile=30)
+
+
+def test_tiles_blend_without_seams() -> None:
+    """A function of single pixels is the same in tiles, at any factor; memory stays at one tile."""
+    x, seen = torch.randn(2, 3, 50, 37), []
+
+    def double(part: Tensor) -> Tensor:
+        seen.append(part.shape[2:])
+        return F.interpolate(part * 2, scale_factor=2.0)
+
+    torch.testing.assert_close(tiled(double, x, 16, 0.5), double(x))
+    assert len(seen) > 10 and all(max(s) <= 16 for s in seen[:-1])
+    torch.testing.assert_close(tiled(lambda p: F.avg_pool2d(p, 2), x[..., :36], 16, 0.0), F.avg_pool2d(x[..., :36], 2))
+
+
+def test_codecs_refuse_what_does_not_fit() -> None:
+    with pytest.raises(VgmError, match="channels"):
+        tiny().latent_shape((1, 16, 16))
+    with pytest.raises(VgmError, match="divide"):
+        tiny().latent_shape((3, 18, 16))
+    with pytest.raises(VgmError, match="norm_groups"):
+        tiny(norm_groups=3)
+    with pytest.raises(VgmError, match="tile_overlap"):
+        tiny(tile_overlap=1.0)
+    assert tiny().latent_shape((3, 16, 32)) == (3, 4, 8)
+
+
+def test_vq_tokens_and_gradients() -> None:
+    model = tiny(VQModel)
+    model.quantize.embedding.weight.data.normal_()
+    x = torch.randn(2, 3, 16, 16)
+    tokens = model.encode_tokens(x)
+    assert tokens.shape == (2, 4, 4) and tokens.dtype == torch.int64
+    with torch.no_grad():
+        torch.testing.assert_close(model.decode_tokens(tokens), model.decode(model.latents(model.encode(x))))
+    losses = {}
+    for legacy in (True, False):
+        quantize = tiny(VQModel, legacy=legacy, beta=0.1).quantize
+        z = torch.randn(2, 3, 4, 4, requires_grad=True)
+        out, loss, _ = quantize(z)
+        (out.sum() + loss).backward()
+        losses[legacy] = z.grad - 1  # straight-through gradient is 1
+    torch.manual_seed(1)
+    z = torch.randn(2, 3, 4, 4, requires_grad=True)
+    for legacy, weight in ((True, 1.0), (False, 0.1)):
+        z.grad = None
+        quantize = tiny(VQModel, legacy=legacy, beta=0.1).quantize
+        out, loss, _ = quantize(z)
+        loss.backward()
+        torch.testing.assert_close(z.grad, weight * 2 * (z - out).detach() / z.numel(), atol=1e-6, rtol=1e-4)
+
+
+@pytest.mark.parametrize("options", [
+    {"attn_type": "linear", "attn_resolutions": (8,)},
+    {"attn_type": "none", "attn_resolutions": (16,)},
+    {"resamp_with_conv": False, "tanh_out": True},
+    {"ch_mult": (1, 2), "in_channels": 1, "out_ch": 2, "dropout": 0.5, "attn_resolutions": (16, 8)},
+])  # fmt: skip
+@torch.no_grad()
+def test_other_options_run(options: dict[str, Any]) -> None:
+    model = tiny(**options)
+    x = torch.randn(1, model.encoder.conv_in.in_channels, 16, 16)
+    out = model.decode(model.latents(model.encode(x)))
+    assert out.shape == (1, model.decoder.conv_out.out_channels, 16, 16) and out.isfinite().all()
+    if model.decoder.tanh_out:
+        assert out.abs().max() <= 1
+    state = {f"first_stage_model.{k}": v for k, v in model.state_dict().items()}
+    read = ck.CONVERTER_KL.config_from({**state, "model.diffusion_model.x": x})
+    again = AutoencoderKL(**{**read, "resolution": 16, "attn_resolutions": options.get("attn_resolutions", ()),
+                             "norm_groups": 4, "tanh_out": model.decoder.tanh_out})  # fmt: skip
+    again.load_state_dict(ck.CONVERTER_KL.to_ours(state))
+    assert torch.equal(again.eval().decode(again.latents(again.encode(x))), out)
+
+
+def test_linear_attention_by_hand() -> None:
+    model = tiny(attn_type="linear").encoder.mid.attn_1
+    x = torch.randn(2, 16, 3, 5)
+    q, k, v = model.to_qkv(x).view(2, 3, 16, 15).unbind(1)
+    context = torch.einsum("bdn,ben->bde", k.softmax(-1), v)
+    want = model.to_out(torch.einsum("bde,bdn->ben", context, q).reshape(2, 16, 3, 5))
+    torch.testing.assert_close(model(x), want)
+
+
+def test_activation_checkpointing_changes_no_gradient() -> None:
+    gradients = []
+    for on in (False, True):
+        model = tiny(attn_resolutions=(16,))
+        model.checkpointing = on
+        assert model.checkpointing is on
+        model(torch.ones(1, 3, 16, 16), torch.ones(1, 3, 4, 4))[0].square().sum().backward()
+        gradients.append(model.encoder.conv_in.weight.grad)
+    torch.testing.assert_close(*gradients)
+
+
+# -- checkpoints -----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(("cls", "converter"), [(AutoencoderKL, ck.CONVERTER_KL), (VQModel, ck.CONVERTER_VQ)])
+def test_official_checkpoint(cls: Any, converter: Converter) -> None:
+    """Lightning's file, bare names or inside a diffusion model; losses dropped; configuration read off the shapes."""
+    model = tiny(cls, resolution=256, ch=32, norm_groups=32, attn_resolutions=(128,))
+    weights = model.state_dict()
+    noise = {"loss.logvar": torch.zeros(()), "loss.discriminator.main.0.weight": torch.zeros(1), "betas": torch.ones(9)}
+    inside = {**ck.in_checkpoint(weights), "model.diffusion_model.out.weight": torch.zeros(2)}
+    measured = {**inside, "scale_factor": torch.tensor(0.7)}
+    assert "scale_factor" not in converter.config_from(inside)
+    assert math.isclose(converter.config_from(measured)["scale_factor"], 0.7, rel_tol=1e-6)
+    for state in (unwrap({"state_dict": {**weights, **noise}, "epoch": 3}), inside):
+        assert converter.recognise(state)
+        other = ck.CONVERTER_VQ if cls is AutoencoderKL else ck.CONVERTER_KL
+        assert not other.recognise(state)
+        again = cls(**converter.config_from(state))
+        again.load_state_dict(converter.to_ours(state))
+    assert all(torch.equal(v, weights[k]) for k, v in converter.to_ours(converter.from_ours(weights)).items())
+    with pytest.raises(KeyError):
+        converter.to_ours({k: v for k, v in weights.items() if k != "quant_conv.weight"})
+
+
+@pytest.mark.parametrize("name", SIZES)
+def test_published_configuration_is_read_off_the_shapes(name: str) -> None:
+    cls, presets = (AutoencoderKL, KL) if name in KL else (VQModel, VQ)
+    with torch.device("meta"):
+        state = cls(**presets[name]).state_dict()
+    want = {k: sorted(v) if k == "attn_resolutions" else v for k, v in presets[name].items()}
+    read = ck.config_from(state)
+    assert {**read, "attn_resolutions": sorted(read["attn_resolutions"])} == want
+
+
+def test_diffusers_forward_parity_and_round_trip() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    config = {**TINY, "embed_dim": 4, "ch_mult": (1, 2, 2), "in_channels": 3, "scale_factor": 0.5, "shift_factor": 0.25}
+    model = AutoencoderKL(**config).eval()
+    theirs_config = ck.diffusers_config(config)
+    theirs = diffusers.AutoencoderKL.from_config(theirs_config).eval()
+    state = ck.DIFFUSERS.from_ours(model.state_dict())
+    assert ck.DIFFUSERS.recognise(state) and not ck.CONVERTER_KL.recognise(state)
+    theirs.load_state_dict(state)  # strict
+    x = torch.randn(2, 3, 16, 24)
+    with torch.no_grad():
+        moments = model.encode(x)
+        assert_close(moments, theirs.encode(x).latent_dist.parameters, 1e-5, "moments")
+        z = torch.randn(2, 4, 4, 6)
+        assert_close(model.decode(z), theirs.decode(z / 0.5 + 0.25).sample, 1e-5, "decoded")
+    back = ck.DIFFUSERS.to_ours(theirs.state_dict())
+    assert back.keys() == model.state_dict().keys()
+    assert all(torch.equal(v, model.state_dict()[k]) for k, v in back.items())
+    again = AutoencoderKL(**ck.config_from_diffusers(dict(theirs.config)))
+    again.load_state_dict(back)
+    assert (again.scale_factor, again.shift_factor) == (0.5, 0.25)
+    assert ck.DIFFUSERS.config_from(state)["ch_mult"] == (1, 2, 2)
+    old = dict(state)
+    for before, now in ck.OLD_ATTENTION.items():
+        old = {k.replace(now, before): v for k, v in old.items()}
+    assert all(torch.equal(v, back[k]) for k, v in ck.DIFFUSERS.to_ours(old).items())
+
+
+def test_diffusers_without_the_small_convolutions() -> None:
+    diffusers = pytest.importorskip("diffusers")
+    config = {**TINY, "embed_dim": 4, "in_channels": 3}
+    theirs = diffusers.AutoencoderKL.from_config(
+        {**ck.diffusers_config(config), "use_quant_conv": False, "use_post_quant_conv": False}
+    ).eval()
+    model = AutoencoderKL(**config).eval()
+    model.load_state_dict(ck.DIFFUSERS.to_ours(theirs.state_dict()))
+    x = torch.randn(1, 3, 16, 16)
+    with torch.no_grad():
+        assert_close(model.encode(x), theirs.encode(x).latent_dist.parameters, 1e-5, "moments")
+
+
+def test_diffusers_refuses_what_it_cannot_hold() -> None:
+    for more in ({"attn_resolutions": (16,)}, {"latent_stats": True}):
+        with pytest.raises(VgmError, match="no place"):
+            ck.DIFFUSERS.from_ours(tiny(**more).state_dict())
+    config = {**ck.diffusers_config({**TINY, "in_channels": 3}), "down_block_types": ["AttnDownEncoderBlock2D"]}
+    with pytest.raises(VgmError, match="no counterpart"):
+        ck.config_from_diffusers(config)
+
+
+# -- perceptual and adversarial losses ---------------------------------------------------------------------------------
+
+
+def test_lpips_files(tmp_path: Path) -> None:
+    """torchvision's VGG16 and the package's heads from two pickles; no distance to itself; gradients flow."""
+    order = [k for k in lpips.from_ours(LPIPS().state_dict()) if not k.startswith("scaling")]
+    order.sort(key=lambda k: k.startswith("lin"))
+    official = formula_weights(order)
+    heads = {k: v for k, v in official.items() if k.startswith("lin")}
+    vgg = {"features." + k.split(".", 2)[2]: v for k, v in official.items() if k.startswith("net")}
+    vgg["classifier.0.weight"] = torch.zeros(3)
+    torch.save(vgg, tmp_path / "vgg16.pth")
+    torch.save(heads, tmp_path / "heads.pth")
+    model = LPIPS(str(tmp_path / "vgg16.pth"), str(tmp_path / "heads.pth"))
+    model.train()
+    a, b = torch.rand(2, 3, 32, 32) * 2 - 1, (torch.rand(2, 3, 32, 32) * 2 - 1).requires_grad_()
+    d = model(a, b)
+    assert d.shape == (2, 1, 1, 1) and (d > 0).all() and torch.equal(d, model(a, b))
+    assert model(a, a).abs().max() == 0
+    d.sum().backward()
+    assert b.grad.abs().sum() > 0 and not any(p.requires_grad for p in model.parameters())
+    grey = a[:, :1]
+    torch.testing.assert_close(model(grey, b[:, :1]), model(grey.repeat(1, 3, 1, 1), b[:, :1].repeat(1, 3, 1, 1)))
+    again = lpips.to_ours(lpips.from_ours(model.state_dict()))
+    assert all(torch.equal(again[k], v) for k, v in model.state_dict().items())
+    with pytest.raises(VgmError, match="16 pixels"):
+        model(a[..., :8, :8], b[..., :8, :8])
+
+
+def test_lpips_without_weights_says_where_they_are(tmp_path: Path) -> None:
+    x = torch.zeros(1, 3, 16, 16)
+    with pytest.raises(VgmError, match="no weights") as e:
+        LPIPS()(x, x)
+    assert e.value.code == 4 and "vgg16" in e.value.hint
+    with pytest.raises(VgmError, match="both"):
+        LPIPS(vgg="a.pth")
+    with pytest.raises(VgmError, match="no such file"):
+        LPIPS(str(tmp_path / "a.pth"), str(tmp_path / "b.pth"))
+    (tmp_path / "a.pth").write_bytes(b"junk")
+    with pytest.raises(VgmError, match="cannot read"):
+        LPIPS(str(tmp_path / "a.pth"), str(tmp_path / "a.pth"))
+
+
+def test_actnorm_discriminator_initialises_once() -> None:
+    net = NLayerDiscriminator(3, ndf=4, n_layers=2, use_actnorm=True)
+    x = torch.randn(4, 3, 32, 32)
+    net.eval()(x)
+    assert not net.main[3].initialized
+    net.train()(x)
+    assert net.main[3].initialized
+    before = net.main[3].loc.clone()
+    net(5 * x)
+    assert torch.equal(net.main[3].loc, before)
+    again = NLayerDiscriminator(3, ndf=4, n_layers=2, use_actnorm=True)
+    again.load_state_dict(net.state_dict())
+    again.train()(9 * x)
+    assert torch.equal(again.main[3].loc, before)
+
+
+def test_adaptive_weight_balances_gradients() -> None:
+    layer = torch.ones(4, requires_grad=True)
+    rec, adv = (3 * layer).sum(), -(0.5 * layer).sum()
+    weight = adaptive_weight(rec, adv, layer, 0.8)
+    assert math.isclose(weight.item(), 0.8 * 6 / (1 + 1e-4), rel_tol=1e-5)
+    assert adaptive_weight(1e9 * rec, adv * 0, layer).item() == 1e4
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+
+def train(objective: AutoencoderObjective, x: Tensor, steps: int, lr: float = 3e-3) -> dict[str, list[float]]:
+    """The trainer's loop in small: one optimizer per phase, every other network frozen."""
+    assert isinstance(objective, Objective)
+    phases = objective.phases()
+    optimizers = {
+        p.name: torch.optim.Adam([q for r in p.trains for q in objective.networks[r].parameters()], lr) for p in phases
+    }
+    history: dict[str, list[float]] = {}
+    for network in objective.networks.values():
+        network.train()
+    for i in range(steps):
+        for phase in phases:
+            for role, network in objective.networks.items():
+                network.requires_grad_(role in phase.trains)
+            loss, logs = objective.loss(phase.name, {"x": x}, Step(index=i))
+            loss.backward()
+            optimizers[phase.name].step()
+            optimizers[phase.name].zero_grad()
+            for k, v in {f"{phase.name}/loss": loss, **logs}.items():
+                assert v.isfinite().all()
+                history.setdefault(k, []).append(v.item())
+    return history
+
+
+def blobs(n: int, size: int = 16, channels: int = 3) -> Tensor:
+    """Smooth colourful images in [-1, 1]: (n, channels, size, size)."""
+    generator = torch.Generator().manual_seed(0)
+    coarse = torch.rand(n, channels, 4, 4, generator=generator) * 2 - 1
+    return F.interpolate(coarse, size=size, mode="bicubic", align_corners=True).clamp(-1, 1)
+
+
+class Toy(nn.Module):
+    """A perceptual distance without weights."""
+
+    def forward(self, a: Tensor, b: Tensor) -> Tensor:
+        return toy_perceptual(a, b)
+
+
+@pytest.mark.parametrize(("cls", "share"), [(AutoencoderKL, 0.6), (VQModel, 0.9)])
+def test_training_lowers_the_loss(cls: type, share: float) -> None:
+    history = train(AutoencoderObjective(tiny(cls), reduction="mean"), blobs(16), 60)
+    assert history["rec_loss"][-1] < share * history["rec_loss"][0]
+    assert "d_weight" not in history and ("perplexity" in history) == (cls is VQModel)
+
+
+def test_two_phases_start_the_discriminator_late() -> None:
+    model, disc = tiny(), NLayerDiscriminator(3, ndf=4, n_layers=1)
+    before = {k: v.clone() for k, v in disc.state_dict().items()}
+    objective = AutoencoderObjective(model, disc, Toy(), disc_start=2, kl_weight=1e-3)
+    assert [(p.trains, p.optimizer) for p in objective.phases()] == [
+        (("model",), "main"),
+        (("discriminator",), "discriminator"),
+    ]
+    history = train(objective, blobs(4), 2)
+    assert "g_loss" not in history and history["discriminator/loss"] == [0.0, 0.0]
+    assert all(torch.equal(v, before[k]) for k, v in disc.state_dict().items())
+    objective.disc_start = 0
+    weights = model.state_dict()["encoder.conv_in.weight"].clone()
+    history = train(objective, blobs(4), 2)
+    assert {"g_loss", "d_weight", "kl_loss", "p_loss", "logits_real"} <= history.keys()
+    assert history["discriminator/loss"][0] > 0
+    assert not torch.equal(disc.state_dict()["main.0.weight"], before["main.0.weight"])
+    assert not torch.equal(model.state_dict()["encoder.conv_in.weight"], weights)
+    assert objective.view() == {"name": "codec"}
+
+
+def test_code_usage() -> None:
+    even, one = code_usage(torch.arange(8).repeat(5), 16), code_usage(torch.full((3, 4, 4), 5), 16)
+    assert math.isclose(even["perplexity"].item(), 8, rel_tol=1e-5) and even["cluster_usage"] == 8
+    assert math.isclose(one["perplexity"].item(), 1, rel_tol=1e-5) and one["cluster_usage"] == 1
+
+
+def test_mean_and_sum_are_the_same_objective() -> None:
+    model, x = tiny(), blobs(4)
+    values = [
+        AutoencoderObjective(model, kl_weight=0.1, reduction=r).loss("autoencoder", {"x": x}, Step(0))[0].item()
+        for r in ("sum", "mean")
+    ]
+    assert math.isclose(values[0] / x[0].numel(), values[1], rel_tol=1e-5)
+
+
+# -- shipped codec and recipes -----------------------------------------------------------------------------------------
+
+
+def test_shipped_mnist_codec() -> None:
+    """Crisp reconstructions and latents of unit deviation on the shipped digits."""
+    import json
+    from importlib import resources
+
+    from safetensors import safe_open
+
+    from vgm_cli.data import open_dataset
+
+    path = resources.files("vgm_cli") / "assets" / "mnist-codec.safetensors"
+    with safe_open(str(path), framework="pt") as f:
+        state = {k: f.get_tensor(k).float() for k in f.keys()}
+        component = json.loads(f.metadata()["vgm.component"])
+    model = registry().build(component["kind"], {"name": component["name"], **component["kwargs"]})
+    model.load_state_dict(state)
+    model.eval()
+    assert model.latent_shape((1, 28, 28)) == (4, 7, 7)
+    x = open_dataset("mnist5k").pixels(range(0, 5000, 50))  # (100, 1, 28, 28)
+    with torch.no_grad():
+        moments = model.encode(x)
+        noise = torch.randn(moments.shape[0], 4, 7, 7, generator=torch.Generator().manual_seed(0))
+        z = model.latents(moments, noise)
+        mse = (model.decode(z).clamp(-1, 1) - x).square().mean() / 4
+    assert -10 * mse.log10() > 27
+    assert (z.std(dim=(0, 2, 3)) - 1).abs().max() < 0.1 and z.mean(dim=(0, 2, 3)).abs().max() < 0.1
