@@ -1,8 +1,8 @@
 """Data sets: whatever images a user has, opened by path.
 
-`open_dataset` knows image folders, .zip (EDM layout or a zipped folder), webdataset .tar shards, .npz arrays, folders of
-latents, and the shipped sets. `loader.Batches` draws training batches from them, `latents` caches what a codec makes of
-them.
+`open_dataset` knows image folders, .zip (EDM layout or a zipped folder), webdataset .tar shards, .npz arrays, folders
+of latents, and the shipped sets. `loader.Batches` draws training batches from them, `latent_cache` keeps what a codec
+makes of them, `pack` writes a set into one file.
 """
 
 from __future__ import annotations
@@ -42,13 +42,15 @@ def open_dataset(
     path: see FORMATS; None is the shipped mnist5k, other names of SHIPPED work too (write ./NAME for a folder of that
     name). size, channels: as found if None (rules: dataset.py). crop: adm, center, random, resize, none.
     labels: True refuses a set without. label_key: the column of metadata.jsonl, array of the .npz or key of the .json
-    that holds the labels. split: train, val or test, where the set has them.
+    that holds the labels. split: train, val or test, where the set has them; of the shipped sets, test is every tenth
+    image and train the others.
 
-    Raises VgmError: nothing there or unknown kind (exit code 2), labels wanted but missing (2), empty or unreadable (1).
+    Raises VgmError: nothing there or unknown kind (exit code 2), labels wanted but missing (2), empty or unreadable
+    (1).
     """
     if path is not None and not isinstance(path, str):
         path = str(path)
-    source = shipped(path, size) or find(path or "", label_key, split)
+    source = shipped(path, size, split) or find(path or "", label_key, split)
     dataset: Any = source if not isinstance(source, Source) else Dataset(source, size, channels, crop)
     if labels and not dataset.facts.num_classes:
         hint = source.no_labels if isinstance(source, Source) else "these latents were stored without"
@@ -56,15 +58,24 @@ def open_dataset(
     return dataset
 
 
-def shipped(name: str | None, size: int | None) -> Source | None:
-    """A set that comes with the package."""
+def shipped(name: str | None, size: int | None, split: str | None = None) -> Source | None:
+    """A set that comes with the package. VgmError: a split other than train and test."""
     from vgm_cli.data.arrays import open_npz, shapes
 
     if name in (None, "mnist5k"):
         source = open_npz(Path(str(resources.files("vgm_cli") / "data" / "assets" / "mnist5k.npz")))
         source.root = "mnist5k"
-        return source
-    return shapes(size=size or 32) if name == "shapes" else None
+    elif name == "shapes":
+        source = shapes(size=size or 32)
+    else:
+        return None
+    if split is not None:
+        import numpy as np
+
+        if split not in ("train", "test"):
+            raise usage(f"{source.root} has no split '{split}'", "it has train and test (every tenth image)")
+        source.keep((np.arange(len(source)) % 10 == 9) == (split == "test"))
+    return source
 
 
 def find(path: str, label_key: str | None, split: str | None) -> Source | Latents:

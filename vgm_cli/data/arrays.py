@@ -110,6 +110,13 @@ class Arrays(Source):
     def pixels(self) -> np.ndarray | None:
         return self.images
 
+    def keep(self, rows: np.ndarray) -> None:
+        """Only these images; they keep their names. rows: bool (N,)."""
+        self.images, self.sizes = self.images[rows], [s for s, kept in zip(self.sizes, rows) if kept]
+        self.names = [n for n, kept in zip(self.names, rows) if kept]
+        self.texts = [t for t, kept in zip(self.texts, rows) if kept]
+        self.labels = None if self.labels is None else self.labels[rows]
+
 
 def open_npz(path: Path, label_key: str | None = None) -> Arrays:
     """Raises VgmError when no array of images is there."""
@@ -130,7 +137,10 @@ def open_npz(path: Path, label_key: str | None = None) -> Arrays:
         raise VgmError(
             f"{path} is damaged or holds Python objects: {e}", "write plain arrays (numpy.savez)", FAILED
         ) from e
-    return Arrays(str(path.absolute()), as_pixels(found, f"'{key}' of {path}"), labels)
+    arrays = Arrays(str(path.absolute()), as_pixels(found, f"'{key}' of {path}"), labels)
+    with zipfile.ZipFile(path) as z:
+        arrays.stamp = f"{z.getinfo(key + '.npy').CRC:08x}"
+    return arrays
 
 
 # -- procedural ------------------------------------------------------------------------------------------------------

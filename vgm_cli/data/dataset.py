@@ -5,8 +5,8 @@ and left out, and batches are slices of one tensor. Larger sets are decoded when
 replaced by the next readable one, counted too.
 
 Size: the images' side if all are squares of one size; otherwise their most common short side (the smaller of equals),
-rounded down to a multiple of 8. Channels: 1 if every image is grey, else 3. Both are read off the headers, of all images
-up to VERIFY, of SAMPLE evenly spaced ones beyond.
+rounded down to a multiple of 8. Channels: 1 if every image is grey, else 3. Both are read off the headers, of all
+images up to VERIFY, of SAMPLE evenly spaced ones beyond.
 """
 
 from __future__ import annotations
@@ -83,10 +83,10 @@ class Dataset:
             self._take_array()
         labels = None if source.labels is None else source.labels[self.rows]
         names = list(source.class_names)
-        total = len(names) or (0 if source.labels is None else int(source.labels.max(initial=-1)) + 1)
+        total = 0 if source.labels is None else max(len(names), int(source.labels.max(initial=-1)) + 1)
         self.facts = Facts(
-            self.size, self.channels, total, names or [str(i) for i in range(total)], len(self.rows), source.kind,
-            source.root, source.captioned, skipped, labels,
+            self.size, self.channels, total, names + [str(i) for i in range(len(names), total)], len(self.rows),
+            source.kind, source.root, source.captioned, skipped, labels,
         )  # fmt: skip
 
     # -- opening ----------------------------------------------------------------------------------------------------
@@ -199,7 +199,12 @@ class Dataset:
             if isinstance(image, Unreadable):
                 return image
         labels = self.source.labels
-        return image, None if labels is None else int(labels[row]), self.source.caption(row)
+        return image, None if labels is None else int(labels[row]), self.caption(i)
+
+    def caption(self, i: int) -> str | None:
+        """None where the image has none, or one that cannot be read."""
+        text = self._try(self.source.caption, int(self.rows[i]))
+        return None if isinstance(text, Unreadable) else text
 
     def item(self, i: int, rng: random.Random | None = None) -> Item:
         """(uint8 (H, W, C), label or None, caption or None). rng: draws the window of crop=random.
@@ -234,7 +239,7 @@ class Dataset:
         if self.memory is not None:
             batch["x"] = self.memory[at]
             y = None if self.facts.labels is None else self.facts.labels[at.numpy()]
-            texts = [self.source.caption(int(self.rows[i])) for i in at] if self.facts.captions else None
+            texts = [self.caption(i) for i in at.tolist()] if self.facts.captions else None
         else:
             items = [self.item(i, random.Random(seeds[k]) if seeds else None) for k, i in enumerate(at.tolist())]
             shape = (0, self.size, self.size, self.channels)
@@ -266,8 +271,9 @@ class Dataset:
     # -- identity ---------------------------------------------------------------------------------------------------
 
     def fingerprint(self, full: bool = False) -> str:
-        """ "COUNT-HASH" of sorted names, byte sizes, labels, size, channels and crop; full: of the contents too."""
-        h = hashlib.blake2b(f"{self.size} {self.channels} {self.crop}\n".encode(), digest_size=12)
+        """ "COUNT-HASH" of sorted names, byte sizes, labels, size, channels, crop, and the checksums that archives
+        hold; full: of the contents too."""
+        h = hashlib.blake2b(f"{self.size} {self.channels} {self.crop} {self.source.stamp}\n".encode(), digest_size=12)
         names, labels = self.source.names, self.facts.labels
         for k in sorted(range(len(self)), key=lambda k: names[self.rows[k]]):
             row = int(self.rows[k])

@@ -44,8 +44,9 @@ def _orientation(image: Image.Image) -> int:
 def load_image(file: File) -> Image.Image:
     """A decoded image of mode "L" (the file is grey) or "RGB". Raises Unreadable, whatever is wrong with the file."""
     try:
-        with Image.open(file) as image:
-            image.load()
+        with Image.open(file) as opened:
+            opened.load()
+            image: Image.Image = opened
             if _orientation(image) != 1:
                 ImageOps.exif_transpose(image, in_place=True)
             grey = image.mode in GREY

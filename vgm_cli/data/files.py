@@ -2,8 +2,8 @@
 
 Class sub-folders in sorted order are the classes; images beside them make the set unlabelled, as in a flat folder.
 train/ val/ test/ folders are splits; classes are counted over all of them, so that their numbers agree. The EDM and
-StyleGAN layout (NVlabs/edm dataset_tool.py) is {"labels": [[name, class], …] | null} in dataset.json, which then decides
-alone; "class_names" and "captions" beside it are an extension of ours. Captions come from metadata.jsonl or
+StyleGAN layout (NVlabs/edm dataset_tool.py) is {"labels": [[name, class], …] | null} in dataset.json, which then
+decides alone; "class_names" and "captions" beside it are an extension of ours. Captions come from metadata.jsonl or
 metadata.csv (file_name, text) beside the images, or from a .txt file with the image's name.
 """
 
@@ -202,6 +202,7 @@ class Zip(Files):
                 break
             base += top + "/"
         self.arrange({n: m.file_size for n, m in self.members.items()}, split, label_key, base)
+        self.stamp = " ".join(f"{self.members[n].CRC:08x}" for n in self.full)
 
     def get(self, name: str) -> bytes:
         """Read straight from the file, sharing no handle, so that threads and forked workers need no lock."""

@@ -19,6 +19,7 @@ class Source:
 
     names: one per image, relative, "/"-separated. sizes: bytes of each. labels: (N,) int64 or None. captioned: whether
     `caption` has something to say. skipped: names left out at opening. no_labels: why labels is None, for the error.
+    stamp: a checksum of the contents, where one is to be had for nothing.
     """
 
     kind = ""
@@ -32,6 +33,7 @@ class Source:
         self.captioned = False
         self.skipped: list[str] = []
         self.no_labels = "class sub-folders give labels"
+        self.stamp = ""
 
     def __len__(self) -> int:
         return len(self.names)

@@ -1,6 +1,7 @@
 """webdataset tar shards: the files of a sample share the name before the first dot of the basename.
 
-Fields: jpg/jpeg/png/webp… the image, cls the class (number or name), txt the caption, json {"label", "text" | "caption"}.
+Fields: jpg/jpeg/png/webp… the image, cls the class (number or name), txt the caption, json {"label", "text" or
+"caption"}.
 Local shards are indexed once by offset, so every sample is at hand in any order without unpacking.
 """
 
@@ -72,13 +73,17 @@ class Tar(Source):
                     if m.offset_data + m.size > end:
                         raise tarfile.ReadError("unexpected end of data")
                     field = field.lower()
-                    if "." + field.rpartition(".")[2] in SUFFIXES:
-                        field = "image"
+                    kind = field.rpartition(".")[2]
+                    if "." + kind in SUFFIXES:
+                        field = "image" if kind == field else "further image"
                     samples.setdefault(f"{folder}/{key}" if folder else key, {}).setdefault(
                         field, (number, m.offset_data, m.size)
                     )
         except (tarfile.TarError, OSError):
             self.skipped.append(shard.name)
+        for s in samples.values():
+            if "further image" in s:  # x.v2.jpg is the image of x, unless there is an x.jpg
+                s.setdefault("image", s["further image"])
         found = [(k, s) for k, s in samples.items() if "image" in s]
         self.names += [f"{shard.name}/{k}" for k, _ in found]
         self.samples += [s for _, s in found]

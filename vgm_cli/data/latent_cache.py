@@ -1,0 +1,166 @@
+"""Building a latent cache: every image through a frozen codec once, shard by shard. Layout: latents.py."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vgm_cli import atomic
+from vgm_cli.data.dataset import to_float
+from vgm_cli.data.latents import (
+    FORMAT,
+    INDEX,
+    VERSION,
+    Latents,
+    Sums,
+    check,
+    open_latents,
+    read_index,
+    read_shard,
+    shard_files,
+)
+from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.ui import Progress
+
+SHARD = 2**28  # bytes
+DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+def build_cache(
+    dataset: Any,
+    codec: Any,
+    folder: str | Path,
+    codec_hash: str,
+    *,
+    hflip: bool = False,
+    device: torch.device | str = "cpu",
+    dtype: str | None = None,
+    batch: int = 64,
+    shard_bytes: int = SHARD,
+) -> Latents:
+    """Encode every image (with hflip its mirror image too) into a cache; what is there already is kept.
+
+    dtype: a name of DTYPES to store floating-point moments in, None as the codec gives them. A build that was cut off
+    goes on at its first missing shard.
+
+    Raises VgmError when the folder holds another codec's cache, other images', one without mirrored images, or none.
+    """
+    folder = Path(folder)
+    fingerprint = dataset.fingerprint()
+    index = read_index(folder)
+    if index is not None:
+        check(folder, index, codec_hash, fingerprint)
+        latents = open_latents(folder)
+        if hflip and not latents.mirrored:
+            hint = "choose another folder, delete this one to build it again, or set data.hflip=false"
+            raise VgmError(f"the latent cache {folder} holds no mirrored images", hint, USAGE)
+        return latents
+    if dataset.crop == "random":
+        hint = "data.cache_latents=false, or data.crop=adm"
+        raise VgmError("random crops differ each time: their latents cannot be cached", hint, USAGE)
+    if folder.is_dir() and not shard_files(folder) and any(not p.name.startswith(".") for p in folder.iterdir()):
+        raise VgmError(f"{folder} holds other files", "name a new or empty folder for the latent cache", USAGE)
+    build = _Build(dataset, codec, torch.device(device), hflip, DTYPES[dtype] if dtype else None, batch)
+    return build.run(folder, codec_hash, fingerprint, shard_bytes)
+
+
+class _Build:
+    def __init__(
+        self, dataset: Any, codec: Any, device: torch.device, hflip: bool, dtype: torch.dtype | None, batch: int
+    ) -> None:
+        self.dataset, self.codec, self.device = dataset, codec, device
+        self.hflip, self.dtype, self.batch = hflip, dtype, batch
+
+    def run(self, folder: Path, codec_hash: str, fingerprint: str, shard_bytes: int) -> Latents:
+        n = len(self.dataset)
+        one = self.encode(to_float(self.dataset.gather([0])["x"]).to(self.device))
+        per_shard = max(1, shard_bytes // max(1, one.numel() * one.element_size() * (1 + self.hflip)))
+        total = -(-n // per_shard)
+        identity = {
+            "codec": codec_hash,
+            "fingerprint": fingerprint,
+            "dtype": str(one.dtype).removeprefix("torch."),
+            "mirrored": self.hflip,
+            "rows": per_shard,
+        }
+        names = [f"latents-{i:05d}-of-{total:05d}.safetensors" for i in range(total)]
+        for path in shard_files(folder):
+            if path.name not in names or json.loads(read_shard(path).metadata.get("identity", "{}")) != identity:
+                hint = "choose another folder, or delete this one"
+                raise VgmError(f"{folder} holds a half-built latent cache of another kind ({path.name})", hint, USAGE)
+        sums = Sums()
+        with Progress("encoding", n) as progress:
+            for i, name in enumerate(names):
+                span = range(i * per_shard, min((i + 1) * per_shard, n))
+                if not (folder / name).is_file():
+                    self.write(folder / name, span, identity, i)
+                sums.merge(Sums.load(read_shard(folder / name).metadata["sums"]))
+                progress.update(span.stop)
+                progress.line(f"encoding {span.stop}/{n}")
+        f = self.dataset.facts
+        image = (f.channels, f.size, f.size)
+        atomic.write_json(
+            folder / INDEX,
+            {
+                "format": FORMAT,
+                "version": VERSION,
+                **{k: identity[k] for k in ("codec", "dtype", "mirrored")},
+                "shape": list(one.shape[1:]),
+                "latent_shape": list(self.codec.latent_shape(image)),
+                "statistics": sums.result(),
+                "shards": names,
+                "data": {
+                    **self.dataset.describe(),
+                    "fingerprint": fingerprint,
+                    "num_classes": f.num_classes,
+                    "class_names": f.class_names,
+                    "skipped": f.skipped,
+                },
+            },
+        )
+        return open_latents(folder)
+
+    @torch.no_grad()
+    def encode(self, x: Tensor) -> Tensor:
+        """x: (B, C, H, W) in [-1, 1] on the device -> moments, in the dtype they are stored in."""
+        moments: Tensor = self.codec.encode(x)
+        return moments.to(self.dtype) if self.dtype and moments.is_floating_point() else moments
+
+    def read(self, span: range) -> Iterator[dict[str, Any]]:
+        """Batches of images in order, decoded ahead on a few threads."""
+        parts = [range(a, min(a + self.batch, span.stop)) for a in range(span.start, span.stop, self.batch)]
+        with ThreadPoolExecutor(2) as pool:
+            ahead = [pool.submit(self.dataset.gather, p) for p in parts[:3]]
+            for part in parts[3:] + [None] * len(ahead):
+                yield ahead.pop(0).result()
+                if part is not None:
+                    ahead.append(pool.submit(self.dataset.gather, part))
+
+    @torch.no_grad()
+    def write(self, path: Path, span: range, identity: dict[str, Any], number: int) -> None:
+        found: dict[str, list[Tensor]] = {}
+        texts: list[str] = []
+        sums = Sums()
+        g = torch.Generator().manual_seed(number)
+        for images in self.read(span):
+            x = to_float(images["x"]).to(self.device)
+            moments = self.encode(x)
+            found.setdefault("moments", []).append(moments.cpu())
+            if self.hflip:
+                found.setdefault("moments_flip", []).append(self.encode(x.flip(-1)).cpu())
+            if "y" in images:
+                found.setdefault("labels", []).append(images["y"])
+            texts += images.get("text", [])
+            if moments.is_floating_point():
+                shape = (len(x), *self.codec.latent_shape(tuple(x.shape[1:])))
+                sums.add(self.codec.latents(moments.float(), torch.randn(shape, generator=g).to(self.device)))
+        metadata = {"format": "pt", "identity": json.dumps(identity), "sums": sums.dump()}
+        if self.dataset.facts.captions:
+            metadata["captions"] = json.dumps(texts)
+        atomic.save_safetensors({k: torch.cat(v).contiguous() for k, v in found.items()}, path, metadata)

@@ -1,0 +1,388 @@
+"""Latents instead of images: a cache of what a frozen codec makes of a set, and folders of latents made elsewhere.
+
+A cache is a folder of safetensors shards (`moments`, `moments_flip` of the mirrored images, `labels`; captions in the
+header) and latents.json, written last: without it the cache is half built and never taken for whole. It is tied to the
+codec by hash and to the images by fingerprint. LightningDiT's layout (hustvl/LightningDiT@2725fed, datasets/img_latent_
+dataset.py) is read too: shards of `latents`, `latents_flip`, `labels`, the latents already drawn from the posterior.
+
+Shards are memory-mapped: a batch reads its own rows and nothing else, whatever the size of the cache.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from vgm_cli.data.dataset import Facts
+from vgm_cli.errors import FAILED, USAGE, VgmError
+
+INDEX = "latents.json"
+FORMAT, VERSION = "vgm-latents", 1
+PROBE = 512  # pixels per side of an image that any codec takes
+SAMPLE = 10_000  # latents whose statistics speak for a foreign folder, as LightningDiT takes them
+NARROW = -30.0  # log-variance of a posterior without width: where codecs clamp
+
+
+class MemoryLatents:
+    """Latents held in memory, drawn by `Batches` like a data set.
+
+    moments: (N, …) of any dtype; flipped: those of the mirrored images; labels: (N,); captions: N texts. Any but the
+    first may be None.
+    """
+
+    crop = "none"
+
+    def __init__(
+        self,
+        moments: Tensor,
+        flipped: Tensor | None = None,
+        labels: np.ndarray | None = None,
+        captions: list[str] | None = None,
+    ) -> None:
+        for what, found in (("mirrored latents", flipped), ("labels", labels), ("captions", captions)):
+            if found is not None and len(found) != len(moments):
+                raise VgmError(f"{len(moments)} latents but {len(found)} {what}", code=FAILED)
+        self.memory: Tensor | None = moments
+        self.flipped, self.captions, self.mirrored = flipped, captions, flipped is not None
+        classes = 0 if labels is None else int(labels.max(initial=-1)) + 1
+        names = [str(i) for i in range(classes)]
+        size, channels = sides(tuple(moments.shape[1:]))
+        self.facts = Facts(
+            size, channels, classes, names, len(moments), "latent-cache", "memory", captions is not None, labels=labels
+        )
+
+    def __len__(self) -> int:
+        return self.facts.count
+
+    def labels(self) -> np.ndarray | None:
+        return self.facts.labels
+
+    def rows(self, index: Tensor, mirror: bool = False) -> Tensor:
+        """(B, …) as stored; mirror: those of the mirrored images."""
+        source = self.flipped if mirror else self.memory
+        assert source is not None
+        return source[index]
+
+    def gather(
+        self, index: Iterable[int], flip: Any = None, seeds: Sequence[int] | None = None, labels: bool = True
+    ) -> dict[str, Any]:
+        """Items as one batch: "moments" (B, …) as stored, "y" int64 (B,) if labelled, "text" if captioned.
+
+        flip: bool (B,), which to take mirrored. seeds are for crops; there are none here.
+        """
+        at = index if isinstance(index, Tensor) else torch.tensor(list(index), dtype=torch.long)
+        batch: dict[str, Any] = {"moments": self.rows(at)}
+        if flip is not None and bool(np.asarray(flip).any()):
+            mask = torch.as_tensor(np.asarray(flip))
+            batch["moments"][mask] = self.rows(at[mask], mirror=True)
+        if labels and self.facts.labels is not None:
+            batch["y"] = torch.from_numpy(self.facts.labels[at.numpy()].astype(np.int64))
+        if self.captions is not None:
+            batch["text"] = [self.captions[i] for i in at.tolist()]
+        return batch
+
+
+def to_model(codec: Any, moments: Tensor, noise: Tensor | None = None, drawn: bool = False) -> Tensor:
+    """What is stored -> model space (B, c, …). noise: standard normal for the posterior, None for its mode.
+
+    drawn: `moments` are latents drawn from a posterior; to a codec that expects moments they are one without width.
+    """
+    if moments.is_floating_point():
+        moments = moments.float()
+    if drawn and takes_moments(codec, moments):
+        moments = torch.cat([moments, torch.full_like(moments, NARROW)], 1)
+    latents: Tensor = codec.latents(moments, noise)
+    return latents
+
+
+def takes_moments(codec: Any, z: Tensor) -> bool:
+    """Does `codec.latents` expect mean and log-variance (2c channels) where z has c?"""
+    try:
+        return bool(codec.latents(z[:1]).shape[1:] != z.shape[1:])
+    except (RuntimeError, ValueError, VgmError):
+        return True
+
+
+def sides(shape: tuple[int, ...]) -> tuple[int, int]:
+    """(size, channels) of latents: (C, H, W); tokens (H, W) or (L,) have one channel."""
+    return (shape[-1] if shape else 1), (shape[0] if len(shape) > 2 else 1)
+
+
+@dataclass
+class Sums:
+    """Mean and deviation per channel (dimension 1), merged batch by batch (Chan, Golub, LeVeque 1979), in float64."""
+
+    n: int = 0
+    mean: Tensor = field(default_factory=lambda: torch.zeros(()))
+    m2: Tensor = field(default_factory=lambda: torch.zeros(()))
+
+    def add(self, z: Tensor) -> None:
+        """z: (B, c, …); integers (tokens) have no statistics and are passed over."""
+        if z.is_floating_point() and z.ndim > 1:
+            flat = z.detach().double().cpu().transpose(0, 1).flatten(1)
+            mean = flat.mean(1)
+            self.merge(Sums(flat.shape[1], mean, (flat - mean[:, None]).square().sum(1)))
+
+    def merge(self, other: Sums) -> None:
+        if other.n:
+            n, delta = self.n + other.n, other.mean - self.mean
+            self.mean = self.mean + delta * (other.n / n)
+            self.m2 = self.m2 + other.m2 + delta.square() * (self.n * other.n / n)
+            self.n = n
+
+    def result(self) -> dict[str, Any] | None:
+        return {"mean": self.mean.tolist(), "std": (self.m2 / self.n).sqrt().tolist()} if self.n else None
+
+    def dump(self) -> str:
+        return json.dumps([self.n, self.mean.tolist(), self.m2.tolist()])
+
+    @classmethod
+    def load(cls, text: str) -> Sums:
+        n, mean, m2 = json.loads(text)
+        return cls(n, torch.tensor(mean, dtype=torch.float64), torch.tensor(m2, dtype=torch.float64))
+
+
+# -- shards on disk --------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Shard:
+    """What a shard's header says. shapes: tensor name -> shape; metadata: its strings."""
+
+    path: Path
+    shapes: dict[str, tuple[int, ...]]
+    metadata: dict[str, str]
+
+
+def read_shard(path: Path) -> Shard:
+    """Raises VgmError for a missing, foreign or cut-off file."""
+    try:
+        with safe_open(path, framework="pt") as f:
+            shapes = {k: tuple(f.get_slice(k).get_shape()) for k in f.keys()}
+            return Shard(path, shapes, dict(f.metadata() or {}))
+    except (SafetensorError, OSError, ValueError) as e:
+        raise VgmError(f"{path} is not a readable shard of latents: {str(e).splitlines()[0]}", code=FAILED) from e
+
+
+class Latents(MemoryLatents):
+    """Latents in shards. `moments` are a codec's, or drawn latents where `drawn` (facts.kind latents-folder).
+
+    codec: the hash of the codec that made them, "" where unknown. image_shape: (C, H, W) of the images, None where
+    unknown. mean, std: (c,) float32 over the channels of model-space latents; of drawn latents, over those as stored.
+    """
+
+    def __init__(
+        self, folder: Path, shards: list[Shard], key: str, mirror_key: str, index: dict[str, Any] | None = None
+    ) -> None:
+        self.folder, self.shards, self.index = folder, shards, index or {}
+        self.key, self.mirror_key, self.drawn = key, mirror_key, index is None
+        first = shards[0]
+        self.shape = first.shapes[key][1:]
+        self.mirrored = all(mirror_key in s.shapes for s in shards)
+        labelled = all("labels" in s.shapes for s in shards)
+        for s in shards:
+            wanted = [key] + [mirror_key] * self.mirrored
+            if any(s.shapes.get(k, ())[1:] != self.shape for k in wanted) or len({s.shapes[k][0] for k in wanted}) > 1:
+                raise VgmError(f"{s.path.name} of {folder} does not fit the other shards", f"first: {first.path.name}")
+            if labelled and s.shapes["labels"] != (s.shapes[key][0],):
+                raise VgmError(f"{s.path.name} of {folder} has {s.shapes['labels']} labels, not one per latent")
+        self.starts = np.cumsum([0] + [s.shapes[key][0] for s in shards])
+        self.opened: dict[tuple[int, str], Tensor] = {}
+        labels = np.concatenate([self.tensor(i, "labels").numpy() for i in range(len(shards))]) if labelled else None
+        texts = [json.loads(s.metadata["captions"]) for s in shards if "captions" in s.metadata]
+        self.captions = [t for part in texts for t in part] if len(texts) == len(shards) else None
+        self.memory, self.flipped = None, None
+        data = self.index.get("data", {})
+        classes = max(data.get("num_classes", 0), 0 if labels is None else int(labels.max(initial=-1)) + 1)
+        size, channels = sides(tuple(self.index.get("latent_shape", self.shape)))
+        self.facts = Facts(
+            size,
+            channels,
+            classes,
+            data.get("class_names") or [str(i) for i in range(classes)],
+            int(self.starts[-1]),
+            "latents-folder" if self.drawn else "latent-cache",
+            str(folder.absolute()),
+            self.captions is not None,
+            list(data.get("skipped", [])),
+            labels,
+        )
+
+    @property
+    def codec(self) -> str:
+        return str(self.index.get("codec", ""))
+
+    @property
+    def image_shape(self) -> tuple[int, int, int] | None:
+        data = self.index.get("data")
+        return (data["image_channels"], data["image_size"], data["image_size"]) if data else None
+
+    def image_shape_for(self, codec: Any) -> tuple[int, int, int]:
+        """(C, H, W) of images whose latents these could be. Raises VgmError when the codec's have another shape."""
+        if self.image_shape is not None:
+            return self.image_shape
+        for channels in (3, 1):
+            try:
+                size = PROBE // codec.latent_shape((channels, PROBE, PROBE))[1] * self.facts.size
+                shape = (channels, size, size)
+                if tuple(codec.latent_shape(shape)) == self.shape:
+                    return shape
+            except (VgmError, IndexError):
+                continue
+        shown = "×".join(map(str, self.shape))
+        raise VgmError(f"the codec does not make latents of {shown}, which {self.folder} holds", "another codec", USAGE)
+
+    def refuse_other(self, codec_hash: str) -> None:
+        """Raises VgmError when these latents are known to be another codec's."""
+        if self.codec and self.codec != codec_hash:
+            raise other_codec(self.folder, self.codec, codec_hash)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "opened": {}}  # a loader process maps the shards itself
+
+    def tensor(self, shard: int, key: str) -> Tensor:
+        """A whole tensor of a shard, memory-mapped."""
+        if (shard, key) not in self.opened:
+            path = self.shards[shard].path
+            try:
+                with safe_open(path, framework="pt") as f:
+                    self.opened[shard, key] = f.get_tensor(key)
+            except (SafetensorError, OSError, ValueError) as e:
+                raise VgmError(f"{path} cannot be read: {str(e).splitlines()[0]}", code=FAILED) from e
+        return self.opened[shard, key]
+
+    def rows(self, index: Tensor, mirror: bool = False) -> Tensor:
+        key = self.mirror_key if mirror else self.key
+        owner = torch.from_numpy(np.searchsorted(self.starts, index.numpy(), side="right") - 1)
+        out = torch.empty((len(index), *self.shape), dtype=self.tensor(0, key).dtype)
+        for shard in owner.unique().tolist():
+            mine = owner == shard
+            out[mine] = self.tensor(shard, key)[index[mine] - int(self.starts[shard])]
+        return out
+
+    @cached_property
+    def statistics(self) -> tuple[Tensor, Tensor] | None:
+        """(mean, std), each (c,); None of tokens."""
+        known = self.index.get("statistics")
+        if known is None and self.drawn:
+            g = torch.Generator().manual_seed(0)
+            sums = Sums()
+            for part in torch.randperm(len(self), generator=g)[:SAMPLE].sort().values.split(512):
+                sums.add(self.rows(part))
+            known = sums.result()
+        return None if known is None else (torch.tensor(known["mean"]), torch.tensor(known["std"]))
+
+    def fingerprint(self, full: bool = False) -> str:
+        """ "COUNT-HASH" of the codec and the images, or of a foreign folder's file names and sizes."""
+        h = hashlib.blake2b(digest_size=12)
+        if self.index and not full:
+            h.update(f"{self.codec} {self.index['data']['fingerprint']}".encode())
+        for s in self.shards if full or not self.index else []:
+            h.update(s.path.read_bytes() if full else f"{s.path.name} {s.path.stat().st_size}\n".encode())
+        return f"{len(self)}-{h.hexdigest()}"
+
+    def describe(self) -> dict[str, Any]:
+        """For the run's data.json."""
+        f, data = self.facts, self.index.get("data", {})
+        shown = {"root": f.root, "kind": f.kind, "count": f.count, "latent_shape": list(self.shape),
+                 "captions": f.captions, "codec": self.codec or None, "skipped": len(f.skipped)}  # fmt: skip
+        return {**shown, **{k: data[k] for k in ("image_size", "image_channels", "crop") if k in data}}
+
+
+# -- opening ---------------------------------------------------------------------------------------------------------
+
+
+def shard_files(folder: Path) -> list[Path]:
+    return sorted(p for p in folder.glob("*.safetensors") if not p.name.startswith("."))
+
+
+def is_latents(folder: Path) -> bool:
+    """Does the folder hold latents: a cache (whole or not), or safetensors shards with `latents`?"""
+    if (folder / INDEX).is_file():
+        return True
+    for path in shard_files(folder)[:1]:
+        try:
+            return bool({"moments", "latents"} & set(read_shard(path).shapes))
+        except VgmError:
+            return False
+    return False
+
+
+def read_index(folder: Path) -> dict[str, Any] | None:
+    """The index of a whole cache, else None."""
+    file = folder / INDEX
+    if not file.is_file():
+        return None
+    try:
+        index = json.loads(file.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as e:
+        raise VgmError(f"{file} cannot be read: {e}", code=FAILED) from e
+    if not isinstance(index, dict) or index.get("format") != FORMAT:
+        raise VgmError(f"{file} is not the index of a latent cache", code=FAILED)
+    if index.get("version") != VERSION:
+        raise VgmError(f"{folder} is a latent cache of version {index.get('version')}, not {VERSION}", code=FAILED)
+    return index
+
+
+def open_latents(folder: str | Path) -> Latents:
+    """A whole cache, or a folder in LightningDiT's layout. Raises VgmError when it is half built or damaged."""
+    folder = Path(folder)
+    index = read_index(folder)
+    if index is not None:
+        shards = [read_shard(folder / name) for name in index["shards"]]
+        latents = Latents(folder, shards, "moments", "moments_flip", index)
+        if len(latents) != index["data"]["count"]:
+            raise VgmError(f"{folder} has {len(latents)} latents, its index says {index['data']['count']}", code=FAILED)
+        return latents
+    files = shard_files(folder)
+    if not files:
+        raise VgmError(f"{folder} holds no latents", "shards are .safetensors files with `latents` or `moments`", USAGE)
+    shards = [read_shard(p) for p in files]
+    if any("moments" in s.shapes for s in shards):
+        raise half_built(folder)
+    foreign = next((s.path.name for s in shards if "latents" not in s.shapes), None)
+    if foreign:
+        raise VgmError(f"{foreign} of {folder} has no tensor `latents`", "one folder, one set of shards", FAILED)
+    return Latents(folder, shards, "latents", "latents_flip")
+
+
+def half_built(folder: Path) -> VgmError:
+    return VgmError(f"the latent cache {folder} is half built", "the command that began it continues it", FAILED)
+
+
+def open_cache(folder: str | Path, codec_hash: str, fingerprint: str) -> Latents:
+    """The cache of these images made by this codec. Raises VgmError when it is another's, or half built."""
+    folder = Path(folder)
+    if read_index(folder) is None:
+        if not shard_files(folder):
+            raise VgmError(f"no latent cache in {folder}", "`vgm data encode` builds one", USAGE)
+        raise half_built(folder)
+    latents = open_latents(folder)
+    check(folder, latents.index, codec_hash, fingerprint)
+    return latents
+
+
+def check(folder: Path, index: dict[str, Any], codec_hash: str, fingerprint: str) -> None:
+    if index["codec"] != codec_hash:
+        raise other_codec(folder, index["codec"], codec_hash)
+    if index["data"]["fingerprint"] != fingerprint:
+        raise VgmError(
+            f"the latent cache {folder} was made from other images, or from these cropped otherwise", OTHER, USAGE
+        )
+
+
+OTHER = "choose another folder, or delete this one to build it again"
+
+
+def other_codec(folder: Path, made: str, wanted: str) -> VgmError:
+    return VgmError(f"the latents in {folder} were made by another codec ({made}, not {wanted})", OTHER, USAGE)
