@@ -1,24 +1,70 @@
-"""vgm evaluate."""
+"""vgm evaluate: measure (the default), diff, stats."""
 
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand, TyperGroup
 
 from vgm_cli.cli import complete
 from vgm_cli.ui import Progress, ui
 
+DEFAULT = "(measure)"  # no target's name
+Features = Annotated[
+    str | None,
+    typer.Option(
+        help="Feature network: mnist, inception, or weights files (Inception, DINOv2, CLIP), comma-separated."
+    ),
+]
+ProtocolName = Annotated[str, typer.Option("--protocol", help="vgm | adm | edm | clean | torch-fidelity | mar")]
+BatchSize = Annotated[int, typer.Option(min=1, help="Of sampling and feature passes.")]
+NProc = Annotated[int, typer.Option(help="Processes that share the work; the numbers stay the same.", min=1)]
+
+
+class ShortContext(typer.Context):
+    """Usage lines read `vgm evaluate TARGET`."""
+
+    @property
+    def command_path(self) -> str:
+        return super().command_path.removesuffix(f" {DEFAULT}")
+
+
+class Measure(TyperCommand):
+    context_class = ShortContext
+
+
+class TargetOrCommand(TyperGroup):
+    """`vgm evaluate TARGET …` without naming a subcommand: what is no subcommand's name is the target."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        completing_first = not args and ctx.resilient_parsing
+        if not completing_first and (not args or args[0] not in self.commands):
+            args = [DEFAULT, *args]
+        return super().parse_args(ctx, args)
+
+    def shell_complete(self, ctx: Any, incomplete: str) -> list[Any]:
+        found = [c for c in super().shell_complete(ctx, incomplete) if c.value != DEFAULT]
+        kind = type(found[0]) if found else None
+        return found + ([kind(r) for r in complete.runs(incomplete)] if kind else [])
+
 
 def register(app: typer.Typer) -> None:
-    app.command("evaluate")(evaluate)
+    group = typer.Typer(cls=TargetOrCommand, help="Measure samples against a reference; compare results; statistics.")
+    group.command(DEFAULT, cls=Measure)(evaluate)
+    group.command("diff")(diff)
+    group.command("stats")(stats)
+    app.add_typer(group, name="evaluate")
 
 
 def evaluate(
     target: Annotated[
         str,
-        typer.Argument(help="A run or checkpoint (sampled first), a folder of images or an ADM .npz.", autocompletion=complete.runs),
+        typer.Argument(
+            help="A run or checkpoint (sampled first), a folder of images or an ADM .npz.",
+            autocompletion=complete.runs,
+        ),
     ],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Keywords of the sampler, for a run.")
@@ -26,21 +72,31 @@ def evaluate(
     reference: Annotated[
         str | None, typer.Option(help="Data or a statistics file. Default: the data a run was trained on.")
     ] = None,
-    metrics: Annotated[str, typer.Option(help="fid, kid, precision-recall, density-coverage, class-accuracy, …")] = "fid",
-    features: Annotated[
-        str | None, typer.Option(help="Feature network: mnist, or Inception weights (.pth, .pt). Default: by the data.")
+    metrics: Annotated[
+        str,
+        typer.Option(help="fid, kid:subset_size=500, precision-recall, … (`vgm ls metrics`). Default: the protocol's."),
+    ] = "",
+    features: Features = None,
+    protocol: ProtocolName = "vgm",
+    n: Annotated[
+        int | None,
+        typer.Option("-n", help="Samples. Default: the protocol's for a run (vgm: 2000), all of a folder.", min=2),
     ] = None,
-    n: Annotated[int | None, typer.Option("-n", help="Samples. Default: 2000 for a run, all of a folder.", min=2)] = None,
+    split: Annotated[str | None, typer.Option(help="Of the reference: train, val or test, where it has them.")] = None,
+    held_out: Annotated[str | None, typer.Option(help="Images that no training saw, for memorisation.")] = None,
     sampler: Annotated[str | None, typer.Option(help="Another sampler.", autocompletion=complete.samplers)] = None,
     steps: Annotated[int | None, typer.Option(help="Sampler steps.", min=1)] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="1 is no guidance.")] = None,
     seed: Annotated[int, typer.Option(help="Of the samples and of resampling metrics.")] = 0,
     weights: Annotated[str | None, typer.Option(help="raw, or an average. Default: the first average.")] = None,
-    batch_size: Annotated[int, typer.Option(min=1, help="Of sampling and feature passes.")] = 100,
+    batch_size: BatchSize = 100,
     precision: Annotated[str, typer.Option(help="fp32 | bf16, of sampling.")] = "fp32",
+    nproc: NProc = 1,
     check: Annotated[list[str] | None, typer.Option("--assert", help='Exit code 3 unless it holds: "fid<5".')] = None,
     save_stats: Annotated[Path | None, typer.Option(help="Also write the reference's statistics here.")] = None,
-    out: Annotated[Path | None, typer.Option(help="Also write the results here (JSON).")] = None,
+    out: Annotated[
+        Path | None, typer.Option(help="Also write the results here (JSON), for `vgm evaluate diff`.")
+    ] = None,
 ) -> None:
     """Measure samples against a reference. Every number carries its protocol.
 
@@ -49,38 +105,128 @@ def evaluate(
         vgm evaluate RUN --metrics fid,precision-recall -n 5000
 
         vgm evaluate samples.npz --reference FOLDER --features inception.pth --assert "fid<5"
-    """
-    from vgm_cli.engine.evaluating import evaluate_target
 
-    names = [m.strip() for m in metrics.split(",") if m.strip()]
+        vgm evaluate RUN --protocol adm --reference VIRTUAL_imagenet256_labeled.npz --features inception.pth --nproc 8
+
+    Also: vgm evaluate diff A.json B.json (may two numbers be compared?), vgm evaluate stats DATA -o REF.safetensors
+    """
+    if relaunched(nproc):
+        return
+    from vgm_cli.engine.evaluate import check_assertion, parse_assertion
+    from vgm_cli.engine.evaluating import Options, evaluate_target
+
+    for expression in check or []:
+        parse_assertion(expression)  # a typo is told before the work
+    options = Options(
+        reference=reference,
+        metrics=[m.strip() for m in metrics.split(",") if m.strip()],
+        features=features,
+        protocol=protocol,
+        n=n,
+        split=split,
+        held_out=held_out,
+        sampler=sampler,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        seed=seed,
+        weights=weights,
+        batch_size=batch_size,
+        precision=precision,
+        overrides=overrides or [],
+        save_stats=save_stats,
+    )
     with Progress("evaluating", n or 0) as progress:
-        results = evaluate_target(
-            target,
-            reference=reference,
-            metrics=names,
-            features=features,
-            n=n,
-            sampler=sampler,
-            steps=steps,
-            guidance_scale=guidance_scale,
-            seed=seed,
-            weights=weights,
-            batch_size=batch_size,
-            precision=precision,
-            overrides=overrides or [],
-            save_stats=save_stats,
-            progress=progress,
-        )
+        results = evaluate_target(target, options, progress)
     ui.document(results)
     for r in results:
-        spread = f" ± {r['uncertainty']:.3g}" if r.get("uncertainty") is not None else ""
-        ui.data(f"{r['metric']}: {r['value']:.4g}{spread}  (n={r['n']}, reference {r['n_reference']}, {r['protocol']['features']})")
-    if out is not None:
+        spread = f" ± {r['uncertainty']:.2g}" if r.get("uncertainty") is not None else ""
+        against = f", reference {r['n_reference']}" if r["n_reference"] else ""
+        ui.data(f"{r['metric']}: {r['value']:.4g}{spread}  (n={r['n']}{against}, {r['protocol']['features']})")
+    if out is not None and ui.main:
         from vgm_cli import atomic
 
         atomic.write_json(out, results)
-    from vgm_cli.engine.evaluate import check_assertion
-
     for expression in check or []:
         check_assertion(expression, results)
         ui.data(f"holds: {expression}")
+
+
+def diff(
+    a: Annotated[Path, typer.Argument(help="Results of `vgm evaluate --out`.")],
+    b: Annotated[Path, typer.Argument(help="Others.")],
+) -> None:
+    """Say whether the numbers of two results may be compared, and why not. Exit code 3 if some may not.
+
+    Example:
+
+        vgm evaluate diff before.json after.json
+    """
+    from vgm_cli.engine.comparing import compare, read_results
+    from vgm_cli.errors import CHECK_FAILED, USAGE, VgmError
+
+    found = compare(read_results(a), read_results(b))
+    if not found:
+        raise VgmError(f"{a} and {b} have no metric in common", code=USAGE)
+    ui.document(found)
+    for c in found:
+        first, second = c["values"]
+        verdict = "comparable" if c["comparable"] else "NOT comparable"
+        sigmas = f", {c['sigmas']:.1f} standard deviations apart" if "sigmas" in c else ""
+        ui.data(f"{c['metric']}: {first:.4g} and {second:.4g} are {verdict}{sigmas}")
+        for line in c["reasons"]:
+            ui.data(f"  because {line}")
+        for line in c["notes"]:
+            ui.data(f"  note: {line}")
+    bad = [c["metric"] for c in found if not c["comparable"]]
+    if bad:
+        raise VgmError(f"{', '.join(bad)} may not be compared", "measure both by one protocol", CHECK_FAILED)
+
+
+def stats(
+    data: Annotated[str, typer.Argument(help="A data set, or statistics in another format.")],
+    out: Annotated[Path, typer.Option("--out", "-o", help="The .safetensors to write.")],
+    features: Features = None,
+    protocol: ProtocolName = "vgm",
+    size: Annotated[int | None, typer.Option(help="Pixels per side of the samples to come. Default: as found.")] = None,
+    split: Annotated[str | None, typer.Option(help="train, val or test, where the set has them.")] = None,
+    batch_size: BatchSize = 100,
+    keep_features: Annotated[
+        bool, typer.Option("--keep-features", help="Also every image's features, for KID, precision and recall.")
+    ] = False,
+    nproc: NProc = 1,
+) -> None:
+    """Write a reference's feature statistics, to be given to --reference instead of the images.
+
+    Example:
+
+        vgm evaluate stats FOLDER -o ref.safetensors --features inception.pth
+    """
+    if relaunched(nproc):
+        return
+    from vgm_cli.engine.evaluating import evaluate_statistics
+
+    found = evaluate_statistics(
+        data,
+        out,
+        features=features,
+        size=size,
+        split=split,
+        protocol=protocol,
+        batch_size=batch_size,
+        keep_features=keep_features,
+    )
+    ui.document(found)
+    ui.data(f"{out}: {found['n']} images, {found['dim']} features of {found.get('features', 'an unknown network')}")
+
+
+def relaunched(nproc: int) -> bool:
+    """Run this command in several processes, unless this is one of them already; exits with their code on failure."""
+    from vgm_cli.engine import distributed
+
+    distributed.adopt_slurm()
+    if nproc == 1 or distributed.launched():
+        return False
+    code = distributed.relaunch(nproc, 1, None, distributed.default_argv())
+    if code:
+        raise typer.Exit(code)
+    return True

@@ -1,50 +1,60 @@
 """What a metric is to `engine.evaluate`: which measurements it needs of either side, and numbers made of them.
 
 A metric is any object with `needs_samples`, `needs_reference` (subsets of NEEDS) and
-`__call__(samples, reference, seed) -> list[Value]`; constructor keywords are its options.
+`__call__(samples, reference, seed) -> list[Value]`; constructor keywords are its options. It may set
+`network = "mnist" | "dinov2" | "clip"` to insist on one kind of features.
+
+A model metric looks at the trained model instead of at images: `needs_model = True` and
+`__call__(subject, seed) -> list[Value]`. It shares its work over processes by `subject.shares`.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 from typing import Any, Protocol
 
 import numpy as np
+import torch
 from torch import Tensor
 
 from vgm_cli.metrics.frechet import Moments
 
 # moments, spatial: mean and covariance of pooled and of spatial features; pool, logits: features of every image;
-# images: uint8 (N, H, W, C); labels: int64 (N,)
-NEEDS = ("moments", "spatial", "pool", "logits", "images", "labels")
+# images: uint8 (N, H, W, C); pixels: small copies for distances; labels: int64 (N,)
+NEEDS = ("moments", "spatial", "pool", "logits", "images", "pixels", "labels")
+OF_NETWORK = {"moments": "pool", "pool": "pool", "spatial": "spatial", "logits": "logits"}  # need -> the net's output
 
 
 @dataclass
 class Measured:
     """One side of a comparison. Only what the metrics asked for is there.
 
-    pool: (N, D) fp32, logits: (N, K) fp32, images: uint8 (N, H, W, C), labels: (N,) int64.
+    pool: (N, D), logits: (N, K), pixels: (N, P) in [0, 1], all fp32; images: uint8 (N, H, W, C), labels: (N,) int64.
     """
 
-    n: int
+    n: int | None
     moments: Moments | None = None
     spatial: Moments | None = None
     pool: Tensor | None = None
     logits: Tensor | None = None
     images: np.ndarray | None = None
+    pixels: Tensor | None = None
     labels: np.ndarray | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Value:
-    """One number. uncertainty: a standard deviation where there is one; options: what it depends on, for the protocol."""
+    """One number. uncertainty: a standard deviation where there is one; options: what it depends on, for the protocol;
+    facts: what was seen on the way; n: images it was made of, where that is not the number of samples."""
 
     metric: str
     value: float
     uncertainty: float | None = None
     options: Mapping[str, Any] = field(default_factory=dict)
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    n: int | None = None
 
 
 class Metric(Protocol):
@@ -52,3 +62,24 @@ class Metric(Protocol):
     needs_reference: frozenset[str]
 
     def __call__(self, samples: Measured, reference: Measured, seed: int) -> list[Value]: ...
+
+
+@dataclass
+class Subject:
+    """A trained model under test. view: what a sampler would be handed; dataset: the reference; n: images wanted, None
+    for the metric's own number; shares(items, work): [work(item) for item in items], spread over processes."""
+
+    view: Any
+    codec: Any
+    header: Any
+    dataset: Any
+    device: torch.device
+    batch_size: int
+    n: int | None
+    shares: Callable[[list[Any], Callable[[Any], Any]], list[Any]]
+
+
+class ModelMetric(Protocol):
+    needs_model: bool
+
+    def __call__(self, subject: Subject, seed: int) -> list[Value]: ...

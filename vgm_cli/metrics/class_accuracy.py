@@ -13,11 +13,14 @@ from vgm_cli.nets.mnist_features import CLASSES, MnistCNN, to_digits
 
 @torch.no_grad()
 def classifier_accuracy(images: Tensor | np.ndarray, labels: Tensor | np.ndarray, net: MnistCNN | None = None) -> float:
-    """Share of digits recognised. images: uint8 (N, C, H, W) tensor or (N, H, W, C) array, or float (N, C, H, W) tensor in
-    [-1, 1]; labels: (N,) in 0..9; net: the shipped classifier by default."""
+    """Share of digits recognised. images: uint8 (N, C, H, W) tensor or (N, H, W, C) array, or float (N, C, H, W) tensor
+    in [-1, 1]; labels: (N,) in 0..9; net: the shipped classifier by default."""
     from vgm_cli.metrics.features import mnist_features
 
-    net = net if net is not None else mnist_features().net
+    if net is None:
+        shipped = mnist_features().net
+        assert isinstance(shipped, MnistCNN)
+        net = shipped
     x = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2) if isinstance(images, np.ndarray) else images
     logits = torch.cat([net(to_digits(part))[1] for part in x.split(500)])
     return accuracy_of(logits, np.asarray(labels))
@@ -33,18 +36,13 @@ def accuracy_of(logits: Tensor, labels: np.ndarray) -> float:
 
 
 class ClassAccuracy:
-    """Of the digit classifier: `features=mnist`."""
+    """Of the digit classifier, the shipped one unless `features` names another file of its kind."""
 
+    network = "mnist"
     needs_samples = frozenset({"logits", "labels"})
     needs_reference: frozenset[str] = frozenset()
 
     def __call__(self, samples: Measured, reference: Measured, seed: int) -> list[Value]:
-        assert samples.logits is not None and samples.labels is not None
-        if samples.logits.shape[1] != CLASSES:
-            raise VgmError(
-                f"class-accuracy needs the digit classifier, these features have {samples.logits.shape[1]} classes",
-                "use --features mnist, on digits",
-                USAGE,
-            )
+        assert samples.logits is not None and samples.labels is not None and samples.n
         value = accuracy_of(samples.logits, samples.labels)
         return [Value("class-accuracy", value, float(np.sqrt(value * (1 - value) / samples.n)))]

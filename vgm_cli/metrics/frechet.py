@@ -1,4 +1,4 @@
-"""Frechet distance between Gaussians fitted to features: FID, sFID, its spread and its limit of infinitely many samples.
+"""Frechet distance between Gaussians fitted to features: FID, sFID, their uncertainty, FID of infinitely many samples.
 
 Papers: Heusel et al., GANs Trained by a Two Time-Scale Update Rule (arXiv:1706.08500), eq. 6; Nash et al., Generating
 Images with Sparse Representations (arXiv:2103.03841) for sFID; Chong and Forsyth, Effectively Unbiased FID
@@ -19,8 +19,6 @@ from vgm_cli.errors import USAGE, VgmError
 
 if TYPE_CHECKING:
     from vgm_cli.metrics.base import Measured, Value
-
-BOOTSTRAP_DIM = 256  # up to this width a bootstrap costs less than the feature pass, so it is always made
 
 
 @dataclass
@@ -110,15 +108,41 @@ def frechet_distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, sigma2: Tensor) -
 def frechet_spread(features: Tensor, mu: Tensor, sigma: Tensor, resamples: int = 20, seed: int = 0) -> float:
     """Standard deviation of the distance over bootstrap resamples of the samples; the reference stays fixed.
 
-    features: (N, D). mu, sigma: of the reference.
+    features: (N, D). mu, sigma: of the reference. Costs resamples times the cube of the smaller of N and D.
     """
     x, g = features.double(), np.random.default_rng(seed)
-    factor, trace = _factor(sigma.double()), float(sigma.trace())
-    values = []
+    mu, sigma = mu.double(), sigma.double()
+    y, squares = x @ _factor(sigma), x.square().sum(1)  # (N, R), (N,): the eigenvalues of sigma1 sigma2 are y's alone
+    n, values = len(x), []
     for _ in range(resamples):
-        m = Moments.of(x[torch.from_numpy(g.integers(0, len(x), len(x)))])
-        values.append(_distance(m.mean, m.cov, mu.double(), trace, factor))
+        rows = torch.from_numpy(g.integers(0, n, n))
+        mean, part = x[rows].mean(0), y[rows]
+        part = part - part.mean(0)
+        gram = part @ part.T if n < part.shape[1] else part.T @ part
+        cross = (torch.linalg.eigvalsh(gram).clamp(min=0) / (n - 1)).sqrt().sum()
+        trace = (squares[rows].sum() - n * mean.square().sum()) / (n - 1)
+        values.append(float((mean - mu).square().sum() + trace + sigma.trace() - 2 * cross))
     return float(np.std(values, ddof=1))
+
+
+def frechet_with_error(features: Tensor, mu: Tensor, sigma: Tensor) -> tuple[float, float]:
+    """(distance, its standard error to first order in 1/N): the delta method, from what each sample adds.
+
+    The gradient of the distance in the samples' covariance S is I - L (L^T S L)^(-1/2) L^T with L L^T = sigma. Costs
+    little more than the distance. Where the distance is near 0, its least, or N below D, it errs on the large side.
+    features: (N, D). mu, sigma: of the reference.
+    """
+    x, mu, sigma = features.double(), mu.double(), sigma.double()
+    factor, own = _factor(sigma), Moments.of(x)
+    values, vectors = torch.linalg.eigh(factor.T @ own.cov @ factor)
+    keep = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
+    roots = values.clamp(min=0).sqrt()
+    centred, offset = x - own.mean, own.mean - mu
+    turned = centred @ (factor @ vectors[:, keep])  # (N, R)
+    quadratic = centred.square().sum(1) - (turned.square() / roots[keep]).sum(1)
+    influence = 2 * centred @ offset + quadratic
+    distance = offset.square().sum() + own.cov.trace() + sigma.trace() - 2 * roots.sum()
+    return float(distance), float(influence.std() / len(x) ** 0.5)
 
 
 def frechet_infinity(
@@ -149,14 +173,14 @@ def frechet_infinity(
 
 
 class FID:
-    """Frechet distance of pooled features. bootstrap: resamples for a standard deviation; None makes 20 where features
-    are narrow (64-d digits) and none where they are wide (2048-d Inception: over a minute each)."""
+    """Frechet distance of pooled features with its standard error: of first order, or by `bootstrap` resamples; 0 makes
+    none, and then no sample's features are kept. The value itself is biased upwards at small N: see fid-inf."""
 
+    name = "fid"
     needs_reference = frozenset({"moments"})
 
     def __init__(self, bootstrap: int | None = None):
         self.bootstrap = bootstrap
-        # kept rather than decided by width: at 2048 fp32 features, 50k images are 400 MB
         self.needs_samples = frozenset({"moments"} if bootstrap == 0 else {"moments", "pool"})
 
     def __call__(self, samples: Measured, reference: Measured, seed: int) -> list[Value]:
@@ -164,13 +188,21 @@ class FID:
 
         s, r = samples.moments, reference.moments
         assert s is not None and r is not None
-        value = frechet_distance(s.mean, s.cov, r.mean, r.cov)
-        resamples = self.bootstrap if self.bootstrap is not None else 20 * (s.dim <= BOOTSTRAP_DIM)
-        if not resamples:
-            return [Value("fid", value)]
+        if self.bootstrap == 0:
+            return [Value(self.name, frechet_distance(s.mean, s.cov, r.mean, r.cov))]
         assert samples.pool is not None
-        spread = frechet_spread(samples.pool, r.mean, r.cov, resamples, seed)
-        return [Value("fid", value, spread, {"bootstrap": resamples})]
+        if self.bootstrap is None:
+            return [Value(self.name, *frechet_with_error(samples.pool, r.mean, r.cov), {"uncertainty": "first order"})]
+        value = frechet_distance(s.mean, s.cov, r.mean, r.cov)
+        spread = frechet_spread(samples.pool, r.mean, r.cov, self.bootstrap, seed)
+        return [Value(self.name, value, spread, {"uncertainty": f"bootstrap of {self.bootstrap}"})]
+
+
+class FDDINOv2(FID):
+    """Frechet distance of DINOv2's class token (Stein et al., arXiv:2306.04675): ViT-L/14 in published numbers."""
+
+    name = "fd-dinov2"
+    network = "dinov2"
 
 
 class SpatialFID:

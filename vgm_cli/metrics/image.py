@@ -1,18 +1,20 @@
-"""Metrics of paired images: PSNR, SSIM, MS-SSIM, each per image and then averaged.
+"""Metrics of paired images: PSNR, SSIM, MS-SSIM, LPIPS, each per image and then averaged.
 
-Papers: Wang et al., Image Quality Assessment: From Error Visibility to Structural Similarity (TIP 2004); Wang, Simoncelli
-and Bovik, Multi-Scale Structural Similarity (Asilomar 2003). Gaussian window 11x11, sigma 1.5, k1 0.01, k2 0.03.
-padding="valid" is the paper's (windows inside the image only); "reflect" is torchmetrics'.
+Papers: Wang et al., Image Quality Assessment: From Error Visibility to Structural Similarity (TIP 2004); Wang,
+Simoncelli and Bovik, Multi-Scale Structural Similarity (Asilomar 2003). Gaussian window 11x11, sigma 1.5, k1 0.01, k2
+0.03. padding="valid" is the paper's (windows inside the image only); "reflect" is torchmetrics'.
 """
 
 from __future__ import annotations
+
+import os
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.errors import MISSING_ASSET, USAGE, VgmError
 from vgm_cli.metrics.base import Measured, Value
 
 WINDOW, SIGMA, K1, K2 = 11, 1.5, 0.01, 0.03
@@ -42,7 +44,9 @@ def _ssim_parts(x: Tensor, y: Tensor, data_range: float, padding: str) -> tuple[
     if padding not in ("valid", "reflect"):
         raise VgmError(f"unknown padding '{padding}'", "known: valid, reflect", USAGE)
     if min(x.shape[-2:]) < WINDOW:
-        raise VgmError(f"SSIM needs images of at least {WINDOW} pixels, these are {x.shape[-2]}x{x.shape[-1]}", code=USAGE)
+        raise VgmError(
+            f"SSIM needs images of at least {WINDOW} pixels, these are {x.shape[-2]}x{x.shape[-1]}", code=USAGE
+        )
     c1, c2 = (K1 * data_range) ** 2, (K2 * data_range) ** 2
     mx, my, xx, yy, xy = _blur(torch.cat([x, y, x * x, y * y, x * y]), padding).chunk(5)
     var_x, var_y = (xx - mx * mx).clamp(min=0), (yy - my * my).clamp(min=0)
@@ -143,3 +147,35 @@ class MSSSIM(SSIM):
 
     def measure(self, x: Tensor, y: Tensor) -> Tensor:
         return ms_ssim(x, y, padding=self.padding)
+
+
+class LPIPSDistance(PairMetric):
+    """Mean LPIPS (VGG16, version 0.1), lower is better. vgg, heads: weight files; VGM_LPIPS_VGG and VGM_LPIPS_HEADS
+    name them otherwise."""
+
+    name = "lpips"
+
+    def __init__(self, vgg: str | None = None, heads: str | None = None):
+        self.net, self.files = load_lpips(vgg, heads)
+
+    def options(self) -> dict[str, str]:
+        return self.files
+
+    @torch.no_grad()
+    def measure(self, x: Tensor, y: Tensor) -> Tensor:
+        return self.net(x.float() * 2 - 1, y.float() * 2 - 1).flatten().double()
+
+
+def load_lpips(vgg: str | None, heads: str | None) -> tuple[torch.nn.Module, dict[str, str]]:
+    """(network, sha256 of its files). VgmError (exit code 4): no weights."""
+    from pathlib import Path
+
+    from vgm_cli.losses.lpips import LPIPS, WHERE
+    from vgm_cli.metrics.features import file_sha256
+
+    vgg, heads = vgg or os.environ.get("VGM_LPIPS_VGG"), heads or os.environ.get("VGM_LPIPS_HEADS")
+    if not vgg or not heads:
+        hint = f"lpips:vgg=FILE:heads=FILE, or VGM_LPIPS_VGG and VGM_LPIPS_HEADS; {WHERE}"
+        raise VgmError("lpips needs weights", hint, MISSING_ASSET)
+    net = LPIPS(vgg, heads)
+    return net, {"vgg_sha256": file_sha256(Path(vgg)), "heads_sha256": file_sha256(Path(heads))}

@@ -1,10 +1,12 @@
 """Inception score: exp of the mean divergence between each image's class distribution and that of its split.
 
-Paper: Salimans et al., Improved Techniques for Training GANs (arXiv:1606.03498). openai/guided-diffusion takes splits of
-5,000 in the order given; toshas/torch-fidelity ten splits of a seeded shuffle. Both use logits without the last bias.
+Paper: Salimans et al., Improved Techniques for Training GANs (arXiv:1606.03498). openai/guided-diffusion takes splits
+of 5,000 in the order given; toshas/torch-fidelity ten splits of a seeded shuffle. Neither adds the last bias.
 """
 
 from __future__ import annotations
+
+import itertools
 
 import numpy as np
 import torch
@@ -27,9 +29,9 @@ def inception_score(
     if shuffle:
         logits = logits[torch.from_numpy(np.random.RandomState(seed % 2**32).permutation(n))]
     log_p = logits.double().log_softmax(1)
-    edges = list(range(0, n, split_size)) + [n] if split_size else [i * n // splits for i in range(splits + 1)]
+    edges = [*range(0, n, split_size), n] if split_size else [i * n // splits for i in range(splits + 1)]
     scores = []
-    for first, last in zip(edges[:-1], edges[1:]):
+    for first, last in itertools.pairwise(edges):
         part = log_p[first:last]  # (S, K)
         marginal = part.exp().mean(0, keepdim=True).log()  # (1, K)
         scores.append(float((part.exp() * (part - marginal)).sum(1).mean().exp()))

@@ -1,7 +1,9 @@
-"""Kernel inception distance: unbiased squared MMD with a cubic kernel, averaged over random subsets.
+"""Maximum mean discrepancy of features: KID (cubic kernel, random subsets) and CMMD (Gaussian kernel, CLIP).
 
-Paper: Binkowski et al., Demystifying MMD GANs (arXiv:1801.01401). Subsets are drawn in toshas/torch-fidelity's order from
-numpy's RandomState, so the same features and its seed (2020) give its number; sums are float64 here.
+Papers: Binkowski et al., Demystifying MMD GANs (arXiv:1801.01401); subsets are drawn in toshas/torch-fidelity's order
+from numpy's RandomState, so the same features and its seed (2020) give its number. Jayasumana et al., Rethinking FID
+(arXiv:2401.09603), as google-research/google-research cmmd/distance.py: the biased estimate, sigma 10, times 1000.
+Sums are float64 here.
 """
 
 from __future__ import annotations
@@ -31,7 +33,7 @@ def polynomial_mmd(x: Tensor, y: Tensor, degree: int = 3, gamma: float | None = 
 def kernel_distance(
     x: Tensor, y: Tensor, subsets: int = 100, subset_size: int = 1000, degree: int = 3, seed: int = 2020
 ) -> tuple[float, float]:
-    """(mean, standard deviation) of the MMD^2 over random subsets. x: (N, D), y: (M, D), both at least subset_size long."""
+    """(mean, standard deviation) of the MMD^2 over random subsets. x: (N, D), y: (M, D), at least subset_size long."""
     if min(len(x), len(y)) < subset_size or subset_size < 2:
         raise VgmError(
             f"kid subsets of {subset_size} need as many samples and references, there are {len(x)} and {len(y)}",
@@ -62,3 +64,41 @@ class KID:
         size = min(self.subset_size, len(samples.pool), len(reference.pool))
         mean, spread = kernel_distance(samples.pool, reference.pool, self.subsets, size, self.degree, seed)
         return [Value("kid", mean, spread, {"subsets": self.subsets, "subset_size": size, "degree": self.degree})]
+
+
+BLOCK = 2048  # rows of a kernel matrix in memory at once
+
+
+def _row_means(x: Tensor, y: Tensor, sigma: float) -> Tensor:
+    """Mean over y of exp(-|a - b|^2 / (2 sigma^2)) for every row a of x: (N,)."""
+    gamma = 1 / (2 * sigma**2)
+    parts = [torch.exp(-gamma * torch.cdist(part, y).square()).mean(1) for part in x.split(BLOCK)]
+    return torch.cat(parts)
+
+
+def gaussian_mmd(x: Tensor, y: Tensor, sigma: float = 10.0, scale: float = 1000.0) -> tuple[float, float]:
+    """(scale times the biased MMD^2, its standard error over the rows of x). x: (N, D), y: (M, D).
+
+    The error is of first order: that of the mean of 2 (E k(x, x') - E k(x, y)), the reference being fixed.
+    """
+    x, y = x.double(), y.double()
+    within, across = _row_means(x, x, sigma), _row_means(x, y, sigma)
+    value = within.mean() + _row_means(y, y, sigma).mean() - 2 * across.mean()
+    error = 2 * (within - across).std() / len(x) ** 0.5
+    return float(scale * value), float(scale * error)
+
+
+class CMMD:
+    """Of unit-length CLIP image embeddings (ViT-L/14 at 336 pixels in published numbers). sigma: of the kernel."""
+
+    network = "clip"
+    needs_samples = needs_reference = frozenset({"pool"})
+
+    def __init__(self, sigma: float = 10.0, scale: float = 1000.0):
+        self.sigma = sigma
+        self.scale = scale
+
+    def __call__(self, samples: Measured, reference: Measured, seed: int) -> list[Value]:
+        assert samples.pool is not None and reference.pool is not None
+        value, error = gaussian_mmd(samples.pool, reference.pool, self.sigma, self.scale)
+        return [Value("cmmd", value, error, {"sigma": self.sigma, "scale": self.scale, "estimate": "biased"})]

@@ -19,7 +19,7 @@ from vgm_cli.metrics.base import Measured, Value
 BLOCK = 2048  # rows of the distance matrix in memory at once
 
 
-def _distances(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
+def distance_blocks(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
     """(rows, distances (R, M)) for x: (N, D) against y: (M, D), block by block of rows."""
     y = y.double()
     for first in range(0, len(x), BLOCK):
@@ -32,7 +32,7 @@ def radii(x: Tensor, k: int) -> Tensor:
     if len(x) <= k:
         raise VgmError(f"{k} nearest neighbours need more than {k} images, there are {len(x)}", code=USAGE)
     out = torch.empty(len(x), dtype=torch.float64)
-    for rows, d in _distances(x, x):
+    for rows, d in distance_blocks(x, x):
         i = torch.arange(rows.start, rows.stop)
         d[i - rows.start, i] = -1.0  # itself comes first whatever rounding makes of its zero distance
         out[rows] = d.kthvalue(k + 1, dim=1).values
@@ -47,7 +47,7 @@ def precision_recall(samples: Tensor, reference: Tensor, k: int = 3) -> tuple[fl
     r_samples, r_reference = radii(samples, k), radii(reference, k)
     precise = 0
     recalled = torch.zeros(len(reference), dtype=torch.bool)
-    for rows, d in _distances(samples, reference):  # (R, M)
+    for rows, d in distance_blocks(samples, reference):  # (R, M)
         precise += int((d <= r_reference).any(1).sum())
         recalled |= (d <= r_samples[rows, None]).any(0)
     return precise / len(samples), float(recalled.double().mean())
@@ -58,7 +58,7 @@ def density_coverage(samples: Tensor, reference: Tensor, k: int = 5) -> tuple[fl
     r = radii(reference, k)
     inside = 0
     nearest = torch.full((len(reference),), torch.inf, dtype=torch.float64)
-    for _, d in _distances(samples, reference):
+    for _, d in distance_blocks(samples, reference):
         inside += int((d < r).sum())
         nearest = torch.minimum(nearest, d.amin(0))
     return inside / (k * len(samples)), float((nearest < r).double().mean())

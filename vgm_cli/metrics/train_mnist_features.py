@@ -43,7 +43,9 @@ def load_digits(path: str | Path) -> tuple[Tensor, Tensor]:
 def augment(x: Tensor, g: torch.Generator) -> Tensor:
     """x: (B, 1, 28, 28) in [0, 1]: shifts to 2.5 pixels, rotation to 12 degrees, scale and shear to 12 %."""
     n = len(x)
-    draw = (torch.rand(n, 6, generator=g) * 2 - 1) * torch.tensor([math.radians(12), 0.12, 0.12, 0.12, 2.5 / 14, 2.5 / 14])
+    draw = (torch.rand(n, 6, generator=g) * 2 - 1) * torch.tensor(
+        [math.radians(12), 0.12, 0.12, 0.12, 2.5 / 14, 2.5 / 14]
+    )
     angle, sx, sy, shear, dx, dy = draw.unbind(1)
     cos, sin = angle.cos(), angle.sin()
     rows = [(1 + sx) * cos, -sin + shear, dx, sin, (1 + sy) * cos, dy]
@@ -58,7 +60,9 @@ def accuracy(net: MnistCNN, x: Tensor, y: Tensor) -> float:
     return right / len(y)
 
 
-def train(images: Tensor, labels: Tensor, epochs: int = EPOCHS, seed: int = 0, log: bool = True) -> tuple[MnistCNN, float]:
+def train(
+    images: Tensor, labels: Tensor, epochs: int = EPOCHS, seed: int = 0, log: bool = True
+) -> tuple[MnistCNN, float]:
     """The averaged network (weights rounded to fp16, as stored) and its accuracy on the held-out tenth."""
     torch.manual_seed(seed)  # initialisation
     g = torch.Generator().manual_seed(seed)  # order and augmentation
@@ -88,7 +92,9 @@ def train(images: Tensor, labels: Tensor, epochs: int = EPOCHS, seed: int = 0, l
         if log and (epoch + 1) % 5 == 0:
             score = accuracy(average.eval(), images[out].float() / 255, labels[out])
             print(f"epoch {epoch + 1}: loss {loss.item():.4f}, held-out accuracy {score:.4f}", flush=True)
-    average.load_state_dict({k: v.half().float() if v.is_floating_point() else v for k, v in average.state_dict().items()})
+    average.load_state_dict(
+        {k: v.half().float() if v.is_floating_point() else v for k, v in average.state_dict().items()}
+    )
     average.eval().requires_grad_(False)
     return average, accuracy(average, images[out].float() / 255, labels[out])
 

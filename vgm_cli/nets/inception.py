@@ -13,6 +13,7 @@ from __future__ import annotations
 import zipfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -55,7 +56,9 @@ def tf1_resize(x: Tensor, size: int = SIZE) -> Tensor:
 class ConvBN(nn.Module):
     """Convolution without bias, batch norm (eps 1e-3), ReLU."""
 
-    def __init__(self, c_in: int, c_out: int, kernel: int | tuple[int, int], stride: int = 1, padding: int | tuple[int, int] = 0):
+    def __init__(
+        self, c_in: int, c_out: int, kernel: int | tuple[int, int], stride: int = 1, padding: int | tuple[int, int] = 0
+    ):
         super().__init__()
         self.conv = nn.Conv2d(c_in, c_out, kernel, stride, padding, bias=False)
         self.bn = nn.BatchNorm2d(c_out, eps=1e-3)
@@ -64,8 +67,10 @@ class ConvBN(nn.Module):
         return F.relu(self.bn(self.conv(x)), inplace=True)
 
 
-ROW, COLUMN = {"kernel": (1, 7), "padding": (0, 3)}, {"kernel": (7, 1), "padding": (3, 0)}
-ROW3, COLUMN3 = {"kernel": (1, 3), "padding": (0, 1)}, {"kernel": (3, 1), "padding": (1, 0)}
+ROW: dict[str, Any] = {"kernel": (1, 7), "padding": (0, 3)}
+COLUMN: dict[str, Any] = {"kernel": (7, 1), "padding": (3, 0)}
+ROW3: dict[str, Any] = {"kernel": (1, 3), "padding": (0, 1)}
+COLUMN3: dict[str, Any] = {"kernel": (3, 1), "padding": (1, 0)}
 
 
 def average(x: Tensor) -> Tensor:
@@ -271,7 +276,9 @@ def load_inception(path: str | Path) -> nn.Module:
     state = {k: v for k, v in read_state(path).items() if not k.endswith("num_batches_tracked")}
     if "AuxLogits.fc.weight" in state or ("fc.weight" in state and state["fc.weight"].shape[0] == 1000):
         raise VgmError(
-            f"{path} holds torchvision's ImageNet weights, whose features are not those of FID", f"accepted: {FORMATS}", USAGE
+            f"{path} holds torchvision's ImageNet weights, whose features are not those of FID",
+            f"accepted: {FORMATS}",
+            USAGE,
         )
     with torch.device("meta"):
         net = InceptionV3()

@@ -1,0 +1,174 @@
+"""Bits per dimension, and THE CONTRACT by which any model offers a likelihood.
+
+`vgm evaluate RUN --metrics bits-per-dim` looks at what a sampler would be handed (`loaded.view`: the bare network, or
+whatever the objective's `view()` names) and calls, if it is there,
+
+    log_likelihood(self, x: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, str]
+
+    x            uint8 (B, C, H, W), 8-bit pixels 0..255, on the model's device, under torch.no_grad;
+    generators   B CPU generators, one per image. Every draw of image i comes from generators[i] (dequantisation noise,
+                 posterior samples, probes), so that its value depends neither on the batch nor on other images;
+    returns      (nats, kind): nats (B,) float, log p(x) of the DISCRETE image (or a lower bound of it), natural
+                 logarithm, summed over dimensions; kind: a few words for the protocol that say how it was had and what
+                 it is, e.g. "exact", "ELBO", "IWAE-50 bound", "ODE, one Hutchinson probe, uniform dequantisation".
+
+A conditional model may add a keyword `y: Tensor | None = None` ((B,) int64 labels); it is passed where the data has
+labels and the checkpoint was trained with them. bits per dimension = -nats / (C H W ln 2).
+
+Rules. The model dequantises itself. With data scaled to z = a x + b and a density p(z) of (x + u) scaled the same way,
+u ~ U(0, 1) (or U(-1/2, 1/2)): nats = log p(z) + C H W log a, a lower bound in expectation (Theis et al.,
+arXiv:1511.01844). A Bernoulli or categorical decoder needs no noise. Models of fewer bits (Glow's n_bits = 5) reduce x
+themselves, state it in `kind`, and give the nats of the reduced image.
+
+Behind a frozen codec there is no likelihood of pixels. The host then encodes and hands over what the model is trained
+on: x is float latents (B, c, h, w) (drawn from the posterior with the same generators), or int64 tokens; nats are those
+of the latents or tokens; the metric is called `bits-per-latent-dim` and divides by their number. A view that wants
+this sets `latent_likelihood = True`; without it the verb refuses.
+
+Diffusion and flow models need nothing of this: a `Denoiser` is measured by the probability-flow ODE (below).
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vgm_cli.api import generators, seed_of
+from vgm_cli.diffusion.denoiser import Denoiser
+from vgm_cli.diffusion.likelihood import bits_per_dim, log_likelihood, rademacher
+from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.metrics.base import Subject, Value
+
+IMAGES = 256  # measured where -n does not say
+LEVELS = 127.5  # data are uint8 / LEVELS - 1
+
+
+def dequantise(x: Tensor, uniform: Tensor) -> Tensor:
+    """uint8 (B, C, H, W) and a draw from U(0, 1) like it -> the training scale, each level spread over 2/255 about
+    itself: (x + u - 1/2) / 127.5 - 1. The discrete image's nats are the density's minus D ln 127.5."""
+    return (x.to(uniform.dtype) + uniform - 0.5) / LEVELS - 1
+
+
+def denoiser_likelihood(
+    view: Denoiser,
+    x: Tensor,
+    generators: list[torch.Generator],
+    *,
+    method: str = "dopri5",
+    steps: int = 100,
+    rtol: float = 1e-5,
+    atol: float = 1e-5,
+    probes: int | None = 1,
+    **cond: Any,
+) -> tuple[Tensor, str]:
+    """The contract's answer for a Denoiser: (nats (B,), kind). x: uint8 (B, C, H, W), or float latents (B, c, h, w).
+
+    probes: Hutchinson probes averaged over (each a run of the ODE), None for the exact trace (one gradient per
+    dimension and evaluation: small images only).
+    """
+    shape = x.shape[1:]
+    discrete = x.dtype == torch.uint8
+    z = x.float()
+    if discrete:
+        z = dequantise(x, torch.stack([torch.rand(shape, generator=g) for g in generators]).to(x.device))
+    total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
+    for _ in range(probes or 1):
+        draw = torch.stack([torch.rand(shape, generator=g) for g in generators]).to(z) if probes else None
+        probe = None if draw is None else rademacher(draw)
+        found = log_likelihood(view, z, probe, method=method, steps=steps, rtol=rtol, atol=atol, **cond)
+        total += found.log_prob.double()
+    nats = total / (probes or 1)
+    if discrete:
+        nats = nats - z[0].numel() * float(np.log(LEVELS))
+    trace = "exact trace" if probes is None else f"{probes} Hutchinson probe{'s' * (probes > 1)}"
+    solver = f"{method} rtol {rtol:g} atol {atol:g}" if method == "dopri5" else f"{method} {steps} steps"
+    return nats, f"ODE, {solver}, {trace}" + (", uniform dequantisation" if discrete else "")
+
+
+class BitsPerDim:
+    """-log2 p per dimension of held-out (or training) images. n: images, evenly spaced over the data; probes, method,
+    steps, rtol, atol: of the ODE, for diffusion and flow models; probes=0 takes the exact trace."""
+
+    needs_model = True
+
+    def __init__(
+        self,
+        n: int | None = None,
+        probes: int = 1,
+        method: str = "dopri5",
+        steps: int = 100,
+        rtol: float = 1e-5,
+        atol: float = 1e-5,
+    ):
+        self.n = n
+        self.ode: dict[str, Any] = {
+            "probes": probes or None,
+            "method": method,
+            "steps": steps,
+            "rtol": rtol,
+            "atol": atol,
+        }
+
+    def __call__(self, subject: Subject, seed: int) -> list[Value]:
+        """uncertainty: the standard error over images. Raises VgmError when the model offers no likelihood."""
+        if subject.dataset is None:
+            raise VgmError("bits-per-dim needs images to score", "give --reference", USAGE)
+        ask = self.answerer(subject)
+        count = len(subject.dataset)
+        n = min(self.n or subject.n or IMAGES, count)
+        rows = (np.arange(n) * count) // n  # evenly spaced: many sets are sorted by class
+        spans = [rows[i : i + subject.batch_size] for i in range(0, n, subject.batch_size)]
+
+        @torch.no_grad()
+        def work(part: np.ndarray) -> tuple[Tensor, str, int]:
+            batch = subject.dataset.gather(part.tolist())
+            gens = generators(seed_of("likelihood", seed, int(row)) for row in part)
+            x = batch["x"].to(subject.device)
+            if subject.codec is not None:
+                x = encode(subject.codec, x, gens)
+            y = batch["y"].to(subject.device) if "y" in batch and subject.header.data.get("num_classes") else None
+            nats, kind = ask(x, gens, y)
+            return nats.double().cpu(), kind, x[0].numel()
+
+        parts = subject.shares(spans, work)
+        dim = parts[0][2]
+        bits = bits_per_dim(torch.cat([p[0] for p in parts]), dim, levels=2)  # levels = width: no further offset
+        name = "bits-per-dim" if subject.codec is None else "bits-per-latent-dim"
+        spread = float(bits.std()) / n**0.5 if n > 1 else None
+        return [Value(name, float(bits.mean()), spread, {"likelihood": parts[0][1], "dimensions": dim}, n=n)]
+
+    def answerer(
+        self, subject: Subject
+    ) -> Callable[[Tensor, list[torch.Generator], Tensor | None], tuple[Tensor, str]]:
+        """What to ask for nats: the view itself, or the ODE of a Denoiser."""
+        view = subject.view
+        own = getattr(view, "log_likelihood", None)
+        if callable(own):
+            if subject.codec is not None and not getattr(view, "latent_likelihood", False):
+                raise VgmError("this model sees latents of a codec, so it has no likelihood of pixels", code=USAGE)
+            takes_y = "y" in inspect.signature(own).parameters
+            return lambda x, gens, y: own(x, gens, **(given(y) if takes_y else {}))
+        if isinstance(view, Denoiser):
+            return lambda x, gens, y: denoiser_likelihood(view, x, gens, **self.ode, **given(y))
+        name = subject.header.component.get("name")
+        raise VgmError(
+            f"{name} offers no likelihood", "vgm_cli/metrics/likelihood.py says what a model must offer", USAGE
+        )
+
+
+def given(y: Tensor | None) -> dict[str, Any]:
+    """The condition, where there is one."""
+    return {} if y is None else {"y": y}
+
+
+def encode(codec: Any, x: Tensor, gens: list[torch.Generator]) -> Tensor:
+    """uint8 images -> what a model behind `codec` is trained on, one posterior draw per image."""
+    moments = codec.encode(x.float() / LEVELS - 1)
+    shape = codec.latent_shape(tuple(x.shape[1:]))
+    noise = torch.stack([torch.randn(shape, generator=g) for g in gens]).to(x.device)
+    return codec.latents(moments, noise)

@@ -1,0 +1,242 @@
+"""The vision transformers behind FD-DINOv2 and CMMD: DINOv2's ViT and CLIP's image tower, from local weights.
+
+Papers: Oquab et al., DINOv2 (arXiv:2304.07193), facebookresearch/dinov2 (dinov2_vit{s,b,l,g}14_pretrain.pth); Radford
+et al., CLIP (arXiv:2103.00020), openai/CLIP (ViT-*.pt). Read in the official layouts and in Hugging Face's
+(model.safetensors of facebook/dinov2-* and openai/clip-vit-*). Sizes are read off the tensors; heads are 64 wide.
+Position embeddings are interpolated as DINOv2's hub models do it: bicubic, scale (n + 0.1) / n0.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Callable, Mapping
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vgm_cli.errors import MISSING_ASSET, VgmError
+
+ACCEPTED = (
+    "DINOv2 (dinov2_vitl14_pretrain.pth, or facebook/dinov2-large's model.safetensors) or CLIP "
+    "(ViT-L-14-336px.pt, or openai/clip-vit-large-patch14-336's model.safetensors)"
+)
+HEAD = 64
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "quick-gelu": lambda x: x * torch.sigmoid(1.702 * x),
+    "swiglu": lambda x: F.silu(x.chunk(2, -1)[0]) * x.chunk(2, -1)[1],
+}
+
+
+class Block(nn.Module):
+    """Pre-norm attention and MLP, each scaled per channel where `scaled`. hidden: width of fc1's output."""
+
+    def __init__(self, width: int, heads: int, hidden: int, activation: str, scaled: bool, eps: float):
+        super().__init__()
+        self.heads, self.activation = heads, ACTIVATIONS[activation]
+        self.norm1, self.norm2 = nn.LayerNorm(width, eps=eps), nn.LayerNorm(width, eps=eps)
+        self.qkv, self.proj = nn.Linear(width, 3 * width), nn.Linear(width, width)
+        self.fc1 = nn.Linear(width, hidden)
+        self.fc2 = nn.Linear(hidden // 2 if activation == "swiglu" else hidden, width)
+        self.scale1 = nn.Parameter(torch.ones(width)) if scaled else None
+        self.scale2 = nn.Parameter(torch.ones(width)) if scaled else None
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, n, d = x.shape
+        q, k, v = self.qkv(self.norm1(x)).view(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
+        h = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, d))  # (B, N, D)
+        x = x + (h if self.scale1 is None else h * self.scale1)
+        h = self.fc2(self.activation(self.fc1(self.norm2(x))))  # (B, N, D)
+        return x + (h if self.scale2 is None else h * self.scale2)
+
+
+class VisionTransformer(nn.Module):
+    """Images to the class token. grid: patches per side of the stored position embedding; head: width of CLIP's
+    projection, 0 for none; norm_pre, scaled: CLIP's first norm, DINOv2's layer scale."""
+
+    def __init__(
+        self,
+        width: int,
+        depth: int,
+        heads: int,
+        patch: int,
+        grid: int,
+        hidden: int,
+        activation: str = "gelu",
+        scaled: bool = True,
+        norm_pre: bool = False,
+        patch_bias: bool = True,
+        head: int = 0,
+        eps: float = 1e-6,
+    ):
+        super().__init__()
+        self.grid, self.side = grid, patch
+        self.patch = nn.Conv2d(3, width, patch, patch, bias=patch_bias)
+        self.cls = nn.Parameter(torch.zeros(width))
+        self.pos = nn.Parameter(torch.zeros(1 + grid * grid, width))
+        self.norm_pre = nn.LayerNorm(width, eps=eps) if norm_pre else nn.Identity()
+        self.blocks = nn.ModuleList(Block(width, heads, hidden, activation, scaled, eps) for _ in range(depth))
+        self.norm = nn.LayerNorm(width, eps=eps)
+        self.head = nn.Linear(width, head, bias=False) if head else nn.Identity()
+        self.dim = head or width
+
+    def positions(self, grid: int) -> Tensor:
+        """(1 + grid^2, D)."""
+        if grid == self.grid:
+            return self.pos
+        old = self.pos[1:].view(1, self.grid, self.grid, -1).permute(0, 3, 1, 2)  # (1, D, g, g)
+        factor = (grid + 0.1) / self.grid
+        new = F.interpolate(old, scale_factor=(factor, factor), mode="bicubic")
+        return torch.cat([self.pos[:1], new.flatten(2)[0].T])
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, 3, S, S) normalised, S a multiple of the patch -> (B, dim)."""
+        x = self.patch(x).flatten(2).transpose(1, 2)  # (B, N, D)
+        grid = round(x.shape[1] ** 0.5)
+        x = torch.cat([self.cls.expand(len(x), 1, -1), x], 1) + self.positions(grid)  # (B, 1 + N, D)
+        x = self.norm_pre(x)
+        for block in self.blocks:
+            x = block(x)
+        return self.head(self.norm(x[:, 0]))
+
+
+# -- weights ---------------------------------------------------------------------------------------------------------
+
+State = Mapping[str, Tensor]
+
+DINO = [
+    (r"cls_token", "cls"),
+    (r"pos_embed", "pos"),
+    (r"patch_embed\.proj\.(\w+)", r"patch.\1"),
+    (r"blocks\.(?:\d+\.)?(\d+)\.(norm\d\.\w+)", r"blocks.\1.\2"),
+    (r"blocks\.(?:\d+\.)?(\d+)\.attn\.(qkv|proj)\.(\w+)", r"blocks.\1.\2.\3"),
+    (r"blocks\.(?:\d+\.)?(\d+)\.ls(\d)\.gamma", r"blocks.\1.scale\2"),
+    (r"blocks\.(?:\d+\.)?(\d+)\.mlp\.(fc\d)\.(\w+)", r"blocks.\1.\2.\3"),
+    (r"blocks\.(?:\d+\.)?(\d+)\.mlp\.w12\.(\w+)", r"blocks.\1.fc1.\2"),
+    (r"blocks\.(?:\d+\.)?(\d+)\.mlp\.w3\.(\w+)", r"blocks.\1.fc2.\2"),
+    (r"norm\.(\w+)", r"norm.\1"),
+]
+DINO_HF = [
+    (r"embeddings\.cls_token", "cls"),
+    (r"embeddings\.position_embeddings", "pos"),
+    (r"embeddings\.patch_embeddings\.projection\.(\w+)", r"patch.\1"),
+    (r"encoder\.layer\.(\d+)\.(norm\d\.\w+)", r"blocks.\1.\2"),
+    (r"encoder\.layer\.(\d+)\.attention\.attention\.(query|key|value)\.(\w+)", r"blocks.\1.qkv.\3/\2"),
+    (r"encoder\.layer\.(\d+)\.attention\.output\.dense\.(\w+)", r"blocks.\1.proj.\2"),
+    (r"encoder\.layer\.(\d+)\.layer_scale(\d)\.lambda1", r"blocks.\1.scale\2"),
+    (r"encoder\.layer\.(\d+)\.mlp\.(fc\d)\.(\w+)", r"blocks.\1.\2.\3"),
+    (r"encoder\.layer\.(\d+)\.mlp\.weights_in\.(\w+)", r"blocks.\1.fc1.\2"),
+    (r"encoder\.layer\.(\d+)\.mlp\.weights_out\.(\w+)", r"blocks.\1.fc2.\2"),
+    (r"layernorm\.(\w+)", r"norm.\1"),
+]
+CLIP = [
+    (r"visual\.class_embedding", "cls"),
+    (r"visual\.positional_embedding", "pos"),
+    (r"visual\.conv1\.weight", "patch.weight"),
+    (r"visual\.ln_pre\.(\w+)", r"norm_pre.\1"),
+    (r"visual\.transformer\.resblocks\.(\d+)\.ln_(\d)\.(\w+)", r"blocks.\1.norm\2.\3"),
+    (r"visual\.transformer\.resblocks\.(\d+)\.attn\.in_proj_(\w+)", r"blocks.\1.qkv.\2"),
+    (r"visual\.transformer\.resblocks\.(\d+)\.attn\.out_proj\.(\w+)", r"blocks.\1.proj.\2"),
+    (r"visual\.transformer\.resblocks\.(\d+)\.mlp\.c_fc\.(\w+)", r"blocks.\1.fc1.\2"),
+    (r"visual\.transformer\.resblocks\.(\d+)\.mlp\.c_proj\.(\w+)", r"blocks.\1.fc2.\2"),
+    (r"visual\.ln_post\.(\w+)", r"norm.\1"),
+    (r"visual\.proj", "head.weight/transposed"),
+]
+CLIP_HF = [
+    (r"vision_model\.embeddings\.class_embedding", "cls"),
+    (r"vision_model\.embeddings\.position_embedding\.weight", "pos"),
+    (r"vision_model\.embeddings\.patch_embedding\.weight", "patch.weight"),
+    (r"vision_model\.pre_layrnorm\.(\w+)", r"norm_pre.\1"),
+    (r"vision_model\.encoder\.layers\.(\d+)\.layer_norm(\d)\.(\w+)", r"blocks.\1.norm\2.\3"),
+    (r"vision_model\.encoder\.layers\.(\d+)\.self_attn\.([qkv])_proj\.(\w+)", r"blocks.\1.qkv.\3/\2"),
+    (r"vision_model\.encoder\.layers\.(\d+)\.self_attn\.out_proj\.(\w+)", r"blocks.\1.proj.\2"),
+    (r"vision_model\.encoder\.layers\.(\d+)\.mlp\.(fc\d)\.(\w+)", r"blocks.\1.\2.\3"),
+    (r"vision_model\.post_layernorm\.(\w+)", r"norm.\1"),
+    (r"visual_projection\.weight", "head.weight"),
+]
+# signature key -> (kind, table, prefix of keys that are another network's or unused)
+LAYOUTS = {
+    "patch_embed.proj.weight": ("dinov2", DINO, r"mask_token"),
+    "embeddings.patch_embeddings.projection.weight": ("dinov2", DINO_HF, r"embeddings\.mask_token"),
+    "visual.conv1.weight": (
+        "clip",
+        CLIP,
+        r"(?!visual\.)",
+    ),
+    "vision_model.embeddings.patch_embedding.weight": (
+        "clip",
+        CLIP_HF,
+        r"text_model\.|text_projection|logit_scale|.*position_ids",
+    ),
+}
+
+
+def kind_of(state: State) -> str | None:
+    """ "dinov2", "clip", or None when the tensors are of neither."""
+    return next((kind for key, (kind, *_) in LAYOUTS.items() if key in state), None)
+
+
+def to_ours(state: State, where: str = "the file") -> dict[str, Tensor]:
+    """Any of the four layouts -> VisionTransformer's names, float32. VgmError: a tensor of no known role (code 4)."""
+    layout = next((value for key, value in LAYOUTS.items() if key in state), None)
+    if layout is None:
+        raise VgmError(f"{where} holds no known vision transformer", f"accepted: {ACCEPTED}", MISSING_ASSET)
+    _, table, foreign = layout
+    ours: dict[str, Tensor] = {}
+    parts: dict[str, dict[str, Tensor]] = {}
+    for name, tensor in state.items():
+        hit = next((re.sub(a, b, name) for a, b in table if re.fullmatch(a, name)), None)
+        if hit is None:
+            if re.match(foreign, name):
+                continue
+            raise VgmError(f"{where}: '{name}' has no place in DINOv2 or CLIP", f"accepted: {ACCEPTED}", MISSING_ASSET)
+        target, _, how = hit.partition("/")
+        value = tensor.float()
+        if how == "transposed":
+            ours[target] = value.T.contiguous()
+        elif how:
+            parts.setdefault(target, {})[how[0]] = value
+        else:
+            ours[target] = (
+                value.flatten() if target == "cls" else value[0] if target == "pos" and value.ndim == 3 else value
+            )
+    return ours | {k: torch.cat([v["q"], v["k"], v["v"]]) for k, v in parts.items()}
+
+
+def build(state: State, where: str = "the file") -> VisionTransformer:
+    """A network with these weights, in eval mode. VgmError (exit code 4): not of this kind, or incomplete."""
+    kind, ours = kind_of(state), to_ours(state, where)
+    try:
+        width, _, patch, _ = ours["patch.weight"].shape
+        depth = 1 + max(int(k.split(".")[1]) for k in ours if k.startswith("blocks."))
+        hidden = ours["blocks.0.fc1.weight"].shape[0]
+        head = ours["head.weight"].shape[0] if "head.weight" in ours else 0
+        grid = round((len(ours["pos"]) - 1) ** 0.5)
+        swiglu = ours["blocks.0.fc2.weight"].shape[1] * 2 == hidden
+    except (KeyError, ValueError) as e:
+        raise VgmError(
+            f"{where} is an incomplete vision transformer: {e}", f"accepted: {ACCEPTED}", MISSING_ASSET
+        ) from e
+    activation = "swiglu" if swiglu else "gelu" if kind == "dinov2" else "quick-gelu"
+    with torch.device("meta"):
+        net = VisionTransformer(
+            width,
+            depth,
+            max(width // HEAD, 1),
+            patch,
+            grid,
+            hidden,
+            activation,
+            scaled=kind == "dinov2",
+            norm_pre=kind == "clip",
+            patch_bias="patch.bias" in ours,
+            head=head,
+            eps=1e-6 if kind == "dinov2" else 1e-5,
+        )
+    want = {k: v.shape for k, v in net.state_dict().items()}
+    wrong = sorted(set(want) ^ set(ours)) or [k for k in want if want[k] != ours[k].shape]
+    if wrong:
+        raise VgmError(f"{where} is not a whole {kind} network: '{wrong[0]}'", f"accepted: {ACCEPTED}", MISSING_ASSET)
+    net.load_state_dict(ours, assign=True)
+    return net.eval().requires_grad_(False)
