@@ -164,6 +164,36 @@ CLASSIFIER = Converter(
     summary="openai/guided-diffusion classifiers",
 )
 
+# -- consistency models ----------------------------------------------------------------------------------------------
+
+POINTWISE = (".qkv.weight", ".proj_out.weight")  # convolutions over the image there, over its positions here
+
+
+def consistency_to_ours(state: State) -> dict[str, Tensor]:
+    """openai/consistency_models -> ours. KeyError: a tensor is missing."""
+    return official({k: v.flatten(2) if k.endswith(POINTWISE) else v for k, v in state.items()})
+
+
+def consistency_from_ours(state: State) -> dict[str, Tensor]:
+    """Ours -> openai/consistency_models."""
+    return {k: v[..., None] if k.endswith(POINTWISE) else v for k, v in official(state).items()}
+
+
+def consistency_config_from(state: State) -> dict[str, Any]:
+    """The same network, always in the new order of attention and with 64 channels a head; it predicts EDM's F."""
+    return config_from(state) | {"use_new_attention_order": True, "num_heads": 1, "num_head_channels": 64}
+
+
+CONSISTENCY = Converter(
+    name="consistency",
+    component="adm-unet",
+    recognise=recognise,
+    to_ours=consistency_to_ours,
+    from_ours=consistency_from_ours,
+    config_from=consistency_config_from,
+    summary="openai/consistency_models (EDM teachers, CD and CT students)",
+)
+
 # -- diffusers -------------------------------------------------------------------------------------------------------
 
 OUTER = {

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.nn.sdpa import sdpa
 
 Pool = Literal["adaptive", "attention", "spatial", "spatial_v2"]
 
@@ -127,7 +128,7 @@ def attend(qkv: Tensor, heads: int, new_order: bool) -> Tensor:
     else:
         parts = qkv.view(n, length, heads, 3, ch).permute(3, 0, 2, 1, 4)
     q, k, v = parts.unbind(0)
-    return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(n, length, heads * ch)
+    return sdpa(q, k, v).transpose(1, 2).reshape(n, length, heads * ch)
 
 
 def pointwise(conv: nn.Conv1d, x: Tensor) -> Tensor:

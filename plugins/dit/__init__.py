@@ -30,13 +30,19 @@ def vgm_components() -> Iterable[Component | Paper]:
                 "ImageNet 512 IS (XL/2, guidance 1.5)": 240.82,
             },
         ),
-        Component(
-            kind="model",
-            name="dit",
-            target="vgm_plugins.dit.model:DiT",
-            presets="vgm_plugins.dit.presets:PRESETS",
-            from_data={"input_size": "size", "in_channels": "channels", "num_classes": "num_classes"},
-            summary="diffusion transformer with adaLN-Zero",
+        *(
+            Component(
+                kind="model",
+                name=name,
+                target=f"vgm_plugins.dit.model:{attr}",
+                presets=f"vgm_plugins.dit.presets:{presets}",
+                from_data={"input_size": "size", "in_channels": "channels", "num_classes": "num_classes"},
+                summary=summary,
+            )
+            for name, attr, presets, summary in (
+                ("dit", "DiT", "PRESETS", "diffusion transformer with adaLN-Zero"),
+                ("sit", "SiT", "SIT_PRESETS", "DiT for t in [0, 1], variance half of the output discarded"),
+            )
         ),
         *(
             Component(kind="converter", name=name, target=f"vgm_plugins.dit.checkpoints:{attr}", summary=summary)
@@ -44,6 +50,7 @@ def vgm_components() -> Iterable[Component | Paper]:
                 ("dit", "CONVERTER", "facebookresearch/DiT checkpoints"),
                 ("dit-diffusers", "DIFFUSERS", "diffusers DiTTransformer2DModel, 256 pixels"),
                 ("dit-diffusers-512", "DIFFUSERS_512", "diffusers DiTTransformer2DModel, 512 pixels"),
+                ("sit", "SIT", "willisma/SiT checkpoints"),
             )
         ),
     ]

@@ -1,7 +1,6 @@
 """DiT: a plain transformer on latent patches, conditioned by adaLN-Zero. Peebles & Xie 2022 (arXiv 2212.09748).
 
-Same function and parameter names as facebookresearch/DiT@ed81ce2 models.py. Deviations: attention through
-scaled_dot_product_attention; labels are dropped by an explicit mask, never by a draw inside forward; y may be None
+Same function and parameter names as facebookresearch/DiT@ed81ce2 models.py. Deviations: fused attention; labels are dropped by an explicit mask, never by a draw inside forward; y may be None
 (unconditional). `SiT` below is the same network with the variance half of its output thrown away.
 """
 
@@ -17,6 +16,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.nn.sdpa import sdpa
 
 
 def sincos_1d(dim: int, positions: np.ndarray) -> np.ndarray:
@@ -92,7 +92,7 @@ class Attention(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         N, T, D = x.shape
         q, k, v = self.qkv(x).view(N, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # 3 x (N, heads, T, D/heads)
-        x = F.scaled_dot_product_attention(q, k, v)
+        x = sdpa(q, k, v)
         return self.proj(x.transpose(1, 2).reshape(N, T, D))
 
 

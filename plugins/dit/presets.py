@@ -7,3 +7,4 @@ SIZES = {
     "XL": {"depth": 28, "hidden_size": 1152, "num_heads": 16},
 }
 PRESETS = {f"DiT-{size}/{p}": {**SIZES[size], "patch_size": p} for size in SIZES for p in (2, 4, 8)}
+SIT_PRESETS = {name.replace("DiT", "SiT"): keywords for name, keywords in PRESETS.items()}

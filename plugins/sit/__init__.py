@@ -1,7 +1,8 @@
 """SiT: Scalable Interpolant Transformers. Ma et al., ECCV 2024 (arXiv 2401.08740).
 
-Official code: willisma/SiT@947f95b. The network is DiT's with half of its output thrown away; this plugin brings the
-process: path, prediction, ODE and SDE samplers with a diffusion coefficient chosen after training.
+Official code: willisma/SiT@947f95b. The network is DiT's with half of its output thrown away, so plugins/dit
+brings it; this plugin brings the process: path, prediction, ODE and SDE samplers with a diffusion coefficient chosen
+after training.
 Deviations: see transport.py and sampler.py (diffusion forms that crash officially work; one evaluation per drift).
 """
 
@@ -30,14 +31,6 @@ def vgm_components() -> Iterable[Component | Paper]:
             },
         ),
         Component(
-            kind="model",
-            name="sit",
-            target="vgm_plugins.dit.model:SiT",
-            presets="vgm_plugins.sit.presets:PRESETS",
-            from_data={"input_size": "size", "in_channels": "channels", "num_classes": "num_classes"},
-            summary="DiT for t in [0, 1], variance half of the output discarded",
-        ),
-        Component(
             kind="objective",
             name="flow-matching",
             target="vgm_plugins.sit.objective:FlowMatching",
@@ -46,5 +39,4 @@ def vgm_components() -> Iterable[Component | Paper]:
         ),
         Component("sampler", "sit-ode", "vgm_plugins.sit.sampler:ODESampler", summary="probability-flow ODE"),
         Component("sampler", "sit-sde", "vgm_plugins.sit.sampler:SDESampler", summary="SDE with a free diffusion"),
-        Component("converter", "sit", "vgm_plugins.dit.checkpoints:SIT", summary="willisma/SiT checkpoints"),
     ]

@@ -245,7 +245,8 @@ def view_of(transport: Transport) -> dict[str, Any]:
 def transport_of(view: Any, sample_eps: float | None = None) -> Transport:
     """The transport that a Denoiser's network was trained on. VgmError: it was trained on something else."""
     names = {path["name"]: name for name, path in HOST_PATHS.items()}
-    if getattr(view, "time", None) != "reversed" or view.path.name not in names:
+    scaled = getattr(view, "time_scale", 1.0) != 1.0  # a rectified flow's network is told 999 t
+    if getattr(view, "time", None) != "reversed" or scaled or view.path.name not in names:
         raise VgmError("this sampler is for networks trained by flow-matching", "`vgm ls samplers` shows others", USAGE)
     prediction = "noise" if view.prediction == "eps" else view.prediction
     return Transport(names[view.path.name], prediction, sample_eps=sample_eps)

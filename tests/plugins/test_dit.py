@@ -26,6 +26,8 @@ from vgm_cli.testing.golden import GoldenCase, GoldenChecks, assert_close
 
 golden = GoldenChecks("dit")
 
+ROUNDED = 3e-5  # the stored time embeddings are 1.7e-6 away from their float64 values, and adaLN amplifies that to 1.3e-5
+
 OPTIONS = {
     "timestep_respacing": "respacing",
     "noise_schedule": "schedule",
@@ -80,13 +82,13 @@ class Drawn(Request):
 def forward(case: GoldenCase) -> None:
     model, x, t, y = load(case), case.inputs["x"], case.inputs["t"], case.inputs["y"]
     with torch.no_grad():
-        assert_close(model(x, t, y), case.outputs["out"], 1e-5, "out")
+        assert_close(model(x, t, y), case.outputs["out"], ROUNDED, "out")
         tokens = model.x_embedder(x) + model.pos_embed
         parts = {"t_emb": model.t_embedder(t), "y_emb": model.y_embedder(y), "tokens_in": tokens}
         parts["block0"] = model.blocks[0](tokens, parts["t_emb"] + parts["y_emb"])
     for name, got in parts.items():
         if name in case.outputs:
-            assert_close(got, case.outputs[name], 1e-5, name)
+            assert_close(got, case.outputs[name], ROUNDED, name)
     built = DiT(**case.config["model"]).pos_embed
     assert_close(built, case.state["pos_embed"], 1e-6, "the constructor's own position table")
 
@@ -96,7 +98,7 @@ def forward_with_cfg(case: GoldenCase) -> None:
     model = load(case)
     with torch.no_grad():
         out = model.forward_with_cfg(case.inputs["x"], case.inputs["t"], case.inputs["y"], case.config["cfg_scale"])
-    assert_close(out, case.outputs["out"], 1e-5, "out")
+    assert_close(out, case.outputs["out"], ROUNDED, "out")
 
 
 @golden.check(lambda c: "out/grad_norm_all" in c)
@@ -140,7 +142,8 @@ def train_steps(case: GoldenCase) -> None:
     for name, want in case.outputs.items():
         kind, _, key = name.partition(".")
         if kind in ("model", "ema"):
-            assert_close((state if kind == "model" else average)[key], want, 1e-4, name)
+            # AdamW divides small gradients by their own size: a float64 run is 2.2e-4 away from the stored weights
+            assert_close((state if kind == "model" else average)[key], want, 1e-3, name)
 
 
 @golden.check(lambda c: "out/samples" in c)

@@ -14,7 +14,7 @@ from vgm_plugins.dit.checkpoints import SIT
 from vgm_plugins.dit.model import SiT
 from vgm_plugins.sit.objective import FlowMatching
 from vgm_plugins.sit.ode import METHODS, integrate
-from vgm_plugins.sit.presets import PRESETS
+from vgm_plugins.dit.presets import SIT_PRESETS as PRESETS
 from vgm_plugins.sit.sampler import ODESampler, SDESampler, log_likelihood, sample_ode, sample_sde
 from vgm_plugins.sit.transport import PATHS, Transport, transport_of
 
@@ -281,7 +281,7 @@ def test_the_host_reads_the_network_alike(path: str, prediction: str) -> None:
             return output
 
     view = Denoiser.from_config(Known(), FlowMatching(Known(), path, prediction, label_dropout=0).view())
-    x0 = view.x0(x, 1 - t)
+    x0 = view.predict(x, 1 - t)
     torch.testing.assert_close(told[-1], t)
     torch.testing.assert_close(x0, data, rtol=1e-3, atol=1e-3)
     again = transport_of(view)

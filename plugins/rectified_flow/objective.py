@@ -1,0 +1,158 @@
+"""Training of rectified flows: the first one, reflow, distillation. Liu, Gong & Liu 2023 (2209.03003), sec. 2, alg. 1.
+
+Behaviour of gnobitab/RectifiedFlow@5a1fd4d ImageGeneration/{losses,run_lib_reflow}.py. Deviations: pairs may be
+conditional and guided; stored pairs are drawn with replacement.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vgm_cli.api import Batch, ObjectiveBase, Step
+from vgm_cli.diffusion.denoiser import Denoiser
+from vgm_cli.diffusion.guidance import ClassifierFreeGuidance
+from vgm_cli.diffusion.iddpm import check_null_class, label_condition
+from vgm_cli.errors import USAGE, VgmError
+
+from .flow import EPS, Loss, Schedule, Velocity, euler, flow_losses, times
+from .pairs import Pairs, Part, read_pairs
+
+
+def velocity_of(view: Denoiser, **cond: Tensor) -> Velocity:
+    """A host view of any network, in this plugin's time and direction."""
+    return lambda x, t: -view.predict(x, 1 - t.double(), "velocity", **cond)
+
+
+class RectifiedFlow(ObjectiveBase):
+    """Regression on x1 - z0 along the line between noise z0 and data x1.
+
+    The pairs are independent, unless the batch couples them by "z0". noise_scale: standard deviation of z0. eps: time
+    left out at the noise. reduce_mean: mean over an image (all published runs), false: half the sum. time_scale: the
+    network is told time_scale * t. label_dropout: share of labels replaced by the null class.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        noise_scale: float = 1.0,
+        eps: float = EPS,
+        reduce_mean: bool = True,
+        time_scale: float = 999.0,
+        label_dropout: float = 0.1,
+    ):
+        if not 0 < eps < 1:
+            raise VgmError(f"eps={eps} is not between 0 and 1", code=USAGE)
+        check_null_class(model, label_dropout)
+        self.model, self.networks = model, {"model": model}
+        self.noise_scale, self.eps, self.reduce_mean, self.time_scale = noise_scale, eps, reduce_mean, time_scale
+        self.label_dropout = label_dropout
+        self.t_schedule: Schedule = "uniform"
+        self.loss_kind: Loss = "l2"
+        self.perceptual: nn.Module | None = None
+
+    def loss(self, phase: str, batch: Batch, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        """batch x: (B, C, H, W), y: (B,) optional, z0: like x, optional. Logs the velocity's squared error as mse."""
+        x1, n, k = batch["x"], len(batch["x"]), self.t_schedule
+        z0 = batch["z0"] if "z0" in batch else step.randn(x1.shape, "noise") * self.noise_scale
+        t = times(step.randint(k, n, "t") if isinstance(k, int) else step.rand(n, "t"), k, self.eps)
+        cond = label_condition(self.model, batch, step, self.label_dropout)
+
+        def velocity(x: Tensor, s: Tensor) -> Tensor:
+            return self.model(x, s * self.time_scale, **cond)
+
+        losses, plain = flow_losses(velocity, z0, x1, t, self.loss_kind, self.reduce_mean, self.perceptual)
+        return losses.mean(), {"mse": plain.detach().mean()}
+
+    def view(self) -> dict[str, Any]:
+        path: dict[str, Any] = {"name": "linear", "t_max": 1 - self.eps}
+        if self.noise_scale != 1:
+            path["noise_scale"] = self.noise_scale
+        view = {"name": "denoiser", "path": path, "prediction": "velocity", "time": "reversed"}
+        return view | ({"time_scale": self.time_scale} if self.time_scale != 1 else {})
+
+
+class Reflow(RectifiedFlow):
+    """The same on pairs (z0, x1) of a teacher's flow.
+
+    t_schedule: uniform straightens the flow, t0 distills it to one Euler step, a number k to k steps, t1 learns the way
+    back in one step. The pairs are, whichever is there first: `pair_folder`, sub-folders with z0.npy and z1.npy (and
+    y.npy, labels) as the official code stores them; the recipe's `pairs:` node, made by the teacher before training and
+    cached; none: the teacher makes fresh ones for every step, in teacher_steps Euler steps, guided by guidance_scale,
+    in bf16 where teacher_precision says so. loss: l2, or lpips and lpips+l2 with t0 (role `perceptual`).
+    VgmError: nothing to make pairs with, a loss without its distance.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        teacher: nn.Module | Denoiser | None = None,
+        perceptual: nn.Module | None = None,
+        pairs: Mapping[str, Tensor] | None = None,
+        t_schedule: Literal["uniform", "t0", "t1"] | int = "uniform",
+        loss: Loss = "l2",
+        pair_folder: str | None = None,
+        teacher_steps: int = 20,
+        teacher_precision: Literal["fp32", "bf16"] = "fp32",
+        guidance_scale: float | None = None,
+        noise_scale: float = 1.0,
+        eps: float = EPS,
+        reduce_mean: bool = True,
+        time_scale: float = 999.0,
+        label_dropout: float = 0.1,
+    ):
+        super().__init__(model, noise_scale, eps, reduce_mean, time_scale, label_dropout)
+        times(torch.zeros(1, device="cpu"), t_schedule, eps)  # a wrong schedule is told now
+        if loss != "l2" and (t_schedule != "t0" or perceptual is None):
+            raise VgmError(f"loss={loss} is for t_schedule=t0 and needs the role perceptual", code=USAGE)
+        if teacher is None and pairs is None and pair_folder is None:
+            raise VgmError("reflow needs a teacher or its pairs", "vgm distill rectified-flow --teacher RUN", USAGE)
+        if teacher is not None and not isinstance(teacher, Denoiser):
+            teacher = Denoiser.from_config(teacher, self.view())
+        self.teacher, self.perceptual, self.t_schedule, self.loss_kind = teacher, perceptual, t_schedule, loss
+        self.teacher_steps, self.teacher_precision, self.guidance_scale = (
+            teacher_steps,
+            teacher_precision,
+            guidance_scale,
+        )
+        self.pairs: Pairs | None = None
+        if pair_folder is not None:
+            self.pairs = read_pairs(Path(pair_folder))
+        elif pairs is not None:
+            self.pairs = Pairs([Part(pairs["z"] * noise_scale, pairs["x"], pairs.get("y"))])
+        self.networks = {"model": model}
+        if perceptual is not None:
+            self.networks["perceptual"] = perceptual.requires_grad_(False)
+        if teacher is not None:
+            assert isinstance(teacher.network, nn.Module)
+            self.networks["teacher"] = teacher.network.requires_grad_(False)
+
+    def experience(self, batch: Batch, step: Step) -> Iterable[Batch]:
+        """One batch of pairs as large as `batch`, which gives the shape and, for fresh pairs, the labels.
+
+        VgmError: stored pairs of another shape than the data.
+        """
+        x = batch["x"]
+        if self.pairs is None:
+            z0 = step.randn(x.shape, "noise") * self.noise_scale
+            return [{**batch, "z0": z0, "x": self.generate(z0, batch.get("y"))}]
+        z0, x1, y = self.pairs.take(step.randint(len(self.pairs), len(x), "pair"))
+        if x1.shape[1:] != x.shape[1:]:
+            raise VgmError(f"the pairs are {tuple(x1.shape[1:])}, the data {tuple(x.shape[1:])}", code=USAGE)
+        pair = {"z0": z0.to(x.device), "x": x1.to(x.device)}
+        return [pair if y is None else {**pair, "y": y.to(x.device)}]
+
+    @torch.no_grad()
+    def generate(self, z0: Tensor, y: Tensor | None) -> Tensor:
+        """Where the teacher's flow takes z0: (B, ...)."""
+        view = self.teacher
+        assert view is not None
+        cond = {"y": y} if y is not None and getattr(view.network, "num_classes", 0) else {}
+        if self.guidance_scale not in (None, 1.0) and cond:
+            view = ClassifierFreeGuidance(view, float(self.guidance_scale or 1.0))
+        with torch.autocast(z0.device.type, torch.bfloat16, enabled=self.teacher_precision == "bf16"):
+            return euler(velocity_of(view, **cond), z0, self.teacher_steps, eps=self.eps).float()

@@ -1,0 +1,480 @@
+"""NCSN++ and DDPM++: the U-Nets of score-based models and rectified flows.
+
+Song et al. 2021 (arXiv 2011.13456), app. H. Official code: yang-song/score_sde_pytorch@cb1f359 models/ncsnpp.py and
+gnobitab/RectifiedFlow@5a1fd4d ImageGeneration/models/ncsnpp.py. Parameter names are the official ones: a flat list
+`all_modules` walked in the order of its construction.
+Deviations: attention is fused; progressive="residual" works with a FIR filter (officially it cannot run); the table of
+noise levels is float32 and needs no lookup outside it. Added, off by default: classes (`num_classes`, `null_class`) and
+`patch_size` p, which moves p x p pixels into channels around the whole network.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.nn.fir import conv_downsample_fir, downsample_fir, upsample_conv_fir, upsample_fir
+
+Activation = Literal["swish", "elu", "relu", "lrelu"]
+Progressive = Literal["none", "output_skip", "residual"]
+ProgressiveInput = Literal["none", "input_skip", "residual"]
+
+# -- pieces ------------------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def scaled_uniform(weight: Tensor, scale: float = 1.0) -> None:
+    """DDPM's initialisation: uniform, variance scale / mean of fan in and out; scale 0 means almost zero."""
+    receptive = weight[0, 0].numel()
+    fan = (weight.shape[0] + weight.shape[1]) / 2 * receptive
+    bound = math.sqrt(3 * (scale or 1e-10) / fan)
+    weight.uniform_(-bound, bound)
+
+
+def initialised(layer: Any, scale: float = 1.0) -> Any:
+    """The layer with DDPM's weights and no bias."""
+    scaled_uniform(layer.weight, scale)
+    nn.init.zeros_(layer.bias)
+    return layer
+
+
+def conv3x3(in_ch: int, out_ch: int, scale: float = 1.0, **keywords: Any) -> nn.Conv2d:
+    return initialised(nn.Conv2d(in_ch, out_ch, 3, **{"padding": 1, **keywords}), scale)
+
+
+def conv1x1(in_ch: int, out_ch: int) -> nn.Conv2d:
+    return initialised(nn.Conv2d(in_ch, out_ch, 1))
+
+
+def group_norm(channels: int) -> nn.GroupNorm:
+    """32 groups, fewer where a group would be narrower than 4 channels or they do not divide."""
+    groups = min(channels // 4, 32)
+    while channels % groups:
+        groups -= 1
+    return nn.GroupNorm(groups, channels, eps=1e-6)
+
+
+class NIN(nn.Module):
+    """A linear map of the channels, y = x W + b with W (in, out): the official layout."""
+
+    def __init__(self, in_ch: int, out_ch: int, scale: float = 0.1):
+        super().__init__()
+        self.W = nn.Parameter(torch.empty(in_ch, out_ch))
+        self.b = nn.Parameter(torch.zeros(out_ch))
+        scaled_uniform(self.W, scale)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return F.linear(x, self.W.T, self.b)
+
+    def pixels(self, x: Tensor) -> Tensor:
+        """(B, in, H, W) -> (B, out, H, W)."""
+        return F.conv2d(x, self.W.T[:, :, None, None], self.b)
+
+
+class Fourier(nn.Module):
+    """(B,) -> (B, 2 size): sine and cosine of fixed random frequencies, drawn once with deviation `scale`."""
+
+    def __init__(self, size: int, scale: float):
+        super().__init__()
+        self.W = nn.Parameter(torch.randn(size) * scale, requires_grad=False)
+
+    def forward(self, x: Tensor) -> Tensor:
+        angles = x[:, None].float() * self.W * (2 * math.pi)
+        return torch.cat([angles.sin(), angles.cos()], dim=-1)
+
+
+def positions(t: Tensor, dim: int) -> Tensor:
+    """(B,) -> (B, dim): sines then cosines of t * 10000^(-i / (dim / 2 - 1)), fp32."""
+    half = dim // 2
+    steps = torch.arange(half, dtype=torch.float32, device=t.device)
+    angles = t.float()[:, None] * torch.exp(steps * (-math.log(10000) / (half - 1)))
+    return F.pad(torch.cat([angles.sin(), angles.cos()], dim=1), (0, dim % 2))
+
+
+class FIRConv(nn.Module):
+    """A 3x3 convolution with a filtered change of size, the official Conv2d_0."""
+
+    def __init__(self, in_ch: int, out_ch: int, taps: Sequence[float], up: bool):
+        super().__init__()
+        self.weight = nn.Parameter(torch.empty(out_ch, in_ch, 3, 3))
+        self.bias = nn.Parameter(torch.zeros(out_ch))
+        scaled_uniform(self.weight)
+        self.taps, self.up = tuple(taps), up
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = (upsample_conv_fir if self.up else conv_downsample_fir)(x, self.weight, self.taps)
+        return x + self.bias[:, None, None]
+
+
+class Resample(nn.Module):
+    """Twice or half the size, by a FIR filter (taps) or naively, with a 3x3 convolution if with_conv."""
+
+    def __init__(
+        self, up: bool, taps: Sequence[float] | None, in_ch: int = 0, out_ch: int = 0, with_conv: bool = False
+    ):
+        super().__init__()
+        self.up, self.taps, self.with_conv = up, taps, with_conv
+        if with_conv and taps:
+            self.Conv2d_0 = FIRConv(in_ch, out_ch, taps, up)
+        elif with_conv:
+            self.Conv_0 = conv3x3(in_ch, out_ch) if up else conv3x3(in_ch, out_ch, stride=2, padding=0)
+
+    def forward(self, x: Tensor) -> Tensor:
+        if self.taps:
+            if self.with_conv:
+                return self.Conv2d_0(x)
+            return upsample_fir(x, self.taps) if self.up else downsample_fir(x, self.taps)
+        if self.up:
+            x = F.interpolate(x, scale_factor=2, mode="nearest")
+            return self.Conv_0(x) if self.with_conv else x
+        return self.Conv_0(F.pad(x, (0, 1, 0, 1))) if self.with_conv else F.avg_pool2d(x, 2)
+
+
+class Combine(nn.Module):
+    """Mixes the image pyramid (B, a, H, W) into the features (B, b, H, W): their sum, or side by side."""
+
+    def __init__(self, pyramid_ch: int, channels: int, how: Literal["sum", "cat"]):
+        super().__init__()
+        self.Conv_0 = conv1x1(pyramid_ch, channels)
+        self.how = how
+
+    def forward(self, pyramid: Tensor, h: Tensor) -> Tensor:
+        p = self.Conv_0(pyramid)
+        return p + h if self.how == "sum" else torch.cat([p, h], dim=1)
+
+
+class Attention(nn.Module):
+    """One head over all positions, with a residual: (B, C, H, W) -> (B, C, H, W)."""
+
+    def __init__(self, channels: int, scale: float, rescale: bool):
+        super().__init__()
+        self.GroupNorm_0 = group_norm(channels)
+        self.NIN_0, self.NIN_1, self.NIN_2 = (NIN(channels, channels) for _ in range(3))
+        self.NIN_3 = NIN(channels, channels, scale)
+        self.rescale = rescale
+
+    def forward(self, x: Tensor) -> Tensor:
+        b, c, height, width = x.shape
+        tokens = self.GroupNorm_0(x).permute(0, 2, 3, 1).reshape(b, 1, height * width, c)  # (B, 1 head, T, C)
+        h = F.scaled_dot_product_attention(self.NIN_0(tokens), self.NIN_1(tokens), self.NIN_2(tokens))
+        h = self.NIN_3(h).reshape(b, height, width, c).permute(0, 3, 1, 2)
+        return residual(x, h, self.rescale)
+
+
+def residual(x: Tensor, h: Tensor, rescale: bool) -> Tensor:
+    """x + h, divided by the square root of 2 if rescale, so that the variance stays."""
+    return (x + h) * math.sqrt(0.5) if rescale else x + h
+
+
+class ResBlock(nn.Module):
+    """(B, in, H, W) -> (B, out, H', W'), told of time by temb: (B, temb_dim).
+
+    biggan: may change the size after its first activation, and its shortcut is a convolution; the other kind (DDPM's)
+    has a linear map.
+    """
+
+    def __init__(
+        self,
+        in_ch: int,
+        out_ch: int,
+        temb_dim: int | None,
+        act: Callable[[Tensor], Tensor],
+        dropout: float,
+        scale: float,
+        rescale: bool,
+        biggan: bool,
+        resample: Resample | None = None,
+    ):
+        super().__init__()
+        self.act, self.rescale, self.out_ch, self.resample = act, rescale, out_ch, resample
+        self.GroupNorm_0 = group_norm(in_ch)
+        self.Conv_0 = conv3x3(in_ch, out_ch)
+        if temb_dim is not None:
+            self.Dense_0 = initialised(nn.Linear(temb_dim, out_ch))
+        self.GroupNorm_1 = group_norm(out_ch)
+        self.Dropout_0 = nn.Dropout(dropout)
+        self.Conv_1 = conv3x3(out_ch, out_ch, scale)
+        if biggan and (in_ch != out_ch or resample):
+            self.Conv_2 = conv1x1(in_ch, out_ch)
+        elif in_ch != out_ch:
+            self.NIN_0 = NIN(in_ch, out_ch)
+
+    def forward(self, x: Tensor, temb: Tensor | None) -> Tensor:
+        h = self.act(self.GroupNorm_0(x))
+        if self.resample is not None:
+            h, x = self.resample(h), self.resample(x)
+        h = self.Conv_0(h)
+        if temb is not None:
+            h = h + self.Dense_0(self.act(temb))[:, :, None, None]
+        h = self.Conv_1(self.Dropout_0(self.act(self.GroupNorm_1(h))))
+        if hasattr(self, "Conv_2"):
+            x = self.Conv_2(x)
+        elif hasattr(self, "NIN_0"):
+            x = self.NIN_0.pixels(x)
+        return residual(x, h, self.rescale)
+
+
+def leaky(x: Tensor) -> Tensor:
+    return F.leaky_relu(x, 0.2)
+
+
+ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {"swish": F.silu, "elu": F.elu, "relu": F.relu, "lrelu": leaky}
+
+
+# -- the network -------------------------------------------------------------------------------------------------------
+
+
+class NCSNpp(nn.Module):
+    """A velocity, score or noise network; the defaults are DDPM++ for 32 pixels.
+
+    attn_resolutions: sides at which attention follows every residual block of the encoder and ends a level of the
+    decoder. resblock_type: biggan (changes size inside) | ddpm. fir: filtered changes of size, with taps fir_kernel.
+    progressive: output_skip sums images over the decoder's levels, residual sums features. progressive_input: the
+    image, smaller and smaller, joins the encoder. embedding_type: fourier reads the logarithm of forward's `t`,
+    positional `t` itself. scale_by_sigma: the output is divided by `t` (fourier), or by the noise level with that index
+    in the descending ladder sigma_max..sigma_min of num_scales (positional). centered: x is in [-1, 1] already; false
+    maps [0, 1] there. init_scale: of the last convolution of every block, 0 for almost zero. num_classes: 0 or None is
+    unconditional; null_class adds a label that means "none". VgmError: a side that cannot be halved that often.
+    """
+
+    checkpointing = False
+
+    def __init__(
+        self,
+        image_size: int = 32,
+        in_channels: int = 3,
+        nf: int = 128,
+        ch_mult: Sequence[int] = (1, 2, 2, 2),
+        num_res_blocks: int = 4,
+        attn_resolutions: Sequence[int] = (16,),
+        dropout: float = 0.1,
+        resblock_type: Literal["biggan", "ddpm"] = "biggan",
+        resamp_with_conv: bool = True,
+        fir: bool = False,
+        fir_kernel: Sequence[float] = (1, 3, 3, 1),
+        skip_rescale: bool = True,
+        progressive: Progressive = "none",
+        progressive_input: ProgressiveInput = "none",
+        progressive_combine: Literal["sum", "cat"] = "sum",
+        embedding_type: Literal["positional", "fourier"] = "positional",
+        fourier_scale: float = 16.0,
+        scale_by_sigma: bool = False,
+        centered: bool = True,
+        conditional: bool = True,
+        init_scale: float = 0.0,
+        nonlinearity: Activation = "swish",
+        sigma_min: float = 0.01,
+        sigma_max: float = 50.0,
+        num_scales: int = 1000,
+        num_classes: int | None = 0,
+        null_class: bool = False,
+        patch_size: int = 1,
+    ):
+        super().__init__()
+        levels, side = len(ch_mult), image_size // patch_size
+        if side * patch_size != image_size or side % 2 ** (levels - 1):
+            raise VgmError(
+                f"{image_size} pixels cannot be halved {levels - 1} times in patches of {patch_size}",
+                f"data.size a multiple of {patch_size * 2 ** (levels - 1)}, or fewer entries in model.ch_mult",
+                USAGE,
+            )
+        self.nf, self.num_res_blocks, self.levels = nf, num_res_blocks, levels
+        self.attn_sides = tuple(attn_resolutions)
+        self.embedding_type, self.scale_by_sigma, self.centered = embedding_type, scale_by_sigma, centered
+        self.conditional, self.skip_rescale, self.biggan = conditional, skip_rescale, resblock_type == "biggan"
+        self.progressive, self.progressive_input = progressive, progressive_input
+        self.in_channels, self.patch_size = in_channels, patch_size
+        self.sample_shape = (in_channels, image_size, image_size)
+        self.num_classes, self.null_class = num_classes or 0, null_class and bool(num_classes)
+        self.act = ACTIVATIONS[nonlinearity]
+        ladder = torch.linspace(math.log(sigma_max), math.log(sigma_min), num_scales, dtype=torch.float64)
+        self.sigmas: Tensor
+        self.register_buffer("sigmas", ladder.exp().float())
+
+        self._dropout, self._init_scale, self._with_conv = dropout, init_scale, resamp_with_conv
+        self._taps = tuple(fir_kernel) if fir else None
+        self._temb = 4 * nf if conditional else None
+        self.all_modules = nn.ModuleList(
+            self._layers([nf * m for m in ch_mult], side, progressive_combine, fourier_scale)
+        )
+        self.pyramid_down = Resample(False, self._taps)
+        self.pyramid_up = Resample(True, self._taps)
+        if self.num_classes:
+            if not conditional:
+                raise VgmError("classes are told through the time embedding", "model.conditional=true", USAGE)
+            self.label_emb = nn.Embedding(self.num_classes + self.null_class, 4 * nf)
+
+    # construction
+
+    def _layers(self, widths: list[int], side: int, combine: Any, fourier_scale: float) -> Iterator[nn.Module]:
+        """Every layer with parameters, in the order in which forward takes them."""
+        image = self.in_channels * self.patch_size**2
+        if self.embedding_type == "fourier":
+            yield Fourier(self.nf, fourier_scale)
+        if self.conditional:
+            yield initialised(nn.Linear(self.nf * (2 if self.embedding_type == "fourier" else 1), 4 * self.nf))
+            yield initialised(nn.Linear(4 * self.nf, 4 * self.nf))
+        yield conv3x3(image, self.nf)
+        ch, pyramid, skips = self.nf, image, [self.nf]
+        for level, width in enumerate(widths):
+            for _ in range(self.num_res_blocks):
+                yield self._res(ch, width)
+                ch = width
+                if side in self.attn_sides:
+                    yield self._attention(ch)
+                skips.append(ch)
+            if level < self.levels - 1:
+                yield self._resize(ch, up=False)
+                if self.progressive_input == "input_skip":
+                    yield Combine(pyramid, ch, combine)
+                    ch *= 2 if combine == "cat" else 1
+                elif self.progressive_input == "residual":
+                    yield Resample(False, self._taps, pyramid, ch, with_conv=True)
+                    pyramid = ch
+                skips.append(ch)
+                side //= 2
+        yield self._res(ch, ch)
+        yield self._attention(ch)
+        yield self._res(ch, ch)
+        for level, width in reversed(list(enumerate(widths))):
+            for _ in range(self.num_res_blocks + 1):
+                yield self._res(ch + skips.pop(), width)
+                ch = width
+            if side in self.attn_sides:
+                yield self._attention(ch)
+            if self.progressive == "output_skip":
+                yield group_norm(ch)
+                yield conv3x3(ch, image, self._init_scale)
+            elif self.progressive == "residual" and level == self.levels - 1:
+                yield group_norm(ch)
+                yield conv3x3(ch, ch)
+                pyramid = ch
+            elif self.progressive == "residual":
+                yield Resample(True, self._taps, pyramid, ch, with_conv=True)
+                pyramid = ch
+            if level > 0:
+                yield self._resize(ch, up=True)
+                side *= 2
+        if self.progressive != "output_skip":
+            yield group_norm(ch)
+            yield conv3x3(ch, image, self._init_scale)
+
+    def _res(self, in_ch: int, out_ch: int, resample: Resample | None = None) -> ResBlock:
+        options = (self._temb, self.act, self._dropout, self._init_scale, self.skip_rescale, self.biggan, resample)
+        return ResBlock(in_ch, out_ch, *options)
+
+    def _attention(self, channels: int) -> Attention:
+        return Attention(channels, self._init_scale, self.skip_rescale)
+
+    def _resize(self, channels: int, up: bool) -> nn.Module:
+        if self.biggan:
+            return self._res(channels, channels, Resample(up, self._taps))
+        return Resample(up, self._taps, channels, channels, self._with_conv)
+
+    # conditions
+
+    @property
+    def null_condition(self) -> Callable[[dict[str, Any]], dict[str, Any]]:
+        """cond -> its unconditional version, for classifier-free guidance; absent without a null class."""
+        if not self.null_class:
+            raise AttributeError("null_condition")
+        return lambda cond: {**cond, "y": torch.full_like(cond["y"], self.num_classes)} if "y" in cond else dict(cond)
+
+    def labels(self, y: Tensor | None, force_drop_ids: Tensor | None, x: Tensor) -> Tensor:
+        """(B,) rows of the label table. VgmError: a label is needed, or cannot be dropped."""
+        if y is not None and force_drop_ids is None:
+            return y
+        if not self.null_class:
+            raise VgmError(
+                "this network was built without a null class, it needs labels" if y is None else "no null class",
+                "model.null_class=true adds one",
+                USAGE,
+            )
+        null = torch.full((len(x),), self.num_classes, device=x.device)
+        return null if y is None or force_drop_ids is None else torch.where(force_drop_ids.bool(), null, y)
+
+    # evaluation
+
+    def run(self, layer: nn.Module, *inputs: Tensor | None) -> Tensor:
+        """layer(*inputs), recomputed in backward when `checkpointing` is on."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(layer, *inputs, use_reentrant=False)
+        return layer(*inputs)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, force_drop_ids: Tensor | None = None) -> Tensor:
+        """x: (B, C, H, W); t: (B,), what the objective tells of time or noise, above 0 for fourier embeddings; y: (B,)
+        int64 labels; force_drop_ids: (B,), true where the label becomes the null class. Gives (B, C, H, W). VgmError:
+        labels are missing."""
+        layers = iter(self.all_modules)
+        attends = self.attn_sides
+        temb = None
+        emb = next(layers)(t.log()) if self.embedding_type == "fourier" else positions(t, self.nf)  # (B, nf or 2 nf)
+        if self.conditional:
+            first, second = next(layers), next(layers)
+            temb = second(self.act(first(emb)))  # (B, 4 nf)
+            if self.num_classes:
+                temb = temb + self.label_emb(self.labels(y, force_drop_ids, x))
+        h = x if self.centered else 2 * x - 1
+        if self.patch_size > 1:
+            h = F.pixel_unshuffle(h, self.patch_size)  # (B, C p^2, H / p, W / p)
+
+        image = h
+        h = next(layers)(h)
+        skips = [h]
+        for level in range(self.levels):
+            for _ in range(self.num_res_blocks):
+                h = self.run(next(layers), h, temb)
+                if h.shape[-1] in attends:
+                    h = self.run(next(layers), h)
+                skips.append(h)
+            if level < self.levels - 1:
+                h = self._resized(next(layers), h, temb)
+                if self.progressive_input == "input_skip":
+                    image = self.pyramid_down(image)
+                    h = next(layers)(image, h)
+                elif self.progressive_input == "residual":
+                    h = image = residual(next(layers)(image), h, self.skip_rescale)
+                skips.append(h)
+
+        h = self.run(next(layers), h, temb)
+        h = self.run(next(layers), h)
+        h = self.run(next(layers), h, temb)
+
+        out: Tensor | None = None
+        for level in reversed(range(self.levels)):
+            for _ in range(self.num_res_blocks + 1):
+                h = self.run(next(layers), torch.cat([h, skips.pop()], dim=1), temb)
+            if h.shape[-1] in attends:
+                h = self.run(next(layers), h)
+            if self.progressive == "output_skip":
+                more = self._head(layers, h)  # (B, C, H', W')
+                out = more if out is None else self.pyramid_up(out) + more
+            elif self.progressive == "residual":
+                if out is None:
+                    out = self._head(layers, h)
+                else:
+                    h = out = residual(next(layers)(out), h, self.skip_rescale)
+            if level > 0:
+                h = self._resized(next(layers), h, temb)
+        h = out if self.progressive == "output_skip" and out is not None else self._head(layers, h)
+        if self.patch_size > 1:
+            h = F.pixel_shuffle(h, self.patch_size)
+        if self.scale_by_sigma:
+            sigma = t if self.embedding_type == "fourier" else self.sigmas[t.long()]
+            h = h / sigma.to(h.dtype)[:, None, None, None]
+        return h
+
+    def _head(self, layers: Iterator[nn.Module], h: Tensor) -> Tensor:
+        norm, conv = next(layers), next(layers)
+        return conv(self.act(norm(h)))
+
+    def _resized(self, layer: nn.Module, h: Tensor, temb: Tensor | None) -> Tensor:
+        return self.run(layer, h, temb) if self.biggan else self.run(layer, h)
