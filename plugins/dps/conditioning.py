@@ -1,0 +1,65 @@
+"""What DPS, its variants and MCG do after every ancestral step, as pure functions.
+
+Chung et al. 2022 (DPS, 2209.14687) algorithms 1 and 2; Chung et al. 2022 (MCG, 2206.00941). Official code:
+DPS2022/diffusion-posterior-sampling@effbde7 guided_diffusion/condition_methods.py. The gradient is that of the norm,
+not of its square, with respect to x_t, through the clipped x0 and the network. Deviation: norms are per item.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+
+import torch
+from torch import Tensor
+
+from vgm_cli.operators.base import Operator
+
+Project = Callable[[Tensor, Tensor], Tensor]  # (x, y) -> x that agrees with y
+
+
+def distance(operator: Operator, x0: Tensor, y: Tensor, noise: str = "gaussian") -> Tensor:
+    """|y - A(x0)| per item: (B,). noise "poisson": the norm over |y|, averaged over the measurement."""
+    norm = (y - operator(x0)).flatten(1).norm(dim=1)
+    return (norm[:, None] / y.abs().flatten(1)).mean(1) if noise == "poisson" else norm
+
+
+def gradient(x_t: Tensor, value: Tensor) -> Tensor:
+    """d value / d x_t of every item; value: (B,)."""
+    return torch.autograd.grad(value.sum(), x_t)[0]
+
+
+def posterior_sampling(
+    operator: Operator, x_t: Tensor, x_next: Tensor, x0: Tensor, y: Tensor, zeta: float, noise: str = "gaussian"
+) -> tuple[Tensor, Tensor]:
+    """DPS ("ps"): x_next - zeta d distance / d x_t, and the distance (B,)."""
+    value = distance(operator, x0, y, noise)
+    return x_next - zeta * gradient(x_t, value), value
+
+
+def posterior_sampling_plus(
+    operator: Operator, x_t: Tensor, x_next: Tensor, x0: Tensor, y: Tensor, zeta: float, draws: Sequence[Tensor]
+) -> tuple[Tensor, Tensor]:
+    """ "ps+": the mean distance over x0 + 0.05 u; draws: one u like x0 each, uniform in [0, 1)."""
+    value = torch.stack([distance(operator, x0 + 0.05 * u, y) for u in draws]).mean(0)
+    return x_next - zeta * gradient(x_t, value), value
+
+
+def manifold_constrained(
+    operator: Operator,
+    x_t: Tensor,
+    x_next: Tensor,
+    x0: Tensor,
+    y: Tensor,
+    y_t: Tensor,
+    zeta: float,
+    noise: str = "gaussian",
+    project: Project | None = None,
+) -> tuple[Tensor, Tensor]:
+    """MCG: a DPS step, then a projection onto the measurement noised to the same step, y_t."""
+    x, value = posterior_sampling(operator, x_t, x_next, x0, y, zeta, noise)
+    return (project or projection(operator))(x, y_t), value
+
+
+def projection(operator: Operator) -> Project:
+    """x + A^+ (y - A x): the nearest image that measures y."""
+    return lambda x, y: x + operator.pinv(y - operator(x))

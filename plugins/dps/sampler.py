@@ -1,0 +1,217 @@
+"""DPS, MCG and projection as samplers: an ancestral (or DDIM) walk that is corrected by the measurement at every step.
+
+Chung et al. 2022 (2209.14687), algorithms 1 and 2. Official code: DPS2022/diffusion-posterior-sampling@effbde7.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Callable, Iterator
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from vgm_cli.api import Request
+from vgm_cli.diffusion.discrete import Variance
+from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.operators.base import Operator
+
+from . import conditioning, official
+from .prior import Prior, prior_of
+
+Walk = Iterator[tuple[Tensor, Tensor, Tensor]]
+# (x_t, x_next, x0, i) -> x_next corrected, distance (B,); x_t carries the graph
+Correct = Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+
+
+def walk(
+    prior: Prior,
+    x: Tensor,
+    correct: Correct,
+    noise: Callable[[], Tensor],
+    sampler: Literal["ddpm", "ddim"] = "ddpm",
+    eta: float = 0.0,
+) -> Walk:
+    """From noise x: (B, C, H, W) to data; yields (x_{t-1}, x0, distance) after every step.
+
+    noise(): one draw like x per step, the last one too (its draw is not used).
+    """
+    for i in reversed(range(prior.steps)):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_(True)
+            p = prior.posterior(x, i)
+            t = prior.index(x, i)
+            if sampler == "ddpm":
+                x_next = prior.process.p_sample(p, t, noise())
+            else:
+                x_next = prior.process.ddim_sample(p, x, t, eta, noise())
+            x_next, value = correct(x, x_next, p.x0, i)
+        x = x_next.detach()
+        yield x, p.x0.detach(), value.detach()
+
+
+def measured(request: Request, method: str) -> tuple[Operator, Tensor]:
+    """The request's degradation and what was measured. VgmError: there is none."""
+    if request.operator is None or request.measurement is None:
+        raise VgmError(f"{method} restores images: it needs a measurement", "vgm restore --method …", USAGE)
+    return request.operator, request.measurement
+
+
+def finish(view: Any, request: Request, steps: int, states: Walk) -> Tensor:
+    """Run a walk, telling the request of every step: info["residual"] is a list of (B,) distances |y - A(x0)| of
+    the network's estimate."""
+    before, x = view.nfe, None
+    residuals: list[Tensor] = []
+    for i, (x, x0, value) in enumerate(states):
+        residuals.append(value.float().cpu())
+        if request.callback is not None:
+            request.callback(i, steps, x, x0)
+    assert x is not None
+    request.info["nfe"], request.info["residual"] = view.nfe - before, residuals
+    return x
+
+
+class Restorer(ABC):
+    """What the methods of this family share: the prior, the clip, the report.
+
+    steps: N, "a,b,c" or "ddimN" of the prior's; a request's own go before. clip: x0 to [-1, 1], None for images and not
+    for latents. variance: of the reverse step, None for the network's own.
+    """
+
+    name = ""
+
+    def __init__(self, steps: int | str, clip: bool | None = None, variance: Variance | None = None):
+        self.steps, self.clip, self.variance = steps, clip, variance
+
+    def prior(self, view: Any, request: Request, operator: Operator, threshold: bool = False) -> Prior:
+        clip = not operator.latent if self.clip is None else self.clip
+        steps = self.steps if request.steps is None else request.steps
+        if str(self.steps).startswith("ddim") and isinstance(steps, int):
+            steps = f"ddim{steps}"
+        return prior_of(view, steps, request.cond, clip, threshold, self.variance)
+
+    def __call__(self, view: Any, request: Request) -> Tensor:
+        """view: a Denoiser. request.operator, request.measurement: (N, *measurement_shape). Gives (N, *request.shape).
+
+        VgmError: no measurement, another kind of network, an operator that the method cannot handle.
+        """
+        operator, y = measured(request, self.name)
+        self.check(operator)
+        return self.restore(view, request, operator, y)
+
+    def check(self, operator: Operator) -> None:  # noqa: B027, most methods take every operator
+        """VgmError when the method needs more of the operator than it has."""
+
+    @abstractmethod
+    def restore(self, view: Any, request: Request, operator: Operator, y: Tensor) -> Tensor:
+        """From noise to images."""
+
+
+def need_pinv(operator: Operator, method: str) -> None:
+    if not operator.has_pinv:
+        hint = "--method dps, or a prior of pixels" if operator.latent else "--method dps"
+        raise VgmError(f"{method} needs a pseudo-inverse, which {operator.name} does not have", hint, USAGE)
+
+
+class DPS(Restorer):
+    """Diffusion posterior sampling.
+
+    zeta: step size along the gradient of the measurement's distance; the published ones are for 1000 steps on images of
+    256 pixels (see presets). None is 0.3 * 1000 / steps, the released step size spread over fewer steps. particles:
+    "ps+" with so many perturbed copies of x0. sampler, eta: ancestral, or DDIM. dynamic_threshold: see prior.
+    """
+
+    name = "dps"
+
+    def __init__(
+        self,
+        steps: int | str = 1000,
+        zeta: float | None = None,
+        sampler: Literal["ddpm", "ddim"] = "ddpm",
+        eta: float = 0.0,
+        clip: bool | None = None,
+        dynamic_threshold: bool = False,
+        particles: int = 0,
+        variance: Variance | None = None,
+    ):
+        super().__init__(steps, clip, variance)
+        self.zeta, self.sampler, self.eta = zeta, sampler, eta
+        self.dynamic_threshold, self.particles = dynamic_threshold, particles
+
+    def restore(self, view: Any, request: Request, operator: Operator, y: Tensor) -> Tensor:
+        prior = self.prior(view, request, operator, self.dynamic_threshold)
+        zeta = 0.3 * 1000 / prior.steps if self.zeta is None else self.zeta
+        step = self.correction(prior, request, operator, y, zeta)
+        states = walk(prior, request.randn(), step, request.randn, self.sampler, self.eta)
+        return finish(view, request, prior.steps, states)
+
+    def correction(self, prior: Prior, request: Request, operator: Operator, y: Tensor, zeta: float) -> Correct:
+        def correct(x_t: Tensor, x_next: Tensor, x0: Tensor, i: int) -> tuple[Tensor, Tensor]:
+            if self.particles:
+                draws = [request.rand(tuple(x0.shape[1:])) for _ in range(self.particles)]
+                return conditioning.posterior_sampling_plus(operator, x_t, x_next, x0, y, zeta, draws)
+            return conditioning.posterior_sampling(operator, x_t, x_next, x0, y, zeta, operator.noise.name)
+
+        return correct
+
+
+class MCG(DPS):
+    """Manifold-constrained gradients: DPS, and a projection onto the noised measurement after every step.
+
+    projection: pinv, the nearest image that measures it | official, see official.py.
+    """
+
+    name = "mcg"
+
+    def __init__(
+        self,
+        steps: int | str = 1000,
+        zeta: float | None = None,
+        sampler: Literal["ddpm", "ddim"] = "ddpm",
+        eta: float = 0.0,
+        clip: bool | None = None,
+        dynamic_threshold: bool = False,
+        projection: Literal["pinv", "official"] = "pinv",
+        variance: Variance | None = None,
+    ):
+        super().__init__(steps, zeta, sampler, eta, clip, dynamic_threshold, 0, variance)
+        self.projection = projection
+
+    def check(self, operator: Operator) -> None:
+        if self.projection == "pinv" or operator.latent:
+            need_pinv(operator, self.name)
+
+    def project(self, operator: Operator) -> conditioning.Project:
+        if self.projection == "pinv":
+            return conditioning.projection(operator)
+        return lambda x, y: official.project(operator, x, y)
+
+    def noised(self, prior: Prior, request: Request, y: Tensor, i: int) -> Tensor:
+        """y as step i would see it."""
+        return prior.process.q_sample(y, prior.index(y, i), request.randn(tuple(y.shape[1:])))
+
+    def correction(self, prior: Prior, request: Request, operator: Operator, y: Tensor, zeta: float) -> Correct:
+        project, noise = self.project(operator), operator.noise.name
+
+        def correct(x_t: Tensor, x_next: Tensor, x0: Tensor, i: int) -> tuple[Tensor, Tensor]:
+            y_t = self.noised(prior, request, y, i)
+            return conditioning.manifold_constrained(operator, x_t, x_next, x0, y, y_t, zeta, noise, project)
+
+        return correct
+
+
+class Projection(MCG):
+    """Only the projection: no gradient is taken."""
+
+    name = "projection"
+
+    def correction(self, prior: Prior, request: Request, operator: Operator, y: Tensor, zeta: float) -> Correct:
+        project = self.project(operator)
+
+        @torch.no_grad()
+        def correct(x_t: Tensor, x_next: Tensor, x0: Tensor, i: int) -> tuple[Tensor, Tensor]:
+            x = project(x_next, self.noised(prior, request, y, i))
+            return x, conditioning.distance(operator, x0, y)
+
+        return correct

@@ -1,0 +1,126 @@
+"""vgm restore."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Annotated
+
+import typer
+
+from vgm_cli.cli import complete
+from vgm_cli.ui import ui
+
+
+def register(app: typer.Typer) -> None:
+    app.command("restore")(restore)
+
+
+def operators(incomplete: str) -> list[str]:
+    return complete.names("operator", incomplete)
+
+
+def methods(incomplete: str) -> list[str]:
+    from vgm_cli.registry import registry
+
+    found = registry().components.values()
+    return sorted(
+        c.name for c in found if c.kind == "sampler" and "restore" in c.verbs and c.name.startswith(incomplete)
+    )
+
+
+def restore(
+    overrides: Annotated[
+        list[str] | None,
+        typer.Argument(
+            metavar="[KEY=VALUE]…",
+            help="Keywords of the task (scale=4), the noise (sigma=0.05) and the method (zeta=1); task.KEY=… where two "
+            "have it.",
+        ),
+    ] = None,
+    model: Annotated[
+        str | None,
+        typer.Option(help="The prior: a run, a checkpoint folder or a file.", autocompletion=complete.runs),
+    ] = None,
+    task: Annotated[
+        str, typer.Option(help="super-resolution, inpainting, … `vgm ls operators`.", autocompletion=operators)
+    ] = "super-resolution",
+    source: Annotated[
+        str | None, typer.Option("--input", help="An image, a folder, an .npz, or a shipped set (mnist5k).")
+    ] = None,
+    out: Annotated[Path | None, typer.Option(help="A folder. Default: restored/ in the run.")] = None,
+    method: Annotated[
+        str, typer.Option(help="dps, mcg, projection, ddrm, pigdm, diffpir.", autocompletion=methods)
+    ] = "dps",
+    degrade: Annotated[
+        bool, typer.Option("--degrade/--degraded", help="The input is whole and is degraded first, or it is degraded.")
+    ] = True,
+    truth: Annotated[str | None, typer.Option(help="The whole images of a degraded input, to measure against.")] = None,
+    noise: Annotated[
+        str | None, typer.Option(help="none, gaussian, poisson. Default: gaussian; of a degraded input none.")
+    ] = None,
+    n: Annotated[
+        int | None, typer.Option("-n", help="Images, spread over the input. Default: all, 16 of a shipped set.", min=1)
+    ] = None,
+    split: Annotated[str | None, typer.Option(help="train, val or test, where the input has them.")] = None,
+    label: Annotated[
+        str, typer.Option(help="Classes (3,7), or data for the input's own. Default: no class where the model can.")
+    ] = "",
+    steps: Annotated[int | None, typer.Option(help="Steps of the method. Default: its own.", min=1)] = None,
+    tries: Annotated[
+        int, typer.Option(help="Walks per image; the one that fits the measurement best is kept.", min=1)
+    ] = 1,
+    seed: Annotated[int, typer.Option(help="Image i depends on (seed, i) alone.")] = 0,
+    weights: Annotated[str | None, typer.Option(help="raw, or an average. Default: the first average.")] = None,
+    batch_size: Annotated[int, typer.Option(help="Changes speed and memory, not the images.", min=1)] = 64,
+    lpips: Annotated[
+        str | None, typer.Option(metavar="VGG,HEADS", help="Also measure LPIPS with these two weight files.")
+    ] = None,
+) -> None:
+    """Restore degraded images with a trained diffusion or flow model.
+
+    Examples:
+
+        vgm restore --model RUN --task super-resolution scale=4 --input mnist5k -n 64
+
+        vgm restore --model RUN --task inpainting mask=box box=0.5 --method ddrm --input photo.png --out restored
+
+        vgm restore --model RUN --task gaussian-deblurring std=1.5 --degraded --input blurred/ --noise none
+
+    Next: the folder's grid.png (degraded, restored, truth) and results.json.
+    """
+    from vgm_cli.engine import restore as engine
+    from vgm_cli.engine.sampling import open_model
+    from vgm_cli.errors import USAGE, VgmError
+
+    if model is None:
+        raise engine.no_model()
+    if source is None:
+        raise VgmError("no input is given", "--input IMAGE|FOLDER, or a shipped set: --input mnist5k", USAGE)
+    if truth is not None and degrade:
+        raise VgmError("--truth belongs to --degraded: without it the input is the truth", code=USAGE)
+    settings = engine.settings_for(task, method, noise or ("gaussian" if degrade else "none"), overrides or [])
+    loaded, device = open_model(model, weights)
+    results = engine.run(
+        loaded,
+        model,
+        source,
+        settings,
+        degrade=degrade,
+        truth=truth,
+        n=n,
+        split=split,
+        label=label,
+        seed=seed,
+        steps=steps,
+        tries=tries,
+        batch_size=batch_size,
+        lpips=lpips,
+        out=out,
+        device=device,
+    )
+    ui.document(results)
+    ui.table(["", "PSNR", "SSIM", "LPIPS", "residual"], engine.summary(results))
+    if "gain" in results:
+        ui.info(f"{results['gain']:+.2f} dB PSNR over the baseline")
+    ui.info(f"{results['n']} images in {results['seconds']:.1f} s ({results['nfe']} network evaluations each)")
+    ui.data(results["out"])

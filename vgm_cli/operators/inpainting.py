@@ -1,0 +1,122 @@
+"""Missing pixels. Masks are drawn as in DPS2022/diffusion-posterior-sampling@effbde7 util/img_utils.py (same draws of
+numpy's stream in the same order); 1 is an observed pixel."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from functools import cached_property
+from pathlib import Path
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.operators.base import SVD, Operator
+from vgm_cli.operators.files import read_arrays
+from vgm_cli.operators.noise import numpy_rng
+
+Range = tuple[float, float]
+
+
+def box_mask(
+    height: int, width: int, side: tuple[int, int], margin: tuple[int, int], rng: np.random.RandomState
+) -> Tensor:
+    """(H, W), 0 in a box whose height and width are drawn from [side[0], side[1]), `margin` away from the border.
+
+    VgmError: the box does not fit.
+    """
+    tall, wide = int(rng.randint(*side)), int(rng.randint(*side))
+    last_top, last_left = height - margin[0] - tall, width - margin[1] - wide
+    if last_top <= margin[0] or last_left <= margin[1]:
+        raise VgmError(f"a box of {tall}x{wide} does not fit into {height}x{width} pixels", "box=0.5 is half", USAGE)
+    top, left = int(rng.randint(margin[0], last_top)), int(rng.randint(margin[1], last_left))
+    mask = torch.ones(height, width)
+    mask[top : top + tall, left : left + wide] = 0
+    return mask
+
+
+def random_mask(height: int, width: int, removed: Range, rng: np.random.RandomState) -> Tensor:
+    """(H, W), 0 at pixels chosen at random; their share is drawn from `removed`."""
+    share = rng.uniform(*removed)
+    mask = torch.ones(height * width)
+    mask[torch.from_numpy(rng.choice(height * width, int(height * width * share), replace=False))] = 0
+    return mask.view(height, width)
+
+
+class Inpainting(Operator):
+    """A(x) = mask * x, the same mask for all channels.
+
+    mask: box (a hole) | random | extreme (all but a box is missing) | a file or folder of masks, bright where the pixel
+    is known. box: side of the box, below 1 as a share of the image's; two numbers [low, high) are a range of pixels.
+    margin: between box and border, below 1 as a share. removed: range of the share of random pixels that are missing.
+    VgmError: values out of range, masks of another size.
+    """
+
+    name = "inpainting"
+
+    def __init__(
+        self,
+        mask: str = "box",
+        box: float | tuple[int, int] = 0.5,
+        margin: float = 1 / 16,
+        removed: float | tuple[float, float] = (0.3, 0.7),
+    ):
+        low, high = removed if isinstance(removed, tuple) else (removed, removed)
+        if not 0 <= low <= high <= 1:
+            raise VgmError(f"removed={removed}: shares between 0 and 1, the smaller first", "removed=0.5", USAGE)
+        self.mask, self.box, self.margin, self.removed = mask, box, margin, (low, high)
+
+    def prepare(self, generators: Sequence[torch.Generator]) -> None:
+        self.masks = self.drawn(generators) if self.is_drawn else self.read(len(generators))  # (B, 1, H, W)
+
+    @property
+    def is_drawn(self) -> bool:  # type: ignore[override]
+        """Not read from a file."""
+        return self.mask in ("box", "random", "extreme")
+
+    def drawn(self, generators: Sequence[torch.Generator]) -> Tensor:
+        _, height, width = self.shape
+        masks = []
+        for g in generators:
+            rng = numpy_rng(g)
+            if self.mask == "random":
+                masks.append(random_mask(height, width, self.removed, rng))
+                continue
+            if isinstance(self.box, tuple):
+                low, high = self.box
+            else:
+                low = round(self.box * min(height, width)) if self.box < 1 else int(self.box)
+                high = low + 1
+            if not 0 < low < high:
+                raise VgmError(f"box={self.box}: a side above 0, or a range [low, high)", "box=0.5", USAGE)
+            margin = [round(self.margin * n) if self.margin < 1 else int(self.margin) for n in (height, width)]
+            hole = box_mask(height, width, (low, high), (margin[0], margin[1]), rng)
+            masks.append(1 - hole if self.mask == "extreme" else hole)
+        return torch.stack(masks)[:, None]
+
+    def read(self, items: int) -> Tensor:
+        if not Path(self.mask).exists():
+            raise VgmError(f"no such mask: {self.mask}", "box, random, extreme, or a file", USAGE)
+        masks = read_arrays(self.mask, "mask", items, self.first)
+        if masks.shape[-2:] != self.shape[1:]:
+            size = "x".join(map(str, masks.shape[-2:]))
+            raise VgmError(f"{self.mask} is {size}, the images are {self.shape[1]}x{self.shape[2]}", code=USAGE)
+        return (masks > 0.5).float()
+
+    def __call__(self, x: Tensor) -> Tensor:
+        return x * self.masks.to(x)
+
+    def adjoint(self, y: Tensor) -> Tensor:
+        return self(y)
+
+    @cached_property
+    def svd(self) -> SVD:
+        same = lambda x: x
+        return SVD(self.masks.double(), same, same, self)
+
+    def ridge(self, y: Tensor, weight: float = 0.0) -> Tensor:
+        return self(y) / (1 + weight)
+
+    def state(self) -> dict[str, Tensor]:
+        return {"mask": self.masks}
