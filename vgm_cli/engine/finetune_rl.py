@@ -1,0 +1,224 @@
+"""Reinforcement learning of a trained model: a recipe whose policy is a run or a checkpoint, its data are rewards.
+
+The weights file says what network it is, how samplers look at it, behind which codec and with which classes; all that
+goes into the recipe (its `teacher:` is the policy as it was at first), and what comes out is a run like any other. No
+training image is needed: classes are drawn, images are the policy's own.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from vgm_cli import atomic
+from vgm_cli import recipe as recipes
+from vgm_cli.api import Batch, Step
+from vgm_cli.engine import checkpoint as ckpt
+from vgm_cli.engine import distill, trainer
+from vgm_cli.engine.build import Facts
+from vgm_cli.engine.run import Run
+from vgm_cli.errors import USAGE, VgmError, unknown
+from vgm_cli.recipe import Recipe
+from vgm_cli.registry import registry
+
+VERB = "finetune-rl"
+
+
+def methods() -> list[str]:
+    """Objectives that learn from a reward."""
+    return sorted(n for (kind, n), c in registry().components.items() if kind == "objective" and VERB in c.verbs)
+
+
+def load(
+    method: str,
+    recipe: str | None = None,
+    assignments: Sequence[str] = (),
+    model: str | None = None,
+    weights: str | None = None,
+    rewards: Sequence[str] = (),
+) -> Recipe:
+    """The resolved recipe of `vgm finetune-rl METHOD --model MODEL --reward NAME=WEIGHT KEY=VALUE…`; without a model,
+    with its stand-in.
+
+    VgmError: no such method, a recipe without a reward to learn from, a model that is no diffusion or flow network.
+    """
+    known = {n.split("/")[0] for n in recipes.shipped()} | set(registry().papers)
+    if method not in known and "/" not in method and not method.endswith((".yaml", ".yml")):
+        raise unknown("reinforcement learning method", method, methods())
+    name, file = recipes.locate(method, recipe)
+    config, origins = recipes.load_file(file, f"recipe {name}")
+    if (config.get("objective") or {}).get("name") not in methods():
+        hint = f"`vgm train {method}`; methods that learn from a reward: {', '.join(methods())}"
+        raise VgmError(f"{name} does not learn from a reward", hint, USAGE)
+    terms, rest = split_rewards(rewards, assignments)
+    if terms:
+        distill.replace(config, origins, "roles", None)
+        node = {"kind": "reward", "name": "weighted", "terms": terms}
+        recipes.merge(config, {"roles": {"reward": node}}, origins, "command line")
+    if model is not None:
+        adopt(config, origins, ckpt.resolve(model, weights))
+    resolved = recipes.finish(config, origins, name, rest)
+    if origins.get("guidance_scale") not in ("command line", "environment"):  # sampled as it was trained
+        config["guidance_scale"] = config["objective"].get("guidance_scale", config.get("guidance_scale"))
+    return resolved
+
+
+def split_rewards(rewards: Sequence[str], assignments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
+    """--reward NAME[=WEIGHT], `reward={NAME: WEIGHT}` and `reward.NAME.OPTION=VALUE` -> (terms, other assignments)."""
+    terms: dict[str, Any] = {}
+    for text in rewards:
+        name, _, weight = text.partition("=")
+        value = recipes.parse_yaml(weight, text) if weight else 1.0
+        if not name or isinstance(value, bool) or not isinstance(value, int | float | dict):
+            raise VgmError(f"--reward {text} is not NAME=WEIGHT", "example: --reward ink=1.0", USAGE)
+        terms[name] = value
+    rest = []
+    for text in assignments:
+        key, eq, value = text.partition("=")
+        if key == "reward" and eq:
+            node = recipes.parse_yaml(value, text)
+            terms |= node if isinstance(node, dict) else {str(node): 1.0}
+        elif key.startswith("reward.") and eq:
+            name, _, option = key.removeprefix("reward.").rpartition(".")
+            own = terms.get(name)
+            if not name or own is None:
+                raise VgmError(
+                    f"'{text}': there is no such reward", "--reward NAME first, then reward.NAME.OPTION=…", USAGE
+                )
+            options = own if isinstance(own, dict) else {"weight": own}
+            terms[name] = {**options, option: recipes.parse_yaml(value, text)}
+        else:
+            rest.append(text)
+    check_terms(terms)
+    return terms, rest
+
+
+def check_terms(terms: Mapping[str, Any]) -> None:
+    """Names that exist, before anything is loaded."""
+    for name in terms:
+        if ":" not in name:
+            registry().find("reward", name)
+
+
+def adopt(config: dict[str, Any], origins: dict[str, str], path: Path) -> None:
+    """Write the policy at `path` into a recipe: network, view, codec, guidance, and how it is sampled."""
+    distill.adopt(config, origins, path)
+    header = ckpt.read_header(path)
+    distill.replace(config, origins, "sampler", header.recipe.get("sampler"))
+    if not header.data.get("num_classes"):
+        config["objective"]["guidance_scale"] = None
+
+
+def run(
+    recipe: Recipe,
+    out: Path | None = None,
+    *,
+    resume: bool = False,
+    overwrite: bool = False,
+    stop_after: int | None = None,
+    track: str = "jsonl",
+) -> trainer.Outcome:
+    """Train the policy on its own images; beside the checkpoints, adapters are left as files of their own."""
+    node = recipe.config.get("teacher") or {}
+    if "weights" not in node:
+        raise VgmError("reinforcement learning needs a model", f"vgm {VERB} {recipe.paper} --model RUN", USAGE)
+    if resume and out is not None and Run(out).last() is not None and distill.resumed(out)[1] != node.get("sha256"):
+        raise VgmError(f"{out} was tuned from another model", "resume with the same one", USAGE)
+    path = Path(node["weights"])
+    header = ckpt.read_header(path)
+    codec = ckpt.load_codec(header.codec, path) if header.codec else None
+
+    def feed(recipe: Recipe, run: Run, accelerator: Any, size: int) -> ClassFeed:
+        reference = ckpt.codec_reference(ckpt.codec_path(header.codec, path), run.path) if header.codec else None
+        return ClassFeed(facts_of(header, path), dict(header.data), size, codec, reference, accelerator.device)
+
+    outcome = trainer.train(
+        recipe,
+        out,
+        resume=resume,
+        overwrite=overwrite,
+        stop_after=stop_after,
+        track=track,
+        roles={"codec": codec},
+        open_feed=feed,
+    )
+    if (recipe.config["objective"].get("lora")) is not None:
+        save_adapter(outcome.path, recipe.config["objective"]["lora"])
+    return outcome
+
+
+# -- batches without images ------------------------------------------------------------------------------------------
+
+
+def facts_of(header: ckpt.Header, path: Path) -> Facts:
+    """What the model was built for, from its own checkpoint. VgmError: it does not say."""
+    known = {k: header.data.get(k) for k in ("image_size", "image_channels", "num_classes", "size", "channels")}
+    missing = [k for k, v in known.items() if v is None]
+    if missing:
+        raise VgmError(
+            f"{path} does not say its {', '.join(missing)}", "train it here, or convert it with its data", USAGE
+        )
+    return Facts(**known, class_names=list(header.data.get("class_names") or []))  # type: ignore[arg-type]
+
+
+@dataclass
+class ClassFeed:
+    """What the trainer asks of its data where images are made, not read: empty batches of the model's shape, and the
+    facts of the data that the model was trained on."""
+
+    facts: Facts
+    data: dict[str, Any]
+    size: int
+    codec: Any
+    codec_ref: dict[str, Any] | None
+    device: torch.device
+    count: int = field(init=False, default=0)
+
+    def __post_init__(self) -> None:
+        self.count = int(self.data.get("count") or 0)
+
+    def describe(self) -> dict[str, Any]:
+        told = {k: v for k, v in self.data.items() if k not in self.facts.__dict__}
+        return {**told, "sample_shape": list(self.facts.sample_shape)}
+
+    def batches(self, start: int = 0, size: int | None = None, shared: bool = False) -> Iterator[Batch]:
+        n = size or self.size
+        batch: Batch = {"x": torch.zeros(n, *self.facts.sample_shape), "index": torch.arange(n)}
+        if self.facts.num_classes:
+            batch["y"] = torch.zeros(n, dtype=torch.long)
+        while True:
+            yield dict(batch)
+
+    def first(self, n: int, shared: int | None = None) -> Batch:
+        return next(self.batches(0, shared or n))
+
+    def to_model(self, batch: Batch, step: Step) -> Batch:
+        return {k: v.to(self.device) for k, v in batch.items()}
+
+
+# -- adapters --------------------------------------------------------------------------------------------------------
+
+
+def save_adapter(out: Path, lora: Mapping[str, Any]) -> None:
+    """RUN/adapter/: the trained adapters by PEFT's names, of the raw weights, beside the checkpoints that hold them
+    merged."""
+    from vgm_cli.nn import lora as adapters
+
+    folder = Run(out).last()
+    if folder is None:
+        return
+    tensors, _ = ckpt.read_tensors(folder / "trainer.safetensors")
+    state = {k.removeprefix("kept.model."): v for k, v in tensors.items() if k.startswith("kept.model.")}
+    layers = sorted({k.rpartition(".")[0] for k in state})
+    rank = int(next(iter(state.values())).shape[0])
+    target = out / "adapter"
+    target.mkdir(exist_ok=True)
+    atomic.save_safetensors(adapters.to_peft(state), target / "adapter_model.safetensors", {"format": "pt"})
+    alpha = lora.get("alpha")
+    atomic.write_json(
+        target / "adapter_config.json", adapters.peft_config(rank, rank if alpha is None else alpha, layers)
+    )
