@@ -49,7 +49,8 @@ class FeatureNet:
         """images: uint8 (B, H, W, C), C in {1, 3} -> {output: float32 on the CPU}."""
         x = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2)  # (B, C, H, W)
         self.net.to(device)
-        with torch.backends.cudnn.flags(allow_tf32=False), torch.autocast(torch.device(device).type, enabled=False):
+        cudnn = torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False)  # full fp32
+        with cudnn, torch.autocast(torch.device(device).type, enabled=False):
             return {k: v.float().cpu() for k, v in self.run(x.to(device)).items()}
 
     def describe(self) -> dict[str, Any]:
