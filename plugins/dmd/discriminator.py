@@ -1,0 +1,130 @@
+"""The GAN half of DMD2: a small head on the fake score's own features.
+
+Yin et al. 2024 (2405.14867), sec. 4.3; layers of tianweiy/DMD2@8d8fa55 (cls_pred_branch). Deviation: the official heads
+are for maps of 8 x 8 and 32 x 32; this one is for any side, with the same layers at those.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from vgm_cli.diffusion.denoiser import Denoiser
+from vgm_cli.errors import USAGE, VgmError
+
+MIDDLES = ("middle_block", "mid_block", "bottleneck")
+LISTS = ("blocks", "transformer_blocks", "layers")
+
+
+class Head(nn.Sequential):
+    """Strided convolutions down to one logit: (B, channels, side, side) -> (B, 1)."""
+
+    def __init__(self, channels: int = 768, side: int = 8):
+        layers: list[nn.Module] = []
+        while side > 4:
+            layers += [nn.Conv2d(channels, channels, 4, 2, 1), norm(channels), nn.SiLU()]
+            side //= 2
+        layers += [nn.Conv2d(channels, channels, side, side), norm(channels), nn.SiLU(), nn.Conv2d(channels, 1, 1)]
+        super().__init__(*layers)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return super().forward(x).flatten(1)
+
+
+def norm(channels: int) -> nn.GroupNorm:
+    return nn.GroupNorm(math.gcd(32, channels), channels)
+
+
+class _Reached(Exception):
+    """The wanted layer has run; the rest of the network is not needed."""
+
+
+class Features:
+    """Features of x_t as a network computes them: (B, C, h, w).
+
+    layer: a submodule by name; None asks the network's own `features` method, else takes its middle (middle_block,
+    mid_block, or the middle one of its blocks). Tokens become maps. VgmError: no such layer, or no middle to be found.
+    """
+
+    def __init__(self, network: nn.Module, layer: str | None = None):
+        self.call: Callable[..., Tensor] | None = None
+        self.network = network
+        if layer is not None:
+            modules = dict(network.named_modules())
+            if layer not in modules:
+                raise VgmError(f"the network has no layer '{layer}'", "feature_layer: e.g. blocks.3", USAGE)
+            self.module = modules[layer]
+        elif hasattr(network, "features"):
+            self.call = network.features
+        else:
+            self.module = middle(network)
+
+    def __call__(self, view: Denoiser, x_t: Tensor, t: Tensor, **cond: Any) -> Tensor:
+        """At x_t (B, ...), host times t (B,); the network is fed as `view` feeds it."""
+        inputs = view.input_of(x_t, t.double()), view.time_argument(t)
+        return as_map(self.hooked(*inputs, **cond) if self.call is None else self.call(*inputs, **cond))
+
+    def hooked(self, *inputs: Tensor, **cond: Any) -> Tensor:
+        seen: list[Tensor] = []
+        # recomputation and compiled graphs need the whole forward
+        whole = getattr(self.network, "checkpointing", False) or self.network._compiled_call_impl is not None
+
+        def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
+            seen.append(output if isinstance(output, Tensor) else output[0])
+            if not whole:
+                raise _Reached
+
+        handle = self.module.register_forward_hook(note)
+        try:
+            self.network(*inputs, **cond)
+        except _Reached:
+            pass
+        finally:
+            handle.remove()
+        return seen[0]
+
+
+def middle(network: nn.Module) -> nn.Module:
+    for name in MIDDLES:
+        if isinstance(getattr(network, name, None), nn.Module):
+            return getattr(network, name)
+    for name in LISTS:
+        blocks = getattr(network, name, None)
+        if isinstance(blocks, nn.ModuleList) and len(blocks):
+            return blocks[len(blocks) // 2]
+    known = [n for n, _ in network.named_children()]
+    raise VgmError(
+        f"no middle was found in {type(network).__name__} for the discriminator",
+        f"objective.feature_layer=NAME, a layer of {', '.join(known)}; or objective.gan_weight=0",
+        USAGE,
+    )
+
+
+def as_map(features: Tensor) -> Tensor:
+    """(B, T, D) tokens -> (B, D, side, side) where T is a square, else their mean (B, D, 1, 1); maps stay."""
+    if features.ndim == 4:
+        return features
+    side = math.isqrt(features.shape[1])
+    if side**2 == features.shape[1]:
+        return features.transpose(1, 2).unflatten(2, (side, side))
+    return features.mean(1)[:, :, None, None]
+
+
+@torch.no_grad()
+def head_for(network: nn.Module, features: Features, view: Denoiser) -> Head:
+    """A head of the size of the network's features; found by running it once on nothing."""
+    where = next(network.parameters())
+    x = torch.zeros(1, *network.sample_shape, device=where.device)  # type: ignore[misc]
+    cond = {"y": torch.zeros(1, dtype=torch.long, device=where.device)} if getattr(network, "num_classes", 0) else {}
+    training = network.training
+    network.eval()
+    with torch.device("cpu"):
+        noisiest = view.t_range()[1]
+    t = torch.full((1,), noisiest, dtype=torch.float64, device=where.device)
+    found = features(view, x, t, **cond)
+    network.train(training)
+    return Head(found.shape[1], found.shape[2])

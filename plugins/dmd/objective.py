@@ -1,0 +1,224 @@
+"""Distribution matching distillation: a generator that follows the difference of two scores.
+
+DMD (2311.18828): gradient weighting and a regression on the teacher's own ODE pairs. DMD2 (2405.14867): several
+fake-score steps per generator step instead of the regression, a GAN loss on the fake score's features, few-step
+generators trained on their own simulated inputs. Step order of tianweiy/DMD2@8d8fa55 main/edm/train_edm.py.
+Deviations: generated images take the labels of the data batch; times, predictions and weights follow the teacher,
+whatever it was trained as (EDM's and Stable Diffusion's are the official ones).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any, Literal
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vgm_cli.api import Batch, ObjectiveBase, Phase, Step
+from vgm_cli.diffusion.denoiser import Denoiser
+from vgm_cli.diffusion.guidance import ClassifierFreeGuidance
+from vgm_cli.errors import USAGE, VgmError
+
+from .discriminator import Features, head_for
+from .generator import Generator, denoising_times, level_times
+from .losses import discriminator_loss, dm_gradient, dm_loss, fake_loss, generator_gan_loss
+
+
+class DMD(ObjectiveBase):
+    """Roles: model (the student) and fake_score start as copies of the teacher; the discriminator is made here.
+
+    weighting: dmd2 (per-image |x - D_real|), or dmd (that times alpha(t)). update_ratio: fake-score steps per generator
+    step (DMD 1, DMD2 5 or 10). guidance_scale: of the teacher, which the fake score never has; None is none.
+    gan_weight, discriminator_weight: of the GAN loss in the generator's and in the fake score's phase, gan_weight 0 for
+    no GAN; diffusion_gan: the discriminator sees noisy images (levels below gan_max_level), else clean ones.
+    feature_layer: where it looks, None for the network's middle. regression_weight: DMD's lambda, on ODE pairs of the
+    teacher (`pairs:` node); regression: lpips (role `lpips`), l2, l1 or pseudo-huber. denoising_steps: of the generator;
+    backward_simulation: it learns on its own intermediate images, else on noisy data. first_time: host time of its
+    first step, None for generator.denoising_times. min_level, max_level: share of the noise levels that
+    distribution matching draws from. grad_floor: added to the weight's denominator (FastGen: 1e-6).
+    VgmError: the teacher cannot be guided, or parts that do not go together.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        teacher: Denoiser,
+        fake_score: nn.Module,
+        pairs: Mapping[str, Tensor] | None = None,
+        lpips: nn.Module | None = None,
+        weighting: Literal["dmd2", "dmd"] = "dmd2",
+        update_ratio: int = 5,
+        guidance_scale: float | None = None,
+        gan_weight: float = 3e-3,
+        discriminator_weight: float = 1e-2,
+        diffusion_gan: bool = True,
+        gan_max_level: int = 1000,
+        feature_layer: str | None = None,
+        regression_weight: float = 0.0,
+        regression: Literal["lpips", "l2", "l1", "pseudo-huber"] = "l2",
+        denoising_steps: int = 1,
+        backward_simulation: bool = True,
+        first_time: float | None = None,
+        min_level: float = 0.02,
+        max_level: float = 0.98,
+        grad_floor: float = 0.0,
+    ):
+        with torch.device("cpu"):  # numbers, also when the networks are built without memory
+            self.student = Generator(model, teacher, denoising_times(teacher, denoising_steps, first_time))
+            self.levels = level_times(teacher)
+        self.fake = Denoiser.from_config(fake_score, teacher.config())
+        guided = guidance_scale not in (None, 1.0)
+        self.real = ClassifierFreeGuidance(teacher, guidance_scale) if guided else teacher  # type: ignore[arg-type]
+        self.networks: dict[str, nn.Module] = {"model": model, "fake_score": fake_score}
+        if isinstance(teacher.network, nn.Module):
+            self.networks["teacher"] = teacher.network
+        self.gan = gan_weight > 0
+        if self.gan:
+            self.features = Features(fake_score, feature_layer)
+            self.head = head_for(fake_score, self.features, self.fake)
+            self.networks["discriminator"] = self.head
+        if update_ratio < 1 or not 0 <= min_level < max_level <= 1:
+            raise VgmError("update_ratio >= 1 and 0 <= min_level < max_level <= 1 are needed", code=USAGE)
+        if regression_weight > 0 and regression == "lpips" and lpips is None:
+            raise VgmError(
+                "a perceptual regression needs the role lpips",
+                "roles.lpips={name: lpips, vgg: FILE, heads: FILE}, or objective.regression=l2",
+                USAGE,
+            )
+        self.pairs, self.lpips, self.regression, self.regression_weight = pairs, lpips, regression, regression_weight
+        self.weighting, self.update_ratio, self.grad_floor = weighting, update_ratio, grad_floor
+        self.gan_weight, self.discriminator_weight = gan_weight, discriminator_weight
+        self.diffusion_gan, self.gan_max_level = diffusion_gan, min(gan_max_level, len(self.levels))
+        self.backward_simulation = backward_simulation
+        n = len(self.levels)
+        self.dm_range = int(min_level * n), min(int(max_level * n) + 1, n)
+        self._made: dict[tuple[int, ...], Tensor] = {}
+
+    def to(self, device: torch.device) -> None:
+        """Move what is not among the networks."""
+        if self.lpips is not None:
+            self.lpips.to(device)
+
+    def phases(self) -> list[Phase]:
+        """The generator every update_ratio-th step, the fake score and the discriminator at every step."""
+        guides = ("fake_score", "discriminator") if self.gan else ("fake_score",)
+        return [
+            Phase("generator", ("model",), "main", every=self.update_ratio),
+            Phase("guidance", guides, "fake"),
+        ]
+
+    def condition(self, batch: Batch) -> dict[str, Tensor]:
+        """What the networks are told of the labels."""
+        return {"y": batch["y"]} if batch.get("y") is not None and getattr(self.student.network, "num_classes", 1) else {}
+
+    def at(self, level: Tensor) -> Tensor:
+        """Host times (B,) float64 of noise levels (B,)."""
+        return self.levels.to(level.device)[level]
+
+    # -- the generator's images ---------------------------------------------------------------------------------------
+
+    def generate(self, batch: Batch, step: Step) -> Tensor:
+        """Images (B, C, H, W) of this step; differentiable where the caller's context is."""
+        x, cond = batch["x"], self.condition(batch)
+        z = step.randn(x.shape, "z") * self.student.noise_scale()
+        if len(self.student.times) == 1:
+            return self.student.generate(z, 0, **cond)
+        # one step number for all items and processes
+        k = int(torch.randint(len(self.student.times), (1,), generator=step.generator("denoising step")))
+        if k == 0:
+            return self.student.generate(z, 0, **cond)
+        if self.backward_simulation:
+            draws = iter(range(k))
+            with torch.no_grad():
+                x = self.student.walk(z, k, lambda: step.randn(x.shape, f"simulation {next(draws)}"), **cond)[-1]
+            torch.clear_autocast_cache()  # it holds half-precision weights that no gradient flows through
+        return self.student.generate(self.student.renoise(x, k, step.randn(x.shape, "renoise")), k, **cond)
+
+    # -- phases --------------------------------------------------------------------------------------------------------
+
+    def loss(self, phase: str, batch: Batch, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        """batch x: (B, C, H, W), y: (B,) optional. The guidance phase sees the images of the generator phase."""
+        key = (step.index, step.rank, step.world, step.micro, step.micros)
+        if phase == "generator":
+            x = self.generate(batch, step)
+            self._made[key] = x.detach()
+            return self.generator_loss(x, batch, step)
+        x = self._made.pop(key, None)  # type: ignore[assignment]
+        if x is None:
+            with torch.no_grad():
+                x = self.generate(batch, step)
+        return self.guidance_loss(x, batch, step)
+
+    def generator_loss(self, x: Tensor, batch: Batch, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        """Distribution matching, GAN and regression losses of generated images x (B, C, H, W)."""
+        cond = self.condition(batch)
+        low, high = self.dm_range
+        t = self.at(low + step.randint(high - low, len(x), "dm level"))
+        with torch.no_grad():
+            x_t = self.student.path.add_noise(x, step.randn(x.shape, "dm noise"), t)
+            real, fake = (view.predict(x_t, t, "x0", **cond).float() for view in (self.real, self.fake))
+            scale = self.student.path.alpha(t) if self.weighting == "dmd" else None
+            gradient = dm_gradient(x.float(), real, fake, self.grad_floor, scale)
+        loss = dm_loss(x.float(), gradient)
+        logs = {"dm": loss.detach(), "dm_gradient": gradient.square().mean().sqrt()}
+        if self.gan:
+            gan = generator_gan_loss(self.logits(x, cond, step, "generator"))
+            loss, logs["gan"] = loss + self.gan_weight * gan, gan.detach()
+        if self.regression_weight > 0:
+            regression = self.regression_loss(len(x), step)
+            loss, logs["regression"] = loss + self.regression_weight * regression, regression.detach()
+        return loss, logs
+
+    def guidance_loss(self, x: Tensor, batch: Batch, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        """Denoising loss of the fake score on x (B, C, H, W), and the discriminator's between batch["x"] and x."""
+        cond = self.condition(batch)
+        t = self.at(step.randint(len(self.levels), len(x), "fake level"))
+        loss = fake_loss(self.fake, x, t, step.randn(x.shape, "fake noise"), **cond)
+        logs = {"fake": loss.detach()}
+        if self.gan:
+            real = self.logits(batch["x"], cond, step, "real")
+            fake = self.logits(x, cond, step, "fake")
+            gan = discriminator_loss(real, fake)
+            loss = loss + self.discriminator_weight * gan
+            logs |= {"discriminator": gan.detach(), "margin": (real - fake).detach().mean()}
+        return loss, logs
+
+    def logits(self, x: Tensor, cond: dict[str, Tensor], step: Step, name: str) -> Tensor:
+        """The discriminator's opinion of x (B, C, H, W): (B, 1). name: of the draws."""
+        if self.diffusion_gan:
+            t = self.at(step.randint(self.gan_max_level, len(x), f"gan level {name}"))
+            x = self.student.path.add_noise(x, step.randn(x.shape, f"gan noise {name}"), t)
+        else:
+            t = self.at(torch.zeros(len(x), dtype=torch.long, device=x.device))
+        return self.head(self.features(self.fake, x, t, **cond).float())
+
+    def regression_loss(self, n: int, step: Step) -> Tensor:
+        """Distance of the student's images from the teacher's at the same noise: pairs z, x (P, C, H, W), y (P,)."""
+        if self.pairs is None:
+            raise VgmError("the regression has no ODE pairs", "`vgm distill dmd --teacher RUN` makes them", USAGE)
+        rows = step.randint(len(self.pairs["z"]), n, "pairs").to(self.pairs["z"].device)
+        z, want = (self.pairs[k][rows].to(step.device) for k in ("z", "x"))
+        cond = {"y": self.pairs["y"][rows].to(step.device)} if "y" in self.pairs else {}
+        got = self.student.generate(z * self.student.noise_scale(), 0, **cond).float()
+        return distance(self.regression, got, want, self.lpips)
+
+    def view(self) -> dict[str, Any]:
+        return self.student.view()
+
+
+def distance(kind: str, a: Tensor, b: Tensor, lpips: nn.Module | None = None) -> Tensor:
+    """Mean distance of image batches (B, C, H, W) in [-1, 1]."""
+    if kind == "l1":
+        return F.l1_loss(a, b)
+    if kind == "l2":
+        return F.mse_loss(a, b)
+    if kind == "pseudo-huber":
+        d = (a - b).flatten(1).square().sum(1)
+        c = 0.00054 * a[0].numel() ** 0.5  # iCT's
+        return ((d + c**2).sqrt() - c).mean() / a[0].numel() ** 0.5
+    assert lpips is not None
+    if a.shape[-1] < 64:  # five halvings leave nothing of smaller ones
+        a, b = (F.interpolate(v, size=224, mode="bilinear") for v in (a, b))
+    return lpips(a, b).mean()
