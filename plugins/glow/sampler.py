@@ -1,0 +1,72 @@
+"""Samples of a Glow: every level's eps from its own normal draws times the temperature, then the flow backwards."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+
+import torch
+from torch import Tensor
+
+from vgm_cli.api import Request, generators, seed_of
+from vgm_cli.errors import USAGE, VgmError
+
+from .model import Glow, dequantise, to_images
+
+
+class GlowSampler:
+    """temperature: of the priors; 0.7 for pictures, 1 for the model's own distribution."""
+
+    def __init__(self, temperature: float = 0.7):
+        self.temperature = temperature
+
+    def __call__(self, model: Glow, request: Request) -> Tensor:
+        eps = [self.temperature * request.randn(shape) for shape in model.latent_shapes(request.shape)]
+        request.info["nfe"] = 1
+        return to_images(model.decode(eps, request.cond.get("y")), model.n_bits)
+
+
+def interpolate(a: Sequence[Tensor], b: Sequence[Tensor], alpha: Tensor) -> list[Tensor]:
+    """eps of two batches of images -> eps on the line between them: (B, ...) per level, alpha (B,)."""
+    return [e + alpha.view(-1, 1, 1, 1) * (f - e) for e, f in zip(a, b)]
+
+
+def attribute_direction(positive: Sequence[Tensor], negative: Sequence[Tensor]) -> list[Tensor]:
+    """Mean eps of images with an attribute minus that of images without (sec. 5.2): (n, ...) per level -> (1, ...)."""
+    return [p.mean(0, keepdim=True) - n.mean(0, keepdim=True) for p, n in zip(positive, negative)]
+
+
+def manipulate(eps: Sequence[Tensor], direction: Sequence[Tensor], amount: Tensor) -> list[Tensor]:
+    """Move images along an attribute's direction: amount (B,), negative to remove it."""
+    return [e + amount.view(-1, 1, 1, 1) * d for e, d in zip(eps, direction)]
+
+
+class InterpolationSampler:
+    """Strips of images on straight lines in eps space (sec. 5.2): item i is point i mod `points` of strip i div `points`.
+
+    Strip k goes from image 2k to image 2k + 1 of request.images, or between two draws from the prior at `temperature`
+    that depend on (seed, k) alone. An item's label is used for both ends: give one label. VgmError: a single image.
+    """
+
+    def __init__(self, points: int = 8, temperature: float = 0.7, seed: int = 0):
+        if points < 2:
+            raise VgmError(f"points={points}: a line has at least 2", code=USAGE)
+        self.points, self.temperature, self.seed = points, temperature, seed
+
+    def __call__(self, model: Glow, request: Request) -> Tensor:
+        y = request.cond.get("y")
+        a, b = (self.ends(model, request, end, y) for end in (0, 1))
+        alpha = torch.tensor([i % self.points / (self.points - 1) for i in request.index], device=request.device)
+        request.info["nfe"] = 1 if request.images is None else 3
+        return to_images(model.decode(interpolate(a, b, alpha), y), model.n_bits)
+
+    def ends(self, model: Glow, request: Request, end: int, y: Tensor | None) -> list[Tensor]:
+        """eps of one end of every item's strip."""
+        numbers = [2 * (i // self.points) + end for i in request.index]
+        own = replace(request, generators=generators(seed_of("glow-interpolate", self.seed, k) for k in numbers))
+        if request.images is None:
+            return [self.temperature * own.randn(shape) for shape in model.latent_shapes(request.shape)]
+        if len(request.images) < 2:
+            raise VgmError("interpolation needs two images for every strip", "--input DATA, -n the number of points", USAGE)
+        x = request.images[[k % len(request.images) for k in numbers]]
+        return model(dequantise(((x + 1) * 127.5).round(), own.rand(tuple(x.shape[1:])), model.n_bits), y).eps
