@@ -41,15 +41,5 @@ def vgm_components() -> Iterable[Component | Paper]:
             for kind in ("model", "codec")
             for name, cls, p, about in CODECS
         ),
-        Component(
-            kind="objective",
-            name="autoencoder",
-            target="vgm_plugins.ldm.objective:AutoencoderObjective",
-            verbs=("train",),
-            summary="first stages: pixels, LPIPS, KL or codebook, patch discriminator",
-        ),
-        Component("model", "patchgan", "vgm_cli.nets.discriminators:NLayerDiscriminator", summary="PatchGAN"),
-        Component("model", "lpips", "vgm_cli.losses.lpips:LPIPS", summary="LPIPS distance, VGG16"),
-        Component("converter", "lpips", "vgm_cli.losses.lpips:CONVERTER", summary="taming-transformers' LPIPS"),
         *(Component("converter", n, f"vgm_plugins.ldm.checkpoints:{a}", summary=s) for n, a, s in CONVERTERS),
     ]

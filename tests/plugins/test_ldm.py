@@ -315,7 +315,7 @@ def test_vq_tokens_and_gradients() -> None:
     model = tiny(VQModel)
     model.quantize.embedding.weight.data.normal_()
     x = torch.randn(2, 3, 16, 16)
-    tokens = model.encode_tokens(x)
+    tokens = model.tokens(x)
     assert tokens.shape == (2, 4, 4) and tokens.dtype == torch.int64
     with torch.no_grad():
         torch.testing.assert_close(model.decode_tokens(tokens), model.decode(model.latents(model.encode(x))))

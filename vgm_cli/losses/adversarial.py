@@ -12,22 +12,32 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-DiscLoss = Literal["hinge", "vanilla"]
+DiscLoss = Literal["hinge", "vanilla", "non-saturating"]
+GenLoss = Literal["hinge", "non-saturating"]
 
 
 def discriminator_loss(kind: DiscLoss, real: Tensor, fake: Tensor) -> Tensor:
     """Scalar loss of a discriminator from its logits on real and on generated images, any shape.
 
-    hinge: (E max(0, 1 - real) + E max(0, 1 + fake)) / 2; vanilla: (E softplus(-real) + E softplus(fake)) / 2.
+    hinge: (E max(0, 1 - real) + E max(0, 1 + fake)) / 2; vanilla: (E softplus(-real) + E softplus(fake)) / 2;
+    non-saturating: what LlamaGen's code computes under that name, its cross entropy having logits and targets swapped,
+    so that no gradient reaches the generated half. Kept for parity; train with hinge.
     """
+    if kind == "non-saturating":
+        return 0.5 * (swapped_cross_entropy(1.0, real) + swapped_cross_entropy(0.0, fake))
     if kind == "hinge":
         return 0.5 * (F.relu(1.0 - real).mean() + F.relu(1.0 + fake).mean())
     return 0.5 * (F.softplus(-real).mean() + F.softplus(fake).mean())
 
 
-def generator_loss(fake: Tensor) -> Tensor:
-    """-E[fake], whatever loss the discriminator has (as in VQGAN and latent diffusion)."""
-    return -fake.mean()
+def generator_loss(fake: Tensor, kind: GenLoss = "hinge") -> Tensor:
+    """-E[fake], whatever loss the discriminator has (as in VQGAN and latent diffusion); non-saturating: as above."""
+    return -fake.mean() if kind == "hinge" else swapped_cross_entropy(1.0, fake)
+
+
+def swapped_cross_entropy(logit: float, targets: Tensor) -> Tensor:
+    """Binary cross entropy of one constant logit against `targets`, which here are a discriminator's logits."""
+    return F.binary_cross_entropy_with_logits(torch.full_like(targets, logit), targets)
 
 
 def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, weight: float = 1.0) -> Tensor:

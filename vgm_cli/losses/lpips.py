@@ -28,6 +28,9 @@ class LPIPS(nn.Module):
     without them weights must arrive by load_state_dict before the first forward, else that raises VgmError (code 4).
     """
 
+    shift: Tensor
+    scale: Tensor
+
     def __init__(self, vgg: str | None = None, heads: str | None = None):
         super().__init__()
         if (vgg is None) != (heads is None):

@@ -1,0 +1,48 @@
+"""LlamaGen: Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation. Sun et al. 2024.
+
+arXiv 2406.06525. Official code: FoundationVision/LlamaGen@ce98ec4 (MIT). The tokenizer is the host's
+VQModel with unit-length codes.
+Deviations: see model.py, sampler.py, text.py; ten stored crops per image become random crops encoded on the fly.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from vgm_cli.hookspecs import Component, Paper, hookimpl
+
+HERE = "vgm_plugins.llamagen"
+CODEC_FACTS = {"in_channels": "image_channels", "out_ch": "image_channels", "resolution": "image_size"}
+FACTS = {"vocab_size": "vocab_size", "grid": "grid", "num_classes": "num_classes"}
+CONVERTERS = (
+    ("llamagen", "CONVERTER", "official GPT, 16x16 codes"),
+    ("llamagen-384", "CONVERTER_384", "official GPT, 24x24 codes"),
+    ("llamagen-512", "CONVERTER_512", "official GPT, 32x32 codes"),
+    ("llamagen-tokenizer", "TOKENIZER_CONVERTER", "official tokenizers"),
+)
+TOKENIZER = ("vgm_cli.nets.first_stage:VQModel", f"{HERE}.presets:TOKENIZER", CODEC_FACTS, (), "VQ-16 and VQ-8")
+
+
+@hookimpl
+def vgm_components() -> Iterable[Component | Paper]:
+    return [
+        Paper(
+            name="llamagen",
+            title="Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation",
+            year=2024,
+            arxiv="2406.06525",
+            repository="https://github.com/FoundationVision/LlamaGen",
+            family="autoregressive",
+            summary="A plain Llama predicts the codes of an image in raster order.",
+            expects={
+                f"ImageNet 256 FID-50K (LlamaGen-{size})": fid
+                for size, fid in (("B 256px", 5.46), ("L 256px", 3.80), ("XL 384px", 2.62), ("3B 384px", 2.18))
+            },
+        ),
+        Component("model", "llamagen", f"{HERE}.model:LlamaGen", f"{HERE}.presets:GPT", FACTS, (), "Llama over codes"),
+        Component("model", "flan-t5", f"{HERE}.text:FlanT5", summary="captions to T5 features, weights by folder"),
+        Component("objective", "llamagen", f"{HERE}.objective:LlamaGenObjective", verbs=("train",), summary="codes"),
+        Component("sampler", "llamagen", f"{HERE}.sampler:LlamaGenSampler", summary="code by code, cached, guided"),
+        *(Component(kind, "llamagen-tokenizer", *TOKENIZER) for kind in ("model", "codec")),
+        *(Component("converter", n, f"{HERE}.checkpoints:{a}", summary=s) for n, a, s in CONVERTERS),
+    ]

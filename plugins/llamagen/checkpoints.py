@@ -1,0 +1,196 @@
+"""LlamaGen weights: the official GPT files, whose names are ours, and the official tokenizers.
+
+Official files (FoundationVision/LlamaGen@ce98ec4): "model" of a training checkpoint, deepspeed's "module",
+"state_dict", or a bare state (FSDP); see vgm_cli.convert_api.unwrap. The grid is in no tensor (old files hold
+`freqs_cis`, which tell it), so the layout's name says it: llamagen is 16x16 codes, llamagen-384 24x24, llamagen-512
+32x32. The tokenizer is VQGAN's network under other names: its levels are in execution order, its middle is a list.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vgm_cli.convert_api import Converter
+
+from .presets import SIZES, TOKENIZER
+
+State = Mapping[str, Tensor]
+
+# -- GPT -------------------------------------------------------------------------------------------------------------
+
+DROPPED = re.compile(r"freqs_cis$|\.kv_cache\.|^causal_mask$")
+HEADS = {dim: heads for _, heads, dim in SIZES.values()}
+FEED_FORWARD = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
+LAYER = ("attention.wqkv", "attention.wo", "attention_norm", "ffn_norm", *FEED_FORWARD)
+
+
+def recognise(names: Iterable[str]) -> bool:
+    """LlamaGen's names and nothing that only a descendant (RandAR, ...) has."""
+    names = set(names)
+    own = {f"{n}.weight" for n in ("tok_embeddings", "layers.0.attention.wqkv", "layers.0.feed_forward.w3", "output")}
+    condition = {"cls_embedding.embedding_table.weight", "cls_embedding.cap_proj.fc1.weight"} & names
+    parts = ("tok_embeddings.", "cls_embedding.", "layers.", "norm.", "output.", "freqs_cis", "causal_mask")
+    return own <= names and bool(condition) and all(n.startswith(parts) for n in names)
+
+
+def to_ours(state: State) -> dict[str, Tensor]:
+    """Official names are ours; rotation tables and caches, which some files hold, are left out. KeyError: one is
+    missing."""
+    layers = [f"layers.{i}.{part}.weight" for i in range(layers_of(state)) for part in LAYER]
+    require(state, ["tok_embeddings.weight", *layers, "norm.weight", "output.weight"])
+    return {k: v for k, v in state.items() if not DROPPED.search(k)}
+
+
+def require(state: State, names: Iterable[str]) -> None:
+    for name in names:
+        if name not in state:
+            raise KeyError(name)
+
+
+def layers_of(state: State) -> int:
+    return 1 + max(int(k.split(".")[1]) for k in state if k.startswith("layers."))
+
+
+def config_from(state: State, side: int = 16) -> dict[str, Any]:
+    """Constructor keywords read off the shapes; heads follow the published widths, else 64 channels each. A null class
+    is assumed."""
+    vocab, dim = state["tok_embeddings.weight"].shape
+    n_head = HEADS.get(dim) or max(1, dim // 64)
+    rows = state["layers.0.attention.wqkv.weight"].shape[0]
+    hidden = state["layers.0.feed_forward.w1.weight"].shape[0]
+    config: dict[str, Any] = {
+        "dim": dim,
+        "n_layer": layers_of(state),
+        "n_head": n_head,
+        "vocab_size": vocab,
+        "grid": (side, side),
+    }
+    n_kv_head = (rows // (dim // n_head) - n_head) // 2
+    if n_kv_head != n_head:
+        config["n_kv_head"] = n_kv_head
+    plain = int(2 * 4 * dim / 3)
+    if hidden != -(-plain // 256) * 256:  # no published size: the largest rounding that gives it
+        config["multiple_of"] = next(m for m in range(hidden, 0, -1) if -(-plain // m) * m == hidden)
+    if "cls_embedding.embedding_table.weight" in state:
+        config["num_classes"] = state["cls_embedding.embedding_table.weight"].shape[0] - 1
+        prefix = 1
+    else:
+        prefix, caption_dim = state["cls_embedding.uncond_embedding"].shape
+        config |= {"model_type": "t2i", "cls_token_num": prefix, "caption_dim": caption_dim, "num_classes": 0}
+    if "freqs_cis" in state:
+        own = round((state["freqs_cis"].shape[0] - prefix) ** 0.5)
+        config["grid"] = (own, own)
+    return config
+
+
+def gpt_converter(name: str, side: int) -> Converter:
+    return Converter(
+        name=name,
+        component="llamagen",
+        recognise=recognise,
+        to_ours=to_ours,
+        from_ours=dict,
+        config_from=lambda state: config_from(state, side),
+        summary=f"official LlamaGen GPT, {side}x{side} codes ({16 * side} pixels with VQ-16)",
+    )
+
+
+CONVERTER, CONVERTER_384, CONVERTER_512 = (
+    gpt_converter(name, side) for name, side in (("llamagen", 16), ("llamagen-384", 24), ("llamagen-512", 32))
+)
+
+# -- tokenizer ---------------------------------------------------------------------------------------------------------
+
+MIDDLE = ("block_1", "attn_1", "block_2")
+
+
+def tokenizer_recognise(names: Iterable[str]) -> bool:
+    own = {"encoder.conv_blocks.0.res.0.conv1.weight", "decoder.mid.0.conv1.weight", "quantize.embedding.weight"}
+    return own <= set(names)
+
+
+def levels_of(state: State, side: str, form: str = "conv_blocks") -> int:
+    return 1 + max(int(k.split(".")[2]) for k in state if k.startswith(f"{side}.{form}."))
+
+
+def our_name(name: str, levels: int) -> str:
+    """An official tokenizer name -> ours."""
+    if m := re.fullmatch(r"encoder\.conv_blocks\.(\d+)\.(.+)", name):
+        return f"encoder.down.{m[1]}.{inner(m[2])}"
+    if m := re.fullmatch(r"decoder\.conv_blocks\.(\d+)\.(.+)", name):
+        return f"decoder.up.{levels - 1 - int(m[1])}.{inner(m[2])}"
+    if m := re.fullmatch(r"(encoder|decoder)\.mid\.(\d)\.(.+)", name):
+        return f"{m[1]}.mid.{MIDDLE[int(m[2])]}.{m[3]}"
+    return name
+
+
+def inner(rest: str) -> str:
+    return rest.replace("res.", "block.", 1) if rest.startswith("res.") else rest
+
+
+def tokenizer_to_ours(state: State) -> dict[str, Tensor]:
+    """Official -> ours; the buffer of recently used codes is left out. KeyError when a half is missing."""
+    levels = levels_of(state, "decoder")
+    ours = {our_name(k, levels): v for k, v in state.items() if k != "quantize.codebook_used"}
+    require(ours, [f"{n}.weight" for n in ("encoder.conv_out", "decoder.conv_out", "quant_conv", "post_quant_conv")])
+    return ours
+
+
+def tokenizer_from_ours(state: State) -> dict[str, Tensor]:
+    """Ours -> official, with an empty buffer of recently used codes."""
+    levels = levels_of(state, "decoder", "up")
+    theirs = {}
+    for name, tensor in state.items():
+        if m := re.fullmatch(r"(encoder\.down|decoder\.up)\.(\d+)\.(.+)", name):
+            side, number = m[1].split(".")[0], int(m[2])
+            number = number if side == "encoder" else levels - 1 - number
+            rest = m[3].replace("block.", "res.", 1) if m[3].startswith("block.") else m[3]
+            name = f"{side}.conv_blocks.{number}.{rest}"
+        elif m := re.fullmatch(r"(encoder|decoder)\.mid\.(block_1|attn_1|block_2)\.(.+)", name):
+            name = f"{m[1]}.mid.{MIDDLE.index(m[2])}.{m[3]}"
+        theirs[name] = tensor
+    return {**theirs, "quantize.codebook_used": torch.zeros(65536)}
+
+
+def tokenizer_config(state: State) -> dict[str, Any]:
+    """Constructor keywords read off the shapes; everything else is as published."""
+    own = tokenizer_to_ours(state)
+    ch, in_channels = own["encoder.conv_in.weight"].shape[:2]
+    levels = levels_of(own, "encoder", "down")
+    blocks = 1 + max(int(k.split(".")[4]) for k in own if k.startswith("encoder.down.0.block."))
+    n_embed, embed_dim = own["quantize.embedding.weight"].shape
+
+    def widths(side: str, last: int) -> tuple[int, ...]:
+        return tuple(own[f"{side}.{i}.block.{last}.conv2.weight"].shape[0] // ch for i in range(levels))
+
+    config: dict[str, Any] = {
+        **TOKENIZER["VQ-16"],
+        "n_embed": n_embed,
+        "embed_dim": embed_dim,
+        "z_channels": own["decoder.conv_in.weight"].shape[1],
+        "ch": ch,
+        "ch_mult": widths("encoder.down", blocks - 1),
+        "num_res_blocks": blocks,
+        "attn_resolutions": (256 // 2 ** (levels - 1),),
+        "in_channels": in_channels,
+        "out_ch": own["decoder.conv_out.weight"].shape[0],
+    }
+    back = widths("decoder.up", blocks)
+    return config if back == config["ch_mult"] else {**config, "decoder_ch_mult": back}
+
+
+TOKENIZER_CONVERTER = Converter(
+    name="llamagen-tokenizer",
+    component="llamagen-tokenizer",
+    kind="codec",
+    recognise=tokenizer_recognise,
+    to_ours=tokenizer_to_ours,
+    from_ours=tokenizer_from_ours,
+    config_from=tokenizer_config,
+    summary="official LlamaGen tokenizers (vq_ds16_c2i.pt, vq_ds8_c2i.pt, vq_ds16_t2i.pt)",
+)

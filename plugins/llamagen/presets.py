@@ -1,0 +1,43 @@
+"""Published LlamaGen sizes, as constructor keywords. Torch-free.
+
+Official files: FoundationVision/LlamaGen@ce98ec4 autoregressive/models/gpt.py, tokenizer/tokenizer_image/vq_model.py.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+SIZES = {  # layers, heads, width
+    "GPT-B": (12, 12, 768),
+    "GPT-L": (24, 16, 1024),
+    "GPT-XL": (36, 20, 1280),
+    "GPT-XXL": (48, 24, 1536),
+    "GPT-XXXL": (48, 40, 2560),
+    "GPT-1B": (22, 32, 2048),
+    "GPT-3B": (24, 32, 3200),
+    "GPT-7B": (32, 32, 4096),
+}
+GPT: dict[str, dict[str, Any]] = {
+    name: {"n_layer": layers, "n_head": heads, "dim": dim} for name, (layers, heads, dim) in SIZES.items()
+}
+GPT["GPT-XL-t2i"] = {**GPT["GPT-XL"], "model_type": "t2i", "cls_token_num": 120, "caption_dim": 2048, "num_classes": 0}
+
+
+def tokenizer(ch_mult: tuple[int, ...], lowest: int) -> dict[str, Any]:
+    return {
+        "n_embed": 16384,
+        "embed_dim": 8,
+        "z_channels": 256,
+        "ch": 128,
+        "ch_mult": ch_mult,
+        "num_res_blocks": 2,
+        "attn_resolutions": (lowest,),  # the last level's, whatever the images' size
+        "resolution": 256,
+        "in_channels": 3,
+        "out_ch": 3,
+        "legacy": False,
+        "l2_norm": True,
+    }
+
+
+TOKENIZER = {"VQ-16": tokenizer((1, 1, 2, 2, 4), 16), "VQ-8": tokenizer((1, 2, 2, 4), 32)}

@@ -1,0 +1,100 @@
+"""LlamaGen's sampler: one token at a time with a cache, both halves of guidance in one batch.
+
+Official code: FoundationVision/LlamaGen@ce98ec4 autoregressive/models/generate.py. Deviation: a token is drawn by
+inverse CDF from one uniform number of its item's generator, instead of torch.multinomial.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+
+import torch
+from torch import Tensor
+
+from vgm_cli.api import Request
+from vgm_cli.ar.sampling import Decoding, Pick, generate, guided, in_one_dtype
+
+from .model import Decoder, LlamaGen
+
+
+@torch.no_grad()
+def decode(
+    model: LlamaGen,
+    cond: dict[str, Tensor],
+    pick: Pick,
+    guidance_scale: float = 1.0,
+    cfg_interval: int = -1,
+    watch: Callable[[Tensor, int], None] | None = None,
+) -> Tensor:
+    """Codes (B, tokens) int64. cond: {"y": (B,)} or {"text": (B, T, C), "pad": (B, T)}.
+
+    guidance_scale <= 1: the condition alone, without the null half. cfg_interval k >= 0: guidance on the first code and
+    the k + 1 after it, plain conditional logits from then on. watch(logits, i) sees what is drawn from.
+    """
+    scaled = guidance_scale > 1.0
+    if scaled:
+        null = model.null_condition(cond)
+        cond = {k: torch.cat([v, null[k]]) for k, v in cond.items()}
+    decoder = Decoder(model, cond["y"] if "y" in cond else cond["text"], cond.get("pad"))
+
+    def choose(logits: Tensor, i: int) -> Tensor:
+        if scaled:
+            logits = guided(logits, guidance_scale) if cfg_interval < 0 or i <= cfg_interval + 1 else logits.chunk(2)[0]
+        if watch is not None:
+            watch(logits, i)
+        return pick(logits, i)
+
+    repeat = (lambda ids: decoder.step(ids.repeat(2))) if scaled else decoder.step
+    return generate(decoder.first(), repeat, model.block_size, choose)
+
+
+@torch.no_grad()
+def decode_naively(model: LlamaGen, cond: Tensor, pick: Pick, guidance_scale: float = 1.0) -> Tensor:
+    """The same without a cache: every token runs the whole sequence again. What the cache is measured against."""
+    ids = torch.empty(len(cond), 0, dtype=torch.int64, device=cond.device)
+    both = torch.cat([cond, model.null_condition({"y": cond})["y"]]) if guidance_scale > 1.0 else cond
+    for i in range(model.block_size):
+        logits = model(ids if guidance_scale <= 1.0 else ids.repeat(2, 1), both)[:, -1]
+        if guidance_scale > 1.0:
+            logits = guided(logits, guidance_scale)
+        ids = torch.cat([ids, pick(logits, i)[:, None]], dim=1)
+    return ids
+
+
+class LlamaGenSampler:
+    """Defaults are those of the published FIDs: the whole vocabulary at temperature 1."""
+
+    def __init__(
+        self,
+        temperature: float = 1.0,
+        top_k: int = 0,  # 0: all
+        top_p: float = 1.0,
+        greedy: bool = False,
+        cfg_interval: int = -1,  # guide the first k + 2 codes only; -1: all
+        guidance_scale: float = 1.0,  # where the request names none
+        prompt: str | list[str] | None = None,  # text to image: one caption for all, or one for each in turn
+        text_encoder: str | None = None,  # folder of FLAN-T5 weights, for prompts
+    ):
+        self.decoding = Decoding(temperature, top_k, top_p, greedy)
+        self.cfg_interval, self.guidance_scale = cfg_interval, guidance_scale
+        self.prompt, self.text_encoder = prompt, text_encoder
+
+    def __call__(self, model: LlamaGen, request: Request) -> Tensor:
+        """Codes (N, h, w) int64."""
+        cond = self.condition(model, request)
+        scale = self.guidance_scale if request.guidance_scale is None else request.guidance_scale
+        u = None if self.decoding.greedy else request.rand((model.block_size,))
+        with in_one_dtype(model, request.device) as network:
+            ids = decode(network, cond, self.decoding.picker(u), scale, self.cfg_interval)
+        request.info["nfe"] = model.block_size
+        return ids.unflatten(1, model.grid)
+
+    def condition(self, model: LlamaGen, request: Request) -> dict[str, Tensor]:
+        if model.model_type == "c2i":
+            return {"y": model.labels(request.cond.get("y"), len(request), request.device)}
+        if "text" in request.cond:
+            return {k: request.cond[k] for k in ("text", "pad") if k in request.cond}
+        from .text import prompt_features
+
+        features, pad = prompt_features(self.prompt, self.text_encoder, len(request), model.cls_token_num)
+        return {"text": features.to(request.device), "pad": pad.to(request.device)}

@@ -1,0 +1,45 @@
+"""VQGAN: Taming Transformers for High-Resolution Image Synthesis. Esser, Rombach, Ommer, CVPR 2021 (arXiv 2012.09841).
+
+Official code: CompVis/taming-transformers@3ba01b2 (MIT). The first stage and its objective are the host's, shared with
+LDM and LlamaGen: vgm_cli/nets/first_stage.py, vgm_cli/nn/quantize.py, vgm_cli/losses/first_stage.py.
+Deviations: see model.py, sampler.py, objective.py; tokens of the Gumbel model are its most likely codes, without noise;
+classifier rejection is not part of sampling; depth, segmentation and box conditions come as ids, not as images.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from vgm_cli.hookspecs import Component, Paper, hookimpl
+
+HERE = "vgm_plugins.vqgan"
+CODEC_FACTS = {"in_channels": "image_channels", "out_ch": "image_channels", "resolution": "image_size"}
+PRIOR_FACTS = {"vocab_size": "vocab_size", "grid": "grid", "num_classes": "num_classes"}
+FIRST_STAGE = ("vgm_cli.nets.first_stage:VQModel", f"{HERE}.presets:FIRST_STAGE", CODEC_FACTS, (), "VQGAN first stage")
+
+
+@hookimpl
+def vgm_components() -> Iterable[Component | Paper]:
+    return [
+        Paper(
+            name="vqgan",
+            title="Taming Transformers for High-Resolution Image Synthesis",
+            year=2021,
+            arxiv="2012.09841",
+            repository="https://github.com/CompVis/taming-transformers",
+            family="autoregressive",
+            summary="Images become a few hundred codes by a perceptual, adversarial autoencoder; a GPT writes them.",
+            expects={
+                "ImageNet rFID (f16, 1024 codes)": 7.94,
+                "ImageNet rFID (f16, 16384 codes)": 4.98,
+                "ImageNet 256 FID-50K (cIN, k 250)": 15.98,
+                "FFHQ 256 FID": 9.6,
+            },
+        ),
+        *(Component(kind, "vqgan", *FIRST_STAGE) for kind in ("model", "codec")),
+        Component("model", "vqgan-prior", f"{HERE}.model:GPT", f"{HERE}.presets:PRIOR", PRIOR_FACTS, (), "GPT"),
+        Component("objective", "vqgan-prior", f"{HERE}.objective:PriorObjective", verbs=("train",), summary="codes"),
+        Component("sampler", "vqgan-prior", f"{HERE}.sampler:PriorSampler", summary="cached, or a sliding window"),
+        Component("converter", "vqgan", f"{HERE}.checkpoints:CONVERTER", summary="CompVis first stages"),
+        Component("converter", "vqgan-prior", f"{HERE}.checkpoints:PRIOR_CONVERTER", summary="CompVis priors"),
+    ]

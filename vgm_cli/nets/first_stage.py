@@ -1,0 +1,330 @@
+"""First stages: an encoder and a decoder around a bottleneck, as a codec for latent and for token models.
+
+Esser et al., CVPR 2021 (arXiv 2012.09841); Rombach et al., CVPR 2022 (arXiv 2112.10752); Sun et al. 2024 (arXiv
+2406.06525). Official code: CompVis/taming-transformers@3ba01b2 taming/models/vqgan.py, CompVis/latent-diffusion@a506df5
+ldm/models/autoencoder.py, FoundationVision/LlamaGen@ce98ec4 tokenizer/tokenizer_image/vq_model.py: one network, the
+quantizers differ. Deviations: large images may go through in blended tiles; `latent_stats` measures mean and
+deviation of the latents during training.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.nets.autoencoder import AttnType, Decoder, Encoder
+from vgm_cli.nn.quantize import EMAVectorQuantizer, GumbelQuantizer, Unknown, VectorQuantizer
+
+# -- posterior ---------------------------------------------------------------------------------------------------------
+
+
+class DiagonalGaussian:
+    """q(z|x) from moments (B, 2c, h, w): mean and log-variance, the latter clamped to [-30, 20]."""
+
+    def __init__(self, moments: Tensor):
+        self.mean, logvar = moments.chunk(2, dim=1)
+        self.logvar = logvar.clamp(-30.0, 20.0)
+        self.std = (0.5 * self.logvar).exp()
+
+    def sample(self, noise: Tensor) -> Tensor:
+        return self.mean + self.std * noise
+
+    def kl(self) -> Tensor:
+        """(B,) KL divergence from the standard normal, summed over C, H, W."""
+        return 0.5 * (self.mean.square() + self.logvar.exp() - 1.0 - self.logvar).sum(dim=(1, 2, 3))
+
+    def nll(self, z: Tensor) -> Tensor:
+        """(B,) negative log-density of z, summed over C, H, W."""
+        scaled = (z - self.mean).square() / self.logvar.exp()
+        return 0.5 * (math.log(2 * math.pi) + self.logvar + scaled).sum(dim=(1, 2, 3))
+
+
+# -- tiles -----------------------------------------------------------------------------------------------------------
+
+
+def tiled(fn: Callable[[Tensor], Tensor], x: Tensor, tile: int, overlap: float) -> Tensor:
+    """fn on overlapping square tiles of x (B, C, H, W), neighbours blended linearly where they overlap.
+
+    tile: side in units of x; overlap: share of a tile, in [0, 1). Bounds memory to one tile and the result; a whole
+    that fits in one tile is fn(x) itself. fn changes sizes by one rational factor.
+    """
+    height, width = x.shape[2:]
+    if max(height, width) <= tile:
+        return fn(x)
+    stride = max(1, tile - int(tile * overlap))
+    ys, xs = (tile_starts(n, tile, stride) for n in (height, width))
+    out: Tensor | None = None
+    total: Tensor | None = None
+    for top in ys:
+        for left in xs:
+            part = fn(x[:, :, top : top + tile, left : left + tile])
+            rows, cols = min(tile, height), min(tile, width)
+            if out is None or total is None:
+                size = height * part.shape[2] // rows, width * part.shape[3] // cols
+                out = part.new_zeros(*part.shape[:2], *size)
+                total = part.new_zeros(size)
+            weight = ramp(part.shape[2], rows, stride, part)[:, None] * ramp(part.shape[3], cols, stride, part)
+            a, b = top * part.shape[2] // rows, left * part.shape[3] // cols
+            out[:, :, a : a + part.shape[2], b : b + part.shape[3]] += weight * part
+            total[a : a + part.shape[2], b : b + part.shape[3]] += weight
+    assert out is not None and total is not None
+    return out / total
+
+
+def tile_starts(size: int, tile: int, stride: int) -> list[int]:
+    """Where tiles begin; the last one ends at the border."""
+    return [0] if size <= tile else [*range(0, size - tile, stride), size - tile]
+
+
+def ramp(n: int, tile: int, stride: int, like: Tensor) -> Tensor:
+    """(n,) blending weights in (0, 1]: rising over the overlap, flat, falling."""
+    edge = max(1, (tile - stride) * n // tile)
+    positions = torch.arange(n, device=like.device, dtype=like.dtype)
+    return (torch.minimum(positions + 0.5, n - 0.5 - positions) / edge).clamp(max=1.0)
+
+
+# -- the codecs --------------------------------------------------------------------------------------------------------
+
+
+class FirstStage(nn.Module):
+    """Encoder, 1x1 convolutions around the bottleneck, decoder, and the codec protocol they share.
+
+    Latents handed to a model are ((z - latent_mean) / latent_std - shift_factor) * scale_factor; the first two are
+    buffers (c,) that exist with latent_stats and follow the latents of training.
+    """
+
+    latent_mean: Tensor
+    latent_std: Tensor
+
+    def __init__(
+        self,
+        encoder: Encoder,
+        decoder: Decoder,
+        convs: tuple[nn.Conv2d, nn.Conv2d],
+        embed_dim: int,
+        factor: int,
+        scaling: tuple[float, float],
+        latent_stats: bool,
+        tile: int | None,
+        tile_overlap: float,
+    ):
+        super().__init__()
+        self.encoder, self.decoder = encoder, decoder
+        self.quant_conv, self.post_quant_conv = convs
+        self.embed_dim, self.factor = embed_dim, factor
+        self.scale_factor, self.shift_factor = scaling
+        self.latent_stats = latent_stats
+        if latent_stats:
+            self.register_buffer("latent_mean", torch.zeros(embed_dim))
+            self.register_buffer("latent_std", torch.ones(embed_dim))
+        if tile is not None and (tile % factor or tile < 2 * factor):
+            raise VgmError(f"tile={tile} is not a multiple of the codec's factor {factor}", code=USAGE)
+        if not 0 <= tile_overlap < 1:
+            raise VgmError(f"tile_overlap={tile_overlap} is not in [0, 1)", code=USAGE)
+        self.tile, self.tile_overlap = tile, tile_overlap
+
+    # -- codec protocol
+
+    def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
+        """(C, H, W) of an image -> (c, H/f, W/f). Raises VgmError when channels or sizes do not fit."""
+        channels, height, width = image_shape
+        if channels != self.encoder.conv_in.in_channels:
+            raise VgmError(
+                f"this codec takes {self.encoder.conv_in.in_channels} channels, the images have {channels}", code=USAGE
+            )
+        if height % self.factor or width % self.factor:
+            raise VgmError(f"{height}x{width} images do not divide by the codec's factor {self.factor}", code=USAGE)
+        return self.embed_dim, height // self.factor, width // self.factor
+
+    def encode(self, x: Tensor) -> Tensor:
+        """x: (B, C, H, W) in [-1, 1] -> moments (B, 2c, h, w), or the latents themselves (B, c, h, w) of a VQ model."""
+        return tiled(self.moments, x, self.tile or max(x.shape), self.tile_overlap)
+
+    def decode(self, z: Tensor) -> Tensor:
+        """Scaled latents (B, c, h, w) -> images (B, C, H, W)."""
+        tile = self.tile // self.factor if self.tile else max(z.shape)
+        return tiled(self.reconstruct, self.unscale(z), tile, self.tile_overlap)
+
+    def scale(self, z: Tensor) -> Tensor:
+        if self.latent_stats:
+            z = (z - per_channel(self.latent_mean)) / per_channel(self.latent_std)
+        return (z - self.shift_factor) * self.scale_factor
+
+    def unscale(self, z: Tensor) -> Tensor:
+        z = z / self.scale_factor + self.shift_factor
+        if self.latent_stats:
+            z = z * per_channel(self.latent_std) + per_channel(self.latent_mean)
+        return z
+
+    # -- the two halves without scaling or tiles
+
+    def moments(self, x: Tensor) -> Tensor:
+        return self.quant_conv(self.encoder(x))
+
+    def reconstruct(self, z: Tensor) -> Tensor:
+        return self.decoder(self.post_quant_conv(z))
+
+    @torch.no_grad()
+    def measure(self, z: Tensor, momentum: float = 1.0) -> None:
+        """Move the statistics towards those of unscaled latents z (B, c, h, w), of all ranks; momentum 1 replaces."""
+        flat = z.detach().float().transpose(0, 1).flatten(1)  # (c, B h w)
+        both = torch.stack([flat.mean(1), flat.square().mean(1)])
+        if torch.distributed.is_initialized():
+            torch.distributed.all_reduce(both)
+            both /= torch.distributed.get_world_size()
+        self.latent_mean.lerp_(both[0], momentum)
+        self.latent_std.lerp_((both[1] - both[0].square()).clamp_min(1e-8).sqrt(), momentum)
+
+    def follow(self, z: Tensor) -> None:
+        """Called with every training batch's latents."""
+        if self.latent_stats and self.training and torch.is_grad_enabled():
+            self.measure(z, 0.02)
+
+    # -- for objectives and the host
+
+    @property
+    def last_layer(self) -> Tensor:
+        """The weight at which the discriminator's gradient is balanced."""
+        return self.decoder.conv_out.weight
+
+    @property
+    def checkpointing(self) -> bool:
+        return self.encoder.checkpointing
+
+    @checkpointing.setter
+    def checkpointing(self, on: bool) -> None:
+        self.encoder.checkpointing = self.decoder.checkpointing = on
+
+
+def per_channel(v: Tensor) -> Tensor:
+    return v[:, None, None]
+
+
+# -- vector-quantised --------------------------------------------------------------------------------------------------
+
+
+class VQModel(FirstStage):
+    """Vector-quantised autoencoder: a codec of tokens (`tokens`, `decode_tokens`), or of latents, which are NOT
+    quantised: `decode` quantises first."""
+
+    def __init__(
+        self,
+        n_embed: int = 8192,  # codes
+        ch: int = 128,  # width of the highest resolution
+        ch_mult: tuple[int, ...] = (1, 2, 4),  # widths per level; each level after the first halves the size
+        decoder_ch_mult: tuple[int, ...] | None = None,  # None: as ch_mult
+        num_res_blocks: int = 2,  # per level; the decoder has one more
+        attn_resolutions: tuple[int, ...] = (),  # in units of `resolution`
+        resolution: int = 256,  # nominal; only decides where attention goes
+        z_channels: int = 3,
+        embed_dim: int = 3,  # dimensions of a code
+        in_channels: int = 3,
+        out_ch: int | None = None,  # None: as in_channels
+        dropout: float = 0.0,
+        attn_type: AttnType = "vanilla",
+        resamp_with_conv: bool = True,
+        tanh_out: bool = False,
+        norm_groups: int = 32,
+        quantizer: Literal["nearest", "ema", "gumbel"] = "nearest",
+        beta: float = 0.25,  # weight of the commitment, or of the codebook term when legacy
+        legacy: bool = True,
+        l2_norm: bool = False,  # latents and codes of unit length
+        entropy_weight: float = 0.0,
+        ema_decay: float = 0.99,
+        straight_through: bool = True,  # gumbel
+        kl_weight: float = 5e-4,  # gumbel
+        remap: str | None = None,  # .npy of the codes in use
+        unknown_index: Unknown = "random",
+        scale_factor: float = 1.0,
+        shift_factor: float = 0.0,
+        latent_stats: bool = False,
+        tile: int | None = None,  # encode and decode in tiles of this many pixels; None: never
+        tile_overlap: float = 0.25,
+    ):
+        shared: dict[str, Any] = {
+            "ch": ch,
+            "num_res_blocks": num_res_blocks,
+            "attn_resolutions": attn_resolutions,
+            "resolution": resolution,
+            "z_channels": z_channels,
+            "dropout": dropout,
+            "attn_type": attn_type,
+            "resamp_with_conv": resamp_with_conv,
+            "norm_groups": norm_groups,
+        }
+        back = decoder_ch_mult or ch_mult
+        if len(back) != len(ch_mult):
+            raise VgmError("decoder_ch_mult needs as many levels as ch_mult", code=USAGE)
+        super().__init__(
+            Encoder(in_channels=in_channels, ch_mult=ch_mult, double_z=False, **shared),
+            Decoder(out_ch=out_ch or in_channels, ch_mult=back, tanh_out=tanh_out, **shared),
+            (nn.Conv2d(z_channels, embed_dim, 1), nn.Conv2d(embed_dim, z_channels, 1)),
+            embed_dim,
+            2 ** (len(ch_mult) - 1),
+            (scale_factor, shift_factor),
+            latent_stats,
+            tile,
+            tile_overlap,
+        )
+        self.quantize: VectorQuantizer | GumbelQuantizer
+        if quantizer == "gumbel":
+            self.quantize = GumbelQuantizer(n_embed, embed_dim, None, straight_through, kl_weight)
+        else:
+            more: dict[str, Any] = {"l2_norm": l2_norm, "entropy_weight": entropy_weight}
+            more |= {"remap": remap, "unknown_index": unknown_index}
+            if quantizer == "ema":
+                self.quantize = EMAVectorQuantizer(n_embed, embed_dim, beta, ema_decay, **more)
+            else:
+                self.quantize = VectorQuantizer(n_embed, embed_dim, beta, legacy, **more)
+
+    @property
+    def stochastic(self) -> bool:
+        """Does the quantizer take noise while training?"""
+        return isinstance(self.quantize, GumbelQuantizer)
+
+    # -- codec of tokens
+
+    @property
+    def codebook_size(self) -> int:
+        return self.quantize.codebook_size
+
+    def token_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int]:
+        """(C, H, W) of an image -> (h, w)."""
+        _, h, w = self.latent_shape(image_shape)
+        return h, w
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """x: (B, C, H, W) in [-1, 1] -> ids (B, h, w) int64 in [0, codebook_size)."""
+        return self.quantize.tokens(self.encode(x).float())
+
+    def decode_tokens(self, ids: Tensor) -> Tensor:
+        """(B, h, w) int64 -> images (B, C, H, W) about [-1, 1]."""
+        return self.from_codes(self.quantize.lookup(ids))
+
+    # -- codec of latents
+
+    def latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Pre-quantised latents (B, c, h, w), scaled; there is no posterior to draw from."""
+        return self.scale(moments)
+
+    def decode(self, z: Tensor, force_not_quantize: bool = False) -> Tensor:
+        """Scaled latents (B, c, h, w) -> images, through the nearest codes unless force_not_quantize."""
+        z = self.unscale(z)
+        return self.from_codes(z if force_not_quantize else self.quantize(z)[0])
+
+    def from_codes(self, codes: Tensor) -> Tensor:
+        """(B, c, h, w) unscaled -> images, in tiles where the model has them."""
+        tile = self.tile // self.factor if self.tile else max(codes.shape)
+        return tiled(self.reconstruct, codes, tile, self.tile_overlap)
+
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """x: (B, C, H, W) -> reconstruction, codebook loss (), indices (B, h, w); noise: see GumbelQuantizer."""
+        h = self.moments(x)
+        self.follow(h)
+        z, loss, indices = self.quantize(h, noise)
+        return self.reconstruct(z), loss, indices
