@@ -97,7 +97,9 @@ def torch_file(path: Path) -> dict[str, Any]:
             FAILED,
         ) from e
     except Exception as e:
-        raise VgmError(f"{path} is not a readable torch file: {str(e).splitlines()[0]}", "it may be cut off", FAILED) from e
+        raise VgmError(
+            f"{path} is not a readable torch file: {str(e).splitlines()[0]}", "it may be cut off", FAILED
+        ) from e
     if not isinstance(found, Mapping):
         raise VgmError(f"{path} holds a {type(found).__name__}, not a dictionary of tensors", code=FAILED)
 
