@@ -34,7 +34,9 @@ def take_globals(argv: list[str]) -> list[str]:
                 i += 1
                 value = argv[i]
             else:
-                raise VgmError(f"{arg} needs a value", "-p no:NAME leaves a plugin out, --plugin FILE.py adds one", USAGE)
+                raise VgmError(
+                    f"{arg} needs a value", "-p no:NAME leaves a plugin out, --plugin FILE.py adds one", USAGE
+                )
             if arg == "-p":
                 if not value.startswith("no:"):
                     raise VgmError(f"-p {value} is not understood", "-p no:NAME leaves a plugin out", USAGE)

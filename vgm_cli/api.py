@@ -10,7 +10,8 @@ from typing import Any, Protocol, runtime_checkable
 import torch
 from torch import Tensor, nn
 
-Batch = dict[str, Any]  # "x": (B, C, H, W) in [-1, 1] or latents, "y": (B,) int64 labels, "index": (B,) positions
+# "x": (B, C, H, W) in [-1, 1] or latents (or "tokens"), "y": (B,) int64 labels, "index": (B,) positions
+Batch = dict[str, Any]
 
 
 def seed_of(*parts: object) -> int:
@@ -67,9 +68,10 @@ class Step:
         n, *rest = shape
         return self._rows(n, lambda total: torch.randn(total, *rest, generator=self.generator(name)))
 
-    def rand(self, n: int, name: str) -> Tensor:
-        """Uniform draw in [0, 1): (n,)."""
-        return self._rows(n, lambda total: torch.rand(total, generator=self.generator(name)))
+    def rand(self, n: int | Iterable[int], name: str) -> Tensor:
+        """Uniform draw in [0, 1): (n,), or of a shape whose first dimension is this process's batch."""
+        n, *rest = (n,) if isinstance(n, int) else n
+        return self._rows(n, lambda total: torch.rand(total, *rest, generator=self.generator(name)))
 
     def randint(self, high: int, n: int, name: str) -> Tensor:
         """Uniform integers in [0, high): (n,)."""
@@ -82,6 +84,9 @@ class Request:
 
     shape: one sample as the model sees it (C, H, W). cond: batched conditions, e.g. {"y": (N,)}.
     steps / guidance_scale: None means the sampler's own default. callback(i, total, x_t, x0) may be None.
+    codec: what turns the result into images, for samplers that look into it (a token model's codebook); None in pixels.
+    index: numbers of these items in the whole job. images: what the user gave to start from (reconstruction,
+    interpolation, editing), (M, C, H, W) as the model sees them, the same for every batch of the job.
     """
 
     shape: tuple[int, ...]
@@ -95,6 +100,12 @@ class Request:
     measurement: Tensor | None = None
     callback: Callable[[int, int, Tensor, Tensor | None], None] | None = None
     info: dict[str, Any] = field(default_factory=dict)  # samplers report e.g. info["nfe"]
+    index: list[int] = field(default_factory=list)  # empty: 0 to N-1
+    images: Tensor | None = None
+    codec: Any = None
+
+    def __post_init__(self) -> None:
+        self.index = self.index or list(range(len(self.generators)))
 
     def __len__(self) -> int:
         return len(self.generators)
@@ -131,6 +142,7 @@ class ObjectiveBase:
     """Defaults of the optional half of the contract; inherit it or implement the same names."""
 
     networks: Mapping[str, nn.Module]
+    prepare_size: int | None = None  # images that `prepare` wants, the same on every process; None: a training batch
 
     def phases(self) -> list[Phase]:
         return [Phase("main")]
@@ -139,11 +151,17 @@ class ObjectiveBase:
         """Data-dependent initialisation on the first batch (actnorm, latent scale)."""
 
     def experience(self, batch: Batch, step: Step) -> Iterable[Batch]:
-        """Batches to optimise on made from `batch`: roll-outs, reflow pairs. Default: the batch itself."""
+        """Batches to optimise on made from `batch`: roll-outs, reflow pairs. Default: the batch itself. A list, not a
+        generator, is made in the precision that the loss sees."""
         return [batch]
 
     def after_step(self, step: Step) -> None:
         """Targets, curricula, resampler histories."""
+
+    def export(self, role: str, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
+        """A network's state (its own or an average's) as checkpoints hold it, e.g. adapters folded in. Entries that
+        this leaves out are kept for resuming; what it changes must not be trained."""
+        return state
 
     def view(self) -> dict[str, Any] | None:
         """How a sampler must look at the trained network, written into every checkpoint, e.g.
@@ -170,7 +188,8 @@ class Codec(Protocol):
     """A frozen first stage between pixels and what the model sees.
 
     encode gives what is worth caching (posterior moments, or the latents themselves); latents turns that
-    into model space (drawing from the posterior with `noise`, scaling); decode goes back to pixels.
+    into model space (drawing from the posterior with `noise`, scaling); decode goes back to pixels. An objective
+    whose constructor has a parameter `codec` is given the frozen codec of its recipe.
     """
 
     def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, ...]:
@@ -187,4 +206,28 @@ class Codec(Protocol):
 
     def decode(self, z: Tensor) -> Tensor:
         """Scaled latents (B, c, h, w) -> images (B, C, H, W) about [-1, 1]."""
+        ...
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """A codec that can also give tokens: what every token model trains on.
+
+    With `codec: {name: ..., output: tokens}` a batch holds "tokens", int64 (B, *grid), in place of "x"; models are
+    built from the facts vocab_size and grid; samplers return ids (N, *grid), which the host decodes; token caches are
+    tied to the codec's hash like those of latents.
+    """
+
+    codebook_size: int  # ids are in [0, codebook_size)
+
+    def token_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, ...]:
+        """(C, H, W) of an image -> the grid: (h, w), or (L,) for several scales one after the other."""
+        ...
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """x: (B, C, H, W) in [-1, 1] -> ids (B, *grid) int64."""
+        ...
+
+    def decode_tokens(self, ids: Tensor) -> Tensor:
+        """ids (B, *grid), or of another grid that the codec can decode -> images (B, C, H, W) about [-1, 1]."""
         ...

@@ -8,8 +8,18 @@ from vgm_cli.diffusion import iddpm_manifest
 from vgm_cli.diffusion import manifest as gaussian
 from vgm_cli.hookspecs import Component, Paper, hookimpl
 from vgm_cli.metrics import manifest as metrics
+from vgm_cli.operators import manifest as operators
+from vgm_cli.rewards import manifest as rewards
 
 NETWORKS = (
+    Component(
+        kind="model",
+        name="ncsnpp",
+        target="vgm_cli.nets.ncsnpp:NCSNpp",
+        presets="vgm_cli.nets.ncsnpp_presets:PRESETS",
+        from_data={"image_size": "size", "in_channels": "channels", "num_classes": "num_classes"},
+        summary="NCSN++ and DDPM++, U-Nets of score-based models and rectified flows",
+    ),
     Component(
         kind="model",
         name="patchgan",
@@ -18,9 +28,24 @@ NETWORKS = (
         summary="patch discriminator (pix2pix), for first stages",
     ),
     Component("model", "lpips", "vgm_cli.losses.lpips:LPIPS", summary="perceptual distance; VGG and heads by path"),
+    Component(
+        kind="objective",
+        name="autoencoder",
+        target="vgm_cli.losses.first_stage:AutoencoderObjective",
+        verbs=("train",),
+        summary="first stages: pixels, LPIPS, KL or codebook, patch discriminator",
+    ),
+    Component("converter", "lpips", "vgm_cli.losses.lpips:CONVERTER", summary="taming-transformers' LPIPS"),
 )
 
 
 @hookimpl
 def vgm_components() -> Iterable[Component | Paper]:
-    return [*gaussian.host_components(), *iddpm_manifest.components(), *metrics.components(), *NETWORKS]
+    return [
+        *gaussian.host_components(),
+        *iddpm_manifest.components(),
+        *metrics.components(),
+        *operators.components(),
+        *rewards.components(),
+        *NETWORKS,
+    ]

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -43,9 +43,13 @@ WRAPPERS = ("ema", "model_ema", "state_dict", "model", "module")
 def unwrap(checkpoint: Mapping[str, Any], weights: str | None = None) -> dict[str, Any]:
     """The state dict inside a training checkpoint ({"model": ..., "ema": ..., "opt": ...}); a bare one is returned.
 
-    weights: the entry to take; None takes the average where there is one. DDP's leading "module." is dropped.
+    weights: the entry to take; None takes the average where there is one. DDP's leading "module." is dropped. An
+    average kept as a list ({"ema": {"shadow_params": [...]}}, score_sde and its forks) gets its names from "model".
     """
     state: Mapping[str, Any] = checkpoint
+    ema = checkpoint.get("ema")
+    if weights in (None, "ema") and isinstance(ema, Mapping) and "shadow_params" in ema:
+        checkpoint = {**checkpoint, "ema": named_shadow(checkpoint.get("model") or {}, ema["shadow_params"])}
     if weights is not None:
         if not isinstance(checkpoint.get(weights), Mapping):
             have = ", ".join(k for k, v in checkpoint.items() if isinstance(v, Mapping))
@@ -60,3 +64,18 @@ def unwrap(checkpoint: Mapping[str, Any], weights: str | None = None) -> dict[st
     if state and all(k.startswith("module.") for k in state):
         state = {k.removeprefix("module."): v for k, v in state.items()}
     return dict(state)
+
+
+def named_shadow(model: Mapping[str, Any], shadow: Sequence[Any]) -> dict[str, Any]:
+    """The model's state with its trained tensors replaced by their averages, a list in the model's own order.
+
+    Buffers and tensors that are not trained (fixed Fourier frequencies) are in `model` and not in the list; they are
+    told by their shape. VgmError: the list is not that of this model.
+    """
+    state, left = dict(model), list(shadow)
+    for name, value in model.items():
+        if left and tuple(value.shape) == tuple(left[0].shape):
+            state[name] = left.pop(0)
+    if left:
+        raise VgmError(f"the average holds {len(shadow)} tensors that do not fit the model's {len(model)}", code=USAGE)
+    return state

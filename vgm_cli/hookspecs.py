@@ -22,6 +22,7 @@ KINDS = (
     "metric",
     "dataset",
     "converter",
+    "optimizer",
 )
 
 hookspec = pluggy.HookspecMarker(PROJECT)
@@ -37,7 +38,7 @@ class Component:
         in a torch-free module.
     from_data: {constructor keyword: fact} filled by the host when the recipe leaves it open; facts are
         size (side of x as the model sees it, after the codec), channels, num_classes, image_size and
-        image_channels (before the codec).
+        image_channels (before the codec), and of a codec's tokens vocab_size and grid.
     verbs: commands that offer it (objectives: "train", "distill", "finetune-rl"). summary: one line for `vgm ls`.
     """
 

@@ -1,4 +1,4 @@
-"""Pictures in and out: float to uint8 by the named rules of the field, grids, PNG with metadata, the ADM .npz layout."""
+"""Pictures in and out: float to uint8 by the named rules of the field, grids, PNG with metadata, ADM's .npz layout."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def save_grid(x: Tensor, path: str | Path, nrow: int | None = None, metadata: Ma
 
 def read_png_metadata(path: str | Path) -> dict[str, str]:
     with Image.open(path) as image:
-        return {k: v for k, v in image.info.items() if isinstance(v, str)}
+        return {k: v for k, v in image.info.items() if isinstance(k, str) and isinstance(v, str)}
 
 
 def write_npz(path: str | Path, images: np.ndarray, labels: Sequence[int] | None = None) -> None:

@@ -1,4 +1,4 @@
-"""Recipes: YAML with `base:`, KEY=VALUE overrides, the origin of every value, and validation that names the nearest key.
+"""Recipes: YAML with `base:`, KEY=VALUE overrides, the origin of every value, validation that names the nearest key.
 
 Precedence, weakest first: host defaults < recipe (base before heir) < environment (VGM_TRAIN__STEPS=10) < command line.
 Component nodes (model, codec, objective, sampler, roles) are the component's constructor keywords; the other nodes are
@@ -23,6 +23,7 @@ from vgm_cli.registry import registry
 
 COMPONENT_NODES = ("model", "codec", "objective", "sampler")
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+TORCH_OPTIMIZERS = ("adamw", "adam", "sgd", "rmsprop", "adagrad", "adamax", "radam")
 
 
 @dataclass
@@ -37,6 +38,7 @@ class Data:
     crop: str = "adm"  # adm | center | random | resize | none
     hflip: bool = False  # random horizontal flips
     labels: bool | None = None  # null: use labels where the data has them
+    split: str | None = None  # train | val | test where the set has them; shipped sets: test is every tenth image
     workers: int = 0  # loader processes for sets that do not fit in memory
     cache_latents: str | bool = "auto"  # latents of a frozen codec: auto (memory if small), a folder, or false
 
@@ -45,11 +47,12 @@ class Data:
 class Optimizer:
     """`optimizer:` the default of every optimizer; `optimizers: {NAME: {...}}` changes one of them."""
 
-    name: Literal["adamw", "adam", "sgd", "rmsprop"] = "adamw"
+    name: str = "adamw"  # one of TORCH_OPTIMIZERS, or an optimizer component
     lr: float = 1e-4
     betas: tuple[float, float] = (0.9, 0.999)
     eps: float = 1e-8
     weight_decay: float = 0.0
+    decay: Literal["all", "matrices", "linear"] = "all"  # what weight_decay touches: see trainer.decay_groups
     warmup: int = 0  # steps of linear warm-up
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # decay after the warm-up
     final_lr: float = 0.0  # where the decay ends
@@ -77,8 +80,32 @@ class Train:
     fsdp: bool = False  # shard weights and optimizer over GPUs (FSDP2)
 
 
+@dataclass
+class Pairs:
+    """`pairs:` noise and the teacher's images for it, made before distillation and kept for the next one."""
+
+    count: int = 2000
+    sampler: str = "heun"  # deterministic: an image is a function of its noise
+    steps: int = 25
+    batch_size: int = 64
+    seed: int = 0
+    cache: str | None = None  # folder; null: $VGM_CACHE or ~/.cache/vgm, below it pairs/
+
+
 NODES: dict[str, type] = {"data": Data, "optimizer": Optimizer, "train": Train}
-TOP = ("paper", "base", *COMPONENT_NODES, "roles", "optimizers", "guidance_scale", "expect", "evaluate", *NODES)
+DISTILL = ("teacher", "pairs")  # the network to distill from, and ODE pairs made with it
+TOP = (
+    "paper",
+    "base",
+    *COMPONENT_NODES,
+    *DISTILL,
+    "roles",
+    "optimizers",
+    "guidance_scale",
+    "expect",
+    "evaluate",
+    *NODES,
+)
 
 
 @dataclass
@@ -226,7 +253,9 @@ def merge(into: dict[str, Any], new: Mapping[str, Any], origins: dict[str, str],
     for key, value in new.items():
         dotted = f"{prefix}{key}"
         old = into.get(key)
-        renamed = isinstance(value, dict) and isinstance(old, dict) and value.get("name", old.get("name")) != old.get("name")
+        renamed = (
+            isinstance(value, dict) and isinstance(old, dict) and value.get("name", old.get("name")) != old.get("name")
+        )
         if isinstance(value, dict) and isinstance(old, dict) and not renamed:
             merge(old, value, origins, origin, dotted + ".")
             continue
@@ -262,7 +291,9 @@ def override(config: dict[str, Any], origins: dict[str, str], assignments: Itera
             inside = [f"{n}.{f.name}" for n, cls in NODES.items() for f in dataclasses.fields(cls)]
             hits = [i for i in inside if i.endswith("." + key)]
             raise (
-                VgmError(f"unknown key '{key}'", f"did you mean {hits[0]}?", USAGE) if hits else unknown("key", head, TOP)
+                VgmError(f"unknown key '{key}'", f"did you mean {hits[0]}?", USAGE)
+                if hits
+                else unknown("key", head, TOP)
             )
         node: Any = parse_yaml(value, text)
         for part in reversed(key.split(".")):
@@ -304,6 +335,7 @@ def finish(config: dict[str, Any], origins: dict[str, str], name: str, assignmen
     for key in config:
         if key not in TOP:
             raise unknown("key", key, TOP, where=f"recipe {name}")
+    copy_teacher(config)
     r = Recipe(config, origins, name)
     for node, cls in NODES.items():
         values = dataclasses.asdict(r.node(node))
@@ -312,21 +344,44 @@ def finish(config: dict[str, Any], origins: dict[str, str], name: str, assignmen
         for f in dataclasses.fields(cls):
             if f.name not in given:
                 origins[f"{node}.{f.name}"] = "default"
-    for opt in config.get("optimizers") or {}:
-        r.optimizer(opt)
+    if config.get("pairs"):
+        config["pairs"] = dataclasses.asdict(typed(Pairs, config["pairs"], "pairs"))
+    for opt in ("", *(config.get("optimizers") or {})):
+        chosen = r.optimizer(opt).name
+        if chosen not in TORCH_OPTIMIZERS and ":" not in chosen and chosen not in registry().names("optimizer"):
+            raise unknown("optimizer", chosen, [*TORCH_OPTIMIZERS, *registry().names("optimizer")])
     for required in ("model", "objective"):
         if not isinstance(config.get(required), dict):
             raise VgmError(f"recipe {name} has no `{required}:` node", "see `vgm cat dit/mnist`", USAGE)
     return r
 
 
+def copy_teacher(config: dict[str, Any]) -> None:
+    """`name: teacher` in the model node or a role is the network of the `teacher:` node, with its weights."""
+    teacher = config.get("teacher")
+    if not isinstance(teacher, dict) or "name" not in teacher:
+        return
+    copied = {k: v for k, v in teacher.items() if k == "weights" or k not in HOST_KEYS["teacher"]}
+
+    def resolved(node: Any) -> Any:
+        if not isinstance(node, dict) or node.get("name") != "teacher":
+            return node
+        return {**copied, **{k: v for k, v in node.items() if k != "name"}}
+
+    config["model"] = resolved(config.get("model"))
+    if config.get("roles"):
+        config["roles"] = {role: resolved(node) for role, node in config["roles"].items()}
+
+
 def check_components(recipe: Recipe, roles: Mapping[str, Any] | None = None) -> None:
     """Bind every component node to its signature without building anything (imports torch)."""
     from vgm_cli.registry import bind, load_target, signature
 
-    injected = {"model": None, **{r: None for r in recipe.config.get("roles") or {}}, **(roles or {})}
+    injected = {"model": None, "codec": None, **dict.fromkeys(recipe.config.get("roles") or {}), **(roles or {})}
+    injected |= {n: None for n in DISTILL if recipe.config.get(n)}
     nodes = [(n, n, recipe.config.get(n)) for n in COMPONENT_NODES]
-    nodes += [(n.get("kind", "model"), f"roles.{r}", n) for r, n in (recipe.config.get("roles") or {}).items()]
+    nodes += [("model", "teacher", recipe.config.get("teacher"))]
+    nodes += [(n.get("kind", "model"), f"roles.{r}", n) for r, n in (recipe.config.get("roles") or {}).items() if n]
     for kind, where, node in nodes:
         if not node:
             continue
@@ -340,9 +395,10 @@ def check_components(recipe: Recipe, roles: Mapping[str, Any] | None = None) -> 
 
 # keys of component nodes that the host consumes itself
 HOST_KEYS: dict[str, tuple[str, ...]] = {
-    "codec": ("weights", "fallback"),
+    "codec": ("weights", "fallback", "output"),
     "roles": ("kind", "weights"),
     "model": ("weights",),
+    "teacher": ("weights", "sha256", "view", "guidance_scale"),
 }
 
 

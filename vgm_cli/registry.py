@@ -17,7 +17,7 @@ import time
 import traceback
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
-from functools import cache
+from functools import cache, partial
 from types import ModuleType
 from typing import Any
 
@@ -101,7 +101,9 @@ class Registry:
                 raise unknown("component kind", item.kind, KINDS)
             key = (item.kind, item.name)
             if key in self.components:
-                raise VgmError(f"duplicate {item.kind} '{item.name}': brought by both {self.owners[key]} and {info.name}")
+                raise VgmError(
+                    f"duplicate {item.kind} '{item.name}': brought by both {self.owners[key]} and {info.name}"
+                )
             components.append(item)
         for c in components:
             self.components[c.kind, c.name] = c
@@ -125,17 +127,19 @@ class Registry:
             path = f"{BUILTIN}.{mod.name}"
             self.add(
                 PluginInfo(mod.name.replace("_", "-"), "vgm", builtin=True, module=path),
-                lambda path=path: importlib.import_module(path),
+                partial(importlib.import_module, path),
             )
         chosen = None if plugins is None else {p.strip() for p in plugins.split(",") if p.strip()}
         for ep in sorted(importlib.metadata.entry_points(group=hookspecs.PROJECT), key=lambda e: e.name):
             if ep.name in blocked or (chosen is not None and ep.name not in chosen):
                 continue
             dist = ep.dist
-            self.add(PluginInfo(ep.name, dist.name if dist else "?", dist.version if dist else "", module=ep.value), ep.load)
+            self.add(
+                PluginInfo(ep.name, dist.name if dist else "?", dist.version if dist else "", module=ep.value), ep.load
+            )
         for file in files:
             name = os.path.splitext(os.path.basename(file))[0]
-            self.add(PluginInfo(name, file, module=file), lambda file=file, name=name: _load_file(file, name))
+            self.add(PluginInfo(name, file, module=file), partial(_load_file, file, name))
 
     # -- look-up ------------------------------------------------------------------------------------------------
 

@@ -1,4 +1,7 @@
-"""Checking a recipe without training it: bind its components, build them on the meta device, count. Torch-free at import."""
+"""Checking a recipe without training it: bind its components, build them on the meta device, count.
+
+Torch-free at import.
+"""
 
 from __future__ import annotations
 

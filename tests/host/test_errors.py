@@ -118,7 +118,8 @@ def test_wrong_label_weights_output_sampler(vgm, tiny: Path) -> None:
 
 
 def test_missing_codec_weights(vgm) -> None:
-    check(vgm("train", "dit", "--recipe", "imagenet256", "data.path=mnist5k", "data.size=null", "data.channels=null"), 4, "codec.weights")
+    digits = ("data.path=mnist5k", "data.size=null", "data.channels=null")
+    check(vgm("train", "dit", "--recipe", "imagenet256", *digits), 4, "codec.weights")
 
 
 def test_full_disk_loses_nothing(vgm, tiny: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -51,7 +51,8 @@ def test_resume_is_bit_exact(tiny: Path, tmp_path: Path, name: str) -> None:
     assert {"model", "trainer"} < set(files) and any(f.startswith("ema-") for f in files)
     for file in files:
         assert_same(weights(tmp_path / "whole", 8, file), weights(tmp_path / "parts", 8, file))
-    rows = [[json.loads(x) for x in (tmp_path / r / "metrics.jsonl").read_text().splitlines()] for r in ("whole", "parts")]
+    logs = [(tmp_path / r / "metrics.jsonl").read_text() for r in ("whole", "parts")]
+    rows = [[json.loads(x) for x in log.splitlines()] for log in logs]
     assert [r["step"] for r in rows[0]] == list(range(1, 9))
     assert [(r["step"], r["loss"]) for r in rows[0]] == [(r["step"], r["loss"]) for r in rows[1]]
 
@@ -126,8 +127,18 @@ def test_run_directory_is_complete(tiny: Path, tmp_path: Path) -> None:
     r = recipes.load(str(tiny), None, ["train.preview_every=8", "train.preview_n=20"])
     train(r, tmp_path / "run")
     run = tmp_path / "run"
-    for name in ("config.yaml", "origins.json", "command.txt", "env.json", "git.json", "data.json", "card.md",
-                 "metrics.jsonl", "samples/step-000008.png", "samples/step-000008.json"):
+    for name in (
+        "config.yaml",
+        "origins.json",
+        "command.txt",
+        "env.json",
+        "git.json",
+        "data.json",
+        "card.md",
+        "metrics.jsonl",
+        "samples/step-000008.png",
+        "samples/step-000008.json",
+    ):
         assert (run / name).exists(), name
     assert (run / "checkpoints/last").resolve().name == "step-00000008"
     assert json.loads((run / "origins.json").read_text())["train.preview_n"] == "command line"
@@ -168,9 +179,17 @@ def test_own_images_train_with_no_other_option(tmp_path: Path, vgm) -> None:
             image = rng.integers(0, 80, (32, 32, 3), dtype=np.uint8)
             image[..., c] += 150
             Image.fromarray(image).save(tmp_path / "data" / name / f"{i}.png")
-    code, out, err = vgm("train", "dit", f"data.path={tmp_path / 'data'}", "train.steps=3", "train.preview_n=6",
-                         "--out", tmp_path / "run")
+    code, _, err = vgm(
+        "train",
+        "dit",
+        f"data.path={tmp_path / 'data'}",
+        "train.steps=3",
+        "train.preview_n=6",
+        "--out",
+        tmp_path / "run",
+    )
     assert code == 0, err
-    code, out, err = vgm("sample", tmp_path / "run", "-n", 6, "--label", "owls", "--steps", 2, "--out", tmp_path / "x.png")
+    six = ("-n", 6, "--label", "owls", "--steps", 2, "--out", tmp_path / "x.png")
+    code, _, err = vgm("sample", tmp_path / "run", *six)
     assert code == 0, err
     assert Image.open(tmp_path / "x.png").mode == "RGB"

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from typing import Annotated
+
 import typer
 
 from vgm_cli import __version__
@@ -21,12 +23,18 @@ def _version(value: bool) -> None:
 
 
 def callback(
-    version: bool = typer.Option(False, "--version", callback=_version, is_eager=True, help="Print the version."),
-    json: bool = typer.Option(False, "--json", help="One JSON document (JSON lines for long jobs) on stdout."),
-    quiet: bool = typer.Option(False, "--quiet", help="No progress, only results, warnings and errors."),
-    debug: bool = typer.Option(False, "--debug", help="Show tracebacks."),
-    plugin: list[str] = typer.Option([], "--plugin", metavar="FILE.py", help="Load one more plugin from a file."),
-    p: list[str] = typer.Option([], "-p", metavar="no:NAME", help="Leave a plugin out."),
+    version: Annotated[
+        bool, typer.Option("--version", callback=_version, is_eager=True, help="Print the version.")
+    ] = False,
+    json: Annotated[
+        bool, typer.Option("--json", help="One JSON document (JSON lines for long jobs) on stdout.")
+    ] = False,
+    quiet: Annotated[bool, typer.Option("--quiet", help="No progress, only results, warnings and errors.")] = False,
+    debug: Annotated[bool, typer.Option("--debug", help="Show tracebacks.")] = False,
+    plugin: Annotated[
+        list[str] | None, typer.Option("--plugin", metavar="FILE.py", help="Load one more plugin from a file.")
+    ] = None,
+    p: Annotated[list[str] | None, typer.Option("-p", metavar="no:NAME", help="Leave a plugin out.")] = None,
 ) -> None:
     """These options work anywhere on the command line."""
 
@@ -42,10 +50,10 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(callback)
-    from vgm_cli.cli import data, evaluate, info, plugin, runs, sample, train
+    from vgm_cli.cli import data, distill, evaluate, finetune_rl, info, plugin, restore, runs, sample, train
 
-    for module in (train, sample, evaluate, data, info, runs, plugin):
-        module.register(app)
+    for verb in (train, distill, finetune_rl, sample, restore, evaluate, data, info, runs, plugin):
+        verb.register(app)
     r = registry()
     for name, module in r.manager.list_name_plugin():
         hook = getattr(module, "vgm_commands", None)

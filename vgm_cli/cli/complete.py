@@ -28,6 +28,24 @@ def names(kind: str, incomplete: str) -> list[str]:
     return [n for n in registry().names(kind) if n.startswith(incomplete)]
 
 
+def methods(incomplete: str) -> list[str]:
+    from vgm_cli.registry import registry
+
+    found = [n for (k, n), c in registry().components.items() if k == "objective" and "distill" in c.verbs]
+    return sorted(n for n in found if n.startswith(incomplete))
+
+
+def rl_methods(incomplete: str) -> list[str]:
+    from vgm_cli.registry import registry
+
+    found = [n for (k, n), c in registry().components.items() if k == "objective" and "finetune-rl" in c.verbs]
+    return sorted(n for n in found if n.startswith(incomplete))
+
+
+def rewards(incomplete: str) -> list[str]:
+    return names("reward", incomplete)
+
+
 def runs(incomplete: str) -> list[str]:
     found = [str(p.parent) for p in Path("runs").glob("*/*/config.yaml")] if Path("runs").is_dir() else []
     return sorted(f for f in found if f.startswith(incomplete))

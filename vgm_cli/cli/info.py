@@ -60,6 +60,7 @@ def ls(
     """
     if what not in LISTS:
         raise unknown("list", what, LISTS)
+    columns: tuple[str, ...]
     if what == "papers":
         columns, rows = ("paper", "year", "family", "summary", "recipes"), papers_table()
     elif what == "recipes":
@@ -238,7 +239,9 @@ def validate(
 
 
 def inspect(
-    file: Annotated[str, typer.Argument(help="A .safetensors, .pt or .ckpt file, or a run.", autocompletion=complete.runs)],
+    file: Annotated[
+        str, typer.Argument(help="A .safetensors, .pt or .ckpt file, or a run.", autocompletion=complete.runs)
+    ],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor (.safetensors only).")] = False,
 ) -> None:
     """Say what a weights file holds. Nothing in it is executed.
@@ -330,7 +333,14 @@ def plugins(
         ui.info("no plugins besides the built-in papers; --all shows those")
         return
     rows = [
-        (p.name, p.version or "-", p.distribution, brings(p.papers, p.components), f"{p.seconds * 1000:.1f} ms", p.error)
+        (
+            p.name,
+            p.version or "-",
+            p.distribution,
+            brings(p.papers, p.components),
+            f"{p.seconds * 1000:.1f} ms",
+            p.error,
+        )
         for p in found
     ]
     ui.table(("plugin", "version", "distribution", "brings", "load", "error"), rows)

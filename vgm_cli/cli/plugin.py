@@ -32,7 +32,9 @@ def register(app: typer.Typer) -> None:
 
 
 def new(
-    name: Annotated[str, typer.Argument(help="Lower-case Python name: it names the module, the paper and the network.")],
+    name: Annotated[
+        str, typer.Argument(help="Lower-case Python name: it names the module, the paper and the network.")
+    ],
     dir: Annotated[Path | None, typer.Option("--dir", help="Where the package goes. Default: ./NAME.")] = None,
     title: Annotated[str, typer.Option(help="The paper's title. Default: from the name.")] = "",
 ) -> None:
@@ -49,7 +51,7 @@ def new(
     check_name(name)
     title = title or name.replace("_", " ").capitalize()
     if re.search(r'["\\\n\r$]', title):
-        raise VgmError('the title holds a quote, a backslash, a dollar sign or a line break', "leave it out", USAGE)
+        raise VgmError("the title holds a quote, a backslash, a dollar sign or a line break", "leave it out", USAGE)
     folder = dir if dir is not None else Path(name)
     if folder.exists() and (not folder.is_dir() or any(folder.iterdir())):
         raise VgmError(f"{folder} exists and is not an empty folder", "--dir chooses another", USAGE)
@@ -99,7 +101,9 @@ def write_package(folder: Path, name: str, title: str) -> list[Path]:
 
 
 def check(
-    name: Annotated[str | None, typer.Argument(help="A plugin of `vgm plugins --all`. Default: all third-party ones.")] = None,
+    name: Annotated[
+        str | None, typer.Argument(help="A plugin of `vgm plugins --all`. Default: all third-party ones.")
+    ] = None,
 ) -> None:
     """Check plugins: loaded, torch-free to list, every component and recipe buildable. Exit code 3 if not.
 

@@ -82,7 +82,7 @@ def metrics_of(run: Path) -> list[dict[str, Any]]:
 
 
 def loss_of(row: dict[str, Any]) -> float | None:
-    """"loss", or the first phase's ("generator/loss")."""
+    """ "loss", or the first phase's ("generator/loss")."""
     key = "loss" if "loss" in row else next((k for k in row if k.endswith("/loss")), None)
     return row[key] if key and isinstance(row[key], int | float) else None
 
@@ -94,7 +94,9 @@ def facts_of(run: Path) -> dict[str, Any]:
     config, rows = config_of(run), metrics_of(run)
     last = Run(run).last()
     saved = int(last.name.removeprefix("step-")) if last else 0
-    changed = max(p.stat().st_mtime for p in (run, run / "config.yaml", run / "metrics.jsonl", run / "checkpoints") if p.exists())
+    changed = max(
+        p.stat().st_mtime for p in (run, run / "config.yaml", run / "metrics.jsonl", run / "checkpoints") if p.exists()
+    )
     return {
         "paper": config.get("paper", "?"),
         "step": max(saved, int(rows[-1].get("step", 0)) if rows else 0),
@@ -158,10 +160,20 @@ def show(
     preview = str(previews[-1]) if previews else None
     command = (run / "command.txt").read_text(encoding="utf-8").strip() if (run / "command.txt").is_file() else ""
     ui.document(
-        {**facts, "command": command, "config": config, "metrics": last, "losses": losses, "checkpoints": checkpoints,
-         "preview": preview}
+        {
+            **facts,
+            "command": command,
+            "config": config,
+            "metrics": last,
+            "losses": losses,
+            "checkpoints": checkpoints,
+            "preview": preview,
+        }
     )
-    ui.data(f"{run}: {facts['paper']}, step {facts['step']} of {facts['steps'] or '?'}, {duration(facts['age_seconds'])} old")
+    ui.data(
+        f"{run}: {facts['paper']}, step {facts['step']} of {facts['steps'] or '?'}, "
+        f"{duration(facts['age_seconds'])} old"
+    )
     for node in ("model", "codec", "objective", "sampler", "data", "optimizer"):
         if config.get(node):
             ui.data(f"  {node:<12} {brief(config[node])}")

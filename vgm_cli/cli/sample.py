@@ -16,7 +16,9 @@ def register(app: typer.Typer) -> None:
 
 
 def sample(
-    model: Annotated[str, typer.Argument(help="A run, a checkpoint folder or a .safetensors file.", autocompletion=complete.runs)],
+    model: Annotated[
+        str, typer.Argument(help="A run, a checkpoint folder or a .safetensors file.", autocompletion=complete.runs)
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Keywords of the sampler: eta=0.5 …")
     ] = None,
@@ -31,9 +33,15 @@ def sample(
         str | None, typer.Option(metavar="LO,HI", help="Guide only where t (0 data, 1 noise) lies between.")
     ] = None,
     seed: Annotated[int, typer.Option(help="Image i depends on (seed, i) alone.")] = 0,
-    weights: Annotated[str | None, typer.Option(help="raw, or an average: ema-0.9999. Default: the first average.")] = None,
+    weights: Annotated[
+        str | None, typer.Option(help="raw, or an average: ema-0.9999. Default: the first average.")
+    ] = None,
     batch_size: Annotated[int, typer.Option(help="Changes speed and memory, not the images.", min=1)] = 64,
     precision: Annotated[str, typer.Option(help="fp32 | bf16")] = "fp32",
+    images: Annotated[
+        str | None,
+        typer.Option("--input", help="Images to start from (data as for train), for samplers that take them."),
+    ] = None,
     out: Annotated[
         Path | None, typer.Option(help="grid.png, a folder (one PNG each), or x.npz (ADM layout). Default: in the run.")
     ] = None,
@@ -52,13 +60,27 @@ def sample(
     from vgm_cli.engine.sampling import open_model, plan_for
 
     loaded, device = open_model(model, weights, precision)
-    plan = plan_for(loaded, n=n, label=label, sampler=sampler, steps=steps, guidance_scale=guidance_scale,
-                    guidance_interval=guidance_interval, seed=seed, batch_size=batch_size, overrides=overrides or [])
+    plan = plan_for(
+        loaded,
+        n=n,
+        label=label,
+        sampler=sampler,
+        steps=steps,
+        guidance_scale=guidance_scale,
+        guidance_interval=guidance_interval,
+        seed=seed,
+        batch_size=batch_size,
+        overrides=overrides or [],
+        images=images,
+    )
     target = out or output.default_target(loaded, model, plan)
     with Progress("sampling", n) as progress:
         result = output.write(loaded, plan, target, model, device, progress, precision)
     ui.document(result)
     ui.data(str(target))
-    ui.info(f"{n} images in {result['seconds']:.1f} s ({result['images_per_second']:.1f} img/s, {result.get('nfe', '?')} NFE)")
+    ui.info(
+        f"{n} images in {result['seconds']:.1f} s "
+        f"({result['images_per_second']:.1f} img/s, {result.get('nfe', '?')} NFE)"
+    )
     if loaded.header.weights == "raw":
         ui.info("these are raw weights; averages usually look better")

@@ -25,17 +25,27 @@ def train(
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]…", help="train.steps=100, ~optimizer.warmup …", autocompletion=complete.keys),
+        typer.Argument(
+            metavar="[KEY=VALUE]…", help="train.steps=100, ~optimizer.warmup …", autocompletion=complete.keys
+        ),
     ] = None,
     recipe: Annotated[
         str | None,
         typer.Option(help="Recipe of the paper, or a YAML file. Default: mnist.", autocompletion=complete.recipes),
     ] = None,
     out: Annotated[Path | None, typer.Option(help="Run directory. Default: runs/PAPER-RECIPE/TIME.")] = None,
-    resume: Annotated[bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.", rich_help_panel=RUN)] = False,
+    resume: Annotated[
+        bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.", rich_help_panel=RUN)
+    ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Empty --out first.", rich_help_panel=RUN)] = False,
     stop_after: Annotated[
         int | None, typer.Option(help="Save and stop at this step; --resume goes on.", rich_help_panel=RUN)
+    ] = None,
+    codec: Annotated[
+        str | None,
+        typer.Option(
+            help="A trained first stage: short for codec.weights=RUN, and no other.", autocompletion=complete.runs
+        ),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Short for train.seed=N.", rich_help_panel=RUN)] = None,
     plan: Annotated[
@@ -49,9 +59,14 @@ def train(
     ] = False,
     nproc: Annotated[int, typer.Option(help="Processes on this machine.", rich_help_panel=HARDWARE)] = 1,
     nnodes: Annotated[int, typer.Option(help="Machines.", rich_help_panel=HARDWARE)] = 1,
-    rdzv: Annotated[str | None, typer.Option(metavar="HOST:PORT", help="Meeting point of the machines.", rich_help_panel=HARDWARE)] = None,
+    rdzv: Annotated[
+        str | None, typer.Option(metavar="HOST:PORT", help="Meeting point of the machines.", rich_help_panel=HARDWARE)
+    ] = None,
     track: Annotated[
-        str, typer.Option(help="jsonl | none | tensorboard | wandb | trackio (the last three are extras).", rich_help_panel=RECORD)
+        str,
+        typer.Option(
+            help="jsonl | none | tensorboard | wandb | trackio (the last three are extras).", rich_help_panel=RECORD
+        ),
     ] = "jsonl",
 ) -> None:
     """Train a paper's model.
@@ -63,6 +78,8 @@ def train(
         vgm train dit data.path=FOLDER                  # your images, class sub-folders become labels
 
         vgm train dit --recipe imagenet256 --plan       # what the paper's run costs
+
+        vgm train llamagen --codec RUN data.path=FOLDER # on the codes of a `vgm train vqgan` run
 
     Next: vgm sample RUN
     """
@@ -76,7 +93,11 @@ def train(
     assignments = list(overrides or [])
     if seed is not None:
         assignments.append(f"train.seed={seed}")
+    if codec is not None:
+        assignments += [f"codec.weights={codec}", "codec.fallback=null"]
     resolved = recipes.load(paper, recipe, assignments)
+    if codec is not None and "name" not in resolved.config["codec"]:
+        raise VgmError(f"{resolved.name} trains on pixels, it takes no codec", "leave --codec out", USAGE)
     if help_config:
         show_keys(resolved)
         return
@@ -92,6 +113,8 @@ def train(
         argv = distributed.default_argv()
         raise typer.Exit(distributed.relaunch(nproc, nnodes, rdzv, argv))
     recipes.check_components(resolved)
+    if resolved.config.get("teacher") and "weights" not in resolved.config["teacher"] and not plan:
+        raise VgmError(f"{resolved.name} needs a trained teacher", f"vgm distill {paper} --teacher RUN", USAGE)
     if plan:
         from vgm_cli.engine.plan import make_plan, show_plan
 

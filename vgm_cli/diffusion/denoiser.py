@@ -14,7 +14,7 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from vgm_cli.diffusion.path import DiscreteVPPath, Path, Time, as_time, expand, make_path
+from vgm_cli.diffusion.path import DiscreteVPPath, LinearPath, Path, Time, as_time, expand, make_path
 from vgm_cli.errors import USAGE, VgmError, unknown
 
 Prediction = Literal["x0", "eps", "score", "v", "velocity", "F"]
@@ -283,3 +283,18 @@ class Denoiser:
         sigma2 = self.path.sigma(t) ** 2
         x0 = (expand(sigma2, x_t) * mean.double() - expand(of_x, x_t) * x_t.double()) / expand(of_x0, x_t)
         return x0.to(mean.dtype)
+
+
+def flow_velocity(model: Denoiser, x: Tensor, s: Time, **cond: Any) -> Tensor:
+    """Velocity eps - x0 of the flow (1 - s) x0 + s eps at x (B, ...), s (B,) or a number in (0, 1], of any Denoiser.
+
+    Networks of other paths are asked at equal noise level, at most the highest they know.
+    """
+    path, high = model.path, model.t_range()[1]
+    if path == LinearPath() and high == 1:
+        return model.predict(x, s, "velocity", **cond)
+    s = model.batch_time(x, s)
+    own = path.t_of_ve_sigma((s / (1 - s)).clamp(max=float(path.ve_sigma(high)))).clamp(max=high)
+    z = (x * expand(path.sigma(own) / s, x)).to(x.dtype)
+    x0 = model.predict(z, own, "x0", **cond)
+    return ((x - x0) / expand(s, x)).to(x0.dtype)

@@ -32,7 +32,8 @@ class ClassifierFreeGuidance(Guided):
 
     channels: how many leading channels are guided, None for all (DiT's released samples: 3); the others, the variance
     included, are the conditional ones. interval: host times between which to guide (Kynkaanniemi et al. 2024), else
-    conditional only. rescale: pull the standard deviation back towards the conditional one's (Lin et al. 2023).
+    conditional only. rescale: pull the standard deviation back towards the conditional one's (Lin et al. 2023). detach:
+    no gradient through the unconditional half.
     VgmError: the network has no null_condition.
     """
 
@@ -43,11 +44,13 @@ class ClassifierFreeGuidance(Guided):
         channels: int | None = None,
         interval: tuple[float, float] | None = None,
         rescale: float = 0.0,
+        detach: bool = False,
     ):
         super().__init__(inner)
         if not hasattr(inner.network, "null_condition"):
             raise VgmError("this network has no null class to be guided away from", "guidance_scale=1", USAGE)
         self.scale, self.channels, self.interval, self.rescale = scale, channels, interval, rescale
+        self.detach = detach
 
     def raw(self, x_t: Tensor, t: Time, **cond: Any) -> Tensor:
         scale: float | Tensor = self.scale
@@ -63,6 +66,7 @@ class ClassifierFreeGuidance(Guided):
         both = {k: torch.cat([v, null[k]]) for k, v in cond.items()}
         times = self.batch_time(x_t, t)
         c, u = self.inner.raw(torch.cat([x_t, x_t]), torch.cat([times, times]), **both).chunk(2)
+        u = u.detach() if self.detach else u
         self.nfe += 2
         k = x_t.shape[1] if self.channels is None else self.channels
         guided = u[:, :k] + scale * (c[:, :k] - u[:, :k])

@@ -114,31 +114,40 @@ class Path(ABC):
 
 
 class LinearPath(Path):
-    """alpha = 1 - t, sigma = t: flow matching, rectified flow."""
+    """alpha = 1 - t, sigma = noise_scale * t: flow matching, rectified flow. t_max: where networks start, at most 1."""
 
     name = "linear"
+
+    def __init__(self, noise_scale: float = 1.0, t_max: float = 1.0):
+        if not (noise_scale > 0 and 0 < t_max <= 1):
+            raise VgmError("a linear path needs noise_scale above 0 and t_max in (0, 1]", code=USAGE)
+        self.noise_scale, self.t_max = noise_scale, t_max
+
+    def options(self) -> dict[str, Any]:
+        given = {"noise_scale": self.noise_scale, "t_max": self.t_max}
+        return {k: v for k, v in given.items() if v != 1.0}
 
     def alpha(self, t: Time) -> Tensor:
         return 1 - as_time(t)
 
     def sigma(self, t: Time) -> Tensor:
-        return as_time(t).clone()
+        return self.noise_scale * as_time(t)
 
     def alpha_prime(self, t: Time) -> Tensor:
         return -torch.ones_like(as_time(t))
 
     def sigma_prime(self, t: Time) -> Tensor:
-        return torch.ones_like(as_time(t))
+        return torch.full_like(as_time(t), self.noise_scale)
 
     def logsnr(self, t: Time) -> Tensor:
         t = as_time(t)
-        return 2 * (torch.log1p(-t) - t.log())
+        return 2 * (torch.log1p(-t) - t.log() - math.log(self.noise_scale))
 
     def t_of_logsnr(self, l: Time) -> Tensor:
-        return torch.sigmoid(-as_time(l) / 2)
+        return torch.sigmoid(-as_time(l) / 2 - math.log(self.noise_scale))
 
     def t_of_ve_sigma(self, s: Time) -> Tensor:
-        return 1 / (1 + 1 / as_time(s))  # 1 at s = inf
+        return 1 / (1 + self.noise_scale / as_time(s))  # 1 at s = inf
 
 
 class CosinePath(Path):

@@ -21,9 +21,9 @@ from torch import Tensor
 
 from vgm_cli.api import Request
 from vgm_cli.diffusion import solvers, timesteps
-from vgm_cli.diffusion.denoiser import Denoiser
+from vgm_cli.diffusion.denoiser import Denoiser, flow_velocity
 from vgm_cli.diffusion.guidance import ClassifierFreeGuidance
-from vgm_cli.diffusion.path import DiscreteVPPath, EDMPath, LinearPath
+from vgm_cli.diffusion.path import DiscreteVPPath, EDMPath
 from vgm_cli.errors import USAGE, VgmError, unknown
 
 Grid = Literal["uniform", "logsnr", "quadratic", "karras", "exponential", "leading", "trailing", "linspace"]
@@ -421,17 +421,11 @@ class FlowEulerSampler(GaussianSampler):
     stochastic: bool = False
 
     def walk(self, model: Denoiser, request: Request, steps: int) -> Tensor:
-        path, high = model.path, model.t_range()[1]
         levels = timesteps.shift_sigmas(torch.linspace(1, 0, steps + 1, dtype=torch.float64).numpy(), self.shift)
         sigmas = torch.from_numpy(levels)
-        own = path.t_of_ve_sigma((sigmas / (1 - sigmas)).clamp(max=float(path.ve_sigma(high)))).clamp(max=high)
-        direct = isinstance(path, LinearPath) and high == 1
 
         def velocity(x: Tensor, i: int) -> Tensor:
-            if direct:
-                return model.predict(x, sigmas[i], "velocity", **request.cond)
-            z = (x * (path.sigma(own[i]) / sigmas[i])).to(x.dtype)
-            return (x - model.predict(z, own[i], "x0", **request.cond)) / sigmas[i]
+            return flow_velocity(model, x, sigmas[i], **request.cond)
 
         noise, tell = request.randn if self.stochastic else None, report(request, steps)
         return solvers.flow_euler(

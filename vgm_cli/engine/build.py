@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from vgm_cli.engine import checkpoint as ckpt
+from vgm_cli.engine.tokens import TokenCodec, as_output
 from vgm_cli.errors import MISSING_ASSET, USAGE, VgmError
 from vgm_cli.recipe import HOST_KEYS, Data, Recipe
 from vgm_cli.registry import load_target, registry, signature
@@ -18,7 +19,10 @@ from vgm_cli.registry import load_target, registry, signature
 
 @dataclass
 class Facts:
-    """What the model is built for. image_*: pixels; size/channels: as the model sees x, after the codec."""
+    """What the model is built for. image_*: pixels; size/channels: as the model sees x, after the codec.
+
+    vocab_size, grid: of a codec's tokens, 0 and () where the model sees none; then size is the grid's last side.
+    """
 
     image_size: int
     image_channels: int
@@ -26,10 +30,12 @@ class Facts:
     size: int
     channels: int
     class_names: list[str] = field(default_factory=list)
+    vocab_size: int = 0
+    grid: tuple[int, ...] = ()
 
     @property
-    def sample_shape(self) -> tuple[int, int, int]:
-        return (self.channels, self.size, self.size)
+    def sample_shape(self) -> tuple[int, ...]:
+        return self.grid or (self.channels, self.size, self.size)
 
     @property
     def image_shape(self) -> tuple[int, int, int]:
@@ -37,8 +43,11 @@ class Facts:
 
     def after(self, codec: Any) -> Facts:
         """The same data behind a codec."""
-        c, h, _ = codec.latent_shape(self.image_shape)
-        return Facts(self.image_size, self.image_channels, self.num_classes, h, c, self.class_names)
+        shape = tuple(codec.latent_shape(self.image_shape))
+        mine = (self.image_size, self.image_channels, self.num_classes)
+        if isinstance(codec, TokenCodec):
+            return Facts(*mine, shape[-1], 1, self.class_names, codec.vocab_size, shape)
+        return Facts(*mine, shape[1], shape[0], self.class_names)
 
 
 def declared_facts(data: Data) -> Facts:
@@ -80,6 +89,14 @@ def build_component(kind: str, node: Mapping[str, Any], facts: Facts, **roles: A
     return registry().build(kind, {"name": described["name"], **described["kwargs"]}, **roles), described
 
 
+def facts_behind(facts: Facts, codec: Any, dataset: Any = None) -> Facts:
+    """The data behind a codec. A set of latents tells, or its codec does, what images they come from."""
+    if hasattr(dataset, "image_shape_for"):
+        channels, size, _ = dataset.image_shape_for(codec)
+        facts = Facts(size, channels, facts.num_classes, size, channels, facts.class_names)
+    return facts.after(codec)
+
+
 # -- codec -----------------------------------------------------------------------------------------------------------
 
 
@@ -89,8 +106,9 @@ def meta_codec(node: Mapping[str, Any], facts: Facts) -> Any:
     with torch.device("meta"):
         if weights:
             header = ckpt.read_header(ckpt.resolve(weights))
-            return registry().build("codec", {"name": header.component["name"], **header.component.get("kwargs", {})})
-        return build_component("codec", strip(node, "codec"), facts)[0]
+            stored = {"name": header.component["name"], **header.component.get("kwargs", {})}
+            return as_output(registry().build("codec", stored), node.get("output"))
+        return as_output(build_component("codec", strip(node, "codec"), facts)[0], node.get("output"))
 
 
 def strip(node: Mapping[str, Any], kind: str) -> dict[str, Any]:
@@ -129,7 +147,7 @@ def find_codec(node: Mapping[str, Any], facts: Facts, images: torch.Tensor, trai
     weights = node.get("weights")
     if weights:
         path = ckpt.resolve(weights)
-        if not node.get("fallback") or fits(ckpt.read_codec(path), facts, images):
+        if not node.get("fallback") or fits(ckpt.read_codec(path, output=node.get("output")), facts, images):
             return path
     if not node.get("fallback"):
         raise missing_codec(node)
@@ -162,8 +180,19 @@ def build_objective(recipe: Recipe, facts: Facts, extra: Mapping[str, Any] | Non
             continue
         network, components[role] = build_component(node.get("kind", "model"), strip(node, "roles"), facts)
         roles[role] = initialise(network, node) if isinstance(network, nn.Module) else network
+    if recipe.config.get("codec") and "codec" not in roles:  # no data, no weights: its shapes
+        roles["codec"] = meta_codec(recipe.config["codec"], facts)
+    if recipe.config.get("teacher") and "teacher" not in roles:
+        roles["teacher"] = build_teacher(recipe.config["teacher"], facts)
     objective = registry().build("objective", recipe.config["objective"], **roles)
     return Built(objective, dict(objective.networks), components)
+
+
+def build_teacher(node: Mapping[str, Any], facts: Facts) -> Any:
+    """The frozen view of the `teacher:` node: its component with its weights, looked at as its `view:` says."""
+    network, _ = build_component("model", strip(node, "teacher"), facts)
+    initialise(network, node).eval().requires_grad_(False)
+    return ckpt.build_view(network, {"name": "denoiser", **(node.get("view") or {})})
 
 
 def initialise(network: nn.Module, node: Mapping[str, Any]) -> nn.Module:

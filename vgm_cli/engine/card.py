@@ -34,14 +34,16 @@ def write_card(run: Run, recipe: Any, outcome: Any, components: Mapping[str, Any
         f"- Network: `{json.dumps(components.get('model', {}))}`",
         f"- Objective: `{json.dumps(recipe.config.get('objective'))}`",
         f"- Data: {data.get('count', '?')} images, {data.get('image_size')}×{data.get('image_size')}×"
-        f"{data.get('image_channels')}, {data.get('num_classes') or 'no'} classes, fingerprint {data.get('fingerprint')}",
+        f"{data.get('image_channels')}, {data.get('num_classes') or 'no'} classes, "
+        f"fingerprint {data.get('fingerprint')}",
         f"- Training: {outcome.step} steps of {opts.batch_size} images in {duration(outcome.seconds)} "
         f"({outcome.images_per_second:.0f} images/s), seed {opts.seed}, vgm {__version__}",
         f"- Hardware: {', '.join(env.get('gpus', [])) or env.get('cpu', 'unknown')}",
         "",
         f"Samples: `samples/`. Use: `vgm sample {run.path}`, `vgm evaluate {run.path}`.",
         "",
-        "It learned from the data above alone and reproduces its biases; it was not checked for memorised training images.",
+        "It learned from the data above alone and reproduces its biases; it was not checked for memorised training "
+        "images.",
     ]
     if paper:
         lines += ["", f"Paper: {paper.title} ({paper.year})" + (f", arXiv {paper.arxiv}" if paper.arxiv else "") + "."]

@@ -21,6 +21,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vgm_cli import __version__, atomic
+from vgm_cli.engine.tokens import as_output
 from vgm_cli.errors import FAILED, MISSING_ASSET, USAGE, VgmError
 from vgm_cli.registry import registry
 
@@ -206,7 +207,8 @@ def build_with_weights(component: Mapping[str, Any], tensors: Mapping[str, Tenso
     want, have = set(model.state_dict()), set(state)
     if want != have:
         raise VgmError(
-            f"{path} does not fit {component['name']}: {len(want - have)} tensors missing, {len(have - want)} unexpected",
+            f"{path} does not fit {component['name']}: {len(want - have)} tensors missing, "
+            f"{len(have - want)} unexpected",
             f"first: {sorted(want ^ have)[0]}",
             FAILED,
         )
@@ -242,21 +244,29 @@ def build_view(model: nn.Module, view: Mapping[str, Any] | None) -> Any:
 # -- codecs ----------------------------------------------------------------------------------------------------------
 
 
-def codec_reference(path: Path, base: Path | None = None) -> dict[str, Any]:
-    """How a checkpoint names its codec: by asset name, or by path (relative to the run where possible) and hash."""
+def codec_reference(path: Path, base: Path | None = None, output: str | None = None) -> dict[str, Any]:
+    """How a checkpoint names its codec: by asset name, or by path (relative to the run where possible) and hash; and
+    what it gives, where that is not its latents."""
+    more = {} if output in (None, "latents") else {"output": output}
     if path.parent == ASSETS:
-        return {"asset": path.stem, "sha256": file_hash(path)}
+        return {"asset": path.stem, "sha256": file_hash(path), **more}
     shown = path.resolve()
     inside = base is not None and base.resolve() in shown.parents
     return {
         "path": str(shown.relative_to(base.resolve())) if inside and base else str(shown),
         "relative": inside,
         "sha256": file_hash(path),
+        **more,
     }
 
 
-def load_codec(ref: Mapping[str, Any], origin: Path, device: torch.device | str = "cpu") -> Any:
-    """The frozen codec that `origin`'s header refers to; refused when its bytes are not those of training."""
+def codec_key(ref: Mapping[str, Any]) -> str:
+    """What a cache of the codec's output is tied to: its hash, and the kind of output where that is not latents."""
+    return f"{ref['sha256']}:{ref['output']}" if "output" in ref else str(ref["sha256"])
+
+
+def codec_path(ref: Mapping[str, Any], origin: Path) -> Path:
+    """The file of the codec that `origin`'s header refers to; refused when its bytes are not those of training."""
     if "asset" in ref:
         path = ASSETS / f"{ref['asset']}.safetensors"
     elif ref.get("relative"):
@@ -268,11 +278,17 @@ def load_codec(ref: Mapping[str, Any], origin: Path, device: torch.device | str 
         raise VgmError(f"the codec of {origin.name} is missing: {path}", "keep it with the run", MISSING_ASSET)
     if ref.get("sha256") and file_hash(path) != ref["sha256"]:
         raise VgmError(f"the codec {path} is not the one {origin.name} was trained with", code=FAILED)
-    return read_codec(path, device)
+    return path
 
 
-def read_codec(path: Path, device: torch.device | str = "cpu") -> Any:
+def load_codec(ref: Mapping[str, Any], origin: Path, device: torch.device | str = "cpu") -> Any:
+    """The frozen codec that `origin`'s header refers to."""
+    return read_codec(codec_path(ref, origin), device, ref.get("output"))
+
+
+def read_codec(path: Path, device: torch.device | str = "cpu", output: str | None = None) -> Any:
+    """A frozen codec from its file. output: "tokens" for what a token model sees."""
     tensors, metadata = read_tensors(path)
     header = Header.parse(metadata, path)
     codec = build_with_weights(header.component, tensors, path)
-    return codec.eval().requires_grad_(False).to(device)
+    return as_output(codec.eval().requires_grad_(False).to(device), output)

@@ -16,7 +16,9 @@ from torch import Tensor
 
 from vgm_cli.api import Batch, Step
 from vgm_cli.data import open_dataset
-from vgm_cli.data.latents import build_cache, open_cache
+from vgm_cli.data.dataset import to_float
+from vgm_cli.data.latent_cache import build_cache
+from vgm_cli.data.latents import Latents, MemoryLatents, open_cache, to_model
 from vgm_cli.data.loader import Batches
 from vgm_cli.engine import build
 from vgm_cli.engine import checkpoint as ckpt
@@ -50,6 +52,11 @@ class Feed:
     def count(self) -> int:
         return len(self.dataset)
 
+    @property
+    def drawn(self) -> bool:
+        """Does the data hold latents drawn from a posterior, not its moments?"""
+        return getattr(self.dataset, "drawn", False)
+
     def describe(self) -> dict[str, Any]:
         return {
             **self.dataset.describe(),
@@ -58,15 +65,15 @@ class Feed:
             "labelled": self.labelled,
         }
 
-    def batches(self, start: int = 0, size: int | None = None) -> Iterator[Batch]:
-        """From batch `start` of the run's fixed order."""
+    def batches(self, start: int = 0, size: int | None = None, shared: bool = False) -> Iterator[Batch]:
+        """From batch `start` of the run's fixed order. shared: every process gets the same rows, not its own."""
         return iter(
             Batches(
                 self.cache if self.cache is not None else self.dataset,
                 size or self.size,
                 seed=self.seed,
-                rank=self.rank,
-                world=self.world,
+                rank=0 if shared else self.rank,
+                world=1 if shared else self.world,
                 start=start,
                 hflip=self.data.hflip,
                 labels=self.labelled,
@@ -74,8 +81,9 @@ class Feed:
             )
         )
 
-    def first(self, n: int) -> Batch:
-        return next(self.batches(0, n))
+    def first(self, n: int, shared: int | None = None) -> Batch:
+        """This process's first n rows, or the first `shared` rows of the whole stream."""
+        return next(self.batches(0, shared or n, shared=shared is not None))
 
     def to_model(self, batch: Batch, step: Step) -> Batch:
         """To the device; pixels or moments become latents with this step's posterior noise."""
@@ -86,19 +94,25 @@ class Feed:
             moments = out.pop("moments", None)
             if moments is None:
                 moments = self.codec.encode(out["x"])
-            noise = step.randn((moments.shape[0], *self.facts.sample_shape), "codec posterior")
-            out["x"] = self.codec.latents(moments.float(), noise)
+            if self.facts.vocab_size:
+                out.pop("x", None)
+                out["tokens"] = to_model(self.codec, moments)
+            else:
+                noise = step.randn((moments.shape[0], *self.facts.sample_shape), "codec posterior")
+                out["x"] = to_model(self.codec, moments, noise, self.drawn)
         return out
 
 
 def open_feed(recipe: Recipe, run: Run, accelerator: Any, micro_size: int) -> Feed:
     """Open the data, settle the codec (training the fallback one when the shipped does not fit), encode small sets."""
     data = recipe.node("data")
-    dataset = open_dataset(data.path, size=data.size, channels=data.channels, crop=data.crop)
+    dataset = open_dataset(data.path, size=data.size, channels=data.channels, crop=data.crop, split=data.split)
     report_skipped(dataset)
     labelled = bool(dataset.facts.num_classes) if data.labels is None else data.labels
     if labelled and not dataset.facts.num_classes:
-        raise VgmError(f"{data.path} has no labels", "class sub-folders give labels; data.labels=false trains without", USAGE)
+        raise VgmError(
+            f"{data.path} has no labels", "class sub-folders give labels; data.labels=false trains without", USAGE
+        )
     facts = build.facts_of(dataset, labelled)
     if data.num_classes and data.num_classes != facts.num_classes:
         ui.warn(f"the recipe says {data.num_classes} classes, the data has {facts.num_classes}: the data counts")
@@ -114,9 +128,27 @@ def open_feed(recipe: Recipe, run: Run, accelerator: Any, micro_size: int) -> Fe
         device=accelerator.device,
     )
     node = recipe.config.get("codec")
-    if node:
+    if isinstance(dataset, Latents):
+        use_latents(feed, node, run)
+    elif node:
         add_codec(feed, node, recipe, run, accelerator)
     return feed
+
+
+def use_latents(feed: Feed, node: dict[str, Any] | None, run: Run) -> None:
+    """The data are latents already: their codec only scales them and decodes samples."""
+    latents = feed.dataset
+    if not node:
+        hint = "take a recipe with a codec, or the images themselves"
+        raise VgmError(f"{latents.facts.root} holds latents, but this recipe trains on pixels", hint, USAGE)
+    if not node.get("weights"):
+        raise build.missing_codec(node)
+    path = ckpt.resolve(node["weights"])
+    feed.codec = ckpt.read_codec(path, feed.device, node.get("output"))
+    feed.codec_ref = ckpt.codec_reference(path, run.path, node.get("output"))
+    latents.refuse_other(ckpt.codec_key(feed.codec_ref))
+    feed.facts = build.facts_behind(feed.facts, feed.codec, latents)
+    feed.cache = latents
 
 
 def report_skipped(dataset: Any) -> None:
@@ -143,36 +175,40 @@ def add_codec(feed: Feed, node: dict[str, Any], recipe: Recipe, run: Run, accele
 
         path = train_codec(node["fallback"], recipe, own)
         accelerator.wait_for_everyone()
-    feed.codec = ckpt.read_codec(path, feed.device)
-    feed.codec_ref = ckpt.codec_reference(path, run.path)
+    feed.codec = ckpt.read_codec(path, feed.device, node.get("output"))
+    feed.codec_ref = ckpt.codec_reference(path, run.path, node.get("output"))
     feed.facts = feed.facts.after(feed.codec)
+    key = ckpt.codec_key(feed.codec_ref)
     wish = feed.data.cache_latents
-    if wish is False or (wish == "auto" and feed.count > IN_MEMORY):
+    if wish is False or (wish == "auto" and (feed.count > IN_MEMORY or feed.dataset.crop == "random")):
         return
     folder = None if wish in ("auto", True) else Path(str(wish))
     fingerprint = feed.dataset.fingerprint()
     if folder is not None and accelerator.is_main_process:
-        build_cache(feed.dataset, feed.codec, folder, feed.codec_ref["sha256"], hflip=feed.data.hflip, device=feed.device)
+        build_cache(feed.dataset, feed.codec, folder, key, hflip=feed.data.hflip, device=feed.device)
     accelerator.wait_for_everyone()
     if folder is not None:
-        feed.cache = open_cache(folder, feed.codec_ref["sha256"], fingerprint)
+        feed.cache = open_cache(folder, key, fingerprint)
     else:
         feed.cache = encode_in_memory(feed)
 
 
-def encode_in_memory(feed: Feed) -> Any:
+def encode_in_memory(feed: Feed) -> MemoryLatents:
     """Moments of every image (and its mirror image) of a small set."""
-    from vgm_cli.data.latents import MemoryLatents
-
     batch = 256
-    parts: dict[str, list[Tensor]] = {"moments": [], "flipped": []}
+    parts: dict[str, list[Any]] = {"moments": [], "flipped": [], "y": [], "text": []}
     with torch.no_grad():
         for first in range(0, feed.count, batch):
-            x = feed.dataset.pixels(range(first, min(first + batch, feed.count))).to(feed.device)
+            images = feed.dataset.gather(range(first, min(first + batch, feed.count)))
+            x = to_float(images["x"]).to(feed.device)
             parts["moments"].append(feed.codec.encode(x).cpu())
             if feed.data.hflip:
                 parts["flipped"].append(feed.codec.encode(x.flip(-1)).cpu())
-    labels = feed.dataset.labels() if feed.labelled else None
+            parts["text"] += images.get("text", [])
+            parts["y"] += [images["y"]] if "y" in images else []
     return MemoryLatents(
-        torch.cat(parts["moments"]), torch.cat(parts["flipped"]) if parts["flipped"] else None, labels
+        torch.cat(parts["moments"]),
+        torch.cat(parts["flipped"]) if parts["flipped"] else None,
+        torch.cat(parts["y"]).numpy() if parts["y"] else None,
+        parts["text"] or None,
     )

@@ -1,8 +1,9 @@
 """Exponential moving averages of network weights, several at once.
 
-Profiles: a constant decay (0.9999), the same with warm-up min(decay, (1 + n) / (10 + n)) as in TensorFlow and LDM's
-LitEma, and the power function of EDM2 (arXiv 2312.02696, eq. 121: beta(n) = (1 - 1/n)^(gamma + 1), gamma from the
-relative width sigma_rel), whose averages can be combined after training.
+Profiles: a constant decay (0.9999), the same with warm-up min(decay, (1 + n) / (10 + n)) as in TensorFlow (n from 0)
+and LDM's LitEma (n from 1), either of them at every k-th step only, and the power function of EDM2 (arXiv 2312.02696,
+eq. 121: beta(n) = (1 - 1/n)^(gamma + 1), gamma from the relative width sigma_rel), whose averages can be combined after
+training.
 """
 
 from __future__ import annotations
@@ -16,13 +17,13 @@ from torch import Tensor, nn
 
 class EMA:
     """One average of a network's parameters; buffers are copied. config: a decay, or one of the mappings
-    {decay: 0.9999}, {decay: 0.9999, warmup: 1}, {sigma_rel: 0.05}."""
+    {decay: 0.9999}, {decay: 0.9999, warmup: 1} (the n of the first step), {decay: 0.9, every: 8}, {sigma_rel: 0.05}."""
 
     def __init__(self, network: nn.Module, config: float | Mapping[str, float]):
         self.config: dict[str, float] = dict(config) if isinstance(config, Mapping) else {"decay": float(config)}
-        unknown = set(self.config) - {"decay", "warmup", "sigma_rel"}
+        unknown = set(self.config) - {"decay", "warmup", "every", "sigma_rel"}
         if unknown or ("decay" in self.config) == ("sigma_rel" in self.config):
-            raise ValueError(f"an EMA is a decay, or a mapping with decay [, warmup] or sigma_rel; got {config}")
+            raise ValueError(f"an EMA is a decay, or a mapping with decay [, warmup, every] or sigma_rel; got {config}")
         if "decay" in self.config and not 0.0 <= self.config["decay"] < 1.0:
             raise ValueError(f"EMA decay must be in [0, 1), got {self.config['decay']}")
         self.gamma = _gamma(self.config["sigma_rel"]) if "sigma_rel" in self.config else None
@@ -39,15 +40,20 @@ class EMA:
 
     def decay(self) -> float:
         """Decay of the coming update (self.updates counts those done)."""
-        n = self.updates + 1
         if self.gamma is not None:
-            return (1 - 1 / n) ** (self.gamma + 1)
+            return (1 - 1 / (self.updates + 1)) ** (self.gamma + 1)
         decay = self.config["decay"]
-        return min(decay, (1 + n) / (10 + n)) if self.config.get("warmup") else decay
+        if "warmup" not in self.config:
+            return decay
+        n = self.updates + self.config["warmup"]
+        return min(decay, (1 + n) / (10 + n))
 
     @torch.no_grad()
     def update(self) -> None:
         """average += (1 - decay) (weights - average); called once per optimizer step."""
+        if (self.updates + 1) % int(self.config.get("every", 1)):
+            self.updates += 1
+            return
         weight = 1 - self.decay()
         live = self.source.state_dict(keep_vars=True)
         average = [self.average[k] for k in self.names]

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vgm_cli import atomic
 from vgm_cli.api import Request, generators, seed_of
-from vgm_cli.engine.checkpoint import Loaded
+from vgm_cli.engine.checkpoint import Loaded, load
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.images import save_grid
 from vgm_cli.registry import registry
@@ -24,7 +24,7 @@ from vgm_cli.registry import registry
 
 @dataclass
 class Plan:
-    """What to sample. labels: one per item, or empty for an unconditional network."""
+    """What to sample. labels: one per item, or empty for an unconditional network. images: see api.Request."""
 
     n: int
     seed: int = 0
@@ -34,6 +34,7 @@ class Plan:
     guidance_scale: float | None = None
     guidance_interval: tuple[float, float] | None = None
     batch_size: int = 64
+    images: Tensor | None = None
 
     def seeds(self, first: int, last: int) -> list[int]:
         return [seed_of("sample", self.seed, i) for i in range(first, last)]
@@ -68,7 +69,9 @@ def class_numbers(names: Sequence[str], loaded: Loaded) -> list[int]:
     return out
 
 
-def sampler_node(recipe: Mapping[str, Any], name: str | None = None, own: Mapping[str, Any] | None = None) -> dict[str, Any]:
+def sampler_node(
+    recipe: Mapping[str, Any], name: str | None = None, own: Mapping[str, Any] | None = None
+) -> dict[str, Any]:
     """The recipe's sampler, or another by name; `own` are KEY=VALUE overrides of its keywords."""
     node = dict(recipe.get("sampler") or {})
     if name is not None and name != node.get("name"):
@@ -78,10 +81,26 @@ def sampler_node(recipe: Mapping[str, Any], name: str | None = None, own: Mappin
     return {**node, **(own or {})}
 
 
-def stream(loaded: Loaded, plan: Plan, device: torch.device | str = "cpu", first: int = 0, last: int | None = None,
-           callback: Any = None, info: dict[str, Any] | None = None) -> Iterator[tuple[Tensor, list[int]]]:
+def build_sampler(node: Mapping[str, Any], device: torch.device | str) -> Any:
+    """The sampler of a node. `classifier: RUN|FILE` is the network that guides it."""
+    node = dict(node)
+    roles: dict[str, Any] = {}
+    if isinstance(node.get("classifier"), str):
+        roles["classifier"] = load(node.pop("classifier"), device=device).model
+    return registry().build("sampler", node, **roles)
+
+
+def stream(
+    loaded: Loaded,
+    plan: Plan,
+    device: torch.device | str = "cpu",
+    first: int = 0,
+    last: int | None = None,
+    callback: Any = None,
+    info: dict[str, Any] | None = None,
+) -> Iterator[tuple[Tensor, list[int]]]:
     """Batches of images (B, C, H, W) about [-1, 1] with their labels, items first..last of the plan."""
-    sampler = registry().build("sampler", plan.sampler)
+    sampler = build_sampler(plan.sampler, device)
     shape = tuple(loaded.header.data.get("sample_shape") or ())
     if not shape:
         raise VgmError(f"{loaded.path} does not say the shape of a sample", code=USAGE)
@@ -99,17 +118,25 @@ def stream(loaded: Loaded, plan: Plan, device: torch.device | str = "cpu", first
             guidance_interval=plan.guidance_interval,
             device=torch.device(device),
             callback=callback,
+            index=list(range(start, stop)),
+            images=plan.images,
+            codec=loaded.codec,
         )
         with torch.no_grad():
             z = sampler(loaded.view, request)
-            x = loaded.codec.decode(z.float()) if loaded.codec is not None else z
+            x = z if loaded.codec is None else loaded.codec.decode(z.float() if z.is_floating_point() else z)
         if info is not None:
             info.update(request.info)
         yield x.float(), labels
 
 
-def sample(loaded: Loaded, plan: Plan, device: torch.device | str = "cpu", progress: Any = None,
-           info: dict[str, Any] | None = None) -> tuple[Tensor, list[int]]:
+def sample(
+    loaded: Loaded,
+    plan: Plan,
+    device: torch.device | str = "cpu",
+    progress: Any = None,
+    info: dict[str, Any] | None = None,
+) -> tuple[Tensor, list[int]]:
     """All images of a plan at once: (N, C, H, W), labels."""
     images, labels = [], []
     for x, y in stream(loaded, plan, device, info=info):
@@ -132,8 +159,13 @@ def preview(loaded: Loaded, recipe: Any, path: Path, n: int, device: torch.devic
     save_grid(x, path, nrow=grid_columns(n, loaded.header.data.get("num_classes") or 0))
     atomic.write_json(
         path.with_suffix(".json"),
-        {"labels": labels, "sampler": plan.sampler, "guidance_scale": plan.guidance_scale, "seed": 0,
-         "seconds": round(time.perf_counter() - began, 2)},
+        {
+            "labels": labels,
+            "sampler": plan.sampler,
+            "guidance_scale": plan.guidance_scale,
+            "seed": 0,
+            "seconds": round(time.perf_counter() - began, 2),
+        },
     )
 
 

@@ -25,8 +25,15 @@ def default_target(loaded: Loaded, model: str, plan: Plan) -> Path:
     return (run / "samples" if run else Path.cwd()) / name
 
 
-def write(loaded: Loaded, plan: Plan, target: Path, model: str, device: torch.device, progress: Any = None,
-          precision: str = "fp32") -> dict[str, Any]:
+def write(
+    loaded: Loaded,
+    plan: Plan,
+    target: Path,
+    model: str,
+    device: torch.device,
+    progress: Any = None,
+    precision: str = "fp32",
+) -> dict[str, Any]:
     """Sample the plan into `target` and return what was done (n, seconds, NFE, path)."""
     began = time.perf_counter()
     info: dict[str, Any] = {}
@@ -44,7 +51,9 @@ def write(loaded: Loaded, plan: Plan, target: Path, model: str, device: torch.de
                 target.parent.mkdir(parents=True, exist_ok=True)
                 classes = loaded.header.data.get("num_classes") or 0
                 own = len(set(plan.labels)) if plan.labels else 0
-                save_grid(x, target, nrow=generate.grid_columns(plan.n, own if own < classes else classes), metadata=meta)
+                save_grid(
+                    x, target, nrow=generate.grid_columns(plan.n, own if own < classes else classes), metadata=meta
+                )
             else:
                 write_npz(target, to_uint8(x).permute(0, 2, 3, 1).numpy(), labels or None)
     seconds = time.perf_counter() - began
@@ -62,8 +71,15 @@ def write(loaded: Loaded, plan: Plan, target: Path, model: str, device: torch.de
     }
 
 
-def write_folder(loaded: Loaded, plan: Plan, folder: Path, device: torch.device, meta: dict[str, str],
-                 info: dict[str, Any], progress: Any) -> int:
+def write_folder(
+    loaded: Loaded,
+    plan: Plan,
+    folder: Path,
+    device: torch.device,
+    meta: dict[str, str],
+    info: dict[str, Any],
+    progress: Any,
+) -> int:
     """000000.png … ; files already there are kept, so an interrupted job goes on. Returns how many were made."""
     if folder.is_file():
         raise VgmError(f"{folder} is a file", "name a folder, a .png or a .npz", USAGE)

@@ -52,7 +52,7 @@ def make_plan(recipe: Recipe, device: torch.device | None = None) -> RunPlan:
     opts = recipe.node("train")
     facts, count = plan_facts(recipe)
     with torch.device("meta"):
-        built = build.build_objective(recipe, facts, plan_roles(recipe))
+        built = build.build_objective(recipe, facts, plan_roles(recipe, facts))
     phases = built.objective.phases()
     trained = sorted({r for p in phases for r in p.trains})
     numbers = {r: sum(p.numel() for p in n.parameters()) for r, n in built.networks.items()}
@@ -90,9 +90,10 @@ def plan_facts(recipe: Recipe) -> tuple[Facts, int | None]:
     data = recipe.node("data")
     count = data.count
     facts: Facts | None = None
+    dataset: Any = None
     try:
         if data.path is not None or data.size is None:
-            dataset = open_dataset(data.path, size=data.size, channels=data.channels, crop=data.crop)
+            dataset = open_dataset(data.path, size=data.size, channels=data.channels, crop=data.crop, split=data.split)
             labelled = bool(dataset.facts.num_classes) if data.labels is None else data.labels
             facts, count = build.facts_of(dataset, labelled), len(dataset)
     except VgmError as e:
@@ -102,20 +103,23 @@ def plan_facts(recipe: Recipe) -> tuple[Facts, int | None]:
     facts = facts or build.declared_facts(data)
     node = recipe.config.get("codec")
     if node:
-        facts = facts.after(build.meta_codec(node, facts))
+        facts = build.facts_behind(facts, build.meta_codec(node, facts), dataset)
     return facts, count
 
 
-def plan_roles(recipe: Recipe) -> dict[str, Any]:
-    return {}
+def plan_roles(recipe: Recipe, facts: Facts) -> dict[str, Any]:
+    """What the command itself would make: ODE pairs of a teacher, here two empty ones."""
+    if not recipe.config.get("pairs"):
+        return {}
+    x = torch.zeros(2, *facts.sample_shape)
+    return {"pairs": {"z": x, "x": x} | ({"y": torch.zeros(2, dtype=torch.long)} if facts.num_classes else {})}
 
 
 def example(facts: Facts, n: int, device: torch.device | str, recipe: Recipe) -> Batch:
     """A batch of the right shapes."""
-    batch: Batch = {
-        "x": torch.zeros(n, *facts.sample_shape, device=device),
-        "index": torch.zeros(n, dtype=torch.long, device=device),
-    }
+    tokens = bool(facts.vocab_size)
+    seen = torch.zeros(n, *facts.sample_shape, device=device, dtype=torch.long if tokens else None)
+    batch: Batch = {"tokens" if tokens else "x": seen, "index": torch.zeros(n, dtype=torch.long, device=device)}
     if facts.num_classes:
         batch["y"] = torch.zeros(n, dtype=torch.long, device=device)
     return batch
@@ -153,13 +157,14 @@ def count_flops(built: build.Built, facts: Facts, recipe: Recipe) -> tuple[float
     return forward, total
 
 
-def memory_by_part(built: build.Built, trained: list[str], recipe: Recipe, precision: str, micro: int,
-                   facts: Facts) -> dict[str, int]:
+def memory_by_part(
+    built: build.Built, trained: list[str], recipe: Recipe, precision: str, micro: int, facts: Facts
+) -> dict[str, int]:
     """Bytes of weights, gradients, optimizer state, averages and (measured on meta tensors) saved activations."""
     opts = recipe.node("train")
     weights = sum(p.numel() * 4 for n in built.networks.values() for p in n.parameters())
     grads = sum(p.numel() * 4 for r in trained for p in built.networks[r].parameters() if p.requires_grad)
-    moments = {"adam": 2, "adamw": 2, "rmsprop": 1, "sgd": 1}[recipe.node("optimizer").name]
+    moments = {"rmsprop": 1, "sgd": 1, "adagrad": 1}.get(recipe.node("optimizer").name, 2)
     model = sum(p.numel() * 4 for p in built.networks["model"].parameters()) if "model" in built.networks else 0
     parts = {
         "weights": weights,
@@ -186,14 +191,15 @@ def memory_by_part(built: build.Built, trained: list[str], recipe: Recipe, preci
     return parts
 
 
-def time_steps(recipe: Recipe, facts: Facts, device: torch.device, precision: str, flops_image: float,
-               trainable: int) -> tuple[float | None, str]:
+def time_steps(
+    recipe: Recipe, facts: Facts, device: torch.device, precision: str, flops_image: float, trainable: int
+) -> tuple[float | None, str]:
     """Median of three timed forward-backward passes, scaled to the batch; None with the reason when not affordable."""
     opts = recipe.node("train")
     if device.type == "cpu" and trainable > TIMED_PARAMETERS:
         return None, f"not timed: {human(trainable)} parameters would take minutes to set up on this CPU"
     n = max(2, min(opts.batch_size // opts.accumulate, int(TIMED_FLOPS / max(flops_image, 1))))
-    built = build.build_objective(recipe, facts, plan_roles(recipe))
+    built = build.build_objective(recipe, facts, plan_roles(recipe, facts))
     for network in built.networks.values():
         network.to(device)
     step = Step(index=0, device=device)

@@ -1,10 +1,10 @@
 """The run directory: what a run leaves behind, every write atomic.
 
-    runs/<paper>-<recipe>/<time>/   or --out DIR
-      config.yaml origins.json command.txt env.json git.json data.json card.md
-      metrics.jsonl  samples/step-001000.png (+ .json)
-      checkpoints/step-00001000/{model,ema-0.9999}.safetensors trainer.safetensors state.json
-      checkpoints/last -> step-00001000
+runs/<paper>-<recipe>/<time>/   or --out DIR
+  config.yaml origins.json command.txt env.json git.json data.json card.md
+  metrics.jsonl  samples/step-001000.png (+ .json)
+  checkpoints/step-00001000/{model,ema-0.9999}.safetensors trainer.safetensors state.json
+  checkpoints/last -> step-00001000
 """
 
 from __future__ import annotations

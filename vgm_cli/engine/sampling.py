@@ -25,7 +25,9 @@ def open_model(model: str, weights: str | None = None, precision: str = "fp32") 
     device = device_for()
     loaded = ckpt.load(model, weights, device)
     if loaded.header.view and loaded.header.view.get("name") == "codec":
-        raise VgmError(f"{model} is a codec: it reconstructs, it does not generate", "train a model on its latents", USAGE)
+        raise VgmError(
+            f"{model} is a codec: it reconstructs, it does not generate", "train a model on its latents", USAGE
+        )
     return loaded, device
 
 
@@ -45,6 +47,7 @@ def plan_for(
     seed: int = 0,
     batch_size: int = 64,
     overrides: Sequence[str] = (),
+    images: str | None = None,
 ) -> Plan:
     """Command-line options on top of the recipe that the checkpoint carries."""
     recipe = loaded.header.recipe
@@ -71,4 +74,18 @@ def plan_for(
         guidance_scale=recipe.get("guidance_scale") if guidance_scale is None else guidance_scale,
         guidance_interval=interval,
         batch_size=batch_size,
+        images=given_images(loaded, images, n) if images is not None else None,
     )
+
+
+def given_images(loaded: ckpt.Loaded, data: str, n: int) -> torch.Tensor:
+    """The first n images of a data set as the model sees them, on its device: (<= n, C, H, W)."""
+    from vgm_cli.data import open_dataset
+
+    facts = loaded.header.data
+    dataset = open_dataset(data, size=facts.get("image_size"), channels=facts.get("image_channels"))
+    x: torch.Tensor = dataset.pixels(range(min(n, len(dataset)))).to(next(loaded.model.parameters()).device)
+    if loaded.codec is None:
+        return x
+    with torch.no_grad():
+        return loaded.codec.latents(loaded.codec.encode(x))  # type: ignore[no-any-return]

@@ -17,7 +17,7 @@ import json
 import math
 import signal
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -30,10 +30,12 @@ from vgm_cli import atomic
 from vgm_cli.api import Batch, Phase, Step, seed_of
 from vgm_cli.engine import build, data_feed, generate
 from vgm_cli.engine import checkpoint as ckpt
+from vgm_cli.engine.distributed import keep_memory
 from vgm_cli.engine.ema import EMA
 from vgm_cli.engine.run import Run, bf16_supported
 from vgm_cli.errors import DIVERGED, FAILED, INTERRUPTED, USAGE, VgmError
-from vgm_cli.recipe import Optimizer, Recipe, load
+from vgm_cli.recipe import TORCH_OPTIMIZERS, Optimizer, Recipe, load
+from vgm_cli.registry import registry
 from vgm_cli.ui import Progress, duration, flat, ui
 
 MAY_CHANGE = ("steps", "log_every", "save_every", "keep", "preview_every", "preview_n", "compile")  # on resume
@@ -73,18 +75,24 @@ def train(
     stop_after: int | None = None,
     track: str = "jsonl",
     roles: Mapping[str, Any] | None = None,
+    open_feed: Callable[..., Any] = data_feed.open_feed,
     quiet_end: bool = False,
 ) -> Outcome:
     """Run a recipe to its last step (or `stop_after`) and leave a run directory behind.
+
+    roles: what the objective is given besides the recipe's networks. open_feed: makes the batches, from the recipe's
+    data unless the caller knows better (see data_feed.open_feed).
 
     Raises VgmError with code 5 when the loss is not finite (the last good checkpoint stays), 130/143 after saving on
     SIGINT/SIGTERM, 2 for configuration mistakes.
     """
     accelerator = make_accelerator(recipe, track)
+    if accelerator.device.type == "cpu":
+        keep_memory()
     opts = recipe.node("train")
     run = open_run(recipe, out, resume, overwrite, accelerator)
     with Guard() as guard:
-        trainer = Trainer(recipe, run, accelerator, roles or {}, track)
+        trainer = Trainer(recipe, run, accelerator, roles or {}, track, open_feed)
         if resume:
             trainer.restore()
         return trainer.loop(min(opts.steps, stop_after or opts.steps), guard, quiet_end)
@@ -199,7 +207,15 @@ class Guard:
 class Trainer:
     """State of one run between steps."""
 
-    def __init__(self, recipe: Recipe, run: Run, accelerator: Any, roles: Mapping[str, Any], track: str = "jsonl"):
+    def __init__(
+        self,
+        recipe: Recipe,
+        run: Run,
+        accelerator: Any,
+        roles: Mapping[str, Any],
+        track: str = "jsonl",
+        open_feed: Callable[..., Any] = data_feed.open_feed,
+    ):
         self.recipe, self.run, self.acc, self.track = recipe, run, accelerator, track
         self.opts = recipe.node("train")
         self.world, self.rank, self.device = accelerator.num_processes, accelerator.process_index, accelerator.device
@@ -215,10 +231,10 @@ class Trainer:
         self.start, self.images, self.seconds = 0, 0, 0.0
 
         torch.manual_seed(self.opts.seed)
-        self.feed = data_feed.open_feed(recipe, run, accelerator, self.micro_size)
+        self.feed = open_feed(recipe, run, accelerator, self.micro_size)
         self.facts = self.feed.facts
         torch.manual_seed(self.opts.seed)  # opening the data may have trained a codec
-        built = build.build_objective(recipe, self.facts, roles)
+        built = build.build_objective(recipe, self.facts, {"codec": self.feed.codec, **roles})
         self.objective, self.networks, self.components = built.objective, built.networks, built.components
         self.phases: list[Phase] = list(self.objective.phases())
         self._prepare()
@@ -234,11 +250,11 @@ class Trainer:
         for network in self.networks.values():
             network.to(self.device)
             if channels_last(network, self.opts.channels_last):
-                network.to(memory_format=torch.channels_last)
+                network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
         if hasattr(self.objective, "to"):
             self.objective.to(self.device)
-        first = self.feed.first(self.micro_size)
         if hasattr(self.objective, "prepare"):
+            first = self.feed.first(self.micro_size, getattr(self.objective, "prepare_size", None))
             self.objective.prepare(self._to_model(first, self._step(0)), self._step(0))
         trained = sorted({r for p in self.phases for r in p.trains})
         self.trained = trained
@@ -249,7 +265,7 @@ class Trainer:
             for r in trained:
                 if not hasattr(self.networks[r], "checkpointing"):
                     raise VgmError(f"{self.components[r]['name']} has no activation checkpointing", code=USAGE)
-                self.networks[r].checkpointing = True
+                setattr(self.networks[r], "checkpointing", True)  # noqa: B010  # a plain attribute, not a submodule
         if should_compile(self.opts, self.device):
             for r in trained:
                 self.networks[r].compile()
@@ -262,7 +278,9 @@ class Trainer:
             mine = [p for p in self.phases if p.optimizer == name]
             members = sorted({r for p in mine for r in p.trains})
             self.settings[name] = self.recipe.optimizer(name)
-            params = [q for r in members for q in self.trainable[r]]
+            params: list[Any] = [q for r in members for q in self.trainable[r]]
+            if self.settings[name].decay != "all":
+                params = decay_groups(params, [self.networks[r] for r in members], self.settings[name].decay)
             root: Any = Root(self.objective, {r: self.networks[r] for r in members})
             if self.world > 1:
                 partial = any(set(p.trains) != set(members) for p in mine)
@@ -318,7 +336,8 @@ class Trainer:
                     window, counts = {}, {}
                     self._stop_if_diverged(finite, done)
                     left = (until - done) * opts.batch_size / max(rate, 1e-9)
-                    note = f"loss {row.get('loss', math.nan):.4g}  {rate:.0f} img/s"
+                    told = "reward" if "reward" in row else "loss"
+                    note = f"{told} {row.get(told, math.nan):.4g}  {rate:.0f} img/s"
                     progress.update(done, note)
                     progress.line(f"step {done}/{until}  {note}  ETA {duration(left)}")
                 elif progress.bar is not None:
@@ -362,7 +381,9 @@ class Trainer:
         logs: dict[str, Tensor] = {}
         ok = torch.ones((), dtype=torch.bool, device=self.device)
         experience = getattr(self.objective, "experience", None)
-        parts = zip(*(experience(b, s) for b, s in zip(micros, steps))) if experience else [tuple(micros)]
+        with self.acc.autocast():  # lists are made here, in the precision that the loss will see
+            played = [experience(b, s) for b, s in zip(micros, steps)] if experience else []
+        parts = zip(*played) if experience else [tuple(micros)]
         for group in parts:
             for phase in due:
                 self._set_lr(phase.optimizer, index)
@@ -474,22 +495,24 @@ class Trainer:
         header = self.header()
         header.step = done
         temp = self.run.begin_checkpoint(done)
-        ckpt.save_network(temp / "model.safetensors", self.networks["model"].state_dict(), header)
+        tensors = self.save_weights(temp, "model", self.networks["model"].state_dict(), header)
         for average in self.averages:
             header.weights = average.name
-            ckpt.save_network(temp / f"{average.name}.safetensors", average.state_dict(), header)
+            tensors |= self.save_weights(temp, average.name, average.state_dict(), header)
         for role in self.trained:
             if role != "model":
                 own = self.header(role)
                 own.step = done
                 ckpt.save_network(temp / f"{role}.safetensors", self.networks[role].state_dict(), own)
-        tensors: dict[str, Tensor] = {}
         for name, optimizer in self.optimizers.items():
             tensors |= optimizer_tensors(optimizer, f"optimizer.{name}.")
         if hasattr(self.objective, "state_dict"):
             tensors |= {f"objective.{k}": v for k, v in self.objective.state_dict().items()}
-        atomic.save_safetensors({k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()},
-                                temp / "trainer.safetensors", {"format": "pt"})
+        atomic.save_safetensors(
+            {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()},
+            temp / "trainer.safetensors",
+            {"format": "pt"},
+        )
         scaler = self.acc.scaler.state_dict() if self.acc.scaler is not None else None
         state = {
             "step": done,
@@ -503,6 +526,23 @@ class Trainer:
         atomic.write_json(temp / "state.json", state)
         self.run.commit_checkpoint(temp, self.opts.keep)
 
+    def save_weights(
+        self, temp: Path, name: str, state: Mapping[str, Tensor], header: ckpt.Header
+    ) -> dict[str, Tensor]:
+        """One weights file, as others will read it (an objective's `export` folds adapters in); gives what that
+        leaves out, which resuming needs."""
+        export = getattr(self.objective, "export", None)
+        plain = export("model", state) if export else state
+        ckpt.save_network(temp / f"{name}.safetensors", plain, header)
+        return {f"kept.{name}.{k}": v for k, v in state.items() if k not in plain}
+
+    @staticmethod
+    def whole(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], file: Path) -> Mapping[str, Tensor]:
+        """The opposite: `state` with what was kept of it (the rest of it never changes), or all of the file."""
+        prefix = f"kept.{file.stem}."
+        kept = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
+        return {**state, **kept} if kept else ckpt.read_tensors(file)[0]
+
     def restore(self) -> None:
         """Continue from the last complete checkpoint; from the start when there is none."""
         folder = self.run.last()
@@ -513,13 +553,13 @@ class Trainer:
             state = json.loads((folder / "state.json").read_text())
         except (OSError, ValueError) as e:
             raise VgmError(f"{folder} is damaged: {e}", "remove it to resume from the one before", FAILED) from e
-        for role in self.trained:
-            file = folder / f"{'model' if role == 'model' else role}.safetensors"
-            self.networks[role].load_state_dict(ckpt.read_tensors(file)[0])
-        for average in self.averages:
-            tensors, _ = ckpt.read_tensors(folder / f"{average.name}.safetensors")
-            average.load_state_dict(tensors, state["ema_updates"][average.name])
         tensors, _ = ckpt.read_tensors(folder / "trainer.safetensors")
+        for role in self.trained:
+            own_state = self.networks[role].state_dict()
+            self.networks[role].load_state_dict(self.whole(own_state, tensors, folder / f"{role}.safetensors"))
+        for average in self.averages:
+            weights = self.whole(average.state_dict(), tensors, folder / f"{average.name}.safetensors")
+            average.load_state_dict(weights, state["ema_updates"][average.name])
         for name, optimizer in self.optimizers.items():
             load_optimizer_tensors(optimizer, tensors, f"optimizer.{name}.")
         own = {k.removeprefix("objective."): v for k, v in tensors.items() if k.startswith("objective.")}
@@ -555,23 +595,51 @@ class Trainer:
                 self.run.path,
             )
             with self.acc.autocast():
-                generate.preview(loaded, self.recipe, self.run.path / "samples" / f"step-{done:06d}.png",
-                                 self.opts.preview_n, self.device)
+                generate.preview(
+                    loaded,
+                    self.recipe,
+                    self.run.path / "samples" / f"step-{done:06d}.png",
+                    self.opts.preview_n,
+                    self.device,
+                )
         torch.random.set_rng_state(rng)
 
 
-# -- small pieces --------------------------------------------------------------------------------------------------------
+# -- small pieces ----------------------------------------------------------------------------------------------------
 
 
-def make_optimizer(params: list[Tensor], setting: Optimizer, device: torch.device) -> torch.optim.Optimizer:
-    """torch.optim by name, fused where the device has a fused kernel."""
+def decay_groups(params: Sequence[Tensor], networks: Sequence[nn.Module], decay: str) -> list[dict[str, Any]]:
+    """Two parameter groups, with and without weight decay. decay: "matrices" decays tensors of two and more dimensions,
+    "linear" the weights of linear and convolutional layers alone (no embeddings, no norms, no biases)."""
+    layers = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.ConvTranspose2d)
+    linear = {id(m.weight) for network in networks for m in network.modules() if isinstance(m, layers)}
+    yes = [p for p in params if (p.ndim >= 2 if decay == "matrices" else id(p) in linear)]
+    chosen = {id(p) for p in yes}
+    return [{"params": yes}, {"params": [p for p in params if id(p) not in chosen], "weight_decay": 0.0}]
+
+
+def make_optimizer(params: Sequence[Any], setting: Optimizer, device: torch.device) -> torch.optim.Optimizer:
+    """torch.optim by name over tensors or parameter groups, fused where the device has a fused kernel, or an optimizer
+    component, whose constructor takes params, lr, betas, eps and weight_decay."""
+    betas = (setting.betas[0], setting.betas[1])
     common: dict[str, Any] = {"lr": setting.lr, "weight_decay": setting.weight_decay}
+    if setting.name not in TORCH_OPTIMIZERS:
+        node = {"name": setting.name, "betas": setting.betas, "eps": setting.eps, **common}
+        made: torch.optim.Optimizer = registry().build("optimizer", node, params=params)
+        return made
     if setting.name in ("adam", "adamw"):
         cls = torch.optim.AdamW if setting.name == "adamw" else torch.optim.Adam
-        fused = device.type in ("cuda", "cpu") and all(p.is_floating_point() for p in params)
-        return cls(params, betas=tuple(setting.betas), eps=setting.eps, fused=fused, **common)
+        tensors = [p for q in params for p in (q["params"] if isinstance(q, dict) else [q])]
+        fused = device.type in ("cuda", "cpu") and all(p.is_floating_point() for p in tensors)
+        return cls(params, betas=betas, eps=setting.eps, fused=fused, **common)
     if setting.name == "rmsprop":
         return torch.optim.RMSprop(params, eps=setting.eps, **common)
+    if setting.name == "adagrad":
+        return torch.optim.Adagrad(params, eps=setting.eps, **common)
+    if setting.name == "adamax":
+        return torch.optim.Adamax(params, betas=betas, eps=setting.eps, **common)
+    if setting.name == "radam":
+        return torch.optim.RAdam(params, betas=betas, eps=setting.eps, **common)
     return torch.optim.SGD(params, momentum=setting.betas[0], **common)
 
 
@@ -593,10 +661,16 @@ def optimizer_tensors(optimizer: Any, prefix: str) -> dict[str, Tensor]:
 
 def load_optimizer_tensors(optimizer: Any, tensors: Mapping[str, Tensor], prefix: str) -> None:
     full = optimizer.state_dict()
+    params = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
         if key.startswith(prefix):
             index, _, entry = key[len(prefix) :].partition(".")
+            like = params[int(index)]
+            if (
+                value.shape == like.shape
+            ):  # fused kernels read weights and moments in memory order: channels last or not
+                value = torch.empty_like(like, dtype=value.dtype, device=value.device).copy_(value)
             state.setdefault(int(index), {})[entry] = value
     optimizer.load_state_dict({"state": state, "param_groups": full["param_groups"]})
 

@@ -13,7 +13,8 @@ whatever the objective's `view()` names) and calls, if it is there,
                  it is, e.g. "exact", "ELBO", "IWAE-50 bound", "ODE, one Hutchinson probe, uniform dequantisation".
 
 A conditional model may add a keyword `y: Tensor | None = None` ((B,) int64 labels); it is passed where the data has
-labels and the checkpoint was trained with them. bits per dimension = -nats / (C H W ln 2).
+labels and the checkpoint was trained with them. A latent-variable model may add `samples: int = ...` (posterior draws;
+1 is the ELBO), which `bits-per-dim:samples=N` sets. bits per dimension = -nats / (C H W ln 2).
 
 Rules. The model dequantises itself. With data scaled to z = a x + b and a density p(z) of (x + u) scaled the same way,
 u ~ U(0, 1) (or U(-1/2, 1/2)): nats = log p(z) + C H W log a, a lower bound in expectation (Theis et al.,
@@ -92,7 +93,8 @@ def denoiser_likelihood(
 
 class BitsPerDim:
     """-log2 p per dimension of held-out (or training) images. n: images, evenly spaced over the data; probes, method,
-    steps, rtol, atol: of the ODE, for diffusion and flow models; probes=0 takes the exact trace."""
+    steps, rtol, atol: of the ODE, for diffusion and flow models; probes=0 takes the exact trace. samples: posterior draws
+    of latent-variable models, None for the model's own number."""
 
     needs_model = True
 
@@ -104,8 +106,9 @@ class BitsPerDim:
         steps: int = 100,
         rtol: float = 1e-5,
         atol: float = 1e-5,
+        samples: int | None = None,
     ):
-        self.n = n
+        self.n, self.samples = n, samples
         self.ode: dict[str, Any] = {
             "probes": probes or None,
             "method": method,
@@ -151,8 +154,9 @@ class BitsPerDim:
         if callable(own):
             if subject.codec is not None and not getattr(view, "latent_likelihood", False):
                 raise VgmError("this model sees latents of a codec, so it has no likelihood of pixels", code=USAGE)
-            takes_y = "y" in inspect.signature(own).parameters
-            return lambda x, gens, y: own(x, gens, **(given(y) if takes_y else {}))
+            takes = inspect.signature(own).parameters
+            more = {"samples": self.samples} if self.samples is not None and "samples" in takes else {}
+            return lambda x, gens, y: own(x, gens, **(given(y) if "y" in takes else {}), **more)
         if isinstance(view, Denoiser):
             return lambda x, gens, y: denoiser_likelihood(view, x, gens, **self.ode, **given(y))
         name = subject.header.component.get("name")

@@ -15,6 +15,8 @@ class ActNorm(nn.Module):
     x: (B, C, H, W) -> scale * (x + loc).
     """
 
+    initialized: Tensor
+
     def __init__(self, channels: int):
         super().__init__()
         self.loc = nn.Parameter(torch.zeros(1, channels, 1, 1))

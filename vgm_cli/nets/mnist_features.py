@@ -1,4 +1,4 @@
-"""A small digit classifier whose 64-d embedding is the feature space of Frechet distance and friends on MNIST-like data.
+"""A small digit classifier whose 64-d embedding is the feature space of Frechet distance and others on digits.
 
 There is no published network for this role, so the numbers are comparable only between runs that name the same weights
 (their sha256 is part of every result). Weights: vgm_cli/assets/mnist-features.safetensors, trained by
@@ -86,7 +86,9 @@ def load_mnist_features(path: str | Path) -> MnistCNN:
     except (SafetensorError, OSError) as e:
         raise VgmError(f"{path} is not a readable safetensors file: {str(e).splitlines()[0]}", code=FAILED) from e
     if kind != KIND:
-        raise VgmError(f"{path} does not hold digit features", "train one with vgm_cli.metrics.train_mnist_features", FAILED)
+        raise VgmError(
+            f"{path} does not hold digit features", "train one with vgm_cli.metrics.train_mnist_features", FAILED
+        )
     net = MnistCNN(dim=state["embed.weight"].shape[0])
     net.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
     return net.eval().requires_grad_(False)

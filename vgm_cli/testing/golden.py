@@ -1,8 +1,8 @@
 """Golden cases: stored inputs, weights and outputs of reference implementations, and the checks that claim them.
 
 A test module declares `golden = GoldenChecks("dit")`, decorates checks with a predicate over the file's metadata
-and tensor names, and has one test taking the `golden_case` fixture; `pytest --golden DIR` adds DIR/<paper>/*.safetensors
-to the committed cases. A case of a complete paper that no check claims fails.
+and tensor names, and has one test taking the `golden_case` fixture; `pytest --golden DIR` adds the files
+DIR/<paper>/*.safetensors to the committed cases. A case of a complete paper that no check claims fails.
 """
 
 from __future__ import annotations

@@ -1,0 +1,121 @@
+"""NCSN++ and DDPM++ weights: the layout of score_sde_pytorch and of RectifiedFlow, whose names are ours.
+
+A checkpoint is {optimizer, model, ema, step} (convert_api.unwrap names the list that `ema` is). `sigmas`, the ladder of
+noise levels, is float64 there and float32 here.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from typing import Any
+
+from torch import Tensor
+
+from vgm_cli.convert_api import Converter
+
+State = Mapping[str, Tensor]
+
+
+def recognise(keys: Iterable[str]) -> bool:
+    """A flat list of layers among which there are residual blocks and single-head attention."""
+    keys = {k.removeprefix("module.") for k in keys}
+    leaves = {re.sub(r"^all_modules\.\d+\.", "", k) for k in keys if k.startswith("all_modules.")}
+    return {"Conv_0.weight", "Conv_1.weight", "GroupNorm_1.weight", "NIN_3.W"} <= leaves
+
+
+def to_ours(state: State) -> dict[str, Tensor]:
+    """KeyError: no layer at the start or the ladder is missing."""
+    ours = {k.removeprefix("module."): v for k, v in state.items()}
+    return ours | {"sigmas": ours["sigmas"].float()}
+
+
+def from_ours(state: State) -> dict[str, Tensor]:
+    return {**state, "sigmas": state["sigmas"].double()}
+
+
+# -- reading the constructor's keywords off the shapes -----------------------------------------------------------------
+
+
+def layers_of(state: State) -> list[dict[str, Tensor]]:
+    """The tensors of every entry of all_modules; {} where an entry has none."""
+    found: dict[int, dict[str, Tensor]] = {}
+    for key, value in state.items():
+        if key.startswith("all_modules."):
+            _, index, leaf = key.split(".", 2)
+            found.setdefault(int(index), {})[leaf] = value
+    return [found.get(i, {}) for i in range(max(found) + 1)]
+
+
+def kind(layer: Mapping[str, Tensor], ddpm: bool) -> str:
+    """res, attention, resize (a block or layer that changes sizes), pyramid, combine, norm, conv, linear or fourier."""
+    if "Conv_1.weight" in layer:
+        out, into = layer["Conv_0.weight"].shape[:2]
+        return "resize" if out == into and "Conv_2.weight" in layer else "res"
+    if "NIN_3.W" in layer:
+        return "attention"
+    if "Conv2d_0.weight" in layer:
+        return "resize" if ddpm else "pyramid"
+    if "Conv_0.weight" in layer:
+        return "combine" if layer["Conv_0.weight"].shape[-1] == 1 else "resize"
+    if "weight" in layer:
+        return {1: "norm", 2: "linear", 4: "conv"}[layer["weight"].ndim]
+    return "fourier" if "W" in layer else "resize"  # means have no weights
+
+
+def start_of_decoder(layers: list[dict[str, Tensor]], kinds: list[str], stem: int) -> int:
+    """The first residual block that also takes a skip connection, so more channels than the block before gave."""
+    ch = layers[stem]["weight"].shape[0]
+    for i in range(stem + 1, len(kinds)):
+        if kinds[i] == "res":
+            out, into = layers[i]["Conv_0.weight"].shape[:2]
+            if into > ch and kinds[i - 1] != "combine":
+                return i
+            ch = out
+    raise KeyError("all_modules: no decoder")
+
+
+def config_from(state: State) -> dict[str, Any]:
+    """Constructor keywords. What shapes do not tell follows the published networks: attention is at 16 pixels; those
+    with Fourier features or an image pyramid resample by a filter, those with Fourier features divide by sigma or t."""
+    layers = layers_of(state)
+    ddpm = not any("Conv_2.weight" in layer for layer in layers)
+    kinds = [kind(layer, ddpm) for layer in layers]
+    stem = kinds.index("conv")
+    decoder = start_of_decoder(layers, kinds, stem)
+    levels: list[list[int]] = [[]]
+    for i in range(stem + 1, decoder - 3):
+        if kinds[i] == "resize":
+            levels.append([])
+        else:
+            levels[-1].append(i)
+    nf, channels = layers[stem]["weight"].shape[:2]
+    residual = [[i for i in level if kinds[i] == "res"] for level in levels]
+    attends = [n for n, level in enumerate(levels) if any(kinds[i] == "attention" for i in level)]
+    size = 16 * 2 ** attends[0] if attends else 4 * 2 ** len(levels)
+    fourier, skip, pyramid = kinds[0] == "fourier", "combine" in kinds, "pyramid" in kinds[:decoder]
+    config: dict[str, Any] = {
+        "image_size": size,
+        "in_channels": channels,
+        "nf": nf,
+        "ch_mult": [layers[level[0]]["Conv_1.weight"].shape[0] // nf for level in residual],
+        "num_res_blocks": len(residual[0]),
+        "attn_resolutions": [size // 2**n for n in attends],
+        "resblock_type": "ddpm" if ddpm else "biggan",
+        "fir": fourier or skip or pyramid,
+        "progressive": "output_skip" if kinds[decoder:].count("norm") > 1 else "none",
+        "progressive_input": "input_skip" if skip else "residual" if pyramid else "none",
+        "embedding_type": "fourier" if fourier else "positional",
+        "scale_by_sigma": fourier,
+        "num_classes": len(state["label_emb.weight"]) if "label_emb.weight" in state else 0,
+    }
+    ladder = state.get("sigmas")
+    if ladder is not None and not ladder.is_meta:
+        config |= {"sigma_max": round(float(ladder[0]), 4), "sigma_min": round(float(ladder[-1]), 6)}
+        config["num_scales"] = len(ladder)
+    return config
+
+
+def converter(name: str, summary: str) -> Converter:
+    """The layout under a paper's name: score-based models and rectified flows share it."""
+    return Converter(name, "ncsnpp", recognise, to_ours, from_ours, config_from, summary=summary)
