@@ -90,7 +90,7 @@ def evaluate(
     seed: Annotated[int, typer.Option(help="Of the samples and of resampling metrics.")] = 0,
     weights: Annotated[str | None, typer.Option(help="raw, or an average. Default: the first average.")] = None,
     batch_size: BatchSize = 100,
-    precision: Annotated[str, typer.Option(help="fp32 | bf16, of sampling.")] = "fp32",
+    precision: Annotated[str, typer.Option(help="auto | fp32 | bf16, of sampling. auto: as trained.")] = "auto",
     nproc: NProc = 1,
     check: Annotated[list[str] | None, typer.Option("--assert", help='Exit code 3 unless it holds: "fid<5".')] = None,
     save_stats: Annotated[Path | None, typer.Option(help="Also write the reference's statistics here.")] = None,
@@ -110,6 +110,8 @@ def evaluate(
 
     Also: vgm evaluate diff A.json B.json (may two numbers be compared?), vgm evaluate stats DATA -o REF.safetensors
     """
+    from vgm_cli.engine.distributed import relaunched
+
     if relaunched(nproc):
         return
     from vgm_cli.engine.evaluate import check_assertion, parse_assertion
@@ -201,6 +203,8 @@ def stats(
 
         vgm evaluate stats FOLDER -o ref.safetensors --features inception.pth
     """
+    from vgm_cli.engine.distributed import relaunched
+
     if relaunched(nproc):
         return
     from vgm_cli.engine.evaluating import evaluate_statistics
@@ -217,16 +221,3 @@ def stats(
     )
     ui.document(found)
     ui.data(f"{out}: {found['n']} images, {found['dim']} features of {found.get('features', 'an unknown network')}")
-
-
-def relaunched(nproc: int) -> bool:
-    """Run this command in several processes, unless this is one of them already; exits with their code on failure."""
-    from vgm_cli.engine import distributed
-
-    distributed.adopt_slurm()
-    if nproc == 1 or distributed.launched():
-        return False
-    code = distributed.relaunch(nproc, 1, None, distributed.default_argv())
-    if code:
-        raise typer.Exit(code)
-    return True

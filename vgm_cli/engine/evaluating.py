@@ -16,7 +16,7 @@ from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine import evaluate as measuring
 from vgm_cli.engine import generate, ranks
 from vgm_cli.engine.measure import save_statistics
-from vgm_cli.engine.sampling import autocast, device_for, open_model, plan_for
+from vgm_cli.engine.sampling import device_for, open_model, plan_for
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.images import to_uint8
 from vgm_cli.metrics import features as networks
@@ -45,7 +45,7 @@ class Options:
     seed: int = 0
     weights: str | None = None
     batch_size: int = 100
-    precision: str = "fp32"
+    precision: str = "auto"
     overrides: Sequence[str] = field(default_factory=tuple)
     save_stats: Path | None = None
 
@@ -127,7 +127,7 @@ def open_target(target: str, options: Options, protocol: Protocol, sampled: bool
     path = ckpt.resolve(target, options.weights)
     if ckpt.read_header(path).component.get("kind") == "codec":
         return reconstructions(path, options, protocol)
-    loaded, device = open_model(target, options.weights, options.precision)
+    loaded, device = open_model(target, options.weights)
     data = loaded.header.data
     if not data.get("image_size"):
         raise VgmError(f"{path} does not say the size of its images", "convert it with the data's facts", USAGE)
@@ -145,10 +145,12 @@ def open_target(target: str, options: Options, protocol: Protocol, sampled: bool
             seed=options.seed,
             batch_size=options.batch_size,
             overrides=options.overrides,
+            precision=options.precision,
         )
-        found.pictures = Sampled(loaded, plan, device, protocol.uint8, options.precision)
+        found.pictures = Sampled(loaded, plan, device, protocol.uint8)
         guided = plan.guidance_scale if plan.labels else None
         found.facts |= {"sampler": plan.sampler, "steps": plan.steps, "guidance_scale": guided}
+        found.facts["precision"] = plan.precision
     return found
 
 
@@ -177,8 +179,8 @@ def images_of(target: str, options: Options, protocol: Protocol) -> Target:
 class Sampled:
     """A plan's images, made when they are asked for: batch by batch, as 8-bit pictures."""
 
-    def __init__(self, loaded: ckpt.Loaded, plan: generate.Plan, device: torch.device, rule: str, precision: str):
-        self.loaded, self.plan, self.device, self.rule, self.precision = loaded, plan, device, rule, precision
+    def __init__(self, loaded: ckpt.Loaded, plan: generate.Plan, device: torch.device, rule: str):
+        self.loaded, self.plan, self.device, self.rule = loaded, plan, device, rule
         self.labels = np.array(plan.labels) if plan.labels else None
         self.facts: dict[str, Any] = {}
         self.info: dict[str, Any] = {}  # what the sampler reports, e.g. nfe
@@ -191,9 +193,8 @@ class Sampled:
         return data["image_size"], data["image_size"], data["image_channels"]
 
     def batch(self, first: int, last: int) -> np.ndarray:
-        with autocast(self.precision, self.device):
-            batches = generate.stream(self.loaded, self.plan, self.device, first, last, info=self.info)
-            x = torch.cat([x.cpu() for x, _ in batches])
+        batches = generate.stream(self.loaded, self.plan, self.device, first, last, info=self.info)
+        x = torch.cat([x.cpu() for x, _ in batches])
         return to_uint8(x, self.rule).permute(0, 2, 3, 1).numpy()
 
 

@@ -93,8 +93,8 @@ def denoiser_likelihood(
 
 class BitsPerDim:
     """-log2 p per dimension of held-out (or training) images. n: images, evenly spaced over the data; probes, method,
-    steps, rtol, atol: of the ODE, for diffusion and flow models; probes=0 takes the exact trace. samples: posterior draws
-    of latent-variable models, None for the model's own number."""
+    steps, rtol, atol: of the ODE, for diffusion and flow models; probes=0 takes the exact trace. samples: posterior
+    draws of latent-variable models, None for the model's own number."""
 
     needs_model = True
 
