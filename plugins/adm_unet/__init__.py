@@ -1,8 +1,7 @@
 """ADM: Diffusion Models Beat GANs on Image Synthesis. Dhariwal & Nichol, NeurIPS 2021 (arXiv 2105.05233).
 
 Official code: openai/guided-diffusion@22e0df8 (MIT). The process, its losses and samplers are IDDPM's, shared with DiT:
-vgm_cli/diffusion/{discrete,iddpm,resample}.py; this plugin brings the U-Net, the classifier and their training.
-Deviations: see model.py (fused attention, optional null class and patches).
+vgm_cli/diffusion/{discrete,iddpm,resample}.py; this plugin brings the U-Net, the classifier, their training; deviations: see model.py.
 """
 
 from __future__ import annotations
@@ -19,6 +18,7 @@ OBJECTIVES = (
 CONVERTERS = (
     ("adm-unet", "CONVERTER", "openai/guided-diffusion diffusion models and upsamplers"),
     ("adm-classifier", "CLASSIFIER", "openai/guided-diffusion classifiers"),
+    ("consistency", "CONSISTENCY", "openai/consistency_models: EDM teachers, CD and CT students"),
     ("adm-unet-diffusers", "DIFFUSERS", "diffusers UNet2DModel, 64 channels a head"),
     ("adm-unet-diffusers-legacy", "DIFFUSERS_LEGACY", "the same for networks of the legacy attention order"),
 )

@@ -26,7 +26,7 @@ from vgm_cli.testing.golden import GoldenCase, GoldenChecks, assert_close
 
 golden = GoldenChecks("dit")
 
-ROUNDED = 3e-5  # the stored time embeddings are 1.7e-6 away from their float64 values, and adaLN amplifies that to 1.3e-5
+ROUNDED = 3e-5  # the stored time embeddings are 1.7e-6 away from their float64 values, which adaLN amplifies to 1.3e-5
 
 OPTIONS = {
     "timestep_respacing": "respacing",
@@ -217,6 +217,7 @@ def schedule_tables(case: GoldenCase) -> None:
 @golden.check(lambda c: any(k.startswith("img_") for k in c.inputs))
 def centre_crop(case: GoldenCase) -> None:
     from PIL import Image
+
     from vgm_cli.data.transforms import center_crop_arr
 
     for name, image in case.inputs.items():

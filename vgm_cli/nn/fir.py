@@ -13,6 +13,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+Pair = tuple[int, int]
+
 
 def fir_kernel(taps: Sequence[float], like: Tensor, gain: float = 1.0) -> Tensor:
     """(n,) taps -> (n, n), sum `gain`; dtype and device of `like`."""
@@ -21,19 +23,29 @@ def fir_kernel(taps: Sequence[float], like: Tensor, gain: float = 1.0) -> Tensor
     return (kernel * (gain / kernel.sum())).to(like)
 
 
-def upfirdn2d(x: Tensor, kernel: Tensor, up: int = 1, down: int = 1, pad: tuple[int, int] = (0, 0)) -> Tensor:
+def upfirdn2d(x: Tensor, kernel: Tensor, up: int = 1, down: int = 1, pad: Sequence[int] = (0, 0)) -> Tensor:
     """Insert up - 1 zeros after every pixel, pad, convolve with the kernel, keep every `down`-th pixel.
 
-    x: (B, C, H, W), kernel: (n, n), pad: rows before and after, at least 0, the same for columns.
+    x: (B, C, H, W); kernel: (n, m), or (n,) for the taps of a separable one, applied to rows and then to columns; pad:
+    (before, after) of rows and columns alike, or (left, right, top, bottom). Negative padding crops.
     """
-    channels, n = x.shape[1], kernel.shape[0]
-    weights = kernel.flip(0, 1).expand(channels, 1, n, n)  # a convolution turns its kernel round
-    if up > 1:  # the transposed convolution pads by n - 1 before and n - up after; crop to what is wanted
-        x = F.conv_transpose2d(x, kernel.expand(channels, 1, n, n), stride=up, groups=channels)
-        before, after = pad[0] - (n - 1), pad[1] - (n - up)
-        x = F.pad(x, (before, after, before, after))
-        return x[:, :, ::down, ::down] if down > 1 else x
-    return F.conv2d(F.pad(x, (pad[0], pad[1]) * 2), weights, stride=down, groups=channels)
+    left, right, top, bottom = pad if len(pad) == 4 else (*pad, *pad)
+    if kernel.ndim == 1:
+        x = _upfirdn(x, kernel[None], (1, up), (1, down), (left, right, 0, 0))
+        return _upfirdn(x, kernel[:, None], (up, 1), (down, 1), (0, 0, top, bottom))
+    return _upfirdn(x, kernel, (up, up), (down, down), (left, right, top, bottom))
+
+
+def _upfirdn(x: Tensor, kernel: Tensor, up: Pair, down: Pair, pad: tuple[int, int, int, int]) -> Tensor:
+    """upfirdn2d with factors (vertical, horizontal); pad: (left, right, top, bottom)."""
+    channels, (n, m) = x.shape[1], kernel.shape
+    if up != (1, 1):  # the transposed convolution pads by n - 1 before and n - up after; crop to what is wanted
+        x = F.conv_transpose2d(x, kernel.expand(channels, 1, n, m), stride=up, groups=channels)
+        left, right, top, bottom = pad
+        x = F.pad(x, (left - (m - 1), right - (m - up[1]), top - (n - 1), bottom - (n - up[0])))
+        return x[:, :, :: down[0], :: down[1]] if down != (1, 1) else x
+    weights = kernel.flip(0, 1).expand(channels, 1, n, m)  # a convolution turns its kernel round
+    return F.conv2d(F.pad(x, pad), weights, stride=down, groups=channels)
 
 
 def upsample_fir(x: Tensor, taps: Sequence[float], factor: int = 2, gain: float = 1.0) -> Tensor:
