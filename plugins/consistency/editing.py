@@ -1,8 +1,8 @@
 """Zero-shot editing: every estimate of x0 is made to agree with what is known before it is noised again.
 
 Song et al. 2023 (2303.01469), alg. 4 and app. D; openai/consistency_models@e32b69e (iterative_inpainting,
-iterative_colorization, iterative_superres). The official code changes coefficients in an orthonormal basis; a projection
-says the same without one: x0 + P (known - x0). Images: (B, C, H, W) in [-1, 1].
+iterative_colorization, iterative_superres). The official code changes coefficients in an orthonormal basis; a
+projection P says the same without one: x0 + P (known - x0). Images: (B, C, H, W) in [-1, 1].
 """
 
 from __future__ import annotations
@@ -90,7 +90,9 @@ class ConsistencyEditing:
         """x0 of (N, *request.shape)."""
         operator, y = request.operator, request.measurement
         if operator is None or y is None:
-            raise VgmError("consistency editing needs something to agree with", "vgm restore --method consistency-edit", USAGE)
+            raise VgmError(
+                "consistency editing needs something to agree with", "vgm restore --method consistency-edit", USAGE
+            )
         if not operator.has_pinv:
             raise VgmError(f"{operator.name} has no pseudo-inverse", "--method dps takes any operator", USAGE)
         levels, before = levels_of(view, self.rho), view.nfe

@@ -17,7 +17,9 @@ from vgm_cli.diffusion.path import Time, expand
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0
 
 
-def boundary_scales(sigma: Tensor, sigma_data: float = 0.5, sigma_min: float = SIGMA_MIN) -> tuple[Tensor, Tensor, Tensor]:
+def boundary_scales(
+    sigma: Tensor, sigma_data: float = 0.5, sigma_min: float = SIGMA_MIN
+) -> tuple[Tensor, Tensor, Tensor]:
     """c_skip, c_out, c_in at sigma: EDM's, moved so that c_skip = 1 and c_out = 0 at sigma_min.
 
     The denominator of c_out is not moved: as in the official code.
@@ -30,8 +32,8 @@ def boundary_scales(sigma: Tensor, sigma_data: float = 0.5, sigma_min: float = S
 class ConsistencyFunction(Denoiser):
     """f(x, sigma) as a Denoiser on the path of the network behind it, whatever that predicts.
 
-    The network's output is read as EDM's F, and x0 is c_skip x + c_out F with the boundary scalings; for a network that
-    predicts F this is the official parametrisation, for any other one the network's own x0 but for a shift of sigma_min.
+    The network's output is read as EDM's F, and x0 is c_skip x + c_out F with the boundary scalings: the official
+    parametrisation where the network predicts F, else the network's own x0 but for a shift of sigma_min.
     denoiser: a Denoiser or its config. sigma_data: of the scalings; None is the denoiser's.
     """
 

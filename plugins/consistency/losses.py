@@ -12,7 +12,7 @@ from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vgm_cli.diffusion.path import expand
 
@@ -25,7 +25,7 @@ def distance(kind: Distance, a: Tensor, b: Tensor, lpips: Function | None = None
     """Distance of image batches a, b (B, C, H, W) per item: (B,).
 
     l1, l2: means over pixels; l2-32: after bilinear resizing to 32. lpips: lpips(a, b) gives (B,) or (B, 1, 1, 1) for
-    images in [0, 1] (the official piq's), which below 256 pixels are resized to 224 first. pseudo-huber:
+    images in [0, 1], as piq's (see piq_like); below 256 pixels they are resized to 224 first. pseudo-huber:
     sqrt(|a - b|^2 + c^2) - c over all pixels, c None is iCT's 0.00054 sqrt(dimensions).
     """
     if kind == "l1":
@@ -41,6 +41,15 @@ def distance(kind: Distance, a: Tensor, b: Tensor, lpips: Function | None = None
     if a.shape[-1] < 256:
         a, b = (F.interpolate(v, size=224, mode="bilinear") for v in (a, b))
     return lpips((a + 1) / 2, (b + 1) / 2).flatten()
+
+
+def piq_like(lpips: nn.Module) -> Function:
+    """The host's LPIPS as the official code calls piq's: images in [0, 1], means where VGG16 has maxima."""
+    for parent in list(lpips.modules()):
+        for name, child in parent.named_children():
+            if isinstance(child, nn.MaxPool2d):
+                setattr(parent, name, nn.AvgPool2d(child.kernel_size, child.stride))
+    return lambda a, b: lpips(2 * a - 1, 2 * b - 1)
 
 
 def weight_of(weighting: Weighting, t: Tensor, t2: Tensor, sigma_data: float = 0.5) -> Tensor:
@@ -76,7 +85,7 @@ def along(value: Tensor, x: Tensor) -> Tensor:
 
 @contextmanager
 def same_dropout(device: torch.device) -> Iterator[None]:
-    """Draws of torch's global stream inside repeat those that follow the block; the stream goes on as if it never ran."""
+    """Draws from torch's global stream inside the block are those that follow it again."""
     devices = [device] if device.type == "cuda" else []
     with torch.random.fork_rng(devices=devices):
         yield
@@ -120,8 +129,8 @@ def progressive_loss(
     measure: Callable[[Tensor, Tensor], Tensor] | None = None,
     **cond: Any,
 ) -> Tensor:
-    """Progressive distillation (Salimans & Ho 2022): the student's one Euler step from t to t3 is the teacher's two over
-    t2. levels: t > t2 > t3, (B,) each. Distance per item: (B,), unweighted."""
+    """Progressive distillation (Salimans & Ho 2022): the student's one Euler step from t to t3 is the teacher's two
+    over t2. levels: t > t2 > t3, (B,) each. Distance per item: (B,), unweighted."""
     t, t2, t3 = levels
     x_t = x0 + noise * along(t, x0)
     x_t3 = ode_step(teacher, ode_step(teacher, x_t, t, t2, False, **cond), t2, t3, False, **cond)

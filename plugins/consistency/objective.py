@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Mapping
+from contextlib import nullcontext
 from typing import Any, Literal
 
 import torch
@@ -21,7 +22,7 @@ from vgm_cli.diffusion.timesteps import level_range
 from vgm_cli.errors import USAGE, VgmError
 
 from .function import RHO, SIGMA_MAX, SIGMA_MIN, ConsistencyFunction, edm_view, level_of
-from .losses import Distance, Weighting, consistency_loss, distance, progressive_loss, weight_of
+from .losses import Distance, Weighting, consistency_loss, distance, piq_like, progressive_loss, weight_of
 from .schedules import ScaleMode, TargetMode, draw_pairs, scales, target_ema
 
 
@@ -29,8 +30,8 @@ class Consistency(ObjectiveBase):
     """With a teacher its distillation, without one training from data.
 
     mode: cd, ct or progdist; None is cd with a teacher and ct without. solver: the teacher's ODE step. guidance_scale:
-    of the teacher; None is none. view: how a network without a teacher is asked, None as the official ones (EDM's F, told
-    250 ln sigma). scale_mode, start_scales, end_scales, total_steps (None: the run's), steps_per_stage: see
+    of the teacher; None is none. view: how a network without a teacher is asked, None as the official ones (EDM's F,
+    told 250 ln sigma). scale_mode, start_scales, end_scales, total_steps (None: the run's), steps_per_stage: see
     schedules.scales. target, target_decay: see schedules.target_ema. distance, weighting: see losses (lpips needs the
     role of that name); huber_c: None is iCT's. time_sampling: of neighbours, uniform or iCT's lognormal with P_mean and
     P_std. sigma_min, sigma_max: None is 0.002 and 80, or the teacher's where those are beyond it. sigma_data: of the
@@ -100,6 +101,7 @@ class Consistency(ObjectiveBase):
                 self.teacher = ClassifierFreeGuidance(teacher, guidance_scale)  # type: ignore[arg-type]
         self.solver, self.distance, self.weighting = solver, distance, weighting
         self.lpips, self.huber_c = lpips, huber_c
+        self.perceptual = None if lpips is None else piq_like(lpips)
         self.scale_mode, self.start_scales, self.end_scales = scale_mode, start_scales, end_scales
         self.total_steps, self.steps_per_stage = total_steps, steps_per_stage
         self.time_sampling, self.P_mean, self.P_std = time_sampling, P_mean, P_std
@@ -116,7 +118,9 @@ class Consistency(ObjectiveBase):
     def count(self, index: int, total: int) -> int:
         """N(k)."""
         total = self.total_steps or max(total, 1)
-        return scales(self.scale_mode, min(index, total), total, self.start_scales, self.end_scales, self.steps_per_stage)
+        return scales(
+            self.scale_mode, min(index, total), total, self.start_scales, self.end_scales, self.steps_per_stage
+        )
 
     def condition(self, batch: Batch) -> dict[str, Tensor]:
         """What the networks are told of the labels."""
@@ -127,13 +131,21 @@ class Consistency(ObjectiveBase):
         return level_of(index, count, self.sigma_min, self.sigma_max, self.rho)
 
     def loss(self, phase: str, batch: Batch, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
-        """batch x: (B, C, H, W), y: (B,) optional. Logs the distance before its weight, and N."""
+        """batch x: (B, C, H, W), y: (B,) optional. Logs the distance before its weight, and N.
+
+        Without half precision where the network predicts eps or the score: its x0 is off by sigma times the rounding.
+        """
+        sensitive = self.plain.prediction in ("eps", "score")
+        with torch.autocast(batch["x"].device.type, enabled=False) if sensitive else nullcontext():
+            return self.loss_of(batch, step)
+
+    def loss_of(self, batch: Batch, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         x0, cond, n = batch["x"], self.condition(batch), self.count(step.index, step.total)
         noise, uniform = step.randn(x0.shape, "noise"), step.rand(len(x0), "level")
         sigma_data = self.student.sigma_scale
 
         def measure(a: Tensor, b: Tensor) -> Tensor:
-            return distance(self.distance, a, b, self.lpips, self.huber_c)
+            return distance(self.distance, a, b, self.perceptual, self.huber_c)
 
         if self.mode == "progdist":
             assert self.teacher is not None

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from itertools import pairwise
 from math import inf
 from typing import Literal
 
@@ -43,13 +44,13 @@ def multistep(
     change: Callable[[Tensor], Tensor] | None = None,
     callback: Callable[[int, int, Tensor, Tensor | None], None] | None = None,
 ) -> Tensor:
-    """len(ts) - 1 evaluations: f at level ts[i] of a descending grid, then noise of level sqrt(ts[i+1]^2 - sigma_min^2).
+    """len(ts) - 1 evaluations: f at level ts[i] of a descending grid, then noise up to level ts[i + 1].
 
-    ts: indices, 0 is sigma_max and grid - 1 sigma_min. noise(): like x, called wherever some is added. change: of every
-    estimate of x0 before it is noised (clipping, editing).
+    The noise added has variance ts[i + 1]^2 - sigma_min^2. ts: indices, 0 is sigma_max and grid - 1 sigma_min. noise():
+    like x, called wherever some is added. change: of every estimate of x0 before it is noised (clipping, editing).
     """
     low, high, rho = levels
-    for i, (now, then) in enumerate(zip(ts, ts[1:])):
+    for i, (now, then) in enumerate(pairwise(ts)):
         x0 = at(f, x, level_of(now, grid, low, high, rho))
         x0 = x0 if change is None else change(x0)
         if callback is not None:
@@ -63,7 +64,7 @@ def progressive(denoise: Function, x: Tensor, steps: int, levels: Levels = LEVEL
     """`steps` Euler steps from sigma_max to sigma_min; what is left of the noise stays."""
     low, high, rho = levels
     sigmas = level_of(torch.arange(steps + 1), steps + 1, low, high, rho)
-    for now, then in zip(sigmas, sigmas[1:]):
+    for now, then in pairwise(sigmas):
         x = x + (x - at(denoise, x, now)) / now.to(x.dtype) * (then - now).to(x.dtype)
     return x
 
@@ -81,7 +82,12 @@ def dpm_2_karras(
 
     sigmas: descending, the last 0. options: s_churn, s_tmin, s_tmax, s_noise of Karras et al. 2022.
     """
-    churned = (options.get("s_churn", 0.0), options.get("s_tmin", 0.0), options.get("s_tmax", inf), options.get("s_noise", 1.0))
+    churned = (
+        options.get("s_churn", 0.0),
+        options.get("s_tmin", 0.0),
+        options.get("s_tmax", inf),
+        options.get("s_noise", 1.0),
+    )
     for i, then in enumerate(sigmas[1:]):
         x, now = churn(x, sigmas, i, noise, churned)
         middle = ((now ** (1 / 3) + then ** (1 / 3)) / 2) ** 3
@@ -141,7 +147,6 @@ class ConsistencySampler:
             x = multistep(f, x, chosen, request.randn, grid, levels, callback=request.callback)
         request.info["nfe"] = view.nfe - before
         return (x.clamp(-1, 1) if self.clip else x).float()
-
 
 
 @dataclass(kw_only=True)

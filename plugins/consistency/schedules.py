@@ -44,8 +44,10 @@ def before_one(step: int, total: int, start: int, end: int) -> int:
     return max(math.ceil(math.sqrt(step / total * ((end + 1) ** 2 - start**2) + start**2) - 1), 1)
 
 
-def target_ema(mode: TargetMode, scale_mode: ScaleMode, step: int, total: int, mu: float, start: int, end: int) -> float:
-    """mu(k), the decay of the target network. adaptive: exp(start ln(mu) / N) with progressive N, before its 1 is added.
+def target_ema(
+    mode: TargetMode, scale_mode: ScaleMode, step: int, total: int, mu: float, start: int, end: int
+) -> float:
+    """mu(k), the decay of the target network. adaptive: exp(start ln(mu) / N), N progressive, before its 1 is added.
 
     none: 0, the target is the student. VgmError: adaptive with another curriculum of N.
     """
@@ -67,7 +69,9 @@ def lognormal_probabilities(sigmas: Tensor, P_mean: float = -1.1, P_std: float =
     return mass / mass.sum()
 
 
-def draw_pairs(uniform: Tensor, count: int, sigmas: Tensor | None = None, P_mean: float = -1.1, P_std: float = 2.0) -> Tensor:
+def draw_pairs(
+    uniform: Tensor, count: int, sigmas: Tensor | None = None, P_mean: float = -1.1, P_std: float = 2.0
+) -> Tensor:
     """Descending indices 0..count - 2 of the noisier of two neighbours from a uniform draw (B,): (B,) int64.
 
     sigmas: ascending levels (count,) for iCT's log-normal; None is uniform.

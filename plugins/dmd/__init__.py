@@ -2,7 +2,7 @@
 NeurIPS 2024 (2405.14867).
 
 Official code: tianweiy/DMD2@8d8fa55 (CC-BY-NC-SA; nothing of it is copied here); DMD's own was never released and is
-after the paper. The ImageNet network is EDM's, vgm_cli/nets/edm.py.
+after the paper. The ImageNet network is EDM's, the host's edm-unet.
 Deviations: see objective.py (any teacher, not only EDM and Stable Diffusion) and discriminator.py (any side).
 """
 
@@ -23,20 +23,12 @@ def vgm_components() -> Iterable[Component | Paper]:
             arxiv="2311.18828",
             repository="https://github.com/tianweiy/DMD2",
             family="distillation",
-            summary="A generator follows the difference of the data's score and its own; DMD2 adds a GAN and few steps.",
+            summary="A generator follows the difference of the data's score and its own; DMD2 adds a GAN, few steps.",
             expects={
                 "ImageNet 64 FID-50K (DMD, 1 step)": 2.62,
                 "ImageNet 64 FID-50K (DMD2, 1 step)": 1.51,
                 "ImageNet 64 FID-50K (DMD2, 1 step, longer training)": 1.28,
             },
-        ),
-        Component(
-            kind="model",
-            name="edm-unet",
-            target="vgm_cli.nets.edm:DhariwalUNet",
-            presets={"imagenet64": {"img_resolution": 64, "num_classes": 1000}},
-            from_data={"img_resolution": "size", "in_channels": "channels", "num_classes": "num_classes"},
-            summary="EDM's ADM U-Net",
         ),
         Component("model", "dmd-discriminator", "vgm_plugins.dmd.discriminator:Head", summary="DMD2's logit head"),
         Component(
@@ -46,7 +38,9 @@ def vgm_components() -> Iterable[Component | Paper]:
             verbs=("distill",),
             summary="distribution matching distillation, with regression (DMD) or GAN (DMD2)",
         ),
-        Component("sampler", "dmd", "vgm_plugins.dmd.generator:GeneratorSampler", summary="the student's one or few steps"),
+        Component(
+            "sampler", "dmd", "vgm_plugins.dmd.generator:GeneratorSampler", summary="the student's one or few steps"
+        ),
         *(
             Component(kind="converter", name=name, target=f"vgm_plugins.dmd.checkpoints:{attr}", summary=summary)
             for name, attr, summary in (

@@ -1,8 +1,8 @@
 """Weights of EDM and DMD2 on ImageNet 64.
 
 Official layouts: EDMPrecond's state dict (NVlabs/edm; DMD2's generator, pytorch_model.bin), our names below `model.`;
-DMD2's guidance model (pytorch_model_1.bin) with real_unet., fake_unet., cls_pred_branch. and karras_sigmas, of which the
-fake score and the discriminator are read. A released EDM .pkl is a pickled object: save its state dict first.
+DMD2's guidance model (pytorch_model_1.bin) with real_unet., fake_unet., cls_pred_branch. and karras_sigmas, of which
+the fake score and the discriminator are read. A released EDM .pkl is a pickled object: save its state dict first.
 """
 
 from __future__ import annotations

@@ -1,7 +1,8 @@
 """The formulas of DMD and DMD2 as pure functions; every draw is made by the caller.
 
-Yin et al. 2024 (DMD, 2311.18828, eq. 7, 8; DMD2, 2405.14867). Behaviour of tianweiy/DMD2@8d8fa55 main/edm/edm_guidance.py
-and main/sd_guidance.py; `floor` and `scale` are those of NVlabs/FastGen@34f30e8 fastgen/methods/common_loss.py.
+Yin et al. 2024 (DMD, 2311.18828, eq. 7, 8; DMD2, 2405.14867). Behaviour of tianweiy/DMD2@8d8fa55
+main/edm/edm_guidance.py and main/sd_guidance.py; `floor` and `scale` are those of NVlabs/FastGen@34f30e8
+fastgen/methods/common_loss.py.
 """
 
 from __future__ import annotations
@@ -47,7 +48,9 @@ def dmd_weight(x: Tensor, real: Tensor, alpha: Tensor, sigma: Tensor) -> Tensor:
     return sigma**2 / alpha / (real - x).abs().flatten(1).mean(1)
 
 
-def fake_loss(view: Denoiser, x: Tensor, t: Tensor, noise: Tensor, weighting: str = "uniform", **cond: Tensor) -> Tensor:
+def fake_loss(
+    view: Denoiser, x: Tensor, t: Tensor, noise: Tensor, weighting: str = "uniform", **cond: Tensor
+) -> Tensor:
     """Denoising error of the fake score on generated x (B, ...), t (B,) host times: scalar.
 
     The error is of what the network predicts (eps of a DDPM, u of a flow, EDM's weighted x0 of F); weighting: see
@@ -56,7 +59,9 @@ def fake_loss(view: Denoiser, x: Tensor, t: Tensor, noise: Tensor, weighting: st
     t = t.double()
     x_t = view.path.add_noise(x, noise, t)
     kind = view.prediction if view.prediction in KINDS else "x0"
-    error = view.predict(x_t, t, kind, **cond).float() - target_of(kind, view.path, x, noise, t, view.sigma_data).float()
+    error = (
+        view.predict(x_t, t, kind, **cond).float() - target_of(kind, view.path, x, noise, t, view.sigma_data).float()
+    )
     per_item = error.square().flatten(1).mean(1)
     weight = weight_of(weighting, view, t)
     return (per_item if weight is None else per_item * weight.float()).mean()

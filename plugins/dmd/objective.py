@@ -10,6 +10,7 @@ whatever it was trained as (EDM's and Stable Diffusion's are the official ones).
 from __future__ import annotations
 
 from collections.abc import Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -34,7 +35,7 @@ class DMD(ObjectiveBase):
     gan_weight, discriminator_weight: of the GAN loss in the generator's and in the fake score's phase, gan_weight 0 for
     no GAN; diffusion_gan: the discriminator sees noisy images (levels below gan_max_level), else clean ones.
     feature_layer: where it looks, None for the network's middle. regression_weight: DMD's lambda, on ODE pairs of the
-    teacher (`pairs:` node); regression: lpips (role `lpips`), l2, l1 or pseudo-huber. denoising_steps: of the generator;
+    teacher (`pairs:` node); regression: lpips (role `lpips`), l2, l1, pseudo-huber. denoising_steps: of the generator;
     backward_simulation: it learns on its own intermediate images, else on noisy data. first_time: host time of its
     first step, None for generator.denoising_times. min_level, max_level: share of the noise levels that
     distribution matching draws from. grad_floor: added to the weight's denominator (FastGen: 1e-6).
@@ -111,7 +112,9 @@ class DMD(ObjectiveBase):
 
     def condition(self, batch: Batch) -> dict[str, Tensor]:
         """What the networks are told of the labels."""
-        return {"y": batch["y"]} if batch.get("y") is not None and getattr(self.student.network, "num_classes", 1) else {}
+        return (
+            {"y": batch["y"]} if batch.get("y") is not None and getattr(self.student.network, "num_classes", 1) else {}
+        )
 
     def at(self, level: Tensor) -> Tensor:
         """Host times (B,) float64 of noise levels (B,)."""
@@ -156,7 +159,7 @@ class DMD(ObjectiveBase):
         cond = self.condition(batch)
         low, high = self.dm_range
         t = self.at(low + step.randint(high - low, len(x), "dm level"))
-        with torch.no_grad():
+        with torch.no_grad(), full_precision(self.fake, x):
             x_t = self.student.path.add_noise(x, step.randn(x.shape, "dm noise"), t)
             real, fake = (view.predict(x_t, t, "x0", **cond).float() for view in (self.real, self.fake))
             scale = self.student.path.alpha(t) if self.weighting == "dmd" else None
@@ -206,6 +209,12 @@ class DMD(ObjectiveBase):
 
     def view(self) -> dict[str, Any]:
         return self.student.view()
+
+
+def full_precision(view: Denoiser, x: Tensor) -> AbstractContextManager[Any]:
+    """No half precision where eps or the score is predicted: x0 is off by sigma / alpha times the rounding."""
+    sensitive = view.prediction in ("eps", "score")
+    return torch.autocast(x.device.type, enabled=False) if sensitive else nullcontext()
 
 
 def distance(kind: str, a: Tensor, b: Tensor, lpips: nn.Module | None = None) -> Tensor:

@@ -107,7 +107,12 @@ METHODS = {
     "dmd with pairs": ("dmd", "--recipe", "mnist-regression", "pairs.count=10", "pairs.steps=3"),
     "cd": ("consistency",),
     "cd, bf16": ("consistency", "train.precision=bf16", "objective.solver=euler"),
-    "progdist": ("consistency", "objective.mode=progdist", "objective.scale_mode=progdist", "objective.steps_per_stage=1"),
+    "progdist": (
+        "consistency",
+        "objective.mode=progdist",
+        "objective.scale_mode=progdist",
+        "objective.steps_per_stage=1",
+    ),
 }
 
 
@@ -115,7 +120,7 @@ METHODS = {
 def test_resume_is_bit_exact(
     vgm: Vgm, teachers: Callable[[str, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:
-    """2 + 2 steps with a resume in between leave, bit for bit, what 4 steps leave; the teacher need not be named again."""
+    """2 + 2 steps with a resume in between leave, bit for bit, what 4 steps leave; the teacher is not named again."""
     monkeypatch.setenv("VGM_CACHE", str(tmp_path / "cache"))
     method, *more = METHODS[name]
     teacher = teachers("adm-unet" if name == "cd" else "dit", "flow")
@@ -134,7 +139,7 @@ def test_resume_is_bit_exact(
 def test_pairs_are_cached_and_completed(
     vgm: Vgm, teachers: Callable[[str, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """The noise gives the images again; a second run makes none, a larger count only adds, another teacher makes its own."""
+    """The noise gives the images again; a second run makes none, a larger count adds, another teacher makes its own."""
     monkeypatch.setenv("VGM_CACHE", str(tmp_path / "cache"))
     monkeypatch.setattr(engine, "SHARD", 8)
     teacher = teachers("dit", "flow")
@@ -186,7 +191,9 @@ def test_teacher_codec_and_data_come_along(vgm: Vgm, teachers: Callable[[str, st
     assert latent.config["data"]["path"] == "mnist5k" and latent.config["data"]["hflip"] is True
     assert latent.config["teacher"]["view"]["learned_sigma"] and latent.config["objective"]["guidance_scale"] == 2.0
     assert latent.config["model"]["weights"] == latent.config["teacher"]["weights"]
-    distill(vgm, "consistency", "--teacher", tmp_path / "latent", "--out", tmp_path / "student", *SHORT, "train.steps=1")
+    distill(
+        vgm, "consistency", "--teacher", tmp_path / "latent", "--out", tmp_path / "student", *SHORT, "train.steps=1"
+    )
     assert ckpt.load(tmp_path / "student").codec is not None
     pixels = engine.load("consistency", None, ["objective.guidance_scale=null"], str(teachers("dit", "flow")))
     assert "codec" not in pixels.config and pixels.config["objective"]["guidance_scale"] is None
@@ -231,7 +238,9 @@ def test_errors_name_the_way_out(vgm: Vgm, teachers: Callable[[str, str], Path],
     assert "trained, not distilled" in err and "consistency, dmd" in err
     assert "is a codec" in fails(vgm, "distill", "dmd", "--teacher", "mnist-codec")
     assert "no such run or checkpoint" in fails(vgm, "distill", "dmd", "--teacher", tmp_path / "nowhere")
-    assert "unknown key 'update_ration'" in fails(vgm, "distill", "dmd", "--teacher", teacher, "objective.update_ration=1")
+    assert "unknown key 'update_ration'" in fails(
+        vgm, "distill", "dmd", "--teacher", teacher, "objective.update_ration=1"
+    )
     assert "no weights 'ema-1'" in fails(vgm, "distill", "dmd", "--teacher", teacher, "--weights", "ema-1")
     assert "no distillation to go on with" in fails(vgm, "distill", "dmd", "--out", teacher, "--resume")
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -213,7 +213,9 @@ def sampling(case: GoldenCase) -> None:
 def editing(case: GoldenCase) -> None:
     i, o, config = case.inputs, case.outputs, case.config
     task = case.source.rpartition("iterative_")[2].split()[0]
-    project = {"inpainting": lambda: keep(i["mask"]), "colorization": lambda: grey, "superres": lambda: coarse(8)}[task]()
+    project = {"inpainting": lambda: keep(i["mask"]), "colorization": lambda: grey, "superres": lambda: coarse(8)}[
+        task
+    ]()
     known = known_part(project, i["images"], -1.0 if task == "inpainting" else 0.0)
     assert_close(known, o["known"], 1e-5, "known")
     draws = iter(i["draws_randn_like"])
@@ -252,7 +254,7 @@ class Given(Step):
 
 @golden.check(lambda c: "target_ema_mode" in c.config and "in/batches" in c)
 def training(case: GoldenCase) -> None:
-    """Loss, RAdam, evaluation average, target: losses of every step and all weights at the end, through the objective."""
+    """Loss, RAdam, evaluation average, target: losses of every step, all weights at the end, by the objective."""
     i, o, config = case.inputs, case.outputs, case.config
     shape = case.state["c1.weight"].shape
     net, teacher = TinyNet(shape[0], shape[1]), TinyNet(shape[0], shape[1]).requires_grad_(False)
@@ -357,7 +359,7 @@ def test_any_teacher_distills(kind: str) -> None:
 
 
 def test_both_networks_see_the_same_dropout() -> None:
-    """With equal weights and neighbours at the same level the loss is zero, dropout or not; otherwise it would not be."""
+    """With equal weights and neighbours at the same level the loss is zero in spite of dropout."""
     net = small("adm-unet", dropout=0.5).train()
     f = ConsistencyFunction(net, edm_view()).denoise_ve
     x, t = torch.randn(2, 2, 8, 8), torch.full((2,), 5.0)
@@ -369,7 +371,9 @@ def test_both_networks_see_the_same_dropout() -> None:
 def test_target_follows_by_the_schedule() -> None:
     """target = mu target + (1 - mu) student, with mu of the same step."""
     net = small("dit")
-    objective = Consistency(net, scale_mode="progressive", start_scales=2, end_scales=20, target="adaptive", target_decay=0.9)
+    objective = Consistency(
+        net, scale_mode="progressive", start_scales=2, end_scales=20, target="adaptive", target_decay=0.9
+    )
     before = {k: v.clone() for k, v in objective.copy.state_dict().items()}
     suites.randomise(net, 7)
     step = Step(30, total=100)
@@ -390,7 +394,9 @@ def test_improved_training_has_no_target_network() -> None:
     )  # fmt: skip
     assert objective.copy is None and objective.state_dict() == {}
     assert [objective.count(k, 400) for k in (0, 99, 100, 300, 400)] == [11, 11, 21, 81, 81]
-    loss, _ = objective.loss("main", {"x": torch.randn(4, 2, 8, 8), "y": torch.tensor([0, 1, 2, 0])}, Step(0, total=400))
+    loss, _ = objective.loss(
+        "main", {"x": torch.randn(4, 2, 8, 8), "y": torch.tensor([0, 1, 2, 0])}, Step(0, total=400)
+    )
     loss.backward()
     assert math.isfinite(loss.item())
 
@@ -417,7 +423,9 @@ def test_progressive_distillation_turns_students_into_teachers() -> None:
     assert math.isfinite(loss.item()) and loss.item() > 0
 
     def same() -> bool:
-        return all(torch.equal(a, b) for a, b in zip(student.state_dict().values(), teacher.network.state_dict().values()))
+        return all(
+            torch.equal(a, b) for a, b in zip(student.state_dict().values(), teacher.network.state_dict().values())
+        )
 
     objective.after_step(Step(1, total=100))
     assert not same()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -130,7 +130,9 @@ def edm_distribution_matching(case: GoldenCase) -> None:
     gradient = dm_gradient(x.detach(), a, b)
     # a difference of two close estimates over a small number: 1e-7 in each is 1e-5 of it
     assert_close(gradient, o["grad"], 1e-4, "gradient")
-    assert_close(dm_gradient(x.detach(), o["pred_real"], o["pred_fake"]), o["grad"], 1e-5, "gradient of their estimates")
+    assert_close(
+        dm_gradient(x.detach(), o["pred_real"], o["pred_fake"]), o["grad"], 1e-5, "gradient of their estimates"
+    )
     loss = dm_loss(x, dm_gradient(x.detach(), o["pred_real"], o["pred_fake"]))
     loss.backward()
     assert_close(loss, o["loss_dm"], 1e-5, "loss")
@@ -494,7 +496,8 @@ def small(name: str, **keywords: Any) -> nn.Module:
         "dit": {"input_size": 8, "patch_size": 2, "in_channels": 2, "hidden_size": 32, "depth": 3, "num_heads": 2},
         "adm-unet": {"image_size": 8, "in_channels": 2, "model_channels": 32, "num_res_blocks": 1,
                      "attention_resolutions": [2], "channel_mult": [1, 1], "null_class": True},
-        "edm-unet": {"img_resolution": 8, "in_channels": 2, "model_channels": 32, "channel_mult": [1, 1], "num_blocks": 1},
+        "edm-unet": {"img_resolution": 8, "in_channels": 2, "model_channels": 32, "channel_mult": [1, 1],
+                     "num_blocks": 1},
     }  # fmt: skip
     torch.manual_seed(0)
     net = registry().build("model", {"name": name, "num_classes": 3, **base[name], **keywords})
@@ -544,7 +547,7 @@ def test_features_stop_half_way(name: str) -> None:
 def test_features_name_the_alternatives() -> None:
     with pytest.raises(VgmError, match="no middle"):
         Features(nn.Sequential(nn.Conv2d(3, 3, 1)))
-    with pytest.raises(VgmError, match="no layer 'blocks.9'"):
+    with pytest.raises(VgmError, match=r"no layer 'blocks\.9'"):
         Features(small("dit"), "blocks.9")
 
 

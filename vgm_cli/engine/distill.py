@@ -208,7 +208,7 @@ def pairs_of(recipe: Recipe) -> dict[str, Tensor]:
 def make_pairs(view: Denoiser, header: ckpt.Header, opts: Pairs, guidance: float, first: int) -> dict[str, Tensor]:
     """Pairs first .. first + SHARD."""
     shape = tuple(header.data.get("sample_shape") or view.network.sample_shape)  # type: ignore[attr-defined]
-    classes = header.data.get("num_classes") or 0
+    classes = header.data.get("num_classes", getattr(view.network, "num_classes", 0)) or 0
     device = next(view.network.parameters()).device  # type: ignore[attr-defined]
     sampler = registry().build("sampler", {"name": opts.sampler})
     parts: dict[str, list[Tensor]] = {"z": [], "x": [], "y": []}

@@ -34,7 +34,7 @@ class GroupNorm(nn.GroupNorm):
 
 
 class Resample(nn.Module):
-    """Half or twice the size by a 2x2 box, as the official buffer says: (N, C, H, W) -> (N, C, H/2, W/2) or (.., 2W)."""
+    """Half or twice the size by a 2x2 box: (N, C, H, W) -> (N, C, H/2, W/2) or (N, C, 2H, 2W)."""
 
     def __init__(self, way: str):
         super().__init__()
@@ -61,7 +61,7 @@ class Conv(nn.Conv2d):
 
 
 class UNetBlock(nn.Module):
-    """Residual block told of time and class by emb (N, emb_channels), then attention: (N, in, h, w) -> (N, out, h', w').
+    """Residual block told of time and class by emb (N, emb_channels), then attention. (N, in, h, w) -> (N, out, h, w).
 
     heads: 0 for no attention. way: "up" or "down" changes the size.
     """
@@ -111,8 +111,8 @@ class UNetBlock(nn.Module):
 class DhariwalUNet(nn.Module):
     """Raw network F(c_in x, ln(sigma) / 4, y) of EDM's preconditioner.
 
-    img_resolution: side of x. out_channels: None is in_channels. num_classes: 0 is unconditional. channel_mult: widths of
-    the levels over model_channels, channel_mult_emb: of the embedding. num_blocks: residual blocks of a level.
+    img_resolution: side of x. out_channels: None is in_channels. num_classes: 0 is unconditional. channel_mult: widths
+    of the levels over model_channels, channel_mult_emb: of the embedding. num_blocks: residual blocks of a level.
     attn_resolutions: sides at which attention follows a block. head_channels: width of a head; narrower blocks have
     no attention. dropout: as trained by EDM; 0 in DMD2. VgmError: the side cannot be halved often enough.
     """
@@ -134,7 +134,9 @@ class DhariwalUNet(nn.Module):
         super().__init__()
         levels = len(channel_mult)
         if img_resolution % 2 ** (levels - 1):
-            raise VgmError(f"a side of {img_resolution} cannot be halved {levels - 1} times", "fewer channel_mult", USAGE)
+            raise VgmError(
+                f"a side of {img_resolution} cannot be halved {levels - 1} times", "fewer channel_mult", USAGE
+            )
         self.model_channels, self.num_classes, self.checkpointing = model_channels, num_classes or 0, False
         self.sample_shape = (in_channels, img_resolution, img_resolution)
         emb = model_channels * channel_mult_emb
