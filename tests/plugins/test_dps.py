@@ -153,8 +153,13 @@ def conditioning_steps(case: GoldenCase) -> None:
         x0 = torch.tanh(a * x_prev) - b * x_prev
         y, y_t, zeta = i["y" + low], i["ny" + low], config["scale"]
         project = projection_of(operator)
-        if method == "projection":
+        if method == "vanilla":
+            got, norm = i["x_t"], None
+        elif method == "projection":
             got, norm = project(i["x_t"], y_t), None
+        elif method == "ps+":
+            draws = next(v for v in i.values() if v.shape[1:] == x0.shape)
+            got, norm = conditioning.posterior_sampling_plus(operator, x_prev, i["x_t"], x0, y, zeta, list(draws))
         elif method == "mcg":
             got, norm = conditioning.manifold_constrained(operator, x_prev, i["x_t"], x0, y, y_t, zeta, noise, project)
         else:
