@@ -28,7 +28,7 @@ def vgm_components() -> Iterable[Component | Paper]:
             arxiv="1807.03039",
             repository="https://github.com/openai/glow",
             family="flow",
-            summary="A normalising flow with exact likelihood: actnorm, learned channel mixing, coupling, several scales.",
+            summary="A normalising flow with exact likelihood: actnorm, learned channel mixing, couplings, scales.",
             expects=EXPECTS,
         ),
         Component(
@@ -44,9 +44,9 @@ def vgm_components() -> Iterable[Component | Paper]:
         Component("sampler", "glow", "vgm_plugins.glow.sampler:GlowSampler", summary="prior draws at a temperature"),
         Component("sampler", "glow-interpolate", "vgm_plugins.glow.sampler:InterpolationSampler",
                   summary="lines in latent space, between draws or given images"),
-        Component("optimizer", "glow-adamax", "vgm_plugins.glow.optim:GlowAdamax", summary="the official Adamax variant"),
+        Component("optimizer", "glow-adamax", "vgm_plugins.glow.optim:GlowAdamax", summary="official Adamax variant"),
         Component("converter", "glow", "vgm_plugins.glow.checkpoints:CONVERTER", summary="openai/glow variables"),
         Component("converter", "glow-average", "vgm_plugins.glow.checkpoints:CONVERTER_AVERAGE",
                   summary="openai/glow Polyak averages"),
-        Component("converter", "glow-rosinality", "vgm_plugins.glow.checkpoints:PORT", summary="rosinality/glow-pytorch"),
+        Component("converter", "glow-rosinality", "vgm_plugins.glow.checkpoints:PORT", summary="rosinality's port"),
     ]  # fmt: skip

@@ -44,8 +44,8 @@ def blocks_of(keys: Iterable[str], pattern: str) -> int:
 
 
 def zero_conv(theirs: str, ours: str) -> dict[str, tuple[str, Pair]]:
-    return {f"{theirs}/W": (f"{ours}.weight", CONV), f"{theirs}/b": (f"{ours}.bias", FLAT4),
-            f"{theirs}/logs": (f"{ours}.logs", FLAT2)}  # fmt: skip
+    """Without W, which is ours.weight and ours.edge."""
+    return {f"{theirs}/b": (f"{ours}.bias", FLAT4), f"{theirs}/logs": (f"{ours}.logs", FLAT2)}
 
 
 def actnorm(theirs: str, ours: str) -> dict[str, tuple[str, Pair]]:
@@ -101,14 +101,28 @@ def official_keys(ours: Iterable[str]) -> list[str]:
     return keys + [f"model/{theirs}/W" for name, theirs in tops.items() if name in ours]
 
 
+def zero_conv_names(names: Mapping[str, tuple[str, Pair]]) -> dict[str, str]:
+    """{official W: ours without the last part} of the zero-initialised convolutions: those whose bias is 4-D."""
+    found = {k.removesuffix("/b"): v[0].removesuffix(".bias") for k, v in names.items() if v[0].endswith(".bias")}
+    return {f"{k}/W": v for k, v in found.items() if not v.startswith("classifier")}
+
+
 def official_to_ours(state: State) -> dict[str, Tensor]:
     """KeyError when a variable of the layout is missing."""
-    ours = {name: shape[0](torch.as_tensor(state[key])) for key, (name, shape) in official_names(state).items()}
+    state = {k: torch.as_tensor(v) for k, v in state.items()}
+    names = official_names(state)
+    ours = {name: shape[0](state[key]) for key, (name, shape) in names.items()}
+    for theirs, name in zero_conv_names(names).items():
+        weight = CONV[0](state[theirs])  # the ring is the last input channel
+        ours |= {f"{name}.weight": weight[:, :-1].contiguous(), f"{name}.edge": weight[:, -1:].contiguous()}
     return {**ours, "initialised": torch.ones((), dtype=torch.uint8)}
 
 
 def official_from_ours(state: State) -> dict[str, Tensor]:
-    theirs = {k: shape[1](state[name]) for k, (name, shape) in official_names(official_keys(state)).items()}
+    names = official_names(official_keys(state))
+    theirs = {k: shape[1](state[name]) for k, (name, shape) in names.items()}
+    for key, name in zero_conv_names(names).items():
+        theirs[key] = CONV[1](torch.cat([state[f"{name}.weight"], state[f"{name}.edge"]], dim=1))
     for key, value in list(theirs.items()):
         if key.endswith("shuffle/indices"):
             theirs[key + "_inverse"] = value.argsort().int()

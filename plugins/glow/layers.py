@@ -1,8 +1,8 @@
 """The invertible layers of Glow and the small networks inside them (Kingma & Dhariwal 2018, arXiv 1807.03039, table 1).
 
 Two published parametrisations of the same flow, chosen by a Style: openai/glow@91b2c57 (OPENAI) and the PyTorch port
-rosinality/glow-pytorch@97081ff (PORT). Wherever an actnorm is followed by a linear map or follows a convolution, the two
-are applied as one convolution with scaled weights: weights are small, activations are not.
+rosinality/glow-pytorch@97081ff (PORT). Wherever an actnorm is followed by a linear map or follows a convolution, the
+two are applied as one convolution with scaled weights: weights are small, activations are not.
 """
 
 from __future__ import annotations
@@ -27,10 +27,10 @@ class Style:
     """How a parametrisation writes the same flow.
 
     log_norm: actnorm as (x + b) exp(3 logs), initialised with biased statistics; else scale (x + loc), unbiased.
-    hidden_norm: hidden convolutions end in an actnorm; else in a bias. ring: every 3x3 convolution sees an extra channel
-    that is 1 on the padding; else hidden ones see zeros and zero-initialised ones are padded with ones. interleaved: pairs
-    of a network's output are (0::2, 1::2), shift before scale; else halves, log-scale before shift in couplings. row:
-    a factorised matrix W = P L U multiplies row vectors, x W; else columns.
+    hidden_norm: hidden convolutions end in an actnorm; else in a bias. ring: every 3x3 convolution sees an extra
+    channel that is 1 on the padding; else hidden ones see zeros and zero-initialised ones are padded with ones.
+    interleaved: pairs of a network's output are (0::2, 1::2), shift before scale; else halves, log-scale before shift
+    in couplings. row: a factorised matrix W = P L U multiplies row vectors, x W; else columns.
     """
 
     name: str
@@ -54,9 +54,7 @@ def style_of(name: str) -> Style:
 
 def pairs(h: Tensor, interleaved: bool) -> tuple[Tensor, Tensor]:
     """Channels of h (B, 2C, H, W) -> two (B, C, H, W)."""
-    if interleaved:
-        return h[:, 0::2], h[:, 1::2]
-    a, b = h.chunk(2, dim=1)
+    a, b = h.unflatten(1, (-1, 2)).unbind(2) if interleaved else h.chunk(2, dim=1)
     return a, b
 
 
@@ -191,7 +189,10 @@ def make_permutation(kind: str, channels: int, style: Style) -> InvConv | InvCon
 
 def channel_map(x: Tensor, matrix: Tensor, bias: Tensor | None = None) -> Tensor:
     """y = M x + bias at every position: x (B, C, H, W), matrix (C, C), bias (C,)."""
-    return F.conv2d(x, matrix[:, :, None, None], bias)
+    flat = x.flatten(2)  # (B, C, HW): batched matrix products beat 1x1 convolutions of few channels
+    if bias is None:
+        return (matrix @ flat).view_as(x)
+    return torch.baddbmm(bias[None, :, None], matrix.expand(len(x), -1, -1), flat).view(x.shape)
 
 
 # -- networks of the couplings and priors ------------------------------------------------------------------------------
@@ -207,19 +208,18 @@ class ZeroConv(nn.Module):
 
     def __init__(self, in_channels: int, out_channels: int, style: Style = OPENAI):
         super().__init__()
-        self.style = style
-        self.weight = nn.Parameter(torch.zeros(out_channels, in_channels + style.ring, 3, 3))
+        self.weight = nn.Parameter(torch.zeros(out_channels, in_channels, 3, 3))
+        self.edge = nn.Parameter(torch.zeros(out_channels, 1, 3, 3)) if style.ring else None  # of the ring channel
         self.bias = nn.Parameter(torch.zeros(out_channels))
         self.logs = nn.Parameter(torch.zeros(out_channels))
 
     def border(self, x: Tensor) -> Tensor:
         """What the padding and the bias contribute: (1, out_channels, H, W)."""
-        weight = self.weight[:, -1:] if self.style.ring else self.weight.sum(1, keepdim=True)
+        weight = self.weight.sum(1, keepdim=True) if self.edge is None else self.edge
         return F.conv2d(ring(x), weight, self.bias)
 
     def forward(self, x: Tensor) -> Tensor:
-        inner = self.weight[:, :-1] if self.style.ring else self.weight
-        h = F.conv2d(x, inner, padding=1).float() + self.border(x).float()
+        h = F.conv2d(x, self.weight, padding=1).float() + self.border(x).float()
         return h * torch.exp(LOGSCALE_FACTOR * self.logs)[:, None, None]
 
     def of_zeros(self, like: Tensor) -> Tensor:

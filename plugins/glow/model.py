@@ -1,7 +1,8 @@
 """Glow: a multi-scale flow of actnorm, invertible 1x1 convolution and coupling. Kingma & Dhariwal 2018 (1807.03039).
 
-openai/glow@91b2c57 (TensorFlow) and rosinality/glow-pytorch@97081ff in one network; see layers.Style for how they differ.
-Images enter as z = x / 2^bits - 1/2 + u / 2^bits with u in [0, 1); `dequantise` and `to_images` are the two ends.
+openai/glow@91b2c57 (TensorFlow) and rosinality/glow-pytorch@97081ff in one network; see layers.Style for how they
+differ. Images enter as z = x / 2^bits - 1/2 + u / 2^bits with u in [0, 1); `dequantise` and `to_images` are the two
+ends.
 """
 
 from __future__ import annotations
@@ -56,8 +57,8 @@ def to_images(z: Tensor, n_bits: int) -> Tensor:
 class Encoding(NamedTuple):
     """What the flow makes of images: one entry per level, the top last.
 
-    z: factored-out latents. eps: the same normalised by their priors, which is what is kept and interpolated. log_priors:
-    log-density of z given the levels above it, (B,) each. logdet: of the flow, (B,).
+    z: factored-out latents. eps: the same normalised by their priors, which is what is kept and interpolated.
+    log_priors: log-density of z given the levels above it, (B,) each. logdet: of the flow, (B,).
     """
 
     z: list[Tensor]
@@ -168,6 +169,8 @@ class TopPrior(nn.Module):
         super().__init__()
         self.channels, self.num_classes = channels, num_classes
         self.zeros = ZeroConv(2 * channels if style.ring else channels, 2 * channels, style) if learn else None
+        if self.zeros is not None and style.ring:
+            self.zeros.weight.requires_grad_(False)  # it only ever sees zeros: officially a variable without gradient
         if num_classes:
             self.y_weight = nn.Parameter(torch.zeros(num_classes, 2 * channels))
             self.y_bias = nn.Parameter(torch.zeros(2 * channels))

@@ -1,7 +1,8 @@
 """The Adamax variant that Glow was trained with (openai/glow@91b2c57 optim.py).
 
-It divides by the running maximum of |g| but keeps Adam's bias correction sqrt(1 - beta2^t) / (1 - beta1^t), so the first
-steps are much smaller than Adamax's. beta2 is 1 - 1 / (steps per epoch), the same as the decay of the Polyak average.
+It divides by the running maximum of |g| but keeps Adam's bias correction sqrt(1 - beta2^t) / (1 - beta1^t), so the
+first steps are much smaller than Adamax's. beta2 is 1 - 1 / (steps per epoch), the same as the decay of the Polyak
+average.
 """
 
 from __future__ import annotations

@@ -42,7 +42,8 @@ def manipulate(eps: Sequence[Tensor], direction: Sequence[Tensor], amount: Tenso
 
 
 class InterpolationSampler:
-    """Strips of images on straight lines in eps space (sec. 5.2): item i is point i mod `points` of strip i div `points`.
+    """Strips of images on straight lines in eps space (sec. 5.2): item i is point i mod `points` of strip i div
+    `points`.
 
     Strip k goes from image 2k to image 2k + 1 of request.images, or between two draws from the prior at `temperature`
     that depend on (seed, k) alone. An item's label is used for both ends: give one label. VgmError: a single image.
@@ -67,6 +68,8 @@ class InterpolationSampler:
         if request.images is None:
             return [self.temperature * own.randn(shape) for shape in model.latent_shapes(request.shape)]
         if len(request.images) < 2:
-            raise VgmError("interpolation needs two images for every strip", "--input DATA, -n the number of points", USAGE)
+            raise VgmError(
+                "interpolation needs two images for every strip", "--input DATA, -n the number of points", USAGE
+            )
         x = request.images[[k % len(request.images) for k in numbers]]
         return model(dequantise(((x + 1) * 127.5).round(), own.rand(tuple(x.shape[1:])), model.n_bits), y).eps

@@ -2,8 +2,7 @@
 
 The authors published no code; peer: clementchadebec/benchmark_VAE@6419e21 (pythae), whose names the tensors have.
 Brought beyond the paper: convolutional networks, the discretised logistic likelihood (arXiv 1606.04934), the
-importance-weighted bound (IWAE, arXiv 1509.00519). Deviation: appendix D's estimator takes posterior draws and a fitted
-density; the Monte Carlo that makes them is the caller's.
+importance-weighted bound (IWAE, arXiv 1509.00519). Deviations: see docs/papers/vae.md.
 """
 
 from __future__ import annotations

@@ -85,7 +85,7 @@ def minibatch(bound: Tensor, dataset_size: int) -> Tensor:
 def from_posterior_samples(log_density: Tensor, terms: Terms) -> Tensor:
     """Appendix D: log p(x) from draws of the true posterior, (B,).
 
-    1 / p(x) is the posterior mean of q(z) / (p(z) p(x | z)) for any normalised q; log_density (L, B): log q of a density
-    fitted to other posterior draws.
+    1 / p(x) is the posterior mean of q(z) / (p(z) p(x | z)) for any normalised q; log_density (L, B): log q of a
+    density fitted to other posterior draws.
     """
     return -log_mean_exp(log_density - terms.log_prior - terms.log_px)

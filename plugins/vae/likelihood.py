@@ -24,10 +24,11 @@ def log_sum(terms: Tensor, event_dims: int) -> Tensor:
 
 
 class Likelihood(Protocol):
-    """heads: outputs of the decoder per pixel. h and s: (..., C, H, W), s None with one head; x broadcasts against them.
+    """heads: outputs of the decoder per pixel. h and s: (..., C, H, W), s None with one head; x broadcasts against
+    them.
 
-    continuous: log_prob is a density, so that an 8-bit image has to be dequantised. s_per_log_scale: s over the logarithm
-    of the distribution's scale.
+    continuous: log_prob is a density, so that an 8-bit image has to be dequantised. s_per_log_scale: s over the
+    logarithm of the distribution's scale.
     """
 
     heads: int

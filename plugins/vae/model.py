@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
+from itertools import pairwise
 from typing import Literal
 
 import torch
@@ -66,12 +67,13 @@ class Decoder(nn.Module):
 class VAE(nn.Module):
     """Encoder, decoder, likelihood.
 
-    size (a side, or height and width), channels: of the images. latent_dim: N_z. architecture: mlp (hidden: units of each layer) | conv (hidden:
-    channels of each stride-2 convolution). activation: tanh (the paper) | relu | silu. likelihood: bernoulli | gaussian |
-    discretised-logistic; squash: its mean is a sigmoid. scale: learned per pixel by the decoder, shared (one number), or a
-    fixed standard deviation (gaussian) or scale. binarise: what a Bernoulli model takes for its data: grey values as
-    probabilities (none, the paper), pixels drawn anew every time (dynamic), or value > 1/2 (threshold). init_std: of all
-    parameters, None for torch's default. VgmError: unknown names, sizes that do not halve, binarising other likelihoods.
+    size (a side, or height and width), channels: of the images. latent_dim: N_z. architecture: mlp (hidden: units of
+    each layer) | conv (hidden: channels of each stride-2 convolution). activation: tanh (the paper) | relu | silu.
+    likelihood: bernoulli | gaussian | discretised-logistic; squash: its mean is a sigmoid. scale: learned per pixel by
+    the decoder, shared (one number), or a fixed standard deviation (gaussian) or scale. binarise: what a Bernoulli
+    model takes for its data: grey values as probabilities (none, the paper), pixels drawn anew every time (dynamic), or
+    value > 1/2 (threshold). init_std: of all parameters, None for torch's default. VgmError: unknown names, sizes that
+    do not halve, binarising other likelihoods.
     """
 
     def __init__(
@@ -93,7 +95,9 @@ class VAE(nn.Module):
         self.shape, self.latent_dim = (channels, height, width), latent_dim
         self.likelihood = make_likelihood(likelihood, squash)
         if binarise != "none" and likelihood != "bernoulli":
-            raise VgmError(f"binarise={binarise} makes no sense for a {likelihood} likelihood", "model.binarise=none", USAGE)
+            raise VgmError(
+                f"binarise={binarise} makes no sense for a {likelihood} likelihood", "model.binarise=none", USAGE
+            )
         if not hidden:
             raise VgmError("hidden names no layers", "model.hidden=[500]", USAGE)
         self.binarise = binarise
@@ -118,7 +122,7 @@ class VAE(nn.Module):
         pixels = math.prod(self.shape)
 
         def stack(sizes: list[int]) -> list[nn.Module]:
-            return [nn.Sequential(nn.Linear(a, b), act()) for a, b in zip(sizes, sizes[1:])]
+            return [nn.Sequential(nn.Linear(a, b), act()) for a, b in pairwise(sizes)]
 
         encoder = Encoder(stack([pixels, *hidden]), hidden[-1], self.latent_dim, flat=True)
         last = nn.Sequential(nn.Linear(hidden[0], pixels))
@@ -132,7 +136,7 @@ class VAE(nn.Module):
             raise VgmError(f"{height} x {width} cannot be halved {times} times", "fewer model.hidden channels", USAGE)
         small = (height >> times, width >> times)
         down = [channels, *hidden]
-        layers: list[nn.Module] = [nn.Sequential(nn.Conv2d(a, b, 4, 2, 1), act()) for a, b in zip(down, down[1:])]
+        layers: list[nn.Module] = [nn.Sequential(nn.Conv2d(a, b, 4, 2, 1), act()) for a, b in pairwise(down)]
         features = hidden[-1] * math.prod(small)
         encoder = Encoder(layers, features, self.latent_dim, flat=False)
         up = [nn.Sequential(nn.Linear(self.latent_dim, features), act(), nn.Unflatten(1, (hidden[-1], *small)))]
@@ -163,7 +167,8 @@ class VAE(nn.Module):
         return h, s
 
     def terms(self, x: Tensor, eps: Tensor, target: Tensor | None = None) -> bounds.Terms:
-        """x: (B, C, H, W) in [0, 1], eps: (L, B, D) standard normal. target: what is scored, where it is not x itself."""
+        """x: (B, C, H, W) in [0, 1], eps: (L, B, D) standard normal. target: what is scored, where it is not x
+        itself."""
         mu, logvar = self.posterior(x)
         z = bounds.reparameterise(mu, logvar, eps)
         log_px = self.likelihood.log_prob(x if target is None else target, *self.parameters_of(z))
@@ -181,8 +186,8 @@ class VAE(nn.Module):
     # -- likelihood of 8-bit images (vgm_cli/metrics/likelihood.py) ----------------------------------------------------
 
     def log_likelihood(self, x: Tensor, generators: list[torch.Generator], samples: int = 50) -> tuple[Tensor, str]:
-        """x: uint8 (B, C, H, W) -> lower bound of log p in nats (B,), and how it was had. samples: 1 is the ELBO (with the
-        KL divergence in closed form), more the importance-weighted bound.
+        """x: uint8 (B, C, H, W) -> lower bound of log p in nats (B,), and how it was had. samples: 1 is the ELBO (with
+        the KL divergence in closed form), more the importance-weighted bound.
 
         A Bernoulli model is scored on binary images (see binarise), a Gaussian one on uniformly dequantised pixels.
         """

@@ -27,10 +27,10 @@ def log_prior_of_parameters(model: torch.nn.Module) -> Tensor:
 class VAEObjective(ObjectiveBase):
     """Maximises a bound of log p(x).
 
-    estimator: b (eq. 7, KL in closed form) | a (eq. 6, all by sampling) | iwae (importance-weighted). samples: L draws of
-    z per image. kl_weight: beta of estimator b; anything but 1 is no bound. map_over: N images of the training set: adds
-    the prior N(0, I) of all parameters, 1/N of it per image (the paper's MAP); 0 for none. dequantise: adds uniform
-    noise to the pixels of a Gaussian model. VgmError: unknown estimator, a weight where there is no closed KL.
+    estimator: b (eq. 7, KL in closed form) | a (eq. 6, all by sampling) | iwae (importance-weighted). samples: L draws
+    of z per image. kl_weight: beta of estimator b; anything but 1 is no bound. map_over: N images of the training set:
+    adds the prior N(0, I) of all parameters, 1/N of it per image (the paper's MAP); 0 for none. dequantise: adds
+    uniform noise to the pixels of a Gaussian model. VgmError: unknown estimator, a weight where there is no closed KL.
     """
 
     def __init__(

@@ -1,4 +1,5 @@
-"""Networks of the paper's experiments (section 5, appendix C) and pythae's default, as constructor keywords. Torch-free."""
+"""Networks of the paper's experiments (section 5, appendix C) and pythae's default, as constructor keywords.
+Torch-free."""
 
 MNIST = {"size": 28, "channels": 1, "hidden": [500], "activation": "tanh", "likelihood": "bernoulli"}
 FREY = {"size": (28, 20), "channels": 1, "hidden": [200], "activation": "tanh", "likelihood": "gaussian"}

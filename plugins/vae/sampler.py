@@ -64,7 +64,9 @@ class ManifoldSampler:
 
     def __call__(self, model: VAE, request: Request) -> Tensor:
         if model.latent_dim != 2:
-            raise VgmError(f"the picture needs 2 latents, this model has {model.latent_dim}", "model.latent_dim=2", USAGE)
+            raise VgmError(
+                f"the picture needs 2 latents, this model has {model.latent_dim}", "model.latent_dim=2", USAGE
+            )
         points = [divmod(i % self.side**2, self.side) for i in request.index]
         square = (torch.tensor(points, dtype=torch.float64, device=request.device) + 0.5) / self.side
         request.info["nfe"] = 1

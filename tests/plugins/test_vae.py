@@ -1,4 +1,5 @@
-"""VAE against the paper's equations and pythae@6419e21 (golden cases), sizes, bounds with known answers, likelihoods."""
+"""VAE against the paper's equations and pythae@6419e21 (golden cases), sizes, bounds with known answers,
+likelihoods."""
 
 from __future__ import annotations
 
@@ -12,6 +13,7 @@ from torch import Tensor
 from vgm_plugins.vae import bounds
 from vgm_plugins.vae.bounds import Terms
 from vgm_plugins.vae.checkpoints import CONVERTER, names
+from vgm_plugins.vae.hmc import chain, log_px_by_hmc
 from vgm_plugins.vae.likelihood import LEVELS, DiscretisedLogistic, make_likelihood
 from vgm_plugins.vae.model import VAE
 from vgm_plugins.vae.objective import VAEObjective, log_prior_of_parameters
@@ -98,8 +100,8 @@ def pythae(case: GoldenCase) -> None:
     read = CONVERTER.config_from(case.state) if channels == 1 and height == width else {"hidden": [512]}
     assert read.get("latent_dim", config["latent_dim"]) == config["latent_dim"]
     model = VAE(
-        size=(height, width), channels=channels, latent_dim=config["latent_dim"], hidden=read["hidden"], activation="relu",
-        likelihood="gaussian" if gaussian else "bernoulli", scale=1.0,
+        size=(height, width), channels=channels, latent_dim=config["latent_dim"], hidden=read["hidden"],
+        activation="relu", likelihood="gaussian" if gaussian else "bernoulli", scale=1.0,
     )  # fmt: skip
     model.load_state_dict(CONVERTER.to_ours(case.state))
     # their Gaussian leaves out its constant, and outside get_nll half the squared error is meant
@@ -255,6 +257,30 @@ def test_appendix_d_with_the_true_posterior() -> None:
     torch.testing.assert_close(got, want, rtol=0, atol=0.03)
 
 
+def test_hybrid_monte_carlo_finds_a_known_likelihood() -> None:
+    model, b, covariance = linear_model(sigma=0.5)
+    normal = torch.distributions.MultivariateNormal(b, covariance)
+    torch.manual_seed(0)
+    x = normal.sample((3,))[:, None, None]
+    got = log_px_by_hmc(model, x, generators(range(3)), samples=60, burn_in=30, steps=4)
+    torch.testing.assert_close(got, normal.log_prob(x[:, 0, 0]), rtol=0, atol=0.25)
+
+
+def test_hybrid_monte_carlo_samples_its_target() -> None:
+    """A correlated Gaussian: moments of the chains' states; adaptation accepts about nine proposals in ten."""
+    g = torch.Generator().manual_seed(0)
+    want = torch.tensor([[1.0, 0.6], [0.6, 0.5]], dtype=torch.float64)
+    target = torch.distributions.MultivariateNormal(torch.tensor([1.0, -2.0], dtype=torch.float64), want)
+    start = torch.zeros(64, 2, dtype=torch.float64)
+    momenta, uniforms = (lambda: torch.randn(64, 2, generator=g).double()), (lambda: torch.rand(64, generator=g))
+    states = chain(target.log_prob, start, momenta, uniforms, steps=5, adapt=60)
+    z, accepted = zip(*(next(states) for _ in range(160)))
+    seen, share = torch.cat(z[60:]), torch.stack(accepted[60:]).double().mean()
+    torch.testing.assert_close(seen.mean(0), target.mean, rtol=0, atol=0.07)
+    torch.testing.assert_close(seen.T.cov(), want, rtol=0, atol=0.07)
+    assert 0.8 < share < 0.99
+
+
 def test_surrogate_has_the_bounds_gradient_but_not_its_value() -> None:
     log_px = torch.randn(5, 3, requires_grad=True)
     rest = torch.randn(5, 3)
@@ -287,7 +313,13 @@ KINDS = [
     {"binarise": "threshold"},
     {"likelihood": "gaussian"},
     {"likelihood": "gaussian", "scale": "shared", "squash": False},
-    {"likelihood": "discretised-logistic", "architecture": "conv", "hidden": [4, 6], "channels": 3, "activation": "silu"},
+    {
+        "likelihood": "discretised-logistic",
+        "architecture": "conv",
+        "hidden": [4, 6],
+        "channels": 3,
+        "activation": "silu",
+    },
     {"likelihood": "discretised-logistic", "scale": 0.1, "hidden": [12, 10]},
 ]
 
@@ -429,7 +461,9 @@ class TestSampling(suites.SamplerSuite):
     overrides = SMALL
 
 
-@pytest.mark.parametrize("name", [p.stem for p in sorted((Path(__file__).parents[2] / "recipes" / "vae").glob("*.yaml"))])
+@pytest.mark.parametrize(
+    "name", [p.stem for p in sorted((Path(__file__).parents[2] / "recipes" / "vae").glob("*.yaml"))]
+)
 def test_recipes(name: str) -> None:
     suite = suites.RecipeSuite()
     suite.recipe = f"vae/{name}"
@@ -439,11 +473,13 @@ def test_recipes(name: str) -> None:
 
 def test_train_sample_and_reconstruct(vgm: Any, tiny_dataset: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
-    code, _, err = vgm("train", "vae", "--out", run, f"data.path={tiny_dataset}", *SMALL, "train.steps=4", "train.batch_size=8",
-                       "train.preview_n=4", "train.save_every=4", "train.compile=off")  # fmt: skip
+    short = ("train.steps=4", "train.batch_size=8", "train.preview_n=4", "train.save_every=4", "train.compile=off")
+    code, _, err = vgm("train", "vae", "--out", run, f"data.path={tiny_dataset}", *SMALL, *short)
     assert code == 0, err
     assert vgm("sample", run, "-n", 4, "--out", tmp_path / "a.png", "pixels=sample")[0] == 0
-    code, _, err = vgm("sample", run, "-n", 6, "--sampler", "vae-reconstruct", "--input", tiny_dataset, "--out", tmp_path / "b.npz")
+    code, _, err = vgm(
+        "sample", run, "-n", 6, "--sampler", "vae-reconstruct", "--input", tiny_dataset, "--out", tmp_path / "b.npz"
+    )
     assert code == 0, err
     import numpy as np
 
