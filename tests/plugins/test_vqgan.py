@@ -422,7 +422,7 @@ def test_every_preset_is_counted() -> None:
     assert set(SIZES) == set(FIRST_STAGE) and set(PRIORS) == set(PRIOR)
 
 
-# -- quantizers ----------------------------------------------------------------------------------------------------------
+# -- quantizers --------------------------------------------------------------------------------------------------------
 
 
 def test_moving_average_codebook_follows_its_latents() -> None:
@@ -479,7 +479,7 @@ def test_usage() -> None:
     assert recent_usage(recent, torch.arange(30) % 2, 10) == 0.2
 
 
-# -- first stage: training -----------------------------------------------------------------------------------------------
+# -- first stage: training ---------------------------------------------------------------------------------------------
 
 TINY: dict[str, Any] = {
     "ch": 8,
@@ -543,7 +543,7 @@ def test_gumbel_noise_is_exponential() -> None:
     assert abs((noise > 2).float().mean() - math.exp(-2)) < 0.01
 
 
-# -- codec of tokens -----------------------------------------------------------------------------------------------------
+# -- codec of tokens ---------------------------------------------------------------------------------------------------
 
 
 @torch.no_grad()

@@ -313,4 +313,4 @@ def recent_usage(recent: Tensor, indices: Tensor, n_embed: int) -> float:
     """Push indices into the ring `recent` (last entries newest, changed in place); the share of codes found in it."""
     flat = indices.flatten()[-len(recent) :].to(recent)
     recent.copy_(torch.cat([recent[len(flat) :], flat]))
-    return len(recent.unique()) / n_embed
+    return int((torch.bincount(recent.long(), minlength=n_embed) > 0).sum()) / n_embed
