@@ -1,0 +1,249 @@
+"""StyleGAN: style-based generator and progressively grown discriminator.
+
+Karras, Laine, Aila, CVPR 2019 (arXiv 1812.04948), sec. 2 and app. B, C. Official code: NVlabs/stylegan@1e0d5c7
+training/networks_stylegan.py (TensorFlow). Deviation: sides other than powers of two, from a constant of another side.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Sequence
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from vgm_cli.nn.fir import fir_kernel, upfirdn2d
+
+from .layers import EqualConv, EqualLinear, StyleGenerator, minibatch_stddev, one_hot, pixel_norm, sides
+
+GAIN = math.sqrt(2)
+EPS = 1e-8
+
+
+def feature_maps(levels: int, base: int, limit: int) -> list[int]:
+    """Channels of level 0 (the constant) to the last, and in front of them those of the discriminator's last layer."""
+    return [min(int(base / 2**stage), limit) for stage in range(levels + 1)]
+
+
+def blur(x: Tensor) -> Tensor:
+    """The filter [1, 2, 1] x [1, 2, 1] / 16: (B, C, H, W) -> (B, C, H, W)."""
+    return upfirdn2d(x, fir_kernel((1, 2, 1), x), pad=(1, 1))
+
+
+def enlarge(x: Tensor, factor: int = 2) -> Tensor:
+    """Every pixel becomes factor x factor."""
+    return x if factor == 1 else F.interpolate(x, scale_factor=factor, mode="nearest")
+
+
+def shrink(x: Tensor, factor: int = 2) -> Tensor:
+    """Means of factor x factor pixels."""
+    return x if factor == 1 else F.avg_pool2d(x, factor)
+
+
+def _spread(weight: Tensor) -> Tensor:
+    """(o, i, 3, 3) -> (o, i, 4, 4): what a 3x3 convolution and a doubling (or averaging) of pixels do together."""
+    w = F.pad(weight, (1, 1, 1, 1))
+    return w[..., 1:, 1:] + w[..., :-1, 1:] + w[..., 1:, :-1] + w[..., :-1, :-1]
+
+
+def enlarge_conv(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """enlarge, then a 3x3 convolution, as one transposed convolution with 16 taps instead of 36."""
+    return F.conv_transpose2d(x, _spread(weight).flip(2, 3).transpose(0, 1), bias, stride=2, padding=1)
+
+
+def conv_shrink(x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+    """A 3x3 convolution, then shrink, as one convolution with stride 2."""
+    return F.conv2d(x, _spread(weight) / 4, bias, stride=2, padding=1)
+
+
+def split_lod(lod: float, levels: int) -> tuple[int, float]:
+    """Level of detail (0 is all of it) -> the last level in use and how much of the level before is shown instead."""
+    lod = min(max(lod, 0.0), levels - 1.0)
+    return levels - 1 - int(lod), lod - int(lod)
+
+
+class Mapping(nn.Module):
+    """Eight dense layers from z (and a label) to w (sec. 2, app. C)."""
+
+    def __init__(self, latent: int, classes: int, w_dim: int, layers: int, width: int, lr_multiplier: float):
+        super().__init__()
+        self.label = nn.Parameter(torch.randn(classes, latent)) if classes else None
+        widths = [latent * (2 if classes else 1), *[width] * (layers - 1), w_dim]
+        self.layers = nn.ModuleList(EqualLinear(a, b, GAIN, lr_multiplier) for a, b in zip(widths, widths[1:]))
+
+    def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:
+        """z: (B, latent), y: (B,) -> w: (B, w_dim), in single precision."""
+        with torch.autocast(z.device.type, enabled=False):
+            x = z.float()
+            if self.label is not None:
+                x = torch.cat([x, one_hot(y, len(self.label)) @ self.label], dim=1)
+            x = pixel_norm(x)
+            for layer in self.layers:
+                x = F.leaky_relu(layer(x), 0.2)
+            return x
+
+
+class Layer(nn.Module):
+    """Convolution (none on the constant), then noise, bias, leaky ReLU, instance norm and style, in this order."""
+
+    def __init__(self, fan_in: int, out: int, side: int, w_dim: int, conv: bool = True, up: bool = False):
+        super().__init__()
+        self.up = up
+        self.conv = EqualConv(fan_in, out, 3, GAIN, bias=False) if conv else None
+        self.noise_strength = nn.Parameter(torch.zeros(out))
+        self.bias = nn.Parameter(torch.zeros(out))
+        self.style = EqualLinear(w_dim, 2 * out)
+        self.register_buffer("noise", torch.randn(side, side))
+
+    def forward(self, x: Tensor, w: Tensor, noise: Tensor | None) -> Tensor:
+        """x: (B, in, h, w) or twice as small where `up`, w: (B, w_dim), noise: (B or 1, 1, h, w)."""
+        if self.conv is not None:
+            x = blur(enlarge_conv(x, self.conv.scaled())) if self.up else self.conv(x)
+        if noise is not None:
+            x = torch.addcmul(x, noise.to(x.dtype), self.noise_strength.to(x.dtype).view(-1, 1, 1))
+        x = F.leaky_relu(x + self.bias.to(x.dtype).view(-1, 1, 1), 0.2)
+        scale, shift = self.style(w).float().view(len(x), 2, -1, 1, 1).unbind(1)
+        var, mean = torch.var_mean(x.float(), (2, 3), correction=0, keepdim=True)
+        scale = (scale + 1) * (var + EPS).rsqrt()  # the norm's and the style's scale and shift at once
+        return torch.addcmul((shift - mean * scale).to(x.dtype), x, scale.to(x.dtype))
+
+
+class Generator(StyleGenerator):
+    """Mapping and synthesis networks.
+
+    size: pixels per side. in_channels: of an image. fmap_base, fmap_max: a level of side 4 * 2^i has
+    min(fmap_base / 2^(i + 1), fmap_max) channels. num_classes: 0 for an unconditional network. base: side of the
+    constant, see layers.sides. VgmError: a size that does not grow by doubling.
+    """
+
+    def __init__(
+        self,
+        size: int = 1024,
+        in_channels: int = 3,
+        num_classes: int = 0,
+        latent_size: int = 512,
+        w_dim: int = 512,
+        mapping_layers: int = 8,
+        mapping_width: int = 512,
+        lr_multiplier: float = 0.01,
+        fmap_base: int = 8192,
+        fmap_max: int = 512,
+        base: int | None = None,
+    ):
+        super().__init__()
+        self.sides = sides(size, base)
+        maps = feature_maps(len(self.sides), fmap_base, fmap_max)[1:]
+        self.size, self.in_channels, self.num_classes = size, in_channels, num_classes
+        self.latent_size, self.w_dim, self.num_layers = latent_size, w_dim, 2 * len(self.sides)
+        self.noise_shapes = [(1, s, s) for s in self.sides for _ in (0, 1)]
+        self.mapping = Mapping(latent_size, num_classes, w_dim, mapping_layers, mapping_width, lr_multiplier)
+        self.const = nn.Parameter(torch.ones(1, maps[0], self.sides[0], self.sides[0]))
+        first = [Layer(maps[0], maps[0], self.sides[0], w_dim, conv=False), Layer(maps[0], maps[0], self.sides[0], w_dim)]
+        rest = [
+            Layer(a if up else b, b, side, w_dim, up=up)
+            for a, b, side in zip(maps, maps[1:], self.sides[1:])
+            for up in (True, False)
+        ]
+        self.layers = nn.ModuleList([*first, *rest])
+        self.to_rgb = nn.ModuleList(EqualConv(c, in_channels, 1) for c in maps)
+        self.register_buffer("w_avg", torch.zeros(w_dim))
+        self.register_buffer("lod", torch.zeros(()))
+
+    def map(self, z: Tensor, y: Tensor | None = None) -> Tensor:
+        """z: (B, latent_size), y: (B,) -> w: (B, w_dim)."""
+        return self.mapping(z, y)  # type: ignore[no-any-return]
+
+    def fixed_noise(self) -> list[Tensor]:
+        return [layer.noise[None, None] for layer in self.layers]
+
+    def active_layers(self, lod: float) -> int:
+        """Layers in use at a level of detail."""
+        return self.num_layers - 2 * int(lod)
+
+    def synthesis(self, ws: Tensor, noise: Sequence[Tensor] | None = None, lod: float | None = None) -> Tensor:
+        """ws: (B, num_layers, w_dim), noise: num_layers tensors (B or 1, 1, h, w), or None for none; lod: None for the
+        one that the weights were trained to -> (B, C, size, size)."""
+        if lod is None:
+            lod = 0.0 if self.lod.is_meta else float(self.lod)
+        top, before = split_lod(lod, len(self.sides))
+        x = last = self.const.expand(len(ws), -1, -1, -1)
+        for level in range(top + 1):
+            last = x
+            for i in (2 * level, 2 * level + 1):
+                x = self.layers[i](x, ws[:, i], None if noise is None else noise[i])
+        image = self.to_rgb[top](x).float()
+        if before > 0:
+            image = torch.lerp(image, enlarge(self.to_rgb[top - 1](last).float()), before)
+        return enlarge(image, self.size // self.sides[top])
+
+
+class Block(nn.Module):
+    """Discriminator level: convolution, then blur, convolution and halving."""
+
+    def __init__(self, fan_in: int, out: int):
+        super().__init__()
+        self.conv0 = EqualConv(fan_in, fan_in, 3, GAIN)
+        self.conv1 = EqualConv(fan_in, out, 3, GAIN)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, in, h, w) -> (B, out, h / 2, w / 2)."""
+        x = F.leaky_relu(self.conv0(x), 0.2)
+        x = conv_shrink(blur(x), self.conv1.scaled(), self.conv1.bias)
+        return F.leaky_relu(x, 0.2)
+
+
+class Discriminator(nn.Module):
+    """Scores of images, one per class of which the label selects one (Mescheder et al. 2018).
+
+    size, in_channels, num_classes, fmap_base, fmap_max, base: as the generator's. group_size, group_features: of the
+    minibatch standard deviation; 1 for none.
+    """
+
+    def __init__(
+        self,
+        size: int = 1024,
+        in_channels: int = 3,
+        num_classes: int = 0,
+        fmap_base: int = 8192,
+        fmap_max: int = 512,
+        group_size: int = 4,
+        group_features: int = 1,
+        base: int | None = None,
+    ):
+        super().__init__()
+        self.sides, self.size, self.num_classes = sides(size, base), size, num_classes
+        self.group_size, self.group_features = group_size, group_features
+        maps = feature_maps(len(self.sides), fmap_base, fmap_max)
+        self.from_rgb = nn.ModuleList(EqualConv(in_channels, c, 1, GAIN) for c in maps[1:])
+        self.blocks = nn.ModuleList(Block(a, b) for a, b in zip(maps[2:], maps[1:]))  # of level 1 and up
+        self.conv = EqualConv(maps[1] + (group_features if group_size > 1 else 0), maps[1], 3, GAIN)
+        self.dense = EqualLinear(maps[1] * self.sides[0] ** 2, maps[0], GAIN)
+        self.out = EqualLinear(maps[0], max(num_classes, 1))
+        self.register_buffer("lod", torch.zeros(()))
+
+    def entry(self, image: Tensor, level: int) -> Tensor:
+        """The image at a level's side, as its features."""
+        return F.leaky_relu(self.from_rgb[level](shrink(image, self.size // self.sides[level])), 0.2)
+
+    def forward(self, x: Tensor, y: Tensor | None = None, lod: float | None = None) -> Tensor:
+        """x: (B, C, size, size) about [-1, 1], y: (B,) -> scores (B, 1) in single precision."""
+        if lod is None:
+            lod = 0.0 if self.lod.is_meta else float(self.lod)
+        image = x
+        top, before = split_lod(lod, len(self.sides))
+        x = self.entry(image, top)
+        for level in range(top, 0, -1):
+            x = self.blocks[level - 1](x)
+            if level == top and before > 0:
+                x = torch.lerp(x, self.entry(image, top - 1).to(x.dtype), before)
+        with torch.autocast(x.device.type, enabled=False):
+            x = x.float()
+            if self.group_size > 1:
+                x = minibatch_stddev(x, self.group_size, self.group_features)
+            x = F.leaky_relu(self.conv(x), 0.2)
+            x = F.leaky_relu(self.dense(x.flatten(1)), 0.2)
+            scores = self.out(x)
+            if self.num_classes:
+                scores = (scores * one_hot(y, self.num_classes)).sum(1, keepdim=True)
+        return scores  # type: ignore[no-any-return]

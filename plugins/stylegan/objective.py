@@ -1,0 +1,282 @@
+"""Adversarial training of StyleGAN, StyleGAN2 and StyleGAN2-ADA: two optimizers, their regularisers as further phases.
+
+Karras et al. 2019 (arXiv 1812.04948), app. C; 2020 (arXiv 1912.04958), sec. 3; 2020 (arXiv 2006.06676), sec. 3. Official
+code: NVlabs/stylegan@1e0d5c7 training/{training_loop,loss}.py, NVlabs/stylegan2-ada-pytorch@d72cc7d likewise.
+Deviations: the generator steps first, in both generations; labels of generated images are those of the batch; one batch
+size at all levels of growing; the mean of w moves once per step and phase, over all processes.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vgm_cli.api import Batch, ObjectiveBase, Phase, Step
+from vgm_cli.errors import USAGE, VgmError
+
+from .augment import AugmentPipe, next_probability
+from .layers import StyleGenerator
+from .losses import (
+    discriminator_loss,
+    fade_reals,
+    generator_loss,
+    gradient_penalty,
+    level_of_detail,
+    path_lengths,
+    path_penalty,
+    r1_penalty,
+)
+
+Logs = dict[str, Tensor]
+
+
+@dataclass
+class Growth:
+    """Progressive growing. start: first side; rates: {side: factor on both learning rates}, of that side and above."""
+
+    start: int = 8
+    train_kimg: float = 600
+    fade_kimg: float = 600
+    rates: dict[int, float] | None = None
+    restart: bool = True  # Adam forgets its moments when a level enters or is in full
+
+
+class StyleGANObjective(ObjectiveBase):
+    """Non-saturating GAN loss with R1, or WGAN-GP.
+
+    r1_gamma, r1_every: R1 weighs gamma / 2; in the discriminator's loss where r1_every is 1, else a phase of its own at
+    every so many steps with that gain. path_weight, path_every, path_shrink, path_decay: path length regularisation on
+    a share of the batch. mixing: probability of a second style from a random layer on. w_decay: of the mean of w.
+    grow: keywords of Growth, None to train at full size. augment: keywords of AugmentPipe with `p` (None: adapted),
+    `target`, `kimg` (p goes from 0 to 1 in so many thousand images) and `every`; None for none. drift: weight of
+    D(real)^2 of WGAN-GP. wgan_lambda: of its gradient penalty.
+    """
+
+    model: StyleGenerator
+    discriminator: nn.Module
+    sparse_grads = True  # a level that is not in yet, and biases under gradient penalties, receive none
+
+    def __init__(
+        self,
+        model: nn.Module,
+        discriminator: nn.Module,
+        loss: Literal["non-saturating", "wgan-gp"] = "non-saturating",
+        r1_gamma: float = 10.0,
+        r1_every: int = 1,
+        path_weight: float = 0.0,
+        path_every: int = 4,
+        path_shrink: int = 2,
+        path_decay: float = 0.01,
+        mixing: float = 0.9,
+        w_decay: float = 0.995,
+        grow: dict[str, Any] | None = None,
+        augment: dict[str, Any] | None = None,
+        drift: float = 0.001,
+        wgan_lambda: float = 10.0,
+    ):
+        if not isinstance(model, StyleGenerator):
+            raise VgmError("the objective trains StyleGAN's generators", "model.name=stylegan or stylegan2", USAGE)
+        self.model, self.discriminator = model, discriminator
+        self.networks = {"model": model, "discriminator": discriminator}
+        self.kind, self.r1_gamma, self.r1_every = loss, r1_gamma, r1_every
+        self.path_weight, self.path_every, self.path_shrink = path_weight, path_every, path_shrink
+        self.path_decay, self.mixing, self.w_decay = path_decay, mixing, w_decay
+        self.drift, self.wgan_lambda = drift, wgan_lambda
+        self.grow = Growth(**grow) if grow is not None else None
+        if self.grow is not None and not hasattr(model, "lod"):
+            raise VgmError("only StyleGAN's first generation grows", "objective.grow=null", USAGE)
+        options = dict(augment or {})
+        self.target, self.kimg = float(options.pop("target", 0.6)), float(options.pop("kimg", 500))
+        self.ada_every, fixed = int(options.pop("every", 4)), options.pop("p", None)
+        self.pipe = AugmentPipe(**options) if augment is not None else None
+        self.adaptive = self.pipe is not None and fixed is None
+        self.p = float(fixed or 0.0)
+        self.batch_size = 0  # images per step over all processes, known from the first batch on
+        self.path_mean = torch.zeros((), device="cpu")
+        self.signs = torch.zeros(2, device="cpu")  # sum of sign(D(real)) and its count since p moved
+        self.new_path_mean: list[Tensor] = []
+        self.seen: dict[str, list[Tensor]] = {}  # means of w of this step, by phase
+        self.real_signs: list[Tensor] = []
+
+    def to(self, device: torch.device) -> None:
+        self.path_mean = self.path_mean.to(device)
+        if self.pipe is not None:
+            self.pipe.to(device)
+
+    def phases(self) -> list[Phase]:
+        d = {"trains": ("discriminator",), "optimizer": "discriminator"}
+        phases = [Phase("generator")]
+        if self.path_weight:
+            phases.append(Phase("path", every=self.path_every, gain=self.path_every))
+        phases.append(Phase("discriminator", **d))  # type: ignore[arg-type]
+        if self.r1_gamma and self.r1_every > 1 and self.kind == "non-saturating":
+            phases.append(Phase("r1", every=self.r1_every, gain=self.r1_every, **d))  # type: ignore[arg-type]
+        return phases
+
+    def prepare(self, first_batch: Batch, step: Step) -> None:
+        self.batch_size = len(first_batch["x"]) * step.world * step.micros
+
+    # -- schedules ------------------------------------------------------------------------------------------------------
+
+    def lod(self, index: int) -> float:
+        """Level of detail of a step: 0 is full size. It moves at every fourth step."""
+        if self.grow is None:
+            return 0.0
+        sides: list[int] = self.model.sides  # type: ignore[assignment]
+        if self.grow.start not in sides:
+            raise VgmError(f"grow.start={self.grow.start}", f"sides are {sides}", USAGE)
+        top = len(sides) - 1 - sides.index(self.grow.start)
+        return level_of_detail(
+            index // 4 * 4 * self.batch_size, top, self.grow.train_kimg, self.grow.fade_kimg
+        )
+
+    def rates(self, step: Step) -> Mapping[str, float]:
+        """Factors on the learning rates: those of the side in training."""
+        if self.grow is None or not self.grow.rates:
+            return {}
+        side = self.model.size // 2 ** int(self.lod(step.index))  # type: ignore[operator]
+        known = [s for s in self.grow.rates if s <= side]
+        factor = self.grow.rates[max(known)] if known else 1.0
+        return {"main": factor, "discriminator": factor}
+
+    def restarts(self, step: Step) -> bool:
+        """Do the optimizers start afresh here? Where a level enters, and where it is in full."""
+        if self.grow is None or not self.grow.restart or step.index == 0:
+            return False
+        now, before = self.lod(step.index), self.lod(step.index - 1)
+        return int(now) != int(before) or -int(-now) != -int(-before)
+
+    # -- draws ----------------------------------------------------------------------------------------------------------
+
+    def generate(self, phase: str, n: int, y: Tensor | None, step: Step, lod: float) -> tuple[Tensor, Tensor]:
+        """n images and their styles, with mixing."""
+        model = self.model
+        w = model.map(step.randn((n, model.latent_size), f"{phase} z"), y)
+        self.seen.setdefault(phase, []).append(w.detach().mean(0))
+        ws = model.styles(w)
+        cutoff = self.crossover(phase, step, lod)
+        if cutoff < model.num_layers:
+            other = model.styles(model.map(step.randn((n, model.latent_size), f"{phase} second z"), y))
+            ws = torch.cat([ws[:, :cutoff], other[:, cutoff:]], dim=1)
+        seeds = step.randint(2**62, n, f"{phase} noise")
+        known = [0] * n if seeds.is_meta else seeds.tolist()
+        noise = model.random_noise(known, seeds.device) if model.noise_shapes else None
+        return model.synthesis(ws, noise, lod), ws
+
+    def crossover(self, phase: str, step: Step, lod: float) -> int:
+        """First layer of the second style; num_layers for none. One draw for the batch."""
+        active = int(self.model.active_layers(lod))  # type: ignore[operator]
+        mix, where = torch.rand(2, generator=step.generator(f"{phase} mixing"), device="cpu").tolist()
+        if self.mixing <= 0 or mix >= self.mixing or active < 2:
+            return self.model.num_layers
+        return 1 + int(where * (active - 1))
+
+    def scores(self, draw: str, y: Tensor | None, step: Step, lod: float) -> Callable[[Tensor], Tensor]:
+        """The discriminator behind the augmentations."""
+        pipe = self.pipe
+
+        def score(x: Tensor) -> Tensor:
+            if pipe is not None and self.p > 0:
+                u = step.rand((len(x), pipe.draws), f"{draw} augment")
+                grain = step.randn(tuple(x.shape), f"{draw} grain") if "noise" in pipe.kinds else None
+                x = pipe(x, self.p, u, grain)
+            return self.discriminator(x, y, lod).float()  # type: ignore[no-any-return]
+
+        return score
+
+    # -- losses ---------------------------------------------------------------------------------------------------------
+
+    def loss(self, phase: str, batch: Batch, step: Step) -> tuple[Tensor, Logs]:
+        """batch x: (B, C, H, W) in [-1, 1], y: (B,) for conditional networks."""
+        x, y = batch["x"], batch.get("y") if self.model.num_classes else None
+        if not self.batch_size:
+            self.prepare(batch, step)
+        lod = self.lod(step.index)
+        if phase == "generator":
+            return self.generator(x, y, step, lod)
+        if phase == "path":
+            return self.path(x, y, step, lod)
+        real = fade_reals(x, lod) if lod else x
+        if phase == "discriminator":
+            return self.discriminate(real, y, step, lod)
+        _, penalty = r1_penalty(self.scores("r1", y, step, lod), real)
+        return penalty.mean() * (self.r1_gamma / 2), {"r1_penalty": penalty.detach().mean()}
+
+    def generator(self, x: Tensor, y: Tensor | None, step: Step, lod: float) -> tuple[Tensor, Logs]:
+        images, _ = self.generate("generator", len(x), y, step, lod)
+        fake = self.scores("generator", y, step, lod)(images)
+        loss = generator_loss(fake) if self.kind == "non-saturating" else -fake
+        return loss.mean(), {"scores_fake": fake.detach().mean()}
+
+    def path(self, x: Tensor, y: Tensor | None, step: Step, lod: float) -> tuple[Tensor, Logs]:
+        n = max(1, len(x) // self.path_shrink)
+        images, ws = self.generate("path", n, None if y is None else y[:n], step, lod)
+        lengths = path_lengths(images, ws, step.randn(tuple(images.shape), "path y"))
+        penalty, mean = path_penalty(lengths, self.path_mean.to(lengths.device), self.path_decay)
+        self.new_path_mean.append(mean.detach())
+        return penalty.mean() * self.path_weight, {"path_length": lengths.detach().mean()}
+
+    def discriminate(self, real: Tensor, y: Tensor | None, step: Step, lod: float) -> tuple[Tensor, Logs]:
+        with torch.no_grad():
+            images, _ = self.generate("discriminator", len(real), y, step, lod)
+        fake = self.scores("fake", y, step, lod)(images)
+        score = self.scores("real", y, step, lod)
+        if self.kind == "wgan-gp":
+            out = score(real)
+            mix = step.rand((len(real), 1, 1, 1), "gradient penalty")
+            penalty = gradient_penalty(score, real, images, mix)
+            loss = fake - out + self.drift * out.square() + self.wgan_lambda * penalty[:, None]
+        elif self.r1_every == 1 and self.r1_gamma:
+            out, penalty = r1_penalty(score, real)
+            loss = discriminator_loss(out, fake) + (self.r1_gamma / 2) * penalty[:, None]
+        else:
+            out, penalty = score(real), None
+            loss = discriminator_loss(out, fake)
+        self.real_signs.append(out.detach().sign().mean())
+        logs = {"scores_real": out.detach().mean(), "real_sign": self.real_signs[-1]}
+        if self.pipe is not None:
+            logs["augment_p"] = torch.tensor(self.p)
+        if self.grow is not None:
+            logs["lod"] = torch.tensor(lod)
+        return loss.mean(), logs if penalty is None else {**logs, "penalty": penalty.detach().mean()}
+
+    # -- between steps --------------------------------------------------------------------------------------------------
+
+    def after_step(self, step: Step) -> None:
+        """Mean of w, of path lengths and of the discriminator's signs, over micro-batches and processes."""
+        for means in self.seen.values():
+            mean = over_processes(torch.stack(means).mean(0))
+            self.model.w_avg.copy_(torch.lerp(mean.to(self.model.w_avg), self.model.w_avg, self.w_decay))
+        if self.new_path_mean:
+            self.path_mean = over_processes(torch.stack(self.new_path_mean).mean(0))
+        if self.adaptive and self.real_signs:
+            mean = over_processes(torch.stack(self.real_signs).mean(0))
+            self.signs += torch.tensor([float(mean), 1.0])
+            if (step.index + 1) % self.ada_every == 0:
+                sign, count = self.signs.tolist()
+                self.p = next_probability(self.p, sign / count, self.target, self.batch_size * count, self.kimg)
+                self.signs.zero_()
+        self.seen, self.new_path_mean, self.real_signs = {}, [], []
+        if self.grow is not None:
+            for network in self.networks.values():
+                network.lod.fill_(self.lod(step.index))  # type: ignore[operator, union-attr]
+
+    def state_dict(self) -> dict[str, Tensor]:
+        return {"path_mean": self.path_mean, "p": torch.tensor(self.p, dtype=torch.float64), "signs": self.signs}
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        self.path_mean = state["path_mean"].to(self.path_mean.device)
+        self.p, self.signs = float(state["p"]), state["signs"].clone()
+
+
+def over_processes(mean: Tensor) -> Tensor:
+    """The mean over all processes."""
+    if torch.distributed.is_initialized():
+        mean = mean.clone()
+        torch.distributed.all_reduce(mean)
+        mean /= torch.distributed.get_world_size()
+    return mean
