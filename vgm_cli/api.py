@@ -155,6 +155,14 @@ class ObjectiveBase:
         generator, is made in the precision that the loss sees."""
         return [batch]
 
+    def rates(self, step: Step) -> Mapping[str, float]:
+        """Factors on the learning rates of optimizers by name at this step, on top of their schedules."""
+        return {}
+
+    def restarts(self, step: Step) -> bool:
+        """Whether the optimizers forget their moments before this step (progressive growing)."""
+        return False
+
     def after_step(self, step: Step) -> None:
         """Targets, curricula, resampler histories."""
 

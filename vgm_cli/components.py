@@ -27,6 +27,14 @@ NETWORKS = (
         from_data={"in_channels": "image_channels"},
         summary="patch discriminator (pix2pix), for first stages",
     ),
+    Component(
+        kind="model",
+        name="edm-unet",
+        target="vgm_cli.nets.edm:DhariwalUNet",
+        presets={"imagenet64": {"img_resolution": 64, "num_classes": 1000}},
+        from_data={"img_resolution": "size", "in_channels": "channels", "num_classes": "num_classes"},
+        summary="EDM's ADM U-Net, predicts F",
+    ),
     Component("model", "lpips", "vgm_cli.losses.lpips:LPIPS", summary="perceptual distance; VGG and heads by path"),
     Component(
         kind="objective",

@@ -314,10 +314,11 @@ class DiscreteDiffusion:
         output: Tensor,
         x: Tensor,
         t: Tensor,
-        clip_denoised: bool = False,
+        clip_denoised: bool | float = False,
         denoised_fn: Callable[[Tensor], Tensor] | None = None,
     ) -> Posterior:
-        """p(x_{t-1} | x_t) from the network's output at (x, t). denoised_fn: applied to x0 before the clip."""
+        """p(x_{t-1} | x_t) from the network's output at (x, t). denoised_fn: applied to x0 before the clip,
+        which is to [-1, 1], or to +-clip_denoised."""
         prediction, values = self.split(output, x)
         if values is not None:
             log_variance = values
@@ -341,7 +342,7 @@ class DiscreteDiffusion:
         if denoised_fn is not None:
             x0 = denoised_fn(x0)
         if clip_denoised:
-            x0 = x0.clamp(-1, 1)
+            x0 = x0.clamp(-float(clip_denoised), float(clip_denoised))
         mean = prediction if self.mean == "x_prev" else self.q_posterior(x0, x, t).mean
         return Posterior(mean, variance, log_variance, x0)
 
@@ -384,7 +385,7 @@ class DiscreteDiffusion:
         noise: Callable[[], Tensor],
         sampler: Literal["ddpm", "ddim"] = "ddpm",
         eta: float = 0.0,
-        clip_denoised: bool = False,
+        clip_denoised: bool | float = False,
         denoised_fn: Callable[[Tensor], Tensor] | None = None,
         cond_fn: Network | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -415,7 +416,7 @@ class DiscreteDiffusion:
         self,
         model: Network,
         x0: Tensor,
-        clip_denoised: bool = False,
+        clip_denoised: bool | float = False,
         denoised_fn: Callable[[Tensor], Tensor] | None = None,
         cond_fn: Network | None = None,
     ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -433,7 +434,7 @@ class DiscreteDiffusion:
     # training and likelihood
 
     def vb_terms(
-        self, output: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, clip_denoised: bool = False
+        self, output: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, clip_denoised: bool | float = False
     ) -> tuple[Tensor, Tensor]:
         """One term of the variational bound in bits per dimension (B,), and the predicted x0.
 
@@ -479,7 +480,7 @@ class DiscreteDiffusion:
 
     @torch.no_grad()
     def bpd_loop(
-        self, model: Network, x0: Tensor, noise: Callable[[], Tensor], clip_denoised: bool = True
+        self, model: Network, x0: Tensor, noise: Callable[[], Tensor], clip_denoised: bool | float = True
     ) -> dict[str, Tensor]:
         """The whole variational bound in bits per dimension, from the last step to the first.
 

@@ -174,14 +174,14 @@ class DDPMSampler:
 
     steps: N, "a,b,c" per section, or "ddimN" for an integer stride; a request's own steps go before. variance: None is
     the training's. cfg_channels: leading channels that guidance applies to, None for all (3 in DiT's published
-    numbers). clip_denoised: x0 to [-1, 1] in every step. eta: DDIM's share of noise. classifier: noisy-image classifier
-    (x, t) -> logits for classifier guidance towards request.cond["y"], with classifier_scale.
+    numbers). clip_denoised: x0 to [-1, 1], or to +-that, in every step. eta: DDIM's share of noise. classifier: of noisy
+    images, (x, t) -> logits, for classifier guidance towards request.cond["y"] with classifier_scale.
     """
 
     def __init__(
         self,
         steps: int | str = 250,
-        clip_denoised: bool = False,
+        clip_denoised: bool | float = False,
         variance: Variance | None = None,
         cfg_channels: int | None = None,
         sampler: Literal["ddpm", "ddim"] = "ddpm",
@@ -255,7 +255,7 @@ class DDIMSampler(DDPMSampler):
         self,
         steps: int | str = 50,
         eta: float = 0.0,
-        clip_denoised: bool = False,
+        clip_denoised: bool | float = False,
         cfg_channels: int | None = None,
         classifier: Any = None,
         classifier_scale: float = 1.0,

@@ -182,6 +182,10 @@ class Loaded:
     header: Header
     path: Path
 
+    def sha256(self) -> str:
+        """Of the weights' file."""
+        return file_hash(self.path) if self.path.is_file() else ""
+
 
 def load(
     target: str | Path, weights: str | None = None, device: torch.device | str = "cpu", dtype: torch.dtype | None = None

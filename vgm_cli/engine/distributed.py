@@ -46,6 +46,17 @@ def relaunch(nproc: int, nnodes: int, rdzv: str | None, argv: Sequence[str]) -> 
     return 0
 
 
+def relaunched(nproc: int) -> bool:
+    """Run this command in several processes, unless this is one of them already; leaves with their code on failure."""
+    adopt_slurm()
+    if nproc == 1 or launched():
+        return False
+    code = relaunch(nproc, 1, None, default_argv())
+    if code:
+        raise SystemExit(code)
+    return True
+
+
 def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 

@@ -1,9 +1,10 @@
 """Exponential moving averages of network weights, several at once.
 
 Profiles: a constant decay (0.9999), the same with warm-up min(decay, (1 + n) / (10 + n)) as in TensorFlow (n from 0)
-and LDM's LitEma (n from 1), either of them at every k-th step only, and the power function of EDM2 (arXiv 2312.02696,
-eq. 121: beta(n) = (1 - 1/n)^(gamma + 1), gamma from the relative width sigma_rel), whose averages can be combined after
-training.
+and LDM's LitEma (n from 1), either of them at every k-th step only, a half-life in images as GANs state it (NVlabs'
+StyleGANs: decay 0.5^(batch / half_life), with a ramp at most that share of the images seen), and the power function of
+EDM2 (arXiv 2312.02696, eq. 121: beta(n) = (1 - 1/n)^(gamma + 1), gamma from the relative width sigma_rel), whose
+averages can be combined after training.
 """
 
 from __future__ import annotations
@@ -17,13 +18,18 @@ from torch import Tensor, nn
 
 class EMA:
     """One average of a network's parameters; buffers are copied. config: a decay, or one of the mappings
-    {decay: 0.9999}, {decay: 0.9999, warmup: 1} (the n of the first step), {decay: 0.9, every: 8}, {sigma_rel: 0.05}."""
+    {decay: 0.9999}, {decay: 0.9999, warmup: 1} (the n of the first step), {decay: 0.9, every: 8}, {half_life: 10000}
+    (images), {half_life: 500000, ramp: 0.05}, {sigma_rel: 0.05}. batch_size: images per update, for half-lives."""
 
-    def __init__(self, network: nn.Module, config: float | Mapping[str, float]):
+    def __init__(self, network: nn.Module, config: float | Mapping[str, float], batch_size: int = 1):
         self.config: dict[str, float] = dict(config) if isinstance(config, Mapping) else {"decay": float(config)}
-        unknown = set(self.config) - {"decay", "warmup", "every", "sigma_rel"}
-        if unknown or ("decay" in self.config) == ("sigma_rel" in self.config):
-            raise ValueError(f"an EMA is a decay, or a mapping with decay [, warmup, every] or sigma_rel; got {config}")
+        unknown = set(self.config) - {"decay", "warmup", "every", "half_life", "ramp", "sigma_rel"}
+        if unknown or sum(k in self.config for k in ("decay", "half_life", "sigma_rel")) != 1:
+            raise ValueError(
+                "an EMA is a decay, or a mapping with decay [, warmup, every], half_life [, ramp] or sigma_rel; "
+                f"got {config}"
+            )
+        self.batch_size = batch_size
         if "decay" in self.config and not 0.0 <= self.config["decay"] < 1.0:
             raise ValueError(f"EMA decay must be in [0, 1), got {self.config['decay']}")
         self.gamma = _gamma(self.config["sigma_rel"]) if "sigma_rel" in self.config else None
@@ -35,13 +41,20 @@ class EMA:
 
     @property
     def name(self) -> str:
-        """Used in file names: "ema-0.9999", "ema-power-0.05"."""
+        """Used in file names: "ema-0.9999", "ema-half-10000", "ema-power-0.05"."""
+        if "half_life" in self.config:
+            return f"ema-half-{self.config['half_life']:g}"
         return f"ema-power-{self.config['sigma_rel']:g}" if self.gamma is not None else f"ema-{self.config['decay']:g}"
 
     def decay(self) -> float:
         """Decay of the coming update (self.updates counts those done)."""
         if self.gamma is not None:
             return (1 - 1 / (self.updates + 1)) ** (self.gamma + 1)
+        if "half_life" in self.config:
+            life = self.config["half_life"]
+            if "ramp" in self.config:
+                life = min(life, self.updates * self.batch_size * self.config["ramp"])
+            return float(0.5 ** (self.batch_size / max(life, 1e-8)))
         decay = self.config["decay"]
         if "warmup" not in self.config:
             return decay

@@ -7,6 +7,7 @@ import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -24,7 +25,8 @@ from vgm_cli.registry import registry
 
 @dataclass
 class Plan:
-    """What to sample. labels: one per item, or empty for an unconditional network. images: see api.Request."""
+    """What to sample. labels: one per item, or empty for an unconditional network. images: see api.Request.
+    precision: fp32, or bf16 autocast of networks and codec."""
 
     n: int
     seed: int = 0
@@ -35,6 +37,7 @@ class Plan:
     guidance_interval: tuple[float, float] | None = None
     batch_size: int = 64
     images: Tensor | None = None
+    precision: str = "fp32"
 
     def seeds(self, first: int, last: int) -> list[int]:
         return [seed_of("sample", self.seed, i) for i in range(first, last)]
@@ -81,6 +84,11 @@ def sampler_node(
     return {**node, **(own or {})}
 
 
+def autocast(precision: str, device: torch.device) -> Any:
+    """fp32: whatever the caller has set."""
+    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+
+
 def build_sampler(node: Mapping[str, Any], device: torch.device | str) -> Any:
     """The sampler of a node. `classifier: RUN|FILE` is the network that guides it."""
     node = dict(node)
@@ -122,7 +130,7 @@ def stream(
             images=plan.images,
             codec=loaded.codec,
         )
-        with torch.no_grad():
+        with torch.no_grad(), autocast(plan.precision, request.device):
             z = sampler(loaded.view, request)
             x = z if loaded.codec is None else loaded.codec.decode(z.float() if z.is_floating_point() else z)
         if info is not None:
@@ -190,5 +198,8 @@ def provenance(loaded: Loaded, plan: Plan, target: str) -> dict[str, str]:
         "steps": plan.steps,
         "guidance_scale": plan.guidance_scale,
         "guidance_interval": plan.guidance_interval,
+        "precision": plan.precision,
+        "batch_size": plan.batch_size,
+        "sha256": loaded.sha256(),
     }
     return {"vgm": json.dumps(settings)}

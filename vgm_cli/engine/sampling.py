@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from contextlib import nullcontext
 from typing import Any
 
 import torch
 
 from vgm_cli.engine import checkpoint as ckpt
+from vgm_cli.engine.distributed import keep_memory
 from vgm_cli.engine.generate import Plan, class_labels, class_numbers, sampler_node
+from vgm_cli.engine.run import bf16_supported
 from vgm_cli.errors import USAGE, VgmError, unknown
 from vgm_cli.recipe import parse_yaml
 
@@ -18,11 +19,11 @@ def device_for() -> torch.device:
     return torch.device("cuda" if torch.cuda.is_available() else "cpu")
 
 
-def open_model(model: str, weights: str | None = None, precision: str = "fp32") -> tuple[ckpt.Loaded, torch.device]:
+def open_model(model: str, weights: str | None = None) -> tuple[ckpt.Loaded, torch.device]:
     """A loaded generator on this machine's device; codecs alone cannot be sampled from."""
-    if precision not in ("fp32", "bf16"):
-        raise unknown("precision", precision, ("fp32", "bf16"))
     device = device_for()
+    if device.type == "cpu":
+        keep_memory()
     loaded = ckpt.load(model, weights, device)
     if loaded.header.view and loaded.header.view.get("name") == "codec":
         raise VgmError(
@@ -31,8 +32,14 @@ def open_model(model: str, weights: str | None = None, precision: str = "fp32") 
     return loaded, device
 
 
-def autocast(precision: str, device: torch.device) -> Any:
-    return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
+def precision_of(loaded: ckpt.Loaded, asked: str = "auto") -> str:
+    """auto: bf16 where this machine has it and the network was trained in it, else fp32. VgmError: unknown name."""
+    if asked not in ("auto", "fp32", "bf16"):
+        raise unknown("precision", asked, ("auto", "fp32", "bf16"))
+    if asked != "auto":
+        return asked
+    trained = (loaded.header.recipe.get("train") or {}).get("precision", "fp32")
+    return "bf16" if trained in ("auto", "bf16") and bf16_supported() else "fp32"
 
 
 def plan_for(
@@ -48,6 +55,7 @@ def plan_for(
     batch_size: int = 64,
     overrides: Sequence[str] = (),
     images: str | None = None,
+    precision: str = "auto",
 ) -> Plan:
     """Command-line options on top of the recipe that the checkpoint carries."""
     recipe = loaded.header.recipe
@@ -75,6 +83,7 @@ def plan_for(
         guidance_interval=interval,
         batch_size=batch_size,
         images=given_images(loaded, images, n) if images is not None else None,
+        precision=precision_of(loaded, precision),
     )
 
 

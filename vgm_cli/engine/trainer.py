@@ -269,7 +269,7 @@ class Trainer:
         if should_compile(self.opts, self.device):
             for r in trained:
                 self.networks[r].compile()
-        self.averages = [EMA(self.networks["model"], c) for c in self.opts.ema] if "model" in trained else []
+        self.averages = [EMA(self.networks["model"], c, self.opts.batch_size) for c in self.opts.ema] if "model" in trained else []
 
         self.roots: dict[str, Any] = {}
         self.optimizers: dict[str, Any] = {}
@@ -378,6 +378,7 @@ class Trainer:
         steps = [self._step(index, m) for m in range(self.opts.accumulate)]
         micros = [self._to_model(next(batches), s) for s in steps]
         due = [p for p in self.phases if index % p.every == 0]
+        self._schedule(steps[-1])
         logs: dict[str, Tensor] = {}
         ok = torch.ones((), dtype=torch.bool, device=self.device)
         experience = getattr(self.objective, "experience", None)
@@ -416,8 +417,17 @@ class Trainer:
                 for p in params:
                     p.requires_grad_(role in phase.trains)
 
+    def _schedule(self, step: Step) -> None:
+        """What the objective itself wants of the optimizers at this step."""
+        rates = getattr(self.objective, "rates", None)
+        self.rates: Mapping[str, float] = rates(step) if rates else {}
+        restarts = getattr(self.objective, "restarts", None)
+        if restarts and restarts(step):
+            for optimizer in self.optimizers.values():
+                optimizer.state.clear()
+
     def _set_lr(self, name: str, index: int) -> None:
-        lr = learning_rate(self.settings[name], index, self.opts.steps)
+        lr = learning_rate(self.settings[name], index, self.opts.steps) * self.rates.get(name, 1.0)
         for group in self.optimizers[name].param_groups:
             group["lr"] = lr
 

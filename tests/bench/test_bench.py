@@ -1,0 +1,324 @@
+"""Speed against peers from PyPI, as ratios of the same run: `make bench`.
+
+Ours and the peer take turns (A B A B …); the figure is the ratio of their best times, so that whatever else the machine
+does falls on both. Same sizes, same precision, same work; then ours with the defaults a user gets.
+"""
+
+from __future__ import annotations
+
+import copy
+import os
+import resource
+import subprocess
+import sys
+import textwrap
+import time
+from collections.abc import Callable
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from vgm_cli.api import Request, Step, generators
+from vgm_cli.engine import checkpoint as ckpt
+from vgm_cli.engine.distributed import keep_memory
+from vgm_cli.engine.run import bf16_supported
+from vgm_cli.registry import registry
+
+pytestmark = pytest.mark.bench
+ROUNDS = 6
+SLACK = 1.05  # "at least as fast", within what two equal programs differ by here
+
+
+def race(ours: Callable[[], Any], peer: Callable[[], Any], rounds: int = ROUNDS) -> tuple[float, float]:
+    """Best seconds of each, taking turns."""
+    keep_memory()
+    best = [float("inf"), float("inf")]
+    for run in (ours, peer):
+        run()
+    for _ in range(rounds):
+        for i, run in enumerate((ours, peer)):
+            began = time.perf_counter()
+            run()
+            best[i] = min(best[i], time.perf_counter() - began)
+    return best[0], best[1]
+
+
+def report(what: str, ours: float, peer: float, name: str) -> float:
+    """Print one line; gives the speed-up over the peer."""
+    print(f"\n{what:<58} ours {ours * 1e3:8.1f} ms   {name} {peer * 1e3:8.1f} ms   {peer / ours:5.2f} times as fast")
+    return peer / ours
+
+
+def training(model: torch.nn.Module, loss: Callable[[], torch.Tensor], bf16: bool, fused: bool) -> Callable[[], None]:
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-4, fused=fused)
+
+    def step() -> None:
+        with torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():
+            value = loss()
+        value.backward()
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+
+    return step
+
+
+DIT = {"depth": 6, "hidden_size": 384, "num_heads": 6, "patch_size": 2, "input_size": 16, "in_channels": 4, "num_classes": 10}
+
+
+def our_dit() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return registry().build("model", {"name": "dit", **DIT, "learn_sigma": False})
+
+
+def their_dit() -> torch.nn.Module:
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    return diffusers.DiTTransformer2DModel(
+        num_attention_heads=DIT["num_heads"],
+        attention_head_dim=DIT["hidden_size"] // DIT["num_heads"],
+        in_channels=4,
+        out_channels=4,
+        num_layers=DIT["depth"],
+        sample_size=16,
+        patch_size=2,
+        num_embeds_ada_norm=10,
+    )
+
+
+def eps_loss(predict: Callable[..., torch.Tensor], x: torch.Tensor, y: torch.Tensor) -> torch.Tensor:
+    """The plain loop: draw t and noise, add, predict, compare."""
+    betas = torch.linspace(1e-4, 0.02, 1000)
+    bar = (1 - betas).cumprod(0)
+    t, noise = torch.randint(1000, (len(x),)), torch.randn_like(x)
+    a = bar[t].view(-1, 1, 1, 1)
+    return F.mse_loss(predict(a.sqrt() * x + (1 - a).sqrt() * noise, t, y), noise)
+
+
+@pytest.mark.parametrize("mode", ["fp32", "defaults"])
+def test_dit_training_step(mode: str) -> None:
+    ours, peer = our_dit(), their_dit()
+    assert abs(sum(p.numel() for p in ours.parameters()) / 16e6) > 0.3  # the same widths; the peer embeds t in every block
+    x, y = torch.randn(16, 4, 16, 16), torch.arange(16) % 10
+    objective = registry().build("objective", {"name": "iddpm", "learn_sigma": False, "label_dropout": 0.0}, model=ours)
+    bf16 = mode == "defaults" and bf16_supported()
+    index = iter(range(10**9))
+    a = training(ours, lambda: objective.loss("main", {"x": x, "y": y}, Step(next(index)))[0], bf16, True)
+    b = training(peer, lambda: eps_loss(lambda z, t, y: peer(z, t, y).sample, x, y), False, False)
+    speed = report(f"DiT training step, 16 x 64 tokens x 384, {'bf16' if bf16 else 'fp32'}", *race(a, b), "diffusers")
+    assert speed > (1.5 if bf16 else 1 / SLACK)
+
+
+@pytest.mark.parametrize("mode", ["fp32", "defaults"])
+def test_dit_sampling_with_guidance(mode: str) -> None:
+    """10 DDIM steps of 8 images, conditional and unconditional in one batch on both sides."""
+    diffusers = pytest.importorskip("diffusers")
+    ours, peer = our_dit().eval(), their_dit().eval()
+    objective = registry().build("objective", {"name": "iddpm", "learn_sigma": False}, model=ours)
+    view = ckpt.build_view(ours, objective.view())
+    sampler = registry().build("sampler", {"name": "iddpm-ddim", "steps": 10})
+    scheduler = diffusers.DDIMScheduler(clip_sample=False)
+    y = torch.arange(8) % 10
+    bf16 = mode == "defaults" and bf16_supported()
+
+    @torch.no_grad()
+    def a() -> None:
+        with torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():
+            sampler(view, Request(shape=(4, 16, 16), generators=generators(range(8)), cond={"y": y}, guidance_scale=2.0))
+
+    @torch.no_grad()
+    def b() -> None:
+        scheduler.set_timesteps(10)
+        x, both = torch.randn(8, 4, 16, 16), torch.cat([y, torch.full_like(y, 10)])
+        for t in scheduler.timesteps:
+            c, u = peer(torch.cat([x, x]), t.expand(16), both).sample.chunk(2)
+            x = scheduler.step(u + 2.0 * (c - u), t, x).prev_sample
+
+    speed = report(f"DiT sampling, guidance, 10 steps, {'bf16' if bf16 else 'fp32'}", *race(a, b), "diffusers")
+    assert speed > (1.2 if bf16 else 1 / SLACK)
+
+
+def our_unet() -> torch.nn.Module:
+    torch.manual_seed(0)
+    return registry().build("model", {
+        "name": "adm-unet", "image_size": 32, "in_channels": 3, "model_channels": 64, "out_channels": 3, "num_res_blocks": 2,
+        "attention_resolutions": [2], "channel_mult": [1, 2], "num_head_channels": 64, "use_scale_shift_norm": True,
+        "resblock_updown": False, "num_classes": None,
+    })  # fmt: skip
+
+
+def their_unet() -> torch.nn.Module:
+    diffusers = pytest.importorskip("diffusers")
+    torch.manual_seed(0)
+    return diffusers.UNet2DModel(
+        sample_size=32,
+        in_channels=3,
+        out_channels=3,
+        block_out_channels=(64, 128),
+        layers_per_block=2,
+        down_block_types=("DownBlock2D", "AttnDownBlock2D"),
+        up_block_types=("AttnUpBlock2D", "UpBlock2D"),
+        attention_head_dim=64,
+        resnet_time_scale_shift="scale_shift",
+        norm_eps=1e-5,
+    )
+
+
+@pytest.mark.parametrize("mode", ["fp32", "defaults"])
+def test_unet_training_step(mode: str) -> None:
+    ours, peer = our_unet(), their_unet()
+    sizes = [sum(p.numel() for p in n.parameters()) for n in (ours, peer)]
+    assert abs(sizes[0] - sizes[1]) / sizes[1] < 0.05, sizes
+    if mode == "defaults":
+        ours = ours.to(memory_format=torch.channels_last)  # what the trainer does with convolutional networks
+    x, y = torch.randn(8, 3, 32, 32), None
+    objective = registry().build("objective", {"name": "iddpm", "learn_sigma": False, "label_dropout": 0.0}, model=ours)
+    bf16 = mode == "defaults" and bf16_supported()
+    index = iter(range(10**9))
+    a = training(ours, lambda: objective.loss("main", {"x": x}, Step(next(index)))[0], bf16, True)
+    b = training(peer, lambda: eps_loss(lambda z, t, _: peer(z, t).sample, x, y), False, False)  # type: ignore[arg-type]
+    speed = report(f"ADM U-Net training step, 8 x 3 x 32 x 32, {'bf16' if bf16 else 'fp32'}", *race(a, b), "diffusers")
+    assert speed > (1.3 if bf16 else 1 / SLACK)
+
+
+PEAK = """
+import resource, sys, torch
+sys.path[:0] = {path!r}
+from tests.bench.test_bench import our_dit, their_dit, training, eps_loss
+from vgm_cli.api import Step
+from vgm_cli.registry import registry
+x, y = torch.randn(64, 4, 16, 16), torch.arange(64) % 10
+if sys.argv[1] == "ours":
+    net = our_dit()
+    o = registry().build("objective", {{"name": "iddpm", "learn_sigma": False, "label_dropout": 0.0}}, model=net)
+    step = training(net, lambda: o.loss("main", {{"x": x, "y": y}}, Step(0))[0], sys.argv[2] == "bf16", True)
+else:
+    net = their_dit()
+    step = training(net, lambda: eps_loss(lambda z, t, y: net(z, t, y).sample, x, y), False, False)
+base = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+for _ in range(3):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - base)
+"""
+
+
+def test_peak_memory_of_a_dit_training_step() -> None:
+    """Peak resident memory above the built network, each in a process of its own."""
+    pytest.importorskip("diffusers")
+    root = os.path.dirname(os.path.dirname(os.path.dirname(os.path.abspath(__file__))))
+    code = textwrap.dedent(PEAK).format(path=[root])
+
+    def peak(*args: str) -> float:
+        done = subprocess.run([sys.executable, "-c", code, *args], capture_output=True, text=True, cwd=root)
+        assert done.returncode == 0, done.stderr
+        return float(done.stdout.split()[-1]) / 1024
+
+    half = "bf16" if bf16_supported() else "fp32"
+    ours, defaults, peer = peak("ours", "fp32"), peak("ours", half), peak("peer", "fp32")
+    print(f"\nDiT training step, 64 images, peak memory: ours {ours:.0f} MiB fp32, {defaults:.0f} MiB {half}, diffusers {peer:.0f} MiB")
+    assert ours < peer * SLACK and defaults < peer
+    assert resource is not None
+
+
+# -- other families ----------------------------------------------------------------------------------------------------
+
+
+def has(kind: str, name: str) -> bool:
+    return (kind, name) in registry().components
+
+
+@pytest.mark.skipif(not has("model", "llamagen"), reason="LlamaGen is not in")
+def test_llamagen_sampling() -> None:
+    """256 tokens, batch of 4 with guidance: ours with its cache, ours recomputing everything, transformers' Llama with its
+    cache and the same sampling."""
+    transformers = pytest.importorskip("transformers")
+    torch.manual_seed(0)
+    sizes = {"dim": 256, "n_layer": 4, "n_head": 4, "multiple_of": 64}
+    ours = registry().build("model", {"name": "llamagen", "grid": (16, 16), "num_classes": 10, "vocab_size": 1024, **sizes}).eval()
+    hidden = ours.layers[0].feed_forward.w1.out_features
+    config = transformers.LlamaConfig(vocab_size=1035, hidden_size=256, intermediate_size=hidden, num_hidden_layers=4,
+                                      num_attention_heads=4, max_position_embeddings=300)  # fmt: skip
+    peer = transformers.LlamaForCausalLM(config).eval()
+    sampler = registry().build("sampler", {"name": "llamagen", "top_k": 100})
+    n, y = 4, torch.arange(4)
+
+    def request() -> Request:
+        return Request(shape=(16, 16), generators=generators(range(n)), cond={"y": y}, guidance_scale=2.0)
+
+    @torch.no_grad()
+    def cached() -> None:
+        sampler(ours, request())
+
+    @torch.no_grad()
+    def plain_cached() -> None:
+        ids, past = torch.cat([1024 + y, torch.full((n,), 1034)])[:, None], None
+        for _ in range(256):
+            out = peer(ids, past_key_values=past, use_cache=True)
+            past = out.past_key_values
+            c, u = out.logits[:, -1].chunk(2)
+            logits = u + 2.0 * (c - u)
+            logits[logits < logits.topk(100).values[:, -1:]] = -float("inf")
+            token = torch.multinomial(logits.softmax(-1), 1)
+            ids = torch.cat([token, token])
+
+    @torch.no_grad()
+    def naive() -> None:
+        tokens = torch.zeros(2 * n, 0, dtype=torch.long)
+        null = ours.null_condition({"y": y})["y"]
+        for _ in range(256):
+            c, u = ours(tokens, torch.cat([y, null]))[:, -1].chunk(2)
+            logits = u + 2.0 * (c - u)
+            logits[logits < logits.topk(100).values[:, -1:]] = -float("inf")
+            token = torch.multinomial(logits.softmax(-1), 1)
+            tokens = torch.cat([tokens, torch.cat([token, token])], 1)
+
+    fast, slow = race(cached, naive, rounds=2)
+    assert report("LlamaGen, 256 tokens with guidance", fast, slow, "without a cache") >= 3
+    assert report("LlamaGen, 256 tokens with guidance", *race(cached, plain_cached, rounds=3), "transformers") > 1 / SLACK
+
+
+@pytest.mark.skipif(not has("model", "glow"), reason="Glow is not in")
+def test_glow_training_step() -> None:
+    """normflows' Glow of equal size: 2 levels of 8 steps, 128 hidden channels, 3 x 32 x 32."""
+    nf = pytest.importorskip("normflows")
+    torch.manual_seed(0)
+    levels, depth, width, channels = 2, 8, 128, 3
+    bases, merges, flows = [], [], []
+    for i in range(levels):
+        flow = [nf.flows.GlowBlock(channels * 2 ** (levels + 1 - i), width, split_mode="channel", scale=True)
+                for _ in range(depth)]  # fmt: skip
+        flow += [nf.flows.Squeeze()]
+        flows += [flow]
+        if i > 0:
+            merges += [nf.flows.Merge()]
+            shape = (channels * 2 ** (levels - i), 32 // 2 ** (levels - i), 32 // 2 ** (levels - i))
+        else:
+            shape = (channels * 2 ** (levels + 1), 32 // 2**levels, 32 // 2**levels)
+        bases += [nf.distributions.DiagGaussian(shape)]
+    peer = nf.MultiscaleFlow(bases, flows, merges)
+    ours = registry().build("model", {"name": "glow", "channels": channels, "size": 32, "levels": levels, "depth": depth,
+                                      "width": width, "learn_prior": False, "num_classes": 0})  # fmt: skip
+    x = torch.rand(16, channels, 32, 32)
+    sizes = [sum(p.numel() for p in net.parameters() if p.requires_grad) for net in (ours, peer)]
+    assert abs(sizes[0] - sizes[1]) / sizes[1] < 0.1, sizes
+    objective = registry().build("objective", {"name": "glow"}, model=ours)
+    index = iter(range(10**9))
+    batch = {"x": x * 2 - 1}
+    objective.prepare(batch, Step(0))
+    a = training(ours, lambda: objective.loss("main", batch, Step(next(index)))[0], False, True)
+    b = training(peer, lambda: peer.forward_kld(x), False, False)
+    assert report("Glow training step, 16 x 3 x 32 x 32, fp32", *race(a, b, rounds=4), "normflows") > 1 / SLACK
+
+
+def test_the_race_is_fair() -> None:
+    """A program against itself comes out even."""
+    x = torch.randn(400, 400)
+
+    def work() -> None:
+        for _ in range(20):
+            x @ x
+
+    a, b = race(work, copy.copy(work), rounds=10)
+    assert 0.7 < a / b < 1.4
