@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vgm_cli.convert_api import Converter
-from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.errors import MISSING_ASSET, USAGE, VgmError
 
 from .model import EncoderUNetModel, UNetModel
 
@@ -145,6 +145,26 @@ def official_classifier(state: State) -> dict[str, Tensor]:
     return checked(state, EncoderUNetModel, classifier_config_from(state) | {"num_head_channels": 1})
 
 
+def header(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the published networks were trained on and are sampled by: cosine at 64 pixels, linear elsewhere. An
+    upsampler also needs the small image, which no sampler here gives it: it names none."""
+    size, channels = config["image_size"], config.get("in_channels", 3)
+    learned = config.get("learn_sigma", True)
+    view: dict[str, Any] = {
+        "name": "denoiser",
+        "path": {"name": "vp-discrete", "schedule": "cosine" if size == 64 else "linear", "steps": 1000},
+        "prediction": "eps",
+        "time": "index",
+        "learned_sigma": learned,
+        "variance": "learned_range" if learned else "fixed_large",
+    }
+    facts = {"image_size": size, "image_channels": channels, "size": size, "channels": channels}
+    sampler = {"name": "ddpm", "steps": 250, "clip_denoised": True}
+    recipe = {"paper": "adm-unet"} | ({} if config.get("super_res") else {"sampler": sampler})
+    data = {**facts, "num_classes": config.get("num_classes", 0), "sample_shape": [channels, size, size]}
+    return {"view": view, "recipe": recipe, "data": data}
+
+
 CONVERTER = Converter(
     name="adm-unet",
     component="adm-unet",
@@ -152,6 +172,7 @@ CONVERTER = Converter(
     to_ours=official,
     from_ours=official,
     config_from=config_from,
+    header=header,
     summary="openai/guided-diffusion diffusion models and upsamplers",
 )
 CLASSIFIER = Converter(
@@ -184,6 +205,17 @@ def consistency_config_from(state: State) -> dict[str, Any]:
     return config_from(state) | {"use_new_attention_order": True, "num_heads": 1, "num_head_channels": 64}
 
 
+def consistency_header(config: Mapping[str, Any]) -> dict[str, Any]:
+    """EDM's F, told 250 ln(sigma); a student is sampled by `--sampler consistency`."""
+    side, channels = config["image_size"], config["in_channels"]
+    view = {"name": "denoiser", "path": {"name": "edm"}, "prediction": "F", "time": "edm", "time_scale": 1000.0}
+    return {
+        "view": view,
+        "recipe": {"paper": "consistency", "sampler": {"name": "edm", "steps": 40}},
+        "data": {"sample_shape": [channels, side, side], "num_classes": config["num_classes"]},
+    }
+
+
 CONSISTENCY = Converter(
     name="consistency",
     component="adm-unet",
@@ -192,6 +224,7 @@ CONSISTENCY = Converter(
     from_ours=consistency_from_ours,
     config_from=consistency_config_from,
     summary="openai/consistency_models (EDM teachers, CD and CT students)",
+    header=consistency_header,
 )
 
 # -- diffusers -------------------------------------------------------------------------------------------------------
@@ -316,6 +349,75 @@ def diffusers_from_ours(state: State, new_order: bool, head_channels: int) -> di
     return theirs
 
 
+def diffusers_config(config: Mapping[str, Any], head_channels: int) -> dict[str, Any]:
+    """Our constructor keywords -> config.json of diffusers' UNet2DModel."""
+    levels = len(config["channel_mult"])
+    attends = [2**i in config["attention_resolutions"] for i in range(levels)]
+    channels = config.get("in_channels", 3)
+    change = "resnet" if config.get("resblock_updown", True) else "conv"
+    return {
+        "_class_name": "UNet2DModel",
+        "sample_size": config["image_size"],
+        "in_channels": channels * (2 if config.get("super_res") else 1),
+        "out_channels": channels * (2 if config.get("learn_sigma", True) else 1),
+        "num_class_embeds": config.get("num_classes") or None,
+        "layers_per_block": config["num_res_blocks"],
+        "block_out_channels": [config["model_channels"] * m for m in config["channel_mult"]],
+        "down_block_types": ["AttnDownBlock2D" if a else "ResnetDownsampleBlock2D" for a in attends]
+        if change == "resnet"
+        else ["AttnDownBlock2D" if a else "DownBlock2D" for a in attends],
+        "up_block_types": ["AttnUpBlock2D" if a else "ResnetUpsampleBlock2D" for a in reversed(attends)]
+        if change == "resnet"
+        else ["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
+        "downsample_type": change,
+        "upsample_type": change,
+        "attention_head_dim": head_channels,
+        "resnet_time_scale_shift": "scale_shift" if config.get("use_scale_shift_norm", True) else "default",
+        "freq_shift": 0,
+        "flip_sin_to_cos": True,
+        "time_embedding_type": "positional",
+        "norm_num_groups": 32,
+        "norm_eps": 1e-5,
+    }
+
+
+def allows(config: Mapping[str, Any], new_order: bool, head_channels: int) -> None:
+    """VgmError: the layout's name says another order of attention or width of head."""
+    if config.get("use_new_attention_order", False) != new_order:
+        other = "adm-unet-diffusers-legacy" if new_order else "adm-unet-diffusers"
+        raise VgmError(
+            "this layout is of networks with the other order of attention", f"this one's is --to {other}", USAGE
+        )
+    width = config.get("num_head_channels")
+    if width != head_channels:
+        raise VgmError(f"diffusers' layout is read with {head_channels} channels a head, not {width}", code=USAGE)
+
+
+def diffusers_forward(state: State, config: Mapping[str, Any], head_channels: int) -> Tensor:
+    """One evaluation by diffusers' own UNet2DModel. VgmError: not installed."""
+    try:
+        from diffusers import UNet2DModel
+    except ImportError as e:
+        raise VgmError("diffusers is not installed", "pip install vgm[hf]", MISSING_ASSET) from e
+    network = UNet2DModel.from_config(diffusers_config(config, head_channels)).eval()
+    network.load_state_dict({k: v.float() for k, v in state.items()})
+    x, t, y = example(config)
+    with torch.no_grad():
+        return network(x, t, class_labels=y).sample  # type: ignore[no-any-return]
+
+
+def example(config: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
+    """x, t, y. An upsampler's second image is in x."""
+    channels, size = config.get("in_channels", 3), config["image_size"]
+    x = torch.randn((1, channels, size, size), generator=torch.Generator().manual_seed(0))
+    return x, torch.full((1,), 500.0), torch.zeros(1).long() if config.get("num_classes") else None
+
+
+def forward(network: Any, config: Mapping[str, Any]) -> Tensor:
+    x, t, y = example(config)
+    return network(x, t, y)  # type: ignore[no-any-return]
+
+
 def diffusers(name: str, new_order: bool, head_channels: int = 64) -> Converter:
     def to_ours(state: State) -> dict[str, Tensor]:
         return diffusers_to_ours(state, new_order, head_channels)
@@ -335,6 +437,11 @@ def diffusers(name: str, new_order: bool, head_channels: int = 64) -> Converter:
         to_ours=to_ours,
         from_ours=lambda state: diffusers_from_ours(state, new_order, head_channels),
         config_from=config,
+        header=header,
+        allows=lambda config: allows(config, new_order, head_channels),
+        config_json=lambda config: diffusers_config(config, head_channels),
+        forward=forward,
+        reference=lambda state, config: diffusers_forward(state, config, head_channels),
         summary=f"diffusers UNet2DModel, {head_channels} channels a head, {'new' if new_order else 'legacy'} order",
     )
 

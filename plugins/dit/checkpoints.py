@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vgm_cli.convert_api import Converter
+from vgm_cli.errors import MISSING_ASSET, USAGE, VgmError
 
 from .model import sincos_2d
 
@@ -80,6 +81,29 @@ def names(depth: int) -> list[str]:
     return ["pos_embed", "y_embedder.embedding_table.weight", *tensors]
 
 
+def latents(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Data facts of the published networks: latents of an autoencoder of factor 8, ImageNet's classes."""
+    size, channels, classes = config["input_size"], config.get("in_channels", 4), config.get("num_classes", 1000)
+    facts = {"image_size": 8 * size, "image_channels": 3, "num_classes": classes, "size": size, "channels": channels}
+    return {**facts, "sample_shape": [channels, size, size]}
+
+
+def header(config: Mapping[str, Any]) -> dict[str, Any]:
+    """What the published networks were trained on and are sampled by: recipes/dit/imagenet256.yaml."""
+    learned = config.get("learn_sigma", True)
+    variance: dict[str, Any] = {"learned_sigma": True, "variance": "learned_range"}
+    view = {
+        "name": "denoiser",
+        "path": {"name": "vp-discrete", "schedule": "linear", "steps": 1000},
+        "prediction": "eps",
+        "time": "index",
+        **(variance if learned else {"learned_sigma": False, "variance": "fixed_large"}),
+    }
+    sampler = {"name": "ddpm", "steps": 250, "cfg_channels": 3}
+    recipe = {"paper": "dit", "sampler": sampler, "guidance_scale": 1.5}
+    return {"view": view, "recipe": recipe, "data": latents(config)}
+
+
 CONVERTER = Converter(
     name="dit",
     component="dit",
@@ -87,6 +111,7 @@ CONVERTER = Converter(
     to_ours=official,
     from_ours=official,
     config_from=config_from,
+    header=header,
     summary="facebookresearch/DiT (bare state, or train.py's model/ema)",
 )
 
@@ -154,6 +179,60 @@ def diffusers_from_ours(state: State) -> dict[str, Tensor]:
     return theirs
 
 
+def diffusers_config(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Our constructor keywords -> config.json of diffusers' DiTTransformer2DModel."""
+    hidden, heads, channels = config["hidden_size"], config["num_heads"], config.get("in_channels", 4)
+    return {
+        "_class_name": "DiTTransformer2DModel",
+        "num_attention_heads": heads,
+        "attention_head_dim": hidden // heads,
+        "in_channels": channels,
+        "out_channels": channels * (2 if config.get("learn_sigma", True) else 1),
+        "num_layers": config["depth"],
+        "sample_size": config["input_size"],
+        "patch_size": config["patch_size"],
+        "num_embeds_ada_norm": config.get("num_classes", 1000),
+        "activation_fn": "gelu-approximate",
+        "norm_type": "ada_norm_zero",
+        "norm_elementwise_affine": False,
+        "norm_eps": 1e-6,  # its default of 1e-5 is not the official one
+    }
+
+
+def at_start(config: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor]:
+    """x, t, y at t = 0, where diffusers' other frequencies do not matter."""
+    shape = (1, config.get("in_channels", 4), config["input_size"], config["input_size"])
+    return torch.randn(shape, generator=torch.Generator().manual_seed(0)), torch.zeros(1).long(), torch.ones(1).long()
+
+
+def forward(network: Any, config: Mapping[str, Any]) -> Tensor:
+    x, t, y = at_start(config)
+    return network(x, t, y)  # type: ignore[no-any-return]
+
+
+def diffusers_forward(state: State, config: Mapping[str, Any]) -> Tensor:
+    """The same by diffusers. VgmError: not installed."""
+    try:
+        from diffusers import DiTTransformer2DModel
+    except ImportError as e:
+        raise VgmError("diffusers is not installed", "pip install vgm[hf]", MISSING_ASSET) from e
+    network = DiTTransformer2DModel.from_config(diffusers_config(config)).eval()
+    network.load_state_dict({k: v.float() for k, v in state.items()}, strict=False)  # its position table is no weight
+    x, t, y = at_start(config)
+    with torch.no_grad():
+        return network(x, timestep=t, class_labels=y).sample  # type: ignore[no-any-return]
+
+
+def allows(config: Mapping[str, Any], input_size: int) -> None:
+    """VgmError: the layout's name says another size."""
+    if config["input_size"] != input_size:
+        raise VgmError(
+            f"this layout is of {input_size}x{input_size} inputs, the network takes {config['input_size']}",
+            "dit-diffusers is of 32 (256 pixels), dit-diffusers-512 of 64",
+            USAGE,
+        )
+
+
 def diffusers(name: str, input_size: int) -> Converter:
     def to_ours(state: State) -> dict[str, Tensor]:
         return diffusers_to_ours(state, input_size)
@@ -165,6 +244,12 @@ def diffusers(name: str, input_size: int) -> Converter:
         to_ours=to_ours,
         from_ours=diffusers_from_ours,
         config_from=lambda state: config_from(to_ours(state)),
+        header=header,
+        allows=lambda config: allows(config, input_size),
+        config_json=diffusers_config,
+        fits=lambda json: json.get("sample_size") == input_size,
+        forward=forward,
+        reference=diffusers_forward,
         summary=f"diffusers DiTTransformer2DModel, {8 * input_size} pixels",
     )
 
@@ -174,4 +259,23 @@ DIFFUSERS_512 = diffusers("dit-diffusers-512", input_size=64)
 
 # -- SiT -------------------------------------------------------------------------------------------------------------
 
-SIT = replace(CONVERTER, name="sit", component="sit", summary="willisma/SiT: the same tensors as DiT's")
+
+def sit_header(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The released networks: linear path, velocity, told 1 - t; recipes/sit/imagenet256.yaml."""
+    view = {"name": "denoiser", "path": {"name": "linear"}, "prediction": "velocity", "time": "reversed"}
+    sampler = {"name": "sit-sde", "method": "Euler", "form": "sigma", "norm": 1.0, "last_step": "Mean"}
+    sampler |= {"last_step_size": 0.04, "steps": 250, "cfg_channels": 3}
+    return {
+        "view": view,
+        "recipe": {"paper": "sit", "sampler": sampler, "guidance_scale": 1.5},
+        "data": latents(config),
+    }
+
+
+SIT = replace(
+    CONVERTER,
+    name="sit",
+    component="sit",
+    header=sit_header,
+    summary="willisma/SiT: the same tensors as DiT's",
+)
