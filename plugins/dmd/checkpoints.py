@@ -52,6 +52,16 @@ def renamed(state: State, old: str, new: str) -> dict[str, Tensor]:
     return {new + name: state[old + name] for name in wanted}
 
 
+def header(config: Mapping[str, Any]) -> dict[str, Any]:
+    """EDM's view of the network; a DMD2 generator is asked by `--sampler dmd`."""
+    side, channels = config["img_resolution"], config["in_channels"]
+    return {
+        "view": {"name": "denoiser", "path": {"name": "edm"}, "prediction": "F", "time": "edm"},
+        "recipe": {"paper": "dmd", "sampler": {"name": "edm", "steps": 18}},
+        "data": {"sample_shape": [channels, side, side], "num_classes": config["num_classes"]},
+    }
+
+
 def network(name: str, prefix: str, summary: str) -> Converter:
     return Converter(
         name=name,
@@ -61,6 +71,7 @@ def network(name: str, prefix: str, summary: str) -> Converter:
         from_ours=lambda state: renamed(state, "", prefix),
         config_from=lambda state: config_from(state, prefix),
         summary=summary,
+        header=header,
     )
 
 

@@ -260,6 +260,30 @@ def test_a_network_without_a_view_is_no_teacher(teachers: Callable[[str, str], P
     assert known.config["teacher"]["view"]["prediction"] == "velocity"
 
 
+@pytest.mark.parametrize("layout", ["edm", "consistency"])
+def test_a_converted_checkpoint_is_a_teacher(vgm: Vgm, tmp_path: Path, layout: str) -> None:
+    """Official weights of EDM and of consistency models, which say nothing of themselves, through their converters."""
+    from vgm_cli.registry import load_target, registry
+
+    converter = load_target(registry().find("converter", layout).target)
+    keywords = {
+        "edm": {"img_resolution": 28, "in_channels": 1, "num_classes": 10, "channel_mult": [1, 1]},
+        "consistency": {"image_size": 28, "in_channels": 1, "num_classes": 10, "channel_mult": [1, 1],
+                        "learn_sigma": False, "use_new_attention_order": True, "attention_resolutions": [2]},
+    }[layout]  # fmt: skip
+    width = {"edm": {"num_blocks": 1}, "consistency": {"num_res_blocks": 1, "num_head_channels": 64}}[layout]
+    network = registry().build("model", {"name": converter.component, "model_channels": 64, **keywords, **width})
+    theirs = converter.from_ours(network.state_dict())
+    config = {**converter.config_from(theirs), **({"image_size": 28} if layout == "consistency" else {})}
+    header = ckpt.Header({"kind": "model", "name": converter.component, "kwargs": config}, **converter.header(config))
+    ckpt.save_network(tmp_path / "teacher.safetensors", converter.to_ours(theirs), header)
+    for method in ("dmd", "consistency"):
+        words = (*SHORT, "train.steps=1", "train.batch_size=2", "data.path=mnist5k")
+        distill(vgm, method, "--teacher", tmp_path / "teacher.safetensors", "--out", tmp_path / method, *words)
+        code, out, err = vgm("sample", tmp_path / method, "-n", 2, "--out", tmp_path / "x.png", "--json")
+        assert code == 0 and json.loads(out)["nfe"] == 1, err
+
+
 def test_another_teacher_does_not_resume(vgm: Vgm, teachers: Callable[[str, str], Path], tmp_path: Path) -> None:
     run = tmp_path / "run"
     distill(vgm, "consistency", "--teacher", teachers("dit", "flow"), "--out", run, *SHORT, "--stop-after", 2)
