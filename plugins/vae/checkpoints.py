@@ -64,5 +64,6 @@ CONVERTER = Converter(
     to_ours=same,
     from_ours=same,
     config_from=config_from,
+    wrapper="model_state_dict",
     summary="pythae's VAE with its default perceptrons",
 )
