@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vgm_cli.convert_api import Converter
-from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.errors import MISSING_ASSET, USAGE, VgmError
 
 from .presets import KL
 
@@ -108,6 +108,7 @@ CONVERTER_KL = Converter(
     to_ours=to_ours,
     from_ours=dict,
     config_from=config_from,
+    wrapper="state_dict",
     summary="CompVis KL first stages, also inside diffusion checkpoints (first_stage_model.*)",
 )
 CONVERTER_VQ = Converter(
@@ -118,6 +119,7 @@ CONVERTER_VQ = Converter(
     to_ours=to_ours,
     from_ours=dict,
     config_from=config_from,
+    wrapper="state_dict",
     summary="CompVis VQ first stages, also inside diffusion checkpoints (first_stage_model.*)",
 )
 
@@ -258,6 +260,36 @@ def config_from_diffusers(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def example(config: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+    """An image and a latent before scaling."""
+    down = 2 ** (len(config["ch_mult"]) - 1)
+    g = torch.Generator().manual_seed(0)
+    image = torch.randn((1, config["in_channels"], 8 * down, 8 * down), generator=g)
+    return image, torch.randn((1, config["embed_dim"], 8, 8), generator=g)
+
+
+def forward(network: Any, config: Mapping[str, Any]) -> Tensor:
+    """Moments and image, one after the other."""
+    image, z = example(config)
+    scaled = (z - (config.get("shift_factor") or 0.0)) * config.get("scale_factor", 1.0)
+    return torch.cat([network.encode(image).flatten(), network.decode(scaled).flatten()])
+
+
+def diffusers_forward(state: State, config: Mapping[str, Any]) -> Tensor:
+    """The same by diffusers' AutoencoderKL. VgmError: not installed."""
+    try:
+        from diffusers import AutoencoderKL
+    except ImportError as e:
+        raise VgmError("diffusers is not installed", "pip install vgm[hf]", MISSING_ASSET) from e
+    own = {f"use_{name}": f"{name}.weight" in state for name in ("quant_conv", "post_quant_conv")}
+    network = AutoencoderKL.from_config({**diffusers_config(config), **own}).eval()
+    network.load_state_dict({modern(k): v.float() for k, v in state.items()})
+    image, z = example(config)
+    with torch.no_grad():
+        moments = network.encode(image).latent_dist.parameters
+        return torch.cat([moments.flatten(), network.decode(z).sample.flatten()])
+
+
 DIFFUSERS = Converter(
     name="autoencoder-kl-diffusers",
     component="autoencoder-kl",
@@ -266,5 +298,10 @@ DIFFUSERS = Converter(
     to_ours=diffusers_to_ours,
     from_ours=diffusers_from_ours,
     config_from=lambda state: config_from(diffusers_to_ours(state)),
+    config_json=diffusers_config,
+    fits=lambda json: json.get("_class_name") == "AutoencoderKL",
+    from_json=lambda json: config_from_diffusers(json) if "block_out_channels" in json else {},
+    forward=forward,
+    reference=diffusers_forward,
     summary="diffusers AutoencoderKL (diffusion_pytorch_model.safetensors)",
 )

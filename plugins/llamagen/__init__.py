@@ -20,7 +20,7 @@ CONVERTERS = (
     ("llamagen-512", "CONVERTER_512", "official GPT, 32x32 codes"),
     ("llamagen-tokenizer", "TOKENIZER_CONVERTER", "official tokenizers"),
 )
-TOKENIZER = ("vgm_cli.nets.first_stage:VQModel", f"{HERE}.presets:TOKENIZER", CODEC_FACTS, (), "VQ-16 and VQ-8")
+TOKENIZER = (f"{HERE}.model:VQModel", f"{HERE}.presets:TOKENIZER", CODEC_FACTS, (), "VQ-16 and VQ-8")
 
 
 @hookimpl

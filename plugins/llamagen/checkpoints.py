@@ -96,6 +96,7 @@ def gpt_converter(name: str, side: int) -> Converter:
         to_ours=to_ours,
         from_ours=dict,
         config_from=lambda state: config_from(state, side),
+        wrapper="model",
         summary=f"official LlamaGen GPT, {side}x{side} codes ({16 * side} pixels with VQ-16)",
     )
 
@@ -192,5 +193,7 @@ TOKENIZER_CONVERTER = Converter(
     to_ours=tokenizer_to_ours,
     from_ours=tokenizer_from_ours,
     config_from=tokenizer_config,
+    wrapper="model",
+    forgets=(r"^quantize\.codebook_used$",),
     summary="official LlamaGen tokenizers (vq_ds16_c2i.pt, vq_ds8_c2i.pt, vq_ds16_t2i.pt)",
 )

@@ -11,13 +11,12 @@ import html
 import re
 import urllib.parse
 from functools import lru_cache
-from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from vgm_cli.errors import MISSING_ASSET, VgmError
+from vgm_cli.nets.t5 import T5Features
 
 RULES = (  # applied in order, everything lower case
     (r"<person>", "person"),
@@ -53,45 +52,21 @@ def left_pad(features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class FlanT5(nn.Module):
-    """captions -> (features (B, tokens, C), mask (B, tokens)). path: folder of the encoder; loaded at the first call.
+    """captions -> (features (B, tokens, C), mask (B, tokens)), padded on the left. path: folder of the encoder,
+    loaded at the first call; without one, only trainings without captions work."""
 
-    Without a path only the empty batch of plans works: VgmError (exit code 4) says what is missing.
-    """
-
-    def __init__(self, path: str | None = None, tokens: int = 120, dim: int = 2048, dtype: str = "bfloat16"):
+    def __init__(self, path: str | None = None, tokens: int = 120):
         super().__init__()
-        self.path, self.tokens, self.dim, self.dtype = path, tokens, dim, dtype
-        self._parts: tuple[Any, Any] | None = None  # not a submodule: its weights are not ours to save or train
+        self.path, self.tokens = path, tokens
+        self.encoder: T5Features | None = None  # not a submodule: its weights are not ours to save or train
 
-    @torch.no_grad()
     def forward(self, captions: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
-        tokenizer, encoder = self.load(device)
-        text = tokenizer(
-            [clean(clean(c)) for c in captions],
-            max_length=self.tokens,
-            padding="max_length",
-            truncation=True,
-            return_tensors="pt",
-        ).to(device)
-        features = encoder(input_ids=text["input_ids"], attention_mask=text["attention_mask"])["last_hidden_state"]
-        return left_pad(features.float(), text["attention_mask"])
-
-    def load(self, device: torch.device) -> tuple[Any, Any]:
-        if self._parts is None:
-            if self.path is None or not Path(self.path).is_dir():
-                raise VgmError(
-                    f"no text encoder at {self.path}" if self.path else "captions need a text encoder",
-                    "a folder of google/flan-t5-xl: roles.text.path=DIR in training, text_encoder=DIR in sampling",
-                    MISSING_ASSET,
-                )
-            try:
-                from transformers import AutoTokenizer, T5EncoderModel
-            except ImportError as e:
-                raise VgmError("captions need the package transformers", "pip install 'vgm[hf]'", MISSING_ASSET) from e
-            tokenizer = AutoTokenizer.from_pretrained(self.path, local_files_only=True)
-            encoder = T5EncoderModel.from_pretrained(self.path, local_files_only=True)
-            self._parts = tokenizer, encoder.to(getattr(torch, self.dtype)).to(device).eval().requires_grad_(False)
-        return self._parts
+        if self.encoder is None:
+            if self.path is None:
+                hint = "a folder of google/flan-t5-xl: roles.text.path=DIR in training, text_encoder=DIR in sampling"
+                raise VgmError("captions need a text encoder", hint, MISSING_ASSET)
+            self.encoder = T5Features(self.path, self.tokens, device)
+        return left_pad(*self.encoder([clean(clean(c)) for c in captions]))
 
 
 @lru_cache(maxsize=1)

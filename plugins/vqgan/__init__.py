@@ -15,7 +15,7 @@ from vgm_cli.hookspecs import Component, Paper, hookimpl
 HERE = "vgm_plugins.vqgan"
 CODEC_FACTS = {"in_channels": "image_channels", "out_ch": "image_channels", "resolution": "image_size"}
 PRIOR_FACTS = {"vocab_size": "vocab_size", "grid": "grid", "num_classes": "num_classes"}
-FIRST_STAGE = ("vgm_cli.nets.first_stage:VQModel", f"{HERE}.presets:FIRST_STAGE", CODEC_FACTS, (), "VQGAN first stage")
+FIRST_STAGE = (f"{HERE}.model:VQModel", f"{HERE}.presets:FIRST_STAGE", CODEC_FACTS, (), "VQGAN first stage")
 
 
 @hookimpl

@@ -93,6 +93,7 @@ CONVERTER = Converter(
     to_ours=to_ours,
     from_ours=dict,
     config_from=config_from,
+    wrapper="state_dict",
     summary="CompVis VQGAN first stages, also inside Net2Net checkpoints (first_stage_model.*)",
 )
 
@@ -163,5 +164,7 @@ PRIOR_CONVERTER = Converter(
     to_ours=prior_to_ours,
     from_ours=prior_from_ours,
     config_from=prior_config,
+    wrapper="state_dict",
+    forgets=(r"\.attn\.mask$",),
     summary="CompVis Net2Net priors (transformer.*), their GPT",
 )

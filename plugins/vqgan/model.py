@@ -16,10 +16,13 @@ from torch.utils.checkpoint import checkpoint
 
 from vgm_cli.ar.sampling import token_log_probs
 from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.nets.first_stage import VQModel
 from vgm_cli.nn.attention import causal_attention
 from vgm_cli.nn.kv_cache import KVCache
 
 from .orders import Order, order_of
+
+__all__ = ["GPT", "Decoder", "VQModel", "coordinate_map", "coordinate_tokens"]  # VQModel: the first stage
 
 Condition = Literal["class", "none", "coord", "codes"]
 
