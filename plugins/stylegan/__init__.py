@@ -1,0 +1,49 @@
+"""StyleGAN. Karras, Laine, Aila, CVPR 2019 (arXiv 1812.04948), with StyleGAN2 (1912.04958) and -ADA (2006.06676).
+
+Official code: NVlabs/stylegan@1e0d5c7 (TensorFlow), NVlabs/stylegan2-ada-pytorch@d72cc7d; rosinality's port @07fa60b.
+Deviations: see model.py, stylegan2.py, augment.py and objective.py; separability and the StyleGAN-1 baselines without
+styles are left out.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from vgm_cli.hookspecs import Component, Paper, hookimpl
+
+HERE = "vgm_plugins.stylegan"
+FACTS = {"size": "size", "in_channels": "channels", "num_classes": "num_classes"}
+EXPECTS = {"FFHQ 1024 FID-50K": 4.42, "FFHQ 1024 PPL w-end": 197.2, "CIFAR-10 FID-50K, unconditional ADA": 2.92}
+CONVERTERS = (
+    ("stylegan", "GENERATOR", "NVlabs/stylegan"),
+    ("stylegan-discriminator", "DISCRIMINATOR", "its discriminator"),
+    ("stylegan2", "GENERATOR2", "NVlabs/stylegan2-ada-pytorch"),
+    ("stylegan2-discriminator", "DISCRIMINATOR2", "its discriminator"),
+    ("stylegan2-tf", "GENERATOR2_TF", "NVlabs/stylegan2 and stylegan2-ada"),
+    ("stylegan-rosinality", "PORT", "rosinality/style-based-gan-pytorch"),
+    ("stylegan-rosinality-discriminator", "PORT_DISCRIMINATOR", "its discriminator"),
+    ("stylegan-rosinality-discriminator-plain", "PORT_DISCRIMINATOR_PLAIN", "its discriminator, plain entry"),
+)
+MODELS = (
+    ("stylegan", "model:Generator", "presets:GENERATOR", FACTS, "style-based generator, grown progressively"),
+    ("stylegan-discriminator", "model:Discriminator", "presets:DISCRIMINATOR", FACTS, "its discriminator"),
+    ("stylegan2", "stylegan2:Generator", "presets:GENERATOR2", FACTS, "modulated convolutions"),
+    ("stylegan2-discriminator", "stylegan2:Discriminator", "presets:DISCRIMINATOR2", FACTS, "residual, or plain"),
+    ("stylegan-rosinality", "port:Generator", {}, {"size": "size"}, "a port with other conventions"),
+    ("stylegan-rosinality-discriminator", "port:Discriminator", {}, {"size": "size"}, "its discriminator"),
+)
+
+
+@hookimpl
+def vgm_components() -> Iterable[Component | Paper]:
+    presets = {n: f"{HERE}.{p}" if isinstance(p, str) else p for n, _, p, _, _ in MODELS}
+    return [
+        Paper("stylegan", "A Style-Based Generator Architecture for Generative Adversarial Networks", 2019, "1812.04948",
+              "https://github.com/NVlabs/stylegan", "gan", "Styles at every layer steer a GAN from a constant.", EXPECTS),
+        *(Component("model", n, f"{HERE}.{t}", presets[n], facts, (), s) for n, t, _, facts, s in MODELS),
+        Component("objective", "stylegan", f"{HERE}.objective:StyleGANObjective", verbs=("train",),
+                  summary="GAN loss, R1, path lengths, growing, adaptive augmentation"),
+        Component("sampler", "stylegan", f"{HERE}.sampler:StyleGANSampler", summary="truncation"),
+        Component("sampler", "stylegan-mix", f"{HERE}.sampler:StyleMixingSampler", summary="tables of mixed styles"),
+        *(Component("converter", n, f"{HERE}.checkpoints:{a}", summary=s) for n, a, s in CONVERTERS),
+    ]  # fmt: skip
