@@ -1,0 +1,468 @@
+"""Conversion between published layouts and ours, and its proof.
+
+Ours is one self-describing .safetensors file (engine/checkpoint.py). Everything goes through it: official -> ours ->
+diffusers. `verify` proves a conversion by a bit-exact round trip and by a forward pass on both sides.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vgm_cli import atomic, layouts
+from vgm_cli.convert_api import Converter
+from vgm_cli.engine import checkpoint as ckpt
+from vgm_cli.engine import probe, weight_files
+from vgm_cli.engine.checkpoint import Header
+from vgm_cli.engine.weight_files import State, Weights
+from vgm_cli.errors import CHECK_FAILED, USAGE, VgmError, unknown
+from vgm_cli.recipe import parse_yaml
+from vgm_cli.registry import load_target, registry, signature
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
+LOSS = {None: 1e-5, "fp32": 1e-5, "fp16": 2e-2, "bf16": 2e-1}  # of a forward pass, relative to its largest value
+OURS = "vgm"
+
+
+@dataclass
+class Source:
+    """A network in our names. theirs: the state it was read from, {} where the file was ours; layout: its converter."""
+
+    path: Path
+    state: State
+    header: Header
+    layout: Converter | None = None
+    theirs: State = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+    @property
+    def kind(self) -> str:
+        return str(self.header.component.get("kind", "model"))
+
+    @property
+    def name(self) -> str:
+        return str(self.header.component["name"])
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return dict(self.header.component.get("kwargs", {}))
+
+
+# -- reading -----------------------------------------------------------------------------------------------------------
+
+
+def open_source(
+    source: str | Path,
+    from_: str | None = None,
+    weights: str | None = None,
+    trust: bool = False,
+    overrides: Sequence[str] = (),
+) -> Source:
+    """A run, a file of ours or a published checkpoint. weights: see weight_files.Weights.pick. overrides: KEY=VALUE for
+    the constructor, where the layout does not tell. VgmError: unknown, ambiguous, incomplete or refused."""
+    found = weight_files.read(weight_files.locate(source, weights), trust)
+    if found.ours:
+        if from_ not in (None, OURS):
+            raise VgmError(f"{found.path} is a file of ours, not '{from_}'", "leave --from away", USAGE)
+        if overrides:
+            raise VgmError(f"{found.path} says what network it holds", f"leave {overrides[0]} away", USAGE)
+        return own_source(found, weights, Path(source).is_dir())
+    if from_ == OURS:
+        raise VgmError(f"{found.path} does not say what network it holds", "--from names a layout", USAGE)
+    entry, state, converter, remark = recognise(found, from_, weights)
+    return foreign_source(found, entry, state, converter, [remark] if remark else [], overrides)
+
+
+def own_source(found: Weights, weights: str | None, picked: bool) -> Source:
+    header = Header.parse(found.metadata, found.path)
+    known = {f"vgm.{k}" for k in (*vars(header), "schema", "version")}
+    header.extra = {k[4:]: json.loads(v) for k, v in found.metadata.items() if k.startswith("vgm.") and k not in known}
+    if weights is not None and not picked and weights not in kinds_of(header.weights):
+        raise VgmError(f"{found.path} holds {header.weights} weights, not '{weights}'", "take the run instead", USAGE)
+    return Source(found.path, next(iter(found.entries.values())), header)
+
+
+def kinds_of(weights: str) -> tuple[str, ...]:
+    """What `--weights` may call the weights that a header calls so."""
+    return (weights, "ema") if weights.startswith("ema") else (weights, "model", "raw")
+
+
+def recognise(found: Weights, from_: str | None, weights: str | None) -> tuple[str, State, Converter, str]:
+    """(entry, its state, its layout, a remark): the first entry that some layout knows, also one level below a wrapping
+    module. VgmError: none does; several do."""
+    names = found.pick(weights)
+    wanted = layouts.converter(from_) if from_ is not None else None
+    for name in names:
+        for below, state in ((name, found.entries[name]), *inner(name, found.entries[name])):
+            if wanted is None and layouts.recognising(state):
+                converter, remark = layouts.choose(state, found.path, found.json)
+                return below, state, converter, remark
+            if wanted is not None and wanted.recognise(state):
+                return below, state, wanted, ""
+    state = found.entries[names[0]]
+    if wanted is not None:  # layouts that are only chosen by name
+        return names[0], state, wanted, ""
+    raise layouts.unfamiliar(state, found.path)
+
+
+def inner(name: str, state: State) -> list[tuple[str, State]]:
+    parts = weight_files.parts_of(state)
+    order = sorted(parts, key=lambda p: not weight_files.is_average(p))
+    return [(f"{name}.{p}".strip("."), parts[p]) for p in order if len(parts[p]) > 1]
+
+
+def foreign_source(
+    found: Weights, entry: str, theirs: State, converter: Converter, remarks: list[str], overrides: Sequence[str]
+) -> Source:
+    """Through the converter into a state that its network takes strictly."""
+    try:
+        told = converter.from_json(found.json) if converter.from_json is not None and found.json else {}
+        config = {**converter.config_from(theirs), **told, **keywords(converter, overrides)}
+        state = dict(converter.to_ours(theirs))
+        wanted = layouts.on_meta(converter.kind, converter.component, config)
+    except VgmError:
+        raise
+    except layouts.UNFIT as e:
+        raise layouts.misfit(converter, theirs, found.path, layouts.reason_of(e)) from e
+    if problem := strict(wanted, state):
+        raise layouts.misfit(converter, theirs, found.path, problem)
+    more = dict(converter.header(config)) if converter.header is not None else {}
+    if converter.kind == "codec":
+        more.setdefault("view", {"name": "codec"})
+    header = Header(
+        component={"kind": converter.kind, "name": converter.component, "kwargs": config},
+        weights=kind_of(entry),
+        extra={"source": {"file": found.path.name, "sha256": ckpt.file_hash(found.path), "layout": converter.name}},
+        **more,
+    )
+    source = Source(found.path, state, header, converter, theirs, remarks=remarks)
+    source.left_out = sorted(set(theirs) - set(back(converter, state)))
+    return source
+
+
+def kind_of(entry: str) -> str:
+    """A header's word for an entry of a checkpoint: an average, raw, or a bare state that says neither."""
+    if not entry:
+        return "released"
+    return "ema" if any(weight_files.is_average(part) for part in entry.split(".")) else "raw"
+
+
+def keywords(converter: Converter, overrides: Sequence[str]) -> dict[str, Any]:
+    """KEY=VALUE -> keywords of the component's constructor. VgmError: unknown key."""
+    own = {}
+    component = registry().find(converter.kind, converter.component)
+    known = signature(load_target(component.target, converter.component)).parameters
+    for text in overrides:
+        key, eq, value = text.partition("=")
+        if not eq:
+            raise VgmError(f"'{text}' is not KEY=VALUE", "example: num_heads=6", USAGE)
+        if key not in known:
+            raise unknown("key", key, known, converter.component)
+        own[key] = parse_yaml(value, text)
+    return own
+
+
+def strict(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """What keeps a state from being loaded with strict=True; "" when nothing does."""
+    for names, what in ((wanted.keys() - state.keys(), "missing"), (state.keys() - wanted.keys(), "unexpected")):
+        if names:
+            return f"{len(names)} tensors {what}, first {sorted(names)[0]}"
+    for k, v in wanted.items():
+        if v.shape != state[k].shape:
+            return f"{k} is {tuple(state[k].shape)}, the network wants {tuple(v.shape)}"
+    return ""
+
+
+def back(converter: Converter, state: State) -> State:
+    """Ours -> the layout. VgmError: a network that it cannot hold."""
+    try:
+        return converter.from_ours(state)
+    except VgmError:
+        raise
+    except layouts.UNFIT as e:
+        raise VgmError(f"this network has no '{converter.name}' layout: {layouts.reason_of(e)}", code=USAGE) from e
+
+
+# -- converting --------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Conversion:
+    """What is to be written. layout: None for ours. state: in that layout's names."""
+
+    source: Source
+    layout: Converter | None
+    ours: State
+    state: State
+    cast: str | None = None
+
+
+def target_layout(source: Source, dst: Path, to: str | None) -> Converter | None:
+    """The layout named by --to, or by the kind of file: ours for .safetensors, the official one for other files.
+
+    VgmError: a layout of another component; ours in a file that cannot describe itself.
+    """
+    plain = dst.suffix.lower() == ".safetensors"
+    if to == OURS or (to is None and plain):
+        if not plain:
+            raise VgmError(f"{dst} cannot say what network it holds", "ours is a .safetensors file", USAGE)
+        return None
+    if to is None:
+        return layouts.official(source.name)
+    chosen = layouts.converter(to)
+    if chosen.component != source.name:
+        fitting = [n for n, c in layouts.converters().items() if c.component == source.name]
+        raise VgmError(
+            f"'{to}' is a layout of {chosen.component}, and {source.path} holds {source.name}",
+            f"its layouts: {', '.join([OURS, *fitting])}",
+            USAGE,
+        )
+    return chosen
+
+
+def prepare(source: Source, dst: Path, to: str | None = None, dtype: str | None = None) -> Conversion:
+    """Cast and rename; nothing is written."""
+    layout = target_layout(source, dst, to)
+    if dtype is not None and dtype not in DTYPES:
+        raise unknown("dtype", dtype, DTYPES)
+    if layout is not None and layout.allows is not None:
+        layout.allows(source.config)
+    ours = cast(source.state, dtype, source.path) if dtype else source.state
+    return Conversion(source, layout, ours, ours if layout is None else back(layout, ours), dtype)
+
+
+def cast(state: State, dtype: str, path: Path) -> State:
+    """Floating-point tensors in another precision. VgmError: a finite value becomes infinite."""
+    wanted = DTYPES[dtype]
+    out = {}
+    for k, v in state.items():
+        out[k] = v.to(wanted) if v.is_floating_point() else v
+        if wanted == torch.float16 and v.is_floating_point() and bool((out[k].isinf() & v.isfinite()).any()):
+            raise VgmError(f"{path}: {k} has values beyond fp16's 65504", "--dtype bf16 holds them", USAGE)
+    return out
+
+
+def write(job: Conversion, dst: Path, limit: int, codec: str | None = None) -> list[Path]:
+    """The files written, what to open first."""
+    source = job.source
+    if job.layout is not None and dst.suffix == "":
+        return write_folder(job, dst, limit)
+    if job.layout is None:
+        return weight_files.write(dst, job.state, own_header(source, dst, codec).metadata(), limit=limit)
+    return weight_files.write(dst, job.state, {}, job.layout.wrapper, limit)
+
+
+def write_folder(job: Conversion, dst: Path, limit: int) -> list[Path]:
+    """diffusers' folder: the weights and config.json."""
+    assert job.layout is not None
+    if job.layout.config_json is None:
+        raise VgmError(f"{dst} has no suffix", f"name a file: {', '.join(weight_files.WRITABLE)}", USAGE)
+    file = dst / f"{weight_files.DIFFUSERS}.safetensors"
+    files = weight_files.write(file, job.state, {}, limit=limit)
+    atomic.write_json(dst / "config.json", job.layout.config_json(job.source.config))
+    return [*files, dst / "config.json"]
+
+
+def own_header(source: Source, dst: Path, codec: str | None) -> Header:
+    """The header of our file: a codec is named from where the file will lie."""
+    header = replace(source.header)
+    path = None
+    if codec is not None:
+        path = ckpt.resolve(codec)
+        name = ckpt.read_header(path).component["name"]
+        if ("codec", name) not in registry().components:
+            raise VgmError(f"{codec} is no codec but '{name}'", "`vgm ls codecs` names the codecs", USAGE)
+    elif header.codec:
+        path = ckpt.codec_path(header.codec, source.path)
+    if path is not None:
+        header.codec = ckpt.codec_reference(path, output=(header.codec or {}).get("output"))
+    return header
+
+
+# -- proving -----------------------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Proof:
+    """What `--verify` found. Each check: (what, outcome, passed)."""
+
+    checks: list[tuple[str, str, bool]] = field(default_factory=list)
+
+    def add(self, what: str, outcome: str, passed: bool = True) -> None:
+        self.checks.append((what, outcome, passed))
+
+    @property
+    def passed(self) -> bool:
+        return all(ok for *_, ok in self.checks)
+
+    def failure(self, hint: str = "nothing was written") -> VgmError:
+        what, outcome, _ = next(c for c in self.checks if not c[2])
+        return VgmError(f"the conversion is not proved: {what}: {outcome}", hint, CHECK_FAILED)
+
+
+def bits(x: Tensor) -> Tensor:
+    return x.detach().cpu().contiguous().reshape(-1).view(torch.uint8)
+
+
+def same(a: Tensor, b: Tensor) -> bool:
+    """Bit for bit, NaN and signed zero included."""
+    return a.dtype == b.dtype and a.shape == b.shape and torch.equal(bits(a), bits(b))
+
+
+def differing(a: Mapping[str, Tensor], b: Mapping[str, Tensor]) -> list[str]:
+    """Names that only one has, or whose tensors differ in a bit."""
+    return sorted(a.keys() ^ b.keys()) + [k for k in a if k in b and not same(a[k], b[k])]
+
+
+def prove(job: Conversion) -> Proof:
+    """Before writing: both round trips bit for bit; the network of the source beside that of what will be written, and
+    beside the layouts' own code where they bring it."""
+    proof = Proof()
+    source = job.source
+    if source.layout is not None:
+        round_trips(proof, source.layout, source.state, source.theirs)
+    if job.layout is not None and job.layout is not source.layout:
+        round_trips(proof, job.layout, job.ours)
+    elif job.layout is not None and job.cast:
+        round_trips(proof, job.layout, job.ours)
+    forward_passes(proof, job)
+    return proof
+
+
+def round_trips(proof: Proof, c: Converter, ours: State, theirs: State | None = None) -> None:
+    """ours -> layout -> ours, and, for a file that was read, layout -> ours -> layout on what both name."""
+    made = c.from_ours(ours)
+    wrong = differing(ours, c.to_ours(made))
+    proof.add(
+        f"ours -> {c.name} -> ours", f"{len(wrong)} of {len(ours)} tensors differ, first {wrong[0]}" if wrong else
+        f"{len(ours)} tensors bit for bit", not wrong
+    )  # fmt: skip
+    if theirs is None:
+        return
+    forgotten = [re.compile(p) for p in c.forgets]
+    names = [k for k in made if k in theirs and not any(p.search(k) for p in forgotten)]
+    wrong = [k for k in names if not same(theirs[k], made[k]) and not rounded(theirs[k], made[k])]
+    proof.add(
+        f"{c.name} -> ours -> {c.name}", f"{len(wrong)} of {len(names)} tensors differ, first {wrong[0]}" if wrong else
+        f"{len(names)} tensors bit for bit", not wrong
+    )  # fmt: skip
+
+
+def rounded(theirs: Tensor, made: Tensor) -> bool:
+    """float64 in the file, float32 in our network: equal when rounded."""
+    return theirs.dtype == torch.float64 and theirs.shape == made.shape and same(theirs.float(), made.float())
+
+
+def forward_passes(proof: Proof, job: Conversion) -> None:
+    """Up to the precision asked for; a package that a layout's own code needs may be missing."""
+    source = job.source
+    before = probe.run(source, source.state, job.layout)
+    if before is None:
+        proof.add("forward pass before and after", "not made: it is not known what this network takes")
+        return
+    after = probe.run(source, job.ours if job.layout is None else job.layout.to_ours(job.state), job.layout)
+    gap = float("inf") if after is None else probe.distance(after, before)
+    proof.add("forward pass before and after", f"differs by {gap:.1e}", gap <= LOSS[job.cast])
+    sides = {c.name: (c, state, job.cast) for c, state in ((job.layout, job.state),) if c is not None}
+    if source.layout is not None:
+        sides[source.layout.name] = (source.layout, source.theirs, None)
+    for c, state, precision in sides.values():
+        if c.reference is None:
+            continue
+        what = f"forward pass of {c.name}'s own code"
+        try:
+            gap = probe.distance(c.reference(state, source.config), before)
+        except VgmError as e:
+            proof.add(what, f"not made: {e.message}")
+            continue
+        proof.add(what, f"differs from ours by {gap:.1e}", gap <= max(c.tolerance, LOSS[precision]))
+
+
+def prove_written(job: Conversion, first: Path, proof: Proof) -> None:
+    """After writing: the file read back holds the same bits."""
+    state = next(iter(weight_files.read(first).entries.values()))
+    wrong = differing(job.state, state)
+    proof.add(
+        f"{first.name} read back", f"{len(wrong)} tensors differ, first {wrong[0]}" if wrong else
+        f"{len(state)} tensors bit for bit", not wrong
+    )  # fmt: skip
+
+
+# -- the whole ---------------------------------------------------------------------------------------------------------
+
+
+def convert(
+    src: str | Path,
+    dst: Path,
+    *,
+    from_: str | None = None,
+    to: str | None = None,
+    weights: str | None = None,
+    dtype: str | None = None,
+    verify: bool = False,
+    trust: bool = False,
+    max_shard_size: str = "5GB",
+    codec: str | None = None,
+    overrides: Sequence[str] = (),
+    force: bool = False,
+) -> dict[str, Any]:
+    """Read, convert, prove, write. Gives what was done. VgmError with CHECK_FAILED: the proof failed."""
+    limit = weight_files.bytes_in(max_shard_size)
+    if dst.suffix:
+        weight_files.writable(dst)
+    existing = [p for p in (dst, dst.with_name(dst.name + weight_files.INDEX)) if p.exists()]
+    if existing and not force:
+        raise VgmError(f"{existing[0]} exists", "--force replaces it", USAGE)
+    if to is not None and to != OURS:
+        layouts.converter(to)  # a misspelt name is told before gigabytes are read
+    source = open_source(src, from_, weights, trust, overrides)
+    if dst.exists() and dst.resolve() == source.path.resolve():
+        raise VgmError(f"{dst} is the source itself", "convert it to another name", USAGE)
+    job = prepare(source, dst, to, dtype)
+    if dst.suffix == "" and (job.layout is None or job.layout.config_json is None):
+        raise VgmError(f"{dst} has no suffix", f"name a file: {', '.join(weight_files.WRITABLE)}", USAGE)
+    if codec is not None and job.layout is not None:
+        raise VgmError(f"a file of '{job.layout.name}' names no codec", "leave --codec away", USAGE)
+    proof = Proof()
+    if verify:
+        proof = prove(job)
+        if not proof.passed:
+            raise proof.failure()
+    files = write(job, dst, limit, codec)
+    if verify:
+        prove_written(job, files[0], proof)
+        if not proof.passed:
+            raise proof.failure(f"{files[0]} is there but not to be used")
+    return summary(job, files, proof, codec)
+
+
+def summary(job: Conversion, files: list[Path], proof: Proof, codec: str | None) -> dict[str, Any]:
+    source = job.source
+    header = source.header
+    shape = header.data.get("sample_shape")
+    image = [header.data.get("image_channels"), header.data.get("image_size"), header.data.get("image_size")]
+    latent = job.layout is None and shape and None not in image and list(shape) != image
+    return {
+        "source": str(source.path),
+        "from": source.layout.name if source.layout else OURS,
+        "to": job.layout.name if job.layout else OURS,
+        "component": header.component,
+        "presets": layouts.presets_of(source.kind, source.name, source.config),
+        "weights": header.weights,
+        "tensors": len(job.state),
+        "parameters": sum(v.numel() for v in job.state.values()),
+        "left_out": source.left_out,
+        "remarks": source.remarks,
+        "files": [str(f) for f in files],
+        "verified": [{"what": w, "outcome": o, "passed": ok} for w, o, ok in proof.checks],
+        "samplable": bool(job.layout is None and shape and header.recipe.get("sampler")),
+        "needs_codec": bool(latent and codec is None and not header.codec),
+    }
