@@ -25,6 +25,19 @@ class Converter:
         and to_ours(from_ours(s)) equals s. KeyError when a tensor of the layout is missing.
     config_from(state): constructor keywords read off the shapes of the published tensors; keywords that shapes do not
         tell (the number of heads) follow the published presets.
+
+    What follows is optional; `config` is always constructor keywords.
+    header(config): what a converted file says of itself besides its network, where the paper fixes it: "view" (how a
+        sampler sees the network), "recipe" (paper, sampler, guidance_scale) and "data" (sample_shape, num_classes, ...),
+        as in engine/checkpoint.Header. With it the file can be sampled from as it is.
+    allows(config): VgmError when such a network has no file of this layout.
+    wrapper: the entry under which official torch files keep the state; "" is a bare one.
+    forgets: regular expressions of tensors of the layout that ours does not keep and from_ours makes anew.
+    config_json(config): the config.json that goes with the weights (diffusers). fits(json): is this its config.json?
+    from_json(json): constructor keywords that it tells and shapes do not.
+    forward(network, config): one deterministic evaluation of our network, where its forward takes more than images,
+        times, labels or ids. reference(state, config): the same by the layout's own code on a state of that layout;
+        they agree within `tolerance` of the largest value.
     """
 
     name: str
@@ -35,6 +48,16 @@ class Converter:
     config_from: Callable[[State], dict[str, Any]]
     kind: str = "model"
     summary: str = ""
+    header: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
+    allows: Callable[[Mapping[str, Any]], None] | None = None
+    wrapper: str = ""
+    forgets: tuple[str, ...] = ()
+    config_json: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+    fits: Callable[[Mapping[str, Any]], bool] | None = None
+    from_json: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+    forward: Callable[[Any, Mapping[str, Any]], Tensor] | None = None
+    reference: Callable[[State, Mapping[str, Any]], Tensor] | None = None
+    tolerance: float = 1e-4
 
 
 WRAPPERS = ("ema", "model_ema", "state_dict", "model", "module")

@@ -354,7 +354,10 @@ def diffusers_config(config: Mapping[str, Any], head_channels: int) -> dict[str,
     levels = len(config["channel_mult"])
     attends = [2**i in config["attention_resolutions"] for i in range(levels)]
     channels = config.get("in_channels", 3)
-    change = "resnet" if config.get("resblock_updown", True) else "conv"
+    updown = config.get("resblock_updown", True)
+    change, plain = "resnet" if updown else "conv", ("DownBlock2D", "UpBlock2D")
+    if updown:
+        plain = ("ResnetDownsampleBlock2D", "ResnetUpsampleBlock2D")
     return {
         "_class_name": "UNet2DModel",
         "sample_size": config["image_size"],
@@ -363,12 +366,8 @@ def diffusers_config(config: Mapping[str, Any], head_channels: int) -> dict[str,
         "num_class_embeds": config.get("num_classes") or None,
         "layers_per_block": config["num_res_blocks"],
         "block_out_channels": [config["model_channels"] * m for m in config["channel_mult"]],
-        "down_block_types": ["AttnDownBlock2D" if a else "ResnetDownsampleBlock2D" for a in attends]
-        if change == "resnet"
-        else ["AttnDownBlock2D" if a else "DownBlock2D" for a in attends],
-        "up_block_types": ["AttnUpBlock2D" if a else "ResnetUpsampleBlock2D" for a in reversed(attends)]
-        if change == "resnet"
-        else ["AttnUpBlock2D" if a else "UpBlock2D" for a in reversed(attends)],
+        "down_block_types": ["AttnDownBlock2D" if a else plain[0] for a in attends],
+        "up_block_types": ["AttnUpBlock2D" if a else plain[1] for a in reversed(attends)],
         "downsample_type": change,
         "upsample_type": change,
         "attention_head_dim": head_channels,
@@ -377,6 +376,7 @@ def diffusers_config(config: Mapping[str, Any], head_channels: int) -> dict[str,
         "flip_sin_to_cos": True,
         "time_embedding_type": "positional",
         "norm_num_groups": 32,
+        "attn_norm_num_groups": 32,
         "norm_eps": 1e-5,
     }
 
@@ -402,20 +402,24 @@ def diffusers_forward(state: State, config: Mapping[str, Any], head_channels: in
     network = UNet2DModel.from_config(diffusers_config(config, head_channels)).eval()
     network.load_state_dict({k: v.float() for k, v in state.items()})
     x, t, y = example(config)
+    if config.get("super_res"):
+        x = torch.cat([x, torch.zeros_like(x)], dim=1)
     with torch.no_grad():
         return network(x, t, class_labels=y).sample  # type: ignore[no-any-return]
 
 
 def example(config: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x, t, y. An upsampler's second image is in x."""
+    """x, t, y."""
     channels, size = config.get("in_channels", 3), config["image_size"]
     x = torch.randn((1, channels, size, size), generator=torch.Generator().manual_seed(0))
     return x, torch.full((1,), 500.0), torch.zeros(1).long() if config.get("num_classes") else None
 
 
 def forward(network: Any, config: Mapping[str, Any]) -> Tensor:
+    """An upsampler is given a black image."""
     x, t, y = example(config)
-    return network(x, t, y)  # type: ignore[no-any-return]
+    small = {"low_res": torch.zeros_like(x[..., ::4, ::4])} if config.get("super_res") else {}
+    return network(x, t, y, **small)  # type: ignore[no-any-return]
 
 
 def diffusers(name: str, new_order: bool, head_channels: int = 64) -> Converter:

@@ -248,6 +248,7 @@ def diffusers(name: str, input_size: int) -> Converter:
         allows=lambda config: allows(config, input_size),
         config_json=diffusers_config,
         fits=lambda json: json.get("sample_size") == input_size,
+        from_json=lambda json: {"num_heads": json["num_attention_heads"]} if "num_attention_heads" in json else {},
         forward=forward,
         reference=diffusers_forward,
         summary=f"diffusers DiTTransformer2DModel, {8 * input_size} pixels",

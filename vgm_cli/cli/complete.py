@@ -46,6 +46,10 @@ def rewards(incomplete: str) -> list[str]:
     return names("reward", incomplete)
 
 
+def layouts(incomplete: str) -> list[str]:
+    return [*(n for n in ("vgm",) if n.startswith(incomplete)), *names("converter", incomplete)]
+
+
 def runs(incomplete: str) -> list[str]:
     found = [str(p.parent) for p in Path("runs").glob("*/*/config.yaml")] if Path("runs").is_dir() else []
     return sorted(f for f in found if f.startswith(incomplete))

@@ -108,9 +108,12 @@ def save_network(path: Path, state: Mapping[str, Tensor], header: Header) -> Non
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, header) of any .safetensors file; a truncated or foreign file is one sentence."""
+    """(tensors, header) of any .safetensors file or index of shards; a truncated or foreign file is one sentence."""
     if not path.is_file():
         raise VgmError(f"no such file: {path}", code=USAGE)
+    if path.name.endswith(".index.json"):
+        parts = [read_tensors(p) for p in shards_of(path)]
+        return {k: v for tensors, _ in parts for k, v in tensors.items()}, parts[0][1]
     try:
         with safe_open(path, framework="pt") as f:
             return {k: f.get_tensor(k) for k in f.keys()}, dict(f.metadata() or {})
@@ -122,7 +125,22 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from e
 
 
+def shards_of(index: Path) -> list[Path]:
+    """Files that STEM.safetensors.index.json names. VgmError: it is no index, or a file is missing."""
+    try:
+        names = sorted({str(n) for n in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
+        raise VgmError(f"{index} is not an index of shards", 'it holds {"weight_map": {...}}', FAILED) from e
+    files = [index.parent / n for n in names]
+    missing = [f.name for f in files if not f.is_file() or f.name != str(f.relative_to(index.parent))]
+    if missing or not files:
+        raise VgmError(f"{index} names files that are not there: {', '.join(missing) or 'none'}", code=FAILED)
+    return files
+
+
 def read_header(path: Path) -> Header:
+    if path.name.endswith(".index.json"):
+        path = shards_of(path)[0]
     try:
         with safe_open(path, framework="pt") as f:
             metadata = dict(f.metadata() or {})

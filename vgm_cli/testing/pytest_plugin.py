@@ -125,16 +125,18 @@ def vgm(capsys: pytest.CaptureFixture[str]) -> Iterator[Callable[..., tuple[int,
     flags = ("json", "quiet", "debug")
     before = {flag: getattr(ui, flag) for flag in flags}
 
-    def call(*args: object) -> tuple[int, str, str]:
-        capsys.readouterr()
+    def reset() -> None:
         for flag in flags:
             setattr(ui, flag, before[flag])
+        if registry._blocked or registry._files:
+            registry.configure()  # what -p and --plugin changed
+
+    def call(*args: object) -> tuple[int, str, str]:
+        capsys.readouterr()
+        reset()
         code = run([str(a) for a in args])
         out = capsys.readouterr()
         return code, out.out, out.err
 
     yield call
-    for flag in flags:
-        setattr(ui, flag, before[flag])
-    if registry._blocked or registry._files:
-        registry.configure()  # what -p and --plugin changed
+    reset()

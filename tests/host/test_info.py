@@ -1,0 +1,119 @@
+"""ls, cat, cp, validate, explain, env, runs, plan: what a stranger looks at first."""
+
+from __future__ import annotations
+
+import json
+from pathlib import Path
+
+import pytest
+
+
+@pytest.mark.parametrize("what", ["papers", "recipes", "presets", "models", "objectives", "samplers", "codecs", "operators",
+                                  "rewards", "metrics", "converters"])  # fmt: skip
+def test_lists(vgm, what: str) -> None:
+    code, out, err = vgm("ls", what)
+    assert code == 0 and len(out.splitlines()) > 2, err
+    rows = json.loads(vgm("ls", what, "--json")[1])
+    assert len(rows) == len(out.splitlines()) - 1
+
+
+def test_unknown_list(vgm) -> None:
+    code, _, err = vgm("ls", "sampler")
+    assert code == 2 and "samplers" in err
+
+
+def test_cat_cp_validate_train(vgm, tmp_path: Path) -> None:
+    """The way to one's own recipe."""
+    assert "model:" in vgm("cat", "dit/mnist")[1]
+    resolved = vgm("cat", "dit/imagenet512", "--resolved")[1]
+    assert "size: 512" in resolved and "DiT-XL/2" in resolved and "base" not in resolved
+    assert vgm("cp", "dit/imagenet512", "mine.yaml")[0] == 0
+    assert vgm("cp", "dit/imagenet512", "mine.yaml")[0] == 2
+    assert vgm("cp", "dit/imagenet512", "mine.yaml", "--force")[0] == 0
+    assert vgm("cp", "dit/mnist", "deep/er/mine.yaml")[0] == 2
+    assert vgm("cp", "dit/mnist", "deep/er/mine.yaml", "--make-parents")[0] == 0
+    code, out, err = vgm("validate", "mine.yaml", "--json")
+    assert code == 0, err
+    assert json.loads(out)["parameters"] == 676_014_368
+    (tmp_path / "bad.yaml").write_text("base: dit/mnist\nmodel: {dephth: 3}\n")
+    code, _, err = vgm("validate", "bad.yaml")
+    assert code == 2 and "depth" in err
+
+
+def test_explain(vgm) -> None:
+    code, out, _ = vgm("explain", "dit")
+    assert code == 0
+    for word in ("2212.09748", "2.27", "vgm_plugins.dit.model:DiT", "iddpm", "imagenet256"):
+        assert word in out
+    assert vgm("explain", "dti")[0] == 2
+
+
+def test_env(vgm) -> None:
+    facts = json.loads(vgm("env", "--json")[1])
+    assert {"vgm", "python", "packages", "cores", "bf16"} <= set(facts)
+
+
+def test_the_plan_of_the_papers_run(vgm) -> None:
+    """675,129,632 parameters without data or weights; FLOPs are those of the paper."""
+    code, out, err = vgm("train", "dit", "--recipe", "imagenet256", "--plan", "--json")
+    assert code == 0, err
+    plan = json.loads(out)
+    assert plan["parameters"] == 675_129_632 and plan["trainable"] == 674_834_720
+    assert plan["sample_shape"] == [4, 32, 32] and plan["num_classes"] == 1000
+    assert plan["flops_forward"] / 2 / 1e9 == pytest.approx(119, rel=0.03)  # the paper counts multiply-adds: 118.6 G
+    text = vgm("train", "dit", "--recipe", "imagenet256", "--plan")[1]
+    assert "675,129,632" in text and "7,000,000 steps" in text
+
+
+def test_print_config_and_help_config(vgm) -> None:
+    code, out, _ = vgm("train", "dit", "optimizer.lr=3e-4", "--print-config")
+    assert code == 0
+    line = next(x for x in out.splitlines() if x.startswith("optimizer.lr:"))
+    assert "0.0003" in line and "command line" in line
+    keys = json.loads(vgm("train", "dit", "--help-config", "--json")[1])
+    assert {"train.steps", "model.depth", "objective.schedule", "sampler.steps"} <= {k["key"] for k in keys}
+
+
+def test_environment_variables_set_keys(vgm, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("VGM_TRAIN__STEPS", "17")
+    out = vgm("train", "dit", "--print-config")[1]
+    line = next(x for x in out.splitlines() if x.startswith("train.steps:"))
+    assert "17" in line and "environment" in line
+    out = vgm("train", "dit", "train.steps=18", "--print-config")[1]
+    assert "train.steps: 18" in out
+
+
+def test_runs(vgm, tiny: Path, tmp_path: Path) -> None:
+    assert vgm("train", tiny, "train.steps=4", "--out", "runs/tiny/first")[0] == 0
+    rows = json.loads(vgm("runs", "ls", "--json")[1])
+    assert [r["path"] for r in rows] == ["runs/tiny/first"] and rows[0]["step"] == 4
+    code, out, _ = vgm("runs", "show", "runs/tiny/first")
+    assert code == 0 and "step 4 of 4" in out and "checkpoint" in out
+    assert vgm("runs", "show", "nowhere")[0] == 2
+    assert vgm("runs", "rm", "runs/tiny/first")[0] == 1  # not asked, not removed
+    assert (tmp_path / "runs/tiny/first").is_dir()
+    assert vgm("runs", "rm", "runs/tiny/first", "--yes")[0] == 0
+    assert not (tmp_path / "runs/tiny/first").exists()
+    (tmp_path / "thesis").mkdir()
+    assert vgm("runs", "rm", "thesis", "--yes")[0] == 2 and (tmp_path / "thesis").is_dir()
+
+
+def test_training_tells_events_as_json_lines(vgm, tiny: Path) -> None:
+    code, out, err = vgm("--json", "train", tiny, "train.steps=4", "--out", "run")
+    assert code == 0, err
+    events = [json.loads(line) for line in out.splitlines()]
+    assert [e["event"] for e in events] == ["start", "step", "step", "step", "step", "result"]
+    assert events[1].keys() >= {"step", "loss", "images_per_second", "lr"}
+    assert events[-1]["step"] == 4
+
+
+def test_completion_needs_no_torch() -> None:
+    import subprocess
+    import sys
+
+    code = (
+        "import sys; from vgm_cli.cli import complete as c; "
+        "assert 'dit' in c.papers('di') and 'imagenet256' in c.recipes('ima') and 'train.steps=' in c.keys('train.st');"
+        "assert 'heun' in c.samplers('h'); sys.exit('torch' in sys.modules)"
+    )
+    assert subprocess.run([sys.executable, "-c", code]).returncode == 0

@@ -1,0 +1,98 @@
+"""The commands of docs/tutorial.md and README.md are run as they stand, with few steps; docs name things that exist."""
+
+from __future__ import annotations
+
+import ast
+import re
+import shlex
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[2]
+PAGES = sorted([ROOT / "README.md", *(ROOT / "docs").rglob("*.md")])
+SMALL = {
+    "train": ["train.steps=2", "train.batch_size=8", "train.preview_n=0", "train.precision=fp32"],
+    "distill": ["train.steps=1", "train.batch_size=8", "train.preview_n=0", "train.precision=fp32"],
+    "finetune-rl": ["train.steps=1", "train.preview_n=0", "train.precision=fp32"],
+}
+FEWER = {"sample": ["-n", "2", "--steps", "2"], "evaluate": ["-n", "40", "--steps", "2"], "restore": ["-n", "2", "--steps", "3"]}
+
+
+def commands(page: Path) -> list[list[str]]:
+    """The `vgm …` lines of a page's code blocks, in order."""
+    blocks = re.findall(r"^```[a-z]*\n(.*?)^```", page.read_text(encoding="utf-8"), re.MULTILINE | re.DOTALL)
+    lines = "\n".join(blocks).replace("\\\n", " ").splitlines()
+    return [shlex.split(line, comments=True)[1:] for line in lines if line.startswith("vgm ")]
+
+
+def shortened(args: list[str]) -> list[str]:
+    """The same command, made to take seconds."""
+    small = list(args)
+    for option, value in zip(FEWER.get(args[0], [])[::2], FEWER.get(args[0], [])[1::2]):
+        if args[:2] == ["evaluate", "diff"]:
+            continue
+        if option in small:
+            small[small.index(option) + 1] = value
+        else:
+            small += [option, value]
+    return small + tiny_pairs(args) + SMALL.get(args[0], [])
+
+
+def tiny_pairs(args: list[str]) -> list[str]:
+    """Distillation from stored pairs, and policy groups, made small."""
+    if args[0] == "distill":
+        return ["pairs.count=8", "pairs.steps=2"]
+    if args[0] == "finetune-rl":
+        return ["objective.group_size=4", "objective.steps=4", "objective.window=1", "objective.window_range=[0,2]"]
+    return []
+
+
+def test_the_tutorial_runs(vgm) -> None:
+    """Top to bottom, in one folder, as a reader would."""
+    for args in commands(ROOT / "docs/tutorial.md"):
+        code, _, err = vgm(*shortened(args))
+        allowed = (0, 3) if args[:2] == ["evaluate", "diff"] else (0,)  # two models measured alike, or told apart
+        assert code in allowed, f"vgm {' '.join(shortened(args))}\n{err}"
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_documented_commands_exist(page: Path, vgm) -> None:
+    """Every `vgm VERB` of a page is a command, every recipe and preset it names is there."""
+    from vgm_cli import recipe as recipes
+
+    known = set(re.findall(r"^│ ([a-z][a-z-]+) ", vgm("--help")[1], re.MULTILINE))
+    for args in commands(page):
+        assert args[0].startswith("-") or args[0] in known, f"{page.name}: vgm {args[0]}"
+        if args[0] == "train" and re.fullmatch(r"[a-z][a-z-]+", args[1]):
+            named = args[args.index("--recipe") + 1] if "--recipe" in args else None
+            if args[1] != "mynet" and (named is None or re.fullmatch(r"[a-z0-9-]+", named)):
+                recipes.locate(args[1], named)
+
+
+@pytest.mark.parametrize("page", PAGES, ids=lambda p: p.stem)
+def test_documented_functions_exist(page: Path) -> None:
+    """`path/to/file.py:name` points at a function, class, method or constant of that file; links lead somewhere."""
+    text = page.read_text(encoding="utf-8")
+    for file, name in re.findall(r"`((?:vgm_cli|plugins|tests|recipes|docs)/[\w/.-]+\.py)(?::([\w.]+))?`", text):
+        path = ROOT / file
+        assert path.is_file(), f"{page.name}: {file}"
+        if name:
+            names = {n.name for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if hasattr(n, "name")}
+            names |= {t.id for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Assign)
+                      for t in n.targets if isinstance(t, ast.Name)}  # fmt: skip
+            assert set(name.split(".")) <= names, f"{page.name}: {file}:{name}"
+    for target in re.findall(r"\]\(([^)#]+)\)", text):
+        if not target.startswith("http"):
+            assert (page.parent / target).exists(), f"{page.name}: link to {target}"
+
+
+def test_the_command_reference_is_true() -> None:
+    """docs/cli.md is what `python docs/generate_cli.py` writes."""
+    import importlib.util
+
+    spec = importlib.util.spec_from_file_location("generate_cli", ROOT / "docs/generate_cli.py")
+    assert spec and spec.loader
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    assert module.document() == (ROOT / "docs/cli.md").read_text(encoding="utf-8"), "run python docs/generate_cli.py"

@@ -1,0 +1,274 @@
+"""Which published layout a state has, how well it fits, and which published network it is: what `vgm inspect` and
+`vgm convert` share. Nothing is allocated: networks are built on the meta device."""
+
+from __future__ import annotations
+
+import difflib
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vgm_cli.convert_api import Converter
+from vgm_cli.errors import FAILED, USAGE, VgmError, unknown
+from vgm_cli.registry import load_target, registry, signature
+
+State = Mapping[str, Tensor]
+UNFIT = (KeyError, ValueError, IndexError, RuntimeError, StopIteration, ZeroDivisionError, AssertionError, TypeError)
+UNFIT = (*UNFIT, VgmError, AttributeError)  # what reading a state as something that it is not may raise
+
+
+def converters() -> dict[str, Converter]:
+    """{name: converter} of everything registered whose package is installed."""
+    found = {}
+    for name in registry().names("converter"):
+        try:
+            found[name] = load_target(registry().find("converter", name).target, name)
+        except VgmError:
+            continue
+    return found
+
+
+def converter(name: str) -> Converter:
+    """VgmError: no such layout."""
+    if name not in registry().names("converter"):
+        raise unknown("layout", name, registry().names("converter"))
+    return load_target(registry().find("converter", name).target, name)  # type: ignore[no-any-return]
+
+
+def official(component: str) -> Converter:
+    """The layout that a component's own code uses: the one of its name, or its only one. VgmError: none, several."""
+    own = {name: c for name, c in converters().items() if c.component == component}
+    if component in own:
+        return own[component]
+    if len(own) == 1:
+        return next(iter(own.values()))
+    known = ", ".join(sorted(own))
+    raise VgmError(
+        f"'{component}' has {'several published layouts' if own else 'no published layout that is known here'}",
+        f"--to {known}" if own else "a .safetensors file keeps it as it is",
+        USAGE,
+    )
+
+
+def recognising(keys: Iterable[str]) -> list[Converter]:
+    """Converters that know a state with these names, in the order of their own."""
+    keys = list(keys)
+    return [c for c in converters().values() if keys and c.recognise(keys)]
+
+
+# -- how well a state fits ---------------------------------------------------------------------------------------------
+
+
+@dataclass
+class Fit:
+    """A state beside a layout. config: constructor keywords, {} when they cannot be read off; missing, unexpected:
+    names in the layout; shapes: {name: (in the file, wanted)}; reason: why it could not be read."""
+
+    converter: Converter
+    config: dict[str, Any] = field(default_factory=dict)
+    missing: list[str] = field(default_factory=list)
+    unexpected: list[str] = field(default_factory=list)
+    shapes: dict[str, tuple[tuple[int, ...], tuple[int, ...]]] = field(default_factory=dict)
+    reason: str = ""
+    wanted: int = 0
+
+    @property
+    def exact(self) -> bool:
+        """Everything wanted is there, in shape. More may be there: losses, optimizer slots, caches."""
+        return not (self.missing or self.shapes or self.reason)
+
+    def nearest(self, name: str) -> str:
+        """The unexpected name closest to a missing one, "" if none is close."""
+        return next(iter(difflib.get_close_matches(name, self.unexpected, n=1, cutoff=0.6)), "")
+
+
+def on_meta(kind: str, name: str, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """The state of a network that takes no memory."""
+    with torch.device("meta"):
+        state: dict[str, Tensor] = registry().build(kind, {"name": name, **config}).state_dict()
+    return state
+
+
+def layout_of(c: Converter, config: Mapping[str, Any]) -> dict[str, Tensor]:
+    """{name in the layout: meta tensor} of the network with these keywords."""
+    return c.from_ours({k: v.to("meta") for k, v in on_meta(c.kind, c.component, config).items()})
+
+
+def fit(c: Converter, state: State, config: Mapping[str, Any] | None = None) -> Fit:
+    """Compare a state with what its layout wants for these keywords, by default those read off the state itself."""
+    try:
+        own = dict(c.config_from(state)) if config is None else dict(config)
+        wanted = layout_of(c, own)
+    except UNFIT as e:
+        return Fit(c, reason=reason_of(e))
+    forgotten = [re.compile(p) for p in c.forgets]
+    missing = [k for k in wanted if k not in state and not any(p.search(k) for p in forgotten)]
+    unexpected = [k for k in state if k not in wanted]
+    both = {k: (tuple(state[k].shape), tuple(v.shape)) for k, v in wanted.items() if k in state}
+    shapes = {k: v for k, v in both.items() if v[0] != v[1] and not any(p.search(k) for p in forgotten)}
+    found = Fit(c, own, missing, unexpected, shapes, wanted=len(wanted))
+    if found.missing:  # a layout may know other names for the same tensors (of older versions): then all is there
+        try:
+            ours = c.to_ours(state)
+            network = on_meta(c.kind, c.component, own)
+            if all(k in ours and ours[k].shape == v.shape for k, v in network.items()):
+                found.missing = []
+        except UNFIT:
+            pass
+    return found
+
+
+def reason_of(e: Exception) -> str:
+    if isinstance(e, KeyError):
+        return f"{e.args[0] if e.args else 'a tensor'} is missing"
+    return (str(e).strip() or type(e).__name__).splitlines()[0]
+
+
+def nearest(state: State, among: Iterable[Converter] | None = None) -> Fit | None:
+    """The layout that a state almost has, or None: at least half of the names agree, numbers in them aside."""
+    best, best_score = None, 0.5
+    own = {re.sub(r"\d+", "#", k) for k in state}
+    for c in converters().values() if among is None else among:
+        for config in configs_near(c, state):
+            try:
+                names = {re.sub(r"\d+", "#", k) for k in layout_of(c, config)}
+            except UNFIT:
+                continue
+            score = len(names & own) / max(1, len(names | own))
+            if score > best_score:
+                best, best_score = (c, config), score
+            break
+    if best is None:
+        return None
+    c, config = best
+    found = fit(c, state, config)
+    for preset in registry().presets(registry().find(c.kind, c.component)).values():
+        other = fit(c, state, preset)
+        if not other.reason and wrong(other) < wrong(found):
+            found = other
+    return found
+
+
+def wrong(found: Fit) -> int:
+    return len(found.missing) + len(found.unexpected) + len(found.shapes)
+
+
+def configs_near(c: Converter, state: State) -> Iterable[Mapping[str, Any]]:
+    """Keywords to try: what can be read off the state, the published ones, the constructor's defaults."""
+    try:
+        yield c.config_from(state)
+    except UNFIT:
+        pass
+    component = registry().components.get((c.kind, c.component))
+    if component is not None:
+        yield from registry().presets(component).values()
+    yield {}
+
+
+# -- choosing ----------------------------------------------------------------------------------------------------------
+
+
+def choose(
+    state: State, path: Path, json: Mapping[str, Any] | None = None, name: str | None = None
+) -> tuple[Converter, str]:
+    """The layout of a state, and a remark when something besides its tensors decided. name: what the user said.
+
+    Names first, then shapes, then the config.json beside the file, then the file's own name; of layouts whose names
+    begin alike (dit-diffusers, dit-diffusers-512) the shortest is taken. VgmError: unknown or ambiguous.
+    """
+    if name is not None:
+        return converter(name), ""
+    found = recognising(state)
+    if not found:
+        raise unfamiliar(state, path)
+    if len(found) > 1:
+        found = [c for c in found if fit(c, state).exact] or found
+    if len(found) > 1 and json:
+        found = [c for c in found if c.fits is not None and c.fits(json)] or found
+    if len(found) == 1:
+        return found[0], ""
+    names = [c.name for c in found]
+    chosen = by_file_name(names, path)
+    if chosen is not None:
+        rest = ", ".join(n for n in names if n != chosen)
+        why = "by the name of the file"
+    else:
+        chosen = next((n for n in names if all(m == n or m.startswith(n + "-") for m in names)), None)
+        rest, why = ", ".join(n for n in names if n != chosen), "the plainest of its kind"
+    if chosen is None:
+        raise VgmError(f"{path} may be {' or '.join(names)}: its tensors do not say", f"--from {names[0]}", USAGE)
+    return converter(chosen), f"taken for {chosen}, {why}; --from tells otherwise ({rest})"
+
+
+def by_file_name(names: list[str], path: Path) -> str | None:
+    """The one layout whose name shares a word with the file's or its folder's that the other layouts' names lack."""
+    words = set(re.findall(r"[a-z]+|\d+", f"{path.parent.name} {path.name}".lower()))
+    tokens = {n: set(re.findall(r"[a-z]+|\d+", n)) for n in names}
+    shared = set.intersection(*tokens.values())
+    told = [n for n in names if (tokens[n] - shared) & words]
+    return told[0] if len(told) == 1 else None
+
+
+def unfamiliar(state: State, path: Path) -> VgmError:
+    """No layout has these names: say which is near and what is amiss."""
+    close = nearest(state)
+    if close is None:
+        example = next(iter(state), "")
+        return VgmError(
+            f"{path} has no published layout that is known here: {len(state)} tensors like '{example}'",
+            "`vgm ls converters` names the layouts",
+            USAGE,
+        )
+    return VgmError(
+        f"{path} is almost '{close.converter.name}': {told(close)}",
+        f"`vgm inspect {path}` lists the differences",
+        USAGE,
+    )
+
+
+def told(found: Fit) -> str:
+    """'3 of 40 tensors missing (first: x), 2 unexpected'."""
+    if found.reason:
+        return found.reason
+    parts = []
+    if found.missing:
+        parts.append(f"{len(found.missing)} of {found.wanted} tensors missing (first: {found.missing[0]})")
+    if found.shapes:
+        name, (have, want) = next(iter(found.shapes.items()))
+        parts.append(f"{len(found.shapes)} of another shape ({name}: {have}, not {want})")
+    if found.unexpected:
+        parts.append(f"{len(found.unexpected)} unexpected (first: {found.unexpected[0]})")
+    return ", ".join(parts) or "all tensors fit"
+
+
+def misfit(c: Converter, state: State, path: Path, said: str) -> VgmError:
+    """The state cannot be read as `c`. said: why."""
+    others = [x.name for x in recognising(state) if x.name != c.name]
+    hint = f"it looks like {', '.join(others)}" if others else f"`vgm inspect {path}` says what it looks like"
+    return VgmError(f"{path} does not have the layout '{c.name}': {said}", hint, USAGE if others else FAILED)
+
+
+# -- published networks ------------------------------------------------------------------------------------------------
+
+
+def presets_of(kind: str, name: str, config: Mapping[str, Any]) -> list[str]:
+    """Presets whose every keyword these keywords have, dropout aside, which no file tells; of two where one says more,
+    that one."""
+    component = registry().components.get((kind, name))
+    if component is None:
+        return []
+    parameters = signature(load_target(component.target, name)).parameters
+    defaults = {k: p.default for k, p in parameters.items() if p.default is not p.empty}
+    full = defaults | dict(config)
+    told = {k: {n: w for n, w in v.items() if "drop" not in n} for k, v in registry().presets(component).items()}
+    hits = [k for k, v in told.items() if v and all(plain(full.get(n)) == plain(w) for n, w in v.items())]
+    return [k for k in hits if not any(told[k].keys() < told[other].keys() for other in hits)]
+
+
+def plain(value: Any) -> Any:
+    return [plain(v) for v in value] if isinstance(value, list | tuple) else value
