@@ -54,6 +54,7 @@ class RectifiedFlow(ObjectiveBase):
         self.t_schedule: Schedule = "uniform"
         self.loss_kind: Loss = "l2"
         self.perceptual: nn.Module | None = None
+        self.learned_sigma = False  # True: the second half of the network's channels is thrown away
 
     def loss(self, phase: str, batch: Batch, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         """batch x: (B, C, H, W), y: (B,) optional, z0: like x, optional. Logs the velocity's squared error as mse."""
@@ -63,7 +64,8 @@ class RectifiedFlow(ObjectiveBase):
         cond = label_condition(self.model, batch, step, self.label_dropout)
 
         def velocity(x: Tensor, s: Tensor) -> Tensor:
-            return self.model(x, s * self.time_scale, **cond)
+            v = self.model(x, s * self.time_scale, **cond)
+            return v[:, : x.shape[1]] if self.learned_sigma else v
 
         losses, plain = flow_losses(velocity, z0, x1, t, self.loss_kind, self.reduce_mean, self.perceptual)
         return losses.mean(), {"mse": plain.detach().mean()}
@@ -72,7 +74,9 @@ class RectifiedFlow(ObjectiveBase):
         path: dict[str, Any] = {"name": "linear", "t_max": 1 - self.eps}
         if self.noise_scale != 1:
             path["noise_scale"] = self.noise_scale
-        view = {"name": "denoiser", "path": path, "prediction": "velocity", "time": "reversed"}
+        view: dict[str, Any] = {"name": "denoiser", "path": path, "prediction": "velocity", "time": "reversed"}
+        if self.learned_sigma:
+            view["learned_sigma"] = True
         return view | ({"time_scale": self.time_scale} if self.time_scale != 1 else {})
 
 
@@ -114,11 +118,9 @@ class Reflow(RectifiedFlow):
         if teacher is not None and not isinstance(teacher, Denoiser):
             teacher = Denoiser.from_config(teacher, self.view())
         self.teacher, self.perceptual, self.t_schedule, self.loss_kind = teacher, perceptual, t_schedule, loss
-        self.teacher_steps, self.teacher_precision, self.guidance_scale = (
-            teacher_steps,
-            teacher_precision,
-            guidance_scale,
-        )
+        self.learned_sigma = teacher is not None and teacher.learned_sigma  # the student is made like its teacher
+        self.teacher_steps, self.teacher_precision = teacher_steps, teacher_precision
+        self.guidance_scale = guidance_scale
         self.pairs: Pairs | None = None
         if pair_folder is not None:
             self.pairs = read_pairs(Path(pair_folder))
