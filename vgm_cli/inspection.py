@@ -1,39 +1,67 @@
-"""What is in a weights file, told without building anything. .safetensors headers are read without torch; .pt and .ckpt
-are opened with weights_only=True, so that nothing in them is executed."""
+"""What is in a weights file, told without building anything: published layouts are recognised by their tensors' names
+and shapes. Nothing in a file is executed (unpickle.py), and of .safetensors only headers and small tensors are read."""
 
 from __future__ import annotations
 
 import json
 import math
 import struct
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 from vgm_cli.errors import FAILED, USAGE, VgmError
+from vgm_cli.unpickle import ARRAYS, PICKLES, TORCH_FILES
 
-TORCH_FILES = (".pt", ".pth", ".ckpt", ".bin")
 LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
+INDEX = ".index.json"
+SMALL = 1 << 18  # elements of a tensor whose values may say something (a mask, a ladder of noise levels)
+TORCH_NAMES = {"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16", "u8": "uint8", "bool": "bool"}
+TORCH_NAMES |= {f"i{n}": f"int{n}" for n in (8, 16, 32, 64)} | {f"u{n}": f"uint{n}" for n in (16, 32, 64)}
+TORCH_NAMES |= {"f8_e4m3": "float8_e4m3fn", "f8_e5m2": "float8_e5m2"}
 
 
 def describe(path: Path) -> dict[str, Any]:
     """Facts of one weights file: kind, tensors, parameters, dtypes, and what it says or seems to be.
 
-    VgmError: not there, cut off, of an unknown kind, or holding objects that only unpickling could read.
+    VgmError: not there, cut off, of an unknown kind, or asking for code to be run.
     """
     if not path.is_file():
         raise VgmError(f"no such file: {path}", "`vgm runs ls` shows the runs below ./runs", USAGE)
-    if path.suffix == ".safetensors":
-        tensors, metadata = safetensors_header(path)
-        facts = {"path": str(path), "kind": "safetensors", "bytes": path.stat().st_size, **summary(tensors)}
-        own = own_header(metadata, path)
-        if own:
-            return {**facts, "kind": "vgm checkpoint", **own}
-        return {**facts, "metadata": metadata, "looks_like": recognised(tensors)}
-    if path.suffix in TORCH_FILES:
-        return {"path": str(path), "bytes": path.stat().st_size, **torch_file(path)}
-    known = ", ".join((".safetensors", *TORCH_FILES))
+    if path.suffix == ".safetensors" or path.name.endswith(f".safetensors{INDEX}"):
+        return safetensors_file(path)
+    if path.suffix.lower() in (*TORCH_FILES, *PICKLES, *ARRAYS) or path.name.endswith(INDEX):
+        return foreign_file(path)
+    known = ", ".join((".safetensors", *TORCH_FILES, *PICKLES, *ARRAYS))
     raise VgmError(f"{path} is not a kind of file that can be looked into", f"known: {known}, or a run", USAGE)
+
+
+# -- .safetensors ------------------------------------------------------------------------------------------------------
+
+
+def safetensors_file(path: Path) -> dict[str, Any]:
+    files = shards_of(path)
+    tensors: dict[str, dict[str, Any]] = {}
+    metadata: dict[str, str] = {}
+    for file in files:
+        own, more = safetensors_header(file)
+        tensors |= own
+        metadata |= more
+    kind = f"safetensors in {len(files)} shards" if path.name.endswith(INDEX) else "safetensors"
+    facts = {"path": str(path), "kind": kind, "bytes": sum(f.stat().st_size for f in files), **summary(tensors)}
+    said = own_header(metadata, path)
+    if said:
+        component = said["component"]
+        return {**facts, "kind": "vgm checkpoint", **said, "presets": presets_of(component)}
+    return {**facts, "metadata": metadata, **looks_like(path, {"": light(files, tensors)})}
+
+
+def shards_of(path: Path) -> list[Path]:
+    if not path.name.endswith(INDEX):
+        return [path]
+    from vgm_cli.engine.checkpoint import shards_of as named
+
+    return named(path)
 
 
 def safetensors_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
@@ -53,6 +81,22 @@ def safetensors_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str,
     if 8 + length + end != size:
         raise VgmError(f"{path} is cut off: {size} bytes, its header promises {8 + length + end}", code=FAILED)
     return tensors, metadata
+
+
+def light(files: list[Path], tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """The state with its small tensors only; the others are on the meta device."""
+    import torch
+    from safetensors import safe_open
+
+    state: dict[str, Any] = {}
+    for file in files:
+        with safe_open(file, framework="pt") as f:
+            for k in f.keys():
+                t = tensors[k]
+                dtype = getattr(torch, TORCH_NAMES.get(t["dtype"], "float32"))
+                big = math.prod(t["shape"]) > SMALL
+                state[k] = torch.empty(t["shape"], dtype=dtype, device="meta") if big else f.get_tensor(k)
+    return state
 
 
 def summary(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -75,66 +119,104 @@ def own_header(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
     return {k: said[k] for k in order if said.get(k) is not None} | {k: v for k, v in said.items() if k not in order}
 
 
-def torch_file(path: Path) -> dict[str, Any]:
-    """A .pt or .ckpt: its dictionaries of tensors, and what the one that would be converted looks like."""
-    import pickle
-
-    import torch
-
-    from vgm_cli.convert_api import unwrap
+def presets_of(component: Mapping[str, Any]) -> list[str]:
+    from vgm_cli import layouts
 
     try:
-        try:
-            found = torch.load(path, map_location="cpu", weights_only=True, mmap=True)
-        except RuntimeError as e:
-            if "mmap" not in str(e):
-                raise
-            found = torch.load(path, map_location="cpu", weights_only=True)  # files from before torch 1.6
-    except pickle.UnpicklingError as e:
-        raise VgmError(
-            f"{path} holds Python objects besides tensors, which are not unpickled here",
-            "`vgm convert --trust-pickle` opens a file whose origin you trust",
-            FAILED,
-        ) from e
-    except Exception as e:
-        raise VgmError(
-            f"{path} is not a readable torch file: {str(e).splitlines()[0]}", "it may be cut off", FAILED
-        ) from e
-    if not isinstance(found, Mapping):
-        raise VgmError(f"{path} holds a {type(found).__name__}, not a dictionary of tensors", code=FAILED)
+        return layouts.presets_of(component.get("kind", "model"), component["name"], component.get("kwargs", {}))
+    except VgmError:
+        return []  # its optional package is not installed
 
-    def tensors_of(state: Mapping[str, Any]) -> dict[str, dict[str, Any]]:
-        return {
-            k: {"dtype": str(v.dtype).removeprefix("torch."), "shape": list(v.shape)}
-            for k, v in state.items()
-            if isinstance(k, str) and isinstance(v, torch.Tensor)
-        }
 
-    entries = {str(k): len(inner) for k, v in found.items() if isinstance(v, Mapping) and (inner := tensors_of(v))}
-    tensors = tensors_of(unwrap({str(k): v for k, v in found.items()}))
+# -- files that others wrote -------------------------------------------------------------------------------------------
+
+
+def foreign_file(path: Path) -> dict[str, Any]:
+    """A .pt, .ckpt, .pkl or .npz: its dictionaries of tensors, and what the one that would be converted looks like."""
+    from vgm_cli.engine import weight_files
+
+    found = weight_files.read(path)
+    order = found.pick(None)
+    facts = looks_like(path, {name: found.entries[name] for name in order})
+    chosen = found.entries[facts.get("entry", order[0]).split(".")[0]]
+    tensors = {k: {"dtype": str(v.dtype).removeprefix("torch."), "shape": list(v.shape)} for k, v in chosen.items()}
+    kind = {**dict.fromkeys(PICKLES, "pickle"), **dict.fromkeys(ARRAYS, "numpy archive")}.get(path.suffix, "torch file")
     return {
-        "kind": "torch file (opened with weights_only, recognised by its tensors' names)",
-        "entries": entries,
+        "path": str(path),
+        "kind": f"{kind} (nothing in it was executed)",
+        "bytes": path.stat().st_size,
+        "entries": {k: len(v) for k, v in found.entries.items() if k},
         **summary(tensors),
-        "looks_like": recognised(tensors),
+        **facts,
     }
 
 
-def recognised(keys: Iterable[str]) -> list[dict[str, str]]:
-    """Published layouts whose converter knows a state with these names, in the order of their names."""
-    from vgm_cli.registry import load_target, registry
+def looks_like(path: Path, entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
+    """entry, weights: what `vgm convert` would take; looks_like: the layouts that know it, those that fit first; fit:
+    the first of them, or the nearest layout when none does, with what is missing."""
+    from vgm_cli import layouts
+    from vgm_cli.engine import convert, weight_files
 
-    keys = list(keys)
-    if keys and all(k.startswith("module.") for k in keys):
-        keys = [k.removeprefix("module.") for k in keys]
-    hits = []
-    for name in registry().names("converter"):
-        component = registry().find("converter", name)
-        try:
-            converter = load_target(component.target, name)
-            known = bool(keys) and converter.recognise(keys)
-        except VgmError:
-            continue  # its optional package is not installed
-        if known:
-            hits.append({"converter": name, "component": converter.component, "summary": component.summary})
-    return hits
+    tried = [(n, s) for name, state in entries.items() for n, s in ((name, state), *convert.inner(name, state))]
+    for name, state in tried:
+        hits = layouts.recognising(state)
+        if hits:
+            fits = sorted((layouts.fit(c, state) for c in hits), key=lambda f: not f.exact)
+            first = fits[0]
+            if len(hits) > 1:
+                try:
+                    wanted = layouts.choose(state, path, weight_files.read_json(path.parent / "config.json"))[0]
+                    first = next(f for f in fits if f.converter.name == wanted.name)
+                except VgmError:
+                    pass  # ambiguous: all are listed
+            return {
+                "entry": name,
+                "weights": convert.kind_of(name),
+                "looks_like": [layout(f) for f in sorted(fits, key=lambda f: (not f.exact, f is not first))],
+                "fit": table(first),
+            }
+    name, state = next(iter(entries.items()))
+    close = layouts.nearest(state)
+    near = {"nearest": layout(close), "fit": table(close)} if close is not None else {}
+    return {"entry": name, "weights": convert.kind_of(name), "looks_like": [], **near}
+
+
+def layout(fit: Any) -> dict[str, Any]:
+    """A layout as `vgm inspect` names it."""
+    from vgm_cli import layouts
+
+    c = fit.converter
+    return {
+        "converter": c.name,
+        "component": c.component,
+        "kind": c.kind,
+        "family": family(c.name, c.component),
+        "summary": c.summary,
+        "fits": fit.exact,
+        "presets": layouts.presets_of(c.kind, c.component, fit.config) if fit.config else [],
+        "config": fit.config,
+    }
+
+
+def family(converter: str, component: str) -> str:
+    """Of the paper of the component's name, else of the plugin that brings the layout."""
+    from vgm_cli.registry import registry
+
+    r = registry()
+    paper = r.papers.get(component) or r.papers.get(converter)
+    if paper is None:
+        owner = r.plugins[r.owners["converter", converter]]
+        paper = owner.papers[0] if owner.papers else None
+    return paper.family if paper is not None else ""
+
+
+def table(fit: Any) -> dict[str, Any]:
+    """Missing tensors with the nearest name in the file, unexpected ones, and those of another shape."""
+    return {
+        "layout": fit.converter.name,
+        "wanted": fit.wanted,
+        "reason": fit.reason,
+        "missing": {k: fit.nearest(k) for k in fit.missing},
+        "unexpected": fit.unexpected,
+        "shapes": {k: {"file": list(a), "wanted": list(b)} for k, (a, b) in fit.shapes.items()},
+    }

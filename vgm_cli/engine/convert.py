@@ -113,7 +113,8 @@ def recognise(found: Weights, from_: str | None, weights: str | None) -> tuple[s
     raise layouts.unfamiliar(state, found.path)
 
 
-def inner(name: str, state: State) -> list[tuple[str, State]]:
+def inner(name: str, state: Mapping[str, Tensor]) -> list[tuple[str, State]]:
+    """The networks inside a wrapping module, averages first: names below each first word."""
     parts = weight_files.parts_of(state)
     order = sorted(parts, key=lambda p: not weight_files.is_average(p))
     return [(f"{name}.{p}".strip("."), parts[p]) for p in order if len(parts[p]) > 1]
