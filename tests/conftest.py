@@ -33,6 +33,7 @@ def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vgm_cli.ui import ui
 
     monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("VGM_CACHE", str(tmp_path / "cache"))
     for flag in ("json", "quiet", "debug"):
         monkeypatch.setattr(ui, flag, False)
 

@@ -18,8 +18,10 @@ from vgm_cli.errors import FAILED, USAGE, VgmError, unknown
 from vgm_cli.registry import load_target, registry, signature
 
 State = Mapping[str, Tensor]
-UNFIT = (KeyError, ValueError, IndexError, RuntimeError, StopIteration, ZeroDivisionError, AssertionError, TypeError)
-UNFIT = (*UNFIT, VgmError, AttributeError)  # what reading a state as something that it is not may raise
+UNFIT: tuple[type[Exception], ...] = (  # what reading a state as something that it is not may raise
+    *(KeyError, ValueError, IndexError, RuntimeError, StopIteration, ZeroDivisionError, AssertionError, TypeError),
+    *(AttributeError, VgmError),
+)
 
 
 def converters() -> dict[str, Converter]:

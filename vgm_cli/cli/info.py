@@ -240,7 +240,11 @@ def validate(
 
 def inspect(
     file: Annotated[
-        str, typer.Argument(help="A .safetensors, .pt or .ckpt file, or a run.", autocompletion=complete.runs)
+        str,
+        typer.Argument(
+            help="A .safetensors, .pt, .ckpt, .pkl or .npz file, shards, a folder or a run.",
+            autocompletion=complete.runs,
+        ),
     ],
     tensors: Annotated[bool, typer.Option("--tensors", help="List every tensor (.safetensors only).")] = False,
 ) -> None:
@@ -258,9 +262,9 @@ def inspect(
 
     path = Path(file)
     if path.is_dir() or not path.exists():
-        from vgm_cli.engine.checkpoint import resolve
+        from vgm_cli.engine.weight_files import locate
 
-        path = resolve(file)
+        path = locate(file)
     facts = describe(path)
     if tensors and path.suffix == ".safetensors":
         facts["list"] = safetensors_header(path)[0]
@@ -277,22 +281,54 @@ def report(facts: dict[str, Any]) -> list[str]:
     if component:
         kwargs = ", ".join(f"{k}={v}" for k, v in component.get("kwargs", {}).items())
         lines.append(f"  component   {component.get('kind', 'model')} {component['name']}({kwargs})")
+        if facts.get("presets"):
+            lines.append(f"  preset      {' or '.join(facts['presets'])}")
         lines.append(f"  weights     {facts.get('weights', 'raw')}, step {facts.get('step', 0):,}")
         for key in ("view", "codec", "data"):
             if facts.get(key):
                 lines.append(f"  {key:<11} {json.dumps(facts[key])}")
         if facts.get("recipe", {}).get("paper"):
             lines.append(f"  paper       {facts['recipe']['paper']}")
+        if facts.get("source"):
+            lines.append(f"  source      {facts['source']['file']} ({facts['source']['layout']})")
     for entry, n in facts.get("entries", {}).items():
-        lines.append(f"  entry       '{entry}': {n} tensors")
+        taken = ", which `vgm convert` takes" if entry == facts.get("entry", "").split(".")[0] else ""
+        lines.append(f"  entry       '{entry}': {n} tensors{taken}")
     lines.append(f"  tensors     {facts['tensors']:,}")
     lines.append(f"  parameters  {facts['parameters']:,} ({dtypes or 'none'})")
     if "looks_like" in facts:
-        hits = [f"{h['converter']} ({h['summary']})" if h["summary"] else h["converter"] for h in facts["looks_like"]]
-        lines.append(f"  looks like  {', '.join(hits) or 'no published layout that is known here'}")
+        lines += [f"  {k:<11} {v}" for k, v in layout_lines(facts)]
     for name, t in facts.get("list", {}).items():
         lines.append(f"  {name}  {t['dtype']} {tuple(t['shape'])}")
     return lines
+
+
+WEIGHTS = {"ema": "an average", "raw": "raw, not averaged", "released": "the file does not say whether averaged"}
+ROWS = 10  # of a table of differences; --json has all
+
+
+def layout_lines(facts: dict[str, Any]) -> list[tuple[str, str]]:
+    """What a foreign file seems to be, and how it differs."""
+    lines = []
+    for i, hit in enumerate(facts["looks_like"] or [facts["nearest"]] if facts.get("nearest") else facts["looks_like"]):
+        preset = f", {' or '.join(hit['presets'])}" if hit["presets"] else ""
+        text = f"{hit['converter']}: {hit['summary']}; {hit['kind']} {hit['component']}{preset}"
+        text += f", {hit['family']}" if hit["family"] else ""
+        lines.append((("looks like" if not i else "or") if facts["looks_like"] else "nearest", text))
+    if not lines:
+        return [("looks like", "no published layout that is known here")]
+    lines.append(("weights", WEIGHTS[facts["weights"]]))
+    fit = facts["fit"]
+    if fit["reason"]:
+        return [*lines, ("does not fit", fit["reason"])]
+    lines.append(("fits", f"{fit['wanted'] - len(fit['missing']) - len(fit['shapes'])} of {fit['wanted']} tensors"))
+    rows = [("missing", f"{k} (nearest: {near})" if near else k) for k, near in fit["missing"].items()]
+    shapes = fit["shapes"].items()
+    rows += [("shape", f"{k} {tuple(v['file'])}, wanted {tuple(v['wanted'])}") for k, v in shapes]
+    rows += [("unexpected", k) for k in fit["unexpected"]]
+    if len(rows) > ROWS:
+        rows = [*rows[:ROWS], ("", f"and {len(rows) - ROWS} more; --json lists all")]
+    return lines + rows
 
 
 # -- plugins ---------------------------------------------------------------------------------------------------------

@@ -102,11 +102,11 @@ def read(path: Path, trust: bool = False) -> Weights:
             state |= tensors
             metadata |= more
         return Weights(path, entries_of(state, path), metadata, beside)
-    return Weights(path, entries_of(unpickle.states(unpickle.read(path, trust)), path), {}, beside)
+    return Weights(path, entries_of(unpickle.contents(unpickle.read(path, trust)), path), {}, beside)
 
 
 def read_torch(path: Path, trust: bool) -> State:
-    found = entries_of(unpickle.states(unpickle.read(path, trust)), path)
+    found = entries_of(unpickle.contents(unpickle.read(path, trust)), path)
     return next(iter(found.values()))
 
 
