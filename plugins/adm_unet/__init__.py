@@ -1,7 +1,7 @@
 """ADM: Diffusion Models Beat GANs on Image Synthesis. Dhariwal & Nichol, NeurIPS 2021 (arXiv 2105.05233).
 
 Official code: openai/guided-diffusion@22e0df8 (MIT). The process, its losses and samplers are IDDPM's, shared with DiT:
-vgm_cli/diffusion/{discrete,iddpm,resample}.py; this plugin brings the U-Net, the classifier, their training; deviations: see model.py.
+vgm_cli/diffusion/{discrete,iddpm,resample}.py; here are U-Net, classifier and training. Deviations: see model.py.
 """
 
 from __future__ import annotations

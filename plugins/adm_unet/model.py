@@ -3,7 +3,8 @@
 Official code: openai/guided-diffusion@22e0df8 guided_diffusion/unet.py. Parameter names are the official ones.
 Deviations: attention is fused (q and k scaled by ch^-1/4 each is SDPA's ch^-1/2); the upsampler is the U-Net with
 super_res=True instead of a subclass; `null_class` adds a row to the label table for classifier-free guidance;
-`patch_size` p moves p x p pixels into channels around the whole network (1: the published one), for small images.
+`patch_size` p moves p x p pixels into channels around the whole network (1: the published one), for small images, and
+`norm_groups` makes the groups of narrow networks wider.
 """
 
 from __future__ import annotations
@@ -34,12 +35,14 @@ def timestep_embedding(t: Tensor, dim: int, max_period: float = 10000.0) -> Tens
 
 
 class GroupNorm32(nn.GroupNorm):
-    """32 groups, computed in fp32 whatever the input's type is."""
+    """32 groups (or as many as asked for), computed in fp32 whatever the input's type is."""
 
-    def __init__(self, channels: int):
-        if channels % 32:
-            raise VgmError(f"{channels} channels do not divide into 32 groups", "a multiple of 32 does", USAGE)
-        super().__init__(32, channels)
+    def __init__(self, channels: int, groups: int = 32):
+        if channels % groups:
+            raise VgmError(
+                f"{channels} channels do not divide into {groups} groups", f"a multiple of {groups} does", USAGE
+            )
+        super().__init__(groups, channels)
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x.float()).to(x.dtype)
@@ -82,17 +85,18 @@ class ResBlock(nn.Module):
         dropout: float,
         scale_shift: bool,
         resample: Literal["up", "down"] | None = None,
+        groups: int = 32,
     ):
         super().__init__()
         self.scale_shift = scale_shift
         self.in_layers = nn.Sequential(
-            GroupNorm32(in_channels), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
+            GroupNorm32(in_channels, groups), nn.SiLU(), nn.Conv2d(in_channels, out_channels, 3, padding=1)
         )
         kind = {"up": Upsample, "down": Downsample}
         self.resample = kind[resample](in_channels, False) if resample else nn.Identity()  # no parameters
         self.emb_layers = nn.Sequential(nn.SiLU(), nn.Linear(emb_channels, out_channels * (2 if scale_shift else 1)))
         self.out_layers = nn.Sequential(
-            GroupNorm32(out_channels),
+            GroupNorm32(out_channels, groups),
             nn.SiLU(),
             nn.Dropout(dropout),
             zero(nn.Conv2d(out_channels, out_channels, 3, padding=1)),
@@ -139,10 +143,10 @@ def pointwise(conv: nn.Conv1d, x: Tensor) -> Tensor:
 class AttentionBlock(nn.Module):
     """Self-attention over positions, with a residual: (N, C, h, w) -> (N, C, h, w)."""
 
-    def __init__(self, channels: int, heads: int, new_order: bool):
+    def __init__(self, channels: int, heads: int, new_order: bool, groups: int = 32):
         super().__init__()
         self.heads, self.new_order = heads, new_order
-        self.norm = GroupNorm32(channels)
+        self.norm = GroupNorm32(channels, groups)
         self.qkv = nn.Conv1d(channels, 3 * channels, 1)
         self.proj_out = zero(nn.Conv1d(channels, channels, 1))
 
@@ -218,8 +222,10 @@ class Trunk(nn.Module):
         use_scale_shift_norm: bool,
         resblock_updown: bool,
         use_new_attention_order: bool,
+        norm_groups: int,
     ):
         super().__init__()
+        self.norm_groups = norm_groups
         self.model_channels, self.emb_channels = model_channels, 4 * model_channels
         self.dropout, self.scale_shift = dropout, use_scale_shift_norm
         self.widths = [int(m * model_channels) for m in channel_mult]
@@ -248,7 +254,8 @@ class Trunk(nn.Module):
         self.middle_block = Stage(self.res(ch, ch), self.attention(ch, num_heads), self.res(ch, ch))
 
     def res(self, in_channels: int, out_channels: int, resample: Literal["up", "down"] | None = None) -> ResBlock:
-        return ResBlock(in_channels, out_channels, self.emb_channels, self.dropout, self.scale_shift, resample)
+        own = (self.emb_channels, self.dropout, self.scale_shift, resample, self.norm_groups)
+        return ResBlock(in_channels, out_channels, *own)
 
     def attention(self, channels: int, num_heads: int) -> AttentionBlock:
         """Heads by number, or by their width where num_head_channels says so. VgmError: the width does not divide."""
@@ -259,7 +266,7 @@ class Trunk(nn.Module):
                 "change num_heads or num_head_channels",
                 USAGE,
             )
-        return AttentionBlock(channels, heads, self.new_order)
+        return AttentionBlock(channels, heads, self.new_order, self.norm_groups)
 
     def run(self, stage: nn.Module, h: Tensor, emb: Tensor) -> Tensor:
         """stage(h, emb), recomputed in backward when `checkpointing` is on."""
@@ -279,8 +286,9 @@ class UNetModel(Trunk):
     attention follows every residual block, e.g. [2, 4] at half and quarter size. num_head_channels: width of a head,
     goes before num_heads. num_heads_upsample: heads in the decoder, None for num_heads. num_classes: 0 or None for an
     unconditional network. null_class: one more label that means "none". super_res: forward takes low_res.
-    conv_resample: convolutions where the size changes (without resblock_updown). VgmError: widths that do not divide
-    into 32 groups or into heads.
+    conv_resample: convolutions where the size changes (without resblock_updown). norm_groups: fewer than the published
+    32 for narrow networks, as a group of one channel hides its brightness. VgmError: widths that do not divide into
+    groups or heads.
     """
 
     def __init__(
@@ -305,6 +313,7 @@ class UNetModel(Trunk):
         super_res: bool = False,
         null_class: bool = False,
         patch_size: int = 1,
+        norm_groups: int = 32,
     ):
         out_channels = out_channels or in_channels * (2 if learn_sigma else 1)
         super().__init__(
@@ -320,6 +329,7 @@ class UNetModel(Trunk):
             use_scale_shift_norm,
             resblock_updown,
             use_new_attention_order,
+            norm_groups,
         )
         self.in_channels, self.out_channels = in_channels, out_channels
         self.learn_sigma = out_channels == 2 * in_channels
@@ -343,7 +353,7 @@ class UNetModel(Trunk):
                     factor //= 2
                 self.output_blocks.append(Stage(*layers))
         final = zero(nn.Conv2d(self.widths[0], out_channels * patch_size**2, 3, padding=1))
-        self.out = nn.Sequential(GroupNorm32(ch), nn.SiLU(), final)
+        self.out = nn.Sequential(GroupNorm32(ch, norm_groups), nn.SiLU(), final)
 
     @property
     def null_condition(self) -> Callable[[dict[str, Any]], dict[str, Any]]:
@@ -419,6 +429,7 @@ class EncoderUNetModel(Trunk):
         resblock_updown: bool = True,
         use_new_attention_order: bool = False,
         pool: Pool = "attention",
+        norm_groups: int = 32,
     ):
         super().__init__(
             in_channels,
@@ -433,6 +444,7 @@ class EncoderUNetModel(Trunk):
             use_scale_shift_norm,
             resblock_updown,
             use_new_attention_order,
+            norm_groups,
         )
         self.num_classes, self.pool = num_classes, pool
         ch, features = self.widths[-1], sum(self.skips) + self.widths[-1]
@@ -440,10 +452,10 @@ class EncoderUNetModel(Trunk):
             if self.head_channels is None:
                 raise VgmError("attention pooling needs num_head_channels", code=USAGE)
             pooling = AttentionPool2d(image_size // self.factor, ch, self.head_channels, num_classes)
-            layers: list[nn.Module] = [GroupNorm32(ch), nn.SiLU(), pooling]
+            layers: list[nn.Module] = [GroupNorm32(ch, norm_groups), nn.SiLU(), pooling]
         elif pool == "adaptive":
             head = zero(nn.Conv2d(ch, num_classes, 1))
-            layers = [GroupNorm32(ch), nn.SiLU(), nn.AdaptiveAvgPool2d(1), head, nn.Flatten()]
+            layers = [GroupNorm32(ch, norm_groups), nn.SiLU(), nn.AdaptiveAvgPool2d(1), head, nn.Flatten()]
         elif pool == "spatial":
             layers = [nn.Linear(features, 2048), nn.ReLU(), nn.Linear(2048, num_classes)]
         else:
