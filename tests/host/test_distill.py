@@ -189,7 +189,7 @@ def test_teacher_codec_and_data_come_along(vgm: Vgm, teachers: Callable[[str, st
     latent = engine.load("consistency", None, ["data.hflip=true"], str(tmp_path / "latent"))
     assert latent.config["codec"] == {"name": "autoencoder-kl", "weights": "mnist-codec"}
     assert latent.config["data"]["path"] == "mnist5k" and latent.config["data"]["hflip"] is True
-    assert latent.config["teacher"]["view"]["learned_sigma"] and latent.config["objective"]["guidance_scale"] == 2.0
+    assert latent.config["teacher"]["view"]["learned_sigma"] and latent.config["objective"]["guidance_scale"] == 1.5
     assert latent.config["model"]["weights"] == latent.config["teacher"]["weights"]
     distill(
         vgm, "consistency", "--teacher", tmp_path / "latent", "--out", tmp_path / "student", *SHORT, "train.steps=1"
@@ -236,6 +236,8 @@ def test_errors_name_the_way_out(vgm: Vgm, teachers: Callable[[str, str], Path],
     assert "unknown distillation method 'dmdd'" in err and "dmd" in err.splitlines()[1]
     err = fails(vgm, "distill", "dit", "--teacher", teacher)
     assert "trained, not distilled" in err and "consistency, dmd" in err
+    assert "has no teacher" in fails(vgm, "distill", "consistency", "--recipe", "mnist", "--teacher", teacher)
+    assert engine.locate("consistency")[0] == "consistency/mnist-cd" and engine.locate("dmd")[0] == "dmd/mnist"
     assert "is a codec" in fails(vgm, "distill", "dmd", "--teacher", "mnist-codec")
     assert "no such run or checkpoint" in fails(vgm, "distill", "dmd", "--teacher", tmp_path / "nowhere")
     assert "unknown key 'update_ration'" in fails(

@@ -37,17 +37,34 @@ def methods() -> list[str]:
     return sorted(n for (kind, n), c in registry().components.items() if kind == "objective" and "distill" in c.verbs)
 
 
+def distilling() -> dict[str, str]:
+    """{PAPER/NAME: objective} of the shipped recipes that have a teacher."""
+    found, known = {}, methods()
+    for name, file in sorted(recipes.shipped().items()):
+        config = recipes.load_file(file, name)[0]
+        objective = (config.get("objective") or {}).get("name", "")
+        if config.get("teacher") is not None and objective in known:
+            found[name] = objective
+    return found
+
+
 def locate(method: str, recipe: str | None = None) -> tuple[str, Path]:
-    """(name, file) of `vgm distill METHOD --recipe RECIPE`. Default: the paper's first mnist recipe with a teacher."""
-    known = sorted({n.split("/")[0] for n in recipes.shipped()} | set(registry().papers))
-    if method not in known and "/" not in method and not method.endswith((".yaml", ".yml")):
-        raise unknown("distillation method", method, methods())
-    if recipe is None and method in known:
-        own = {n: file for n, file in recipes.shipped().items() if n.startswith(f"{method}/mnist")}
-        for name, file in sorted(own.items()):
-            if recipes.load_file(file, name)[0].get("teacher") is not None:
-                return name, file
-    return recipes.locate(method, recipe)
+    """(name, file) of `vgm distill METHOD --recipe RECIPE`: METHOD is a paper or its objective; without a recipe the
+    first of its mnist ones. VgmError: nothing distills by that name."""
+    if "/" in method or method.endswith((".yaml", ".yml")) or (recipe or "").endswith((".yaml", ".yml")):
+        return recipes.locate(method, recipe)
+    known = distilling()
+    own = [n for n, objective in known.items() if method in (n.split("/")[0], objective)]
+    if not own:
+        papers = sorted({n.split("/")[0] for n in known})
+        if method in registry().papers:
+            hint = f"`vgm train {method}`; methods: {', '.join(papers)}"
+            raise VgmError(f"{method} is trained, not distilled", hint, USAGE)
+        raise unknown("distillation method", method, papers)
+    if recipe is not None:
+        return recipes.locate(own[0].split("/")[0], recipe)
+    name = next((n for n in own if n.split("/")[1].startswith("mnist")), own[0])
+    return name, recipes.shipped()[name]
 
 
 def load(
@@ -65,11 +82,7 @@ def load(
     config, origins = recipes.load_file(file, f"recipe {name}")
     objective = (config.get("objective") or {}).get("name")
     if objective not in methods() or config.get("teacher") is None:
-        raise VgmError(
-            f"{name} is trained, not distilled",
-            f"`vgm train {method}`; distillation methods: {', '.join(methods())}",
-            USAGE,
-        )
+        raise VgmError(f"{name} has no teacher: it is trained, not distilled", f"vgm train {name}", USAGE)
     if teacher is not None:
         adopt(config, origins, ckpt.resolve(teacher, weights))
     return recipes.finish(config, origins, name, assignments)
