@@ -90,7 +90,7 @@ def roll_out(
     draw: Callable[[int], Tensor],
     kind: Kind = "sde",
 ) -> Rollout:
-    """From noise x (B, ...) to data. velocity(x, i) -> (B, ...) at level sigmas[i]; noisy: the steps that follow the SDE,
+    """From noise x (B, ...) to data. velocity(x, i) -> (B, ...) at level sigmas[i]; noisy: steps that follow the SDE,
     the others follow the ODE; draw(i): standard normal (B, ...) of step i."""
     latents, log_probs = [x], {}
     for i in range(len(sigmas) - 1):
