@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 
 from vgm_cli.convert_api import Converter
+from vgm_cli.errors import USAGE, VgmError
 
 State = Mapping[str, Tensor]
 Pair = tuple[Callable[[Tensor], Tensor], Callable[[Tensor], Tensor]]  # theirs -> ours, ours -> theirs
@@ -169,6 +170,38 @@ def ours_config(state: State, style: str) -> dict[str, Any]:
     }
 
 
+def header(config: Mapping[str, Any]) -> dict[str, Any]:
+    """How a converted network is sampled: at temperature 0.7, as the paper's pictures are."""
+    size, channels, classes = config["size"], config["in_channels"], config["num_classes"]
+    facts = {"image_size": size, "image_channels": channels, "num_classes": classes, "size": size, "channels": channels}
+    return {
+        "recipe": {"paper": "glow", "sampler": {"name": "glow", "temperature": 0.7}},
+        "data": {**facts, "sample_shape": [channels, size, size]},
+    }
+
+
+def forward(network: Any, config: Mapping[str, Any]) -> Tensor:
+    """log p of a smooth image and its mirror image, as classes 0 and the last: (2,)."""
+    size, channels, classes = config["size"], config["in_channels"], config["num_classes"]
+    line = torch.linspace(-0.4, 0.4, size)
+    x = (line[:, None] * line.cos()).expand(2, channels, size, size)
+    y = torch.tensor([0, classes - 1]) if classes else None
+    out: Tensor = network(torch.stack([x[0], x[1].flip(-1)]), y).log_prob
+    return out
+
+
+def only(style: str) -> Callable[[Mapping[str, Any]], None]:
+    """Refuses networks of the other parametrisation."""
+
+    def allows(config: Mapping[str, Any]) -> None:
+        if config.get("style", "openai") != style:
+            raise VgmError(f"a network of style {config['style']} has no such layout", f"it takes style={style}", USAGE)
+        if style == "rosinality" and (config.get("num_classes") or config.get("learn_top") is False):
+            raise VgmError("the port has neither classes nor a fixed top prior", code=USAGE)
+
+    return allows
+
+
 def official_recognise(keys: Iterable[str]) -> bool:
     keys = set(keys)
     return {"model/0/0/actnorm_center/b", "model/0/0/f1/l_1/W", "model/0/0/f1/l_last/logs"} <= keys
@@ -181,6 +214,10 @@ CONVERTER = Converter(
     to_ours=official_to_ours,
     from_ours=official_from_ours,
     config_from=lambda state: ours_config(official_to_ours(state), "openai"),
+    header=header,
+    allows=only("openai"),
+    forgets=(r"_adam_", r"(^|/)adam_t$", r"ExponentialMovingAverage$", r"indices_inverse$"),
+    forward=forward,
     summary="openai/glow: TensorFlow variables by name",
 )
 CONVERTER_AVERAGE = Converter(
@@ -190,6 +227,10 @@ CONVERTER_AVERAGE = Converter(
     to_ours=lambda state: official_to_ours(averages(state)),
     from_ours=official_from_ours,
     config_from=lambda state: ours_config(official_to_ours(state), "openai"),
+    header=header,
+    allows=only("openai"),
+    forgets=CONVERTER.forgets,
+    forward=forward,
     summary="openai/glow: the Polyak averages of a training checkpoint",
 )
 
@@ -269,5 +310,9 @@ PORT = Converter(
     to_ours=port_to_ours,
     from_ours=port_from_ours,
     config_from=lambda state: ours_config(port_to_ours(state), "rosinality"),
+    header=header,
+    allows=only("rosinality"),
+    forgets=(r"invconv\.(l_mask|u_mask|l_eye)$",),
+    forward=forward,
     summary="rosinality/glow-pytorch",
 )

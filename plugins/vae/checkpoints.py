@@ -11,6 +11,7 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
+import torch
 from torch import Tensor
 
 from vgm_cli.convert_api import Converter
@@ -57,6 +58,27 @@ def config_from(state: State) -> dict[str, Any]:
     }
 
 
+def header(config: Mapping[str, Any]) -> dict[str, Any]:
+    """How a converted network is sampled."""
+    size, channels = config["size"], config["channels"]
+    facts = {"image_size": size, "image_channels": channels, "num_classes": 0, "size": size, "channels": channels}
+    recipe = {"paper": "vae", "sampler": {"name": "vae"}}
+    return {"recipe": recipe, "data": {**facts, "sample_shape": [channels, size, size]}}
+
+
+def forward(network: Any, config: Mapping[str, Any]) -> Tensor:
+    """The reconstruction of a ramp: (1, C, H, W)."""
+    size, channels = config["size"], config["channels"]
+    recon: Tensor = network(torch.linspace(0, 1, channels * size * size).view(1, channels, size, size))[0]
+    return recon
+
+
+def allows(config: Mapping[str, Any]) -> None:
+    """VgmError: not pythae's default networks."""
+    if config.get("architecture", "mlp") != "mlp" or config.get("activation", "tanh") != "relu":
+        raise VgmError("pythae's default networks are perceptrons with ReLU", code=USAGE)
+
+
 CONVERTER = Converter(
     name="vae-pythae",
     component="vae",
@@ -64,6 +86,9 @@ CONVERTER = Converter(
     to_ours=same,
     from_ours=same,
     config_from=config_from,
+    header=header,
+    allows=allows,
     wrapper="model_state_dict",
+    forward=forward,
     summary="pythae's VAE with its default perceptrons",
 )

@@ -16,6 +16,7 @@ from torch import Tensor
 from vgm_cli.errors import unknown
 
 LEVELS = 255
+MIN_LOG_SCALE = -7 - math.log(2)  # PixelCNN++'s floor for pixels in [-1, 1]: constant pixels drive the scale to zero
 
 
 def log_sum(terms: Tensor, event_dims: int) -> Tensor:
@@ -80,7 +81,8 @@ class Gaussian:
 
 
 class DiscretisedLogistic:
-    """A logistic distribution rounded to the levels k / 255, its tails given to 0 and 255; s is the log-scale."""
+    """A logistic distribution rounded to the levels k / 255, its tails given to 0 and 255; s is the log-scale, not
+    below MIN_LOG_SCALE."""
 
     heads, continuous, s_per_log_scale = 2, False, 1.0
 
@@ -92,7 +94,7 @@ class DiscretisedLogistic:
 
     def log_prob(self, x: Tensor, h: Tensor, s: Tensor | None) -> Tensor:
         assert s is not None
-        centred, inverse = x - self.mean(h), torch.exp(-s)
+        centred, inverse = x - self.mean(h), torch.exp(-s.clamp(min=MIN_LOG_SCALE))
         upper, lower = (centred + 0.5 / LEVELS) * inverse, (centred - 0.5 / LEVELS) * inverse
         # sigmoid(a) - sigmoid(b) = sigmoid(a) sigmoid(-b) (1 - exp(b - a)): no cancellation however narrow the bin
         width = torch.log(-torch.expm1(-inverse / LEVELS))
@@ -103,7 +105,7 @@ class DiscretisedLogistic:
 
     def sample(self, h: Tensor, s: Tensor | None, u: Tensor) -> Tensor:
         assert s is not None
-        x = self.mean(h) + torch.exp(s) * torch.logit(u.clamp(1e-6, 1 - 1e-6))
+        x = self.mean(h) + torch.exp(s.clamp(min=MIN_LOG_SCALE)) * torch.logit(u.clamp(1e-6, 1 - 1e-6))
         return (x * LEVELS).round().clamp(0, LEVELS) / LEVELS
 
 

@@ -154,7 +154,7 @@ def official_training(case: GoldenCase) -> None:
     config, out = case.config, case.outputs
     model = official_model(case).train()
     x, y = official_input(case, model)
-    optimizer = GlowAdamax(model.parameters(), config["_lr"], betas=(0.9, 1 - 1 / 10))
+    optimizer = GlowAdamax(model.parameters(), config["_lr"], betas=(0.9, 1 - 1 / config.get("_train_its", 10)))
 
     def loss() -> Tensor:
         return flow_loss(model, x, y, config["weight_y"])[0].mean()

@@ -165,7 +165,7 @@ def levels() -> Tensor:
     return torch.arange(LEVELS + 1, dtype=torch.float64).view(-1, 1, 1, 1) / LEVELS
 
 
-@pytest.mark.parametrize("scale", [1e-4, 3e-3, 0.1, 2.0])
+@pytest.mark.parametrize("scale", [5e-4, 3e-3, 0.1, 2.0])
 @pytest.mark.parametrize("mean", [-0.2, 0.0, 0.3, 1.0])
 def test_discretised_logistic_sums_to_one(mean: float, scale: float) -> None:
     likelihood = DiscretisedLogistic(squash=False)
@@ -184,6 +184,10 @@ def test_discretised_logistic_stays_finite_far_out() -> None:
     log_prob = DiscretisedLogistic(squash=False).log_prob(torch.full((1, 1, 1, 1), 128 / 255), h, torch.tensor(-6.0))
     log_prob.sum().backward()
     assert -300 < log_prob.item() < -150 and h.grad is not None and h.grad.item() > 100
+    zeros, s = torch.zeros(1, 1, 1, 1), torch.tensor(-200.0, requires_grad=True)  # a pixel that is always black
+    log_prob = DiscretisedLogistic(squash=True).log_prob(zeros, torch.full((1, 1, 1), -20.0), s)
+    log_prob.sum().backward()
+    assert -0.2 < log_prob.item() <= 0 and s.grad is not None and s.grad == 0
 
 
 @pytest.mark.parametrize("name", ["bernoulli", "gaussian", "discretised-logistic"])
