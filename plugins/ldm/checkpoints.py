@@ -61,6 +61,8 @@ def config_from(state: State) -> dict[str, Any]:
     widths = [own[f"encoder.down.{i}.block.{blocks - 1}.conv2.weight"].shape[0] for i in range(levels)]
     attended = [i for i in range(levels) if any(n.startswith(f"encoder.down.{i}.attn.") for n in own)]
     quantised = "quantize.embedding.weight" in own
+    if quantised and own["post_quant_conv.weight"].shape[1] > 64:
+        raise VgmError("codes of so many dimensions are VQGAN's", "--from vqgan", USAGE)
     config: dict[str, Any] = {
         "ch": ch,
         "ch_mult": tuple(w // ch for w in widths),

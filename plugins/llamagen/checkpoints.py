@@ -88,6 +88,25 @@ def config_from(state: State, side: int = 16) -> dict[str, Any]:
     return config
 
 
+def header(config: Mapping[str, Any]) -> dict[str, Any]:
+    """How a released model is sampled from: behind VQ-16, with the guidance of its published FID."""
+    rows, columns = config["grid"]
+    text = config.get("model_type") == "t2i"
+    scale = {768: 2.0, 1024: 2.0, 3200: 1.65}.get(config["dim"], 1.75)
+    sampler = {"name": "llamagen", "guidance_scale": 7.5, "top_k": 1000} if text else {"name": "llamagen"}
+    return {
+        "recipe": {"paper": "llamagen", "sampler": sampler, **({} if text else {"guidance_scale": scale})},
+        "data": {
+            "sample_shape": [rows, columns],
+            "grid": [rows, columns],
+            "vocab_size": config["vocab_size"],
+            "num_classes": config.get("num_classes", 0),
+            "image_size": 16 * rows,
+            "image_channels": 3,
+        },
+    }
+
+
 def gpt_converter(name: str, side: int) -> Converter:
     return Converter(
         name=name,
@@ -96,8 +115,10 @@ def gpt_converter(name: str, side: int) -> Converter:
         to_ours=to_ours,
         from_ours=dict,
         config_from=lambda state: config_from(state, side),
-        wrapper="model",
         summary=f"official LlamaGen GPT, {side}x{side} codes ({16 * side} pixels with VQ-16)",
+        header=header,
+        wrapper="model",
+        forgets=(DROPPED.pattern,),
     )
 
 
@@ -193,7 +214,7 @@ TOKENIZER_CONVERTER = Converter(
     to_ours=tokenizer_to_ours,
     from_ours=tokenizer_from_ours,
     config_from=tokenizer_config,
-    wrapper="model",
-    forgets=(r"^quantize\.codebook_used$",),
     summary="official LlamaGen tokenizers (vq_ds16_c2i.pt, vq_ds8_c2i.pt, vq_ds16_t2i.pt)",
+    wrapper="model",
+    forgets=(r"quantize\.codebook_used$",),
 )

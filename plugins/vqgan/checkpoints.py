@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vgm_cli.convert_api import Converter
+from vgm_cli.errors import USAGE, VgmError
 
 State = Mapping[str, Tensor]
 INSIDE = "first_stage_model."
@@ -53,8 +54,11 @@ def highest(names: Iterable[str], pattern: str) -> int:
 
 
 def config_from(state: State) -> dict[str, Any]:
-    """Constructor keywords read off the shapes; resolution 256, as published, is assumed to place attention."""
+    """Constructor keywords read off the shapes; resolution 256, as published, is assumed to place attention. VgmError:
+    codes of less than 16 dimensions, which is how LDM's VQ autoencoders differ from these."""
     own = to_ours(state)
+    if own["post_quant_conv.weight"].shape[1] < 16:
+        raise VgmError("codes of so few dimensions are latent diffusion's", "--from vq-autoencoder", USAGE)
     ch, in_channels = own["encoder.conv_in.weight"].shape[:2]
     levels = 1 + highest(own, r"encoder\.down\.(\d+)\.")
     blocks = 1 + highest(own, r"encoder\.down\.0\.block\.(\d+)\.")
@@ -93,8 +97,8 @@ CONVERTER = Converter(
     to_ours=to_ours,
     from_ours=dict,
     config_from=config_from,
-    wrapper="state_dict",
     summary="CompVis VQGAN first stages, also inside Net2Net checkpoints (first_stage_model.*)",
+    wrapper="state_dict",
 )
 
 # -- prior -------------------------------------------------------------------------------------------------------------
@@ -157,6 +161,22 @@ def prior_config(state: State) -> dict[str, Any]:
     return config
 
 
+def prior_header(config: Mapping[str, Any]) -> dict[str, Any]:
+    """How a released prior is sampled from: k = 250, as for the published FID."""
+    grid = list(config["grid"])
+    return {
+        "recipe": {"paper": "vqgan", "sampler": {"name": "vqgan-prior", "top_k": 250}},
+        "data": {
+            "sample_shape": grid,
+            "grid": grid,
+            "vocab_size": config["vocab_size"],
+            "num_classes": config.get("num_classes", 0),
+            "image_size": 16 * grid[0],
+            "image_channels": 3,
+        },
+    }
+
+
 PRIOR_CONVERTER = Converter(
     name="vqgan-prior",
     component="vqgan-prior",
@@ -164,7 +184,8 @@ PRIOR_CONVERTER = Converter(
     to_ours=prior_to_ours,
     from_ours=prior_from_ours,
     config_from=prior_config,
-    wrapper="state_dict",
-    forgets=(r"\.attn\.mask$",),
     summary="CompVis Net2Net priors (transformer.*), their GPT",
+    header=prior_header,
+    wrapper="state_dict",
+    forgets=(MASK.pattern,),
 )

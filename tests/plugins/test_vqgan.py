@@ -769,7 +769,7 @@ def test_weight_decay_touches_what_the_paper_says() -> None:
 @pytest.mark.parametrize("options", [{}, {"quantizer": "gumbel"}, {"quantizer": "ema"}])
 def test_official_first_stage(options: dict[str, Any]) -> None:
     """Lightning's file or the inside of a Net2Net one; losses dropped; configuration read off the shapes."""
-    model = tiny_codec(ch=32, norm_groups=32, resolution=256, attn_resolutions=(128,), **options)
+    model = tiny_codec(ch=32, norm_groups=32, resolution=256, attn_resolutions=(128,), embed_dim=16, **options)
     weights = model.state_dict()
     noise = {
         "loss.discriminator.main.0.weight": torch.zeros(1),
@@ -782,6 +782,8 @@ def test_official_first_stage(options: dict[str, Any]) -> None:
         again.load_state_dict(ck.CONVERTER.to_ours(state))
     assert all(torch.equal(v, weights[k]) for k, v in ck.CONVERTER.to_ours(ck.CONVERTER.from_ours(weights)).items())
     assert not ck.CONVERTER.recognise([*inside, "model.diffusion_model.out.0.weight"]), "LDM's"
+    with pytest.raises(VgmError, match="latent diffusion"):
+        ck.CONVERTER.config_from(tiny_codec().state_dict())
     with pytest.raises(KeyError):
         ck.CONVERTER.to_ours({k: v for k, v in weights.items() if k != "quant_conv.weight"})
 
