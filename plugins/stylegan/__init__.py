@@ -13,7 +13,7 @@ from vgm_cli.hookspecs import Component, Paper, hookimpl
 
 HERE = "vgm_plugins.stylegan"
 FACTS = {"size": "size", "in_channels": "channels", "num_classes": "num_classes"}
-EXPECTS = {"FFHQ 1024 FID-50K": 4.42, "FFHQ 1024 PPL w-end": 197.2, "CIFAR-10 FID-50K, unconditional ADA": 2.92}
+EXPECTS = {"FFHQ 1024 FID-50K": 4.42, "FFHQ 1024 PPL w-end": 197.2, "CIFAR-10 FID-50K (ADA)": 2.42}
 CONVERTERS = (
     ("stylegan", "GENERATOR", "NVlabs/stylegan"),
     ("stylegan-discriminator", "DISCRIMINATOR", "its discriminator"),

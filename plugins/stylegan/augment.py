@@ -194,7 +194,7 @@ class AugmentPipe(nn.Module):
 
     def resample(self, images: Tensor, inverse: Tensor) -> Tensor:
         """inverse: (B, 3, 3) from output to input pixels, about the centre. Through twice the resolution, with a filter
-        that a flip or a shift by whole pixels passes without loss."""
+        that passes shifts by whole pixels without loss."""
         n, c, h, w = images.shape
         cx, cy = (w - 1) / 2, (h - 1) / 2
         pad = len(self.lowpass) // 4

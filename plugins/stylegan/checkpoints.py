@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vgm_cli.convert_api import Converter
+from vgm_cli.errors import USAGE, VgmError
 
 from .port import FUSED_FROM, WIDTHS
 from .stylegan2 import setup_filter
@@ -317,7 +318,7 @@ def tf2_generator_names(count: int, has: Callable[[str], bool]) -> list[tuple[st
         rows += [
             (f"{at}/weight", f"{ours}.weight", "turn" if scope.endswith("_up") else "matrix"),
             (f"{at}/bias", f"{ours}.bias", ""), (f"{at}/mod_weight", f"{ours}.affine.weight", "matrix"),
-            (f"{at}/mod_bias", f"{ours}.affine.bias", "one"), (f"{at}/noise_strength", f"{ours}.noise_strength", ""),
+            (f"{at}/mod_bias", f"{ours}.affine.bias", "one"), (f"{at}/noise_strength", f"{ours}.noise_strength", "scalar"),
             (f"synthesis/noise{i}", f"{ours}.noise_const", "first2"),
         ]  # fmt: skip
     for i in range(count):
@@ -356,7 +357,9 @@ def change(v: Tensor, kind: str, forward: bool) -> Tensor:
         return v[0] if forward else v[None]
     if kind == "first2":
         return v[0, 0] if forward else v[None, None]
-    return v.reshape(()) if forward and v.numel() == 1 and v.ndim == 1 and v.shape[0] == 1 and kind == "scalar" else v
+    if kind == "scalar":
+        return v.reshape(())
+    return v
 
 
 def tf2_to_ours(state: State) -> dict[str, Tensor]:
@@ -503,18 +506,56 @@ def is_port(keys: Iterable[str]) -> bool:
     return {"generator.progression.0.conv1.input", "style.1.linear.weight_orig"} <= set(keys)
 
 
-GENERATOR = Converter("stylegan", "stylegan", is_tf_generator, generator_to_ours, generator_from_ours, generator_config,
-                      summary="NVlabs/stylegan, TensorFlow variables")  # fmt: skip
-DISCRIMINATOR = Converter("stylegan-discriminator", "stylegan-discriminator", is_tf_discriminator, discriminator_to_ours,
-                          discriminator_from_ours, discriminator_config, summary="its discriminator")  # fmt: skip
-GENERATOR2 = Converter("stylegan2", "stylegan2", is_stylegan2, stylegan2_to_ours, stylegan2_from_ours, stylegan2_config,
-                       summary="NVlabs/stylegan2-ada-pytorch")  # fmt: skip
-DISCRIMINATOR2 = Converter("stylegan2-discriminator", "stylegan2-discriminator", is_stylegan2_discriminator, stylegan2_to_ours,
-                           stylegan2_from_ours, stylegan2_discriminator_config, summary="its discriminator")  # fmt: skip
-GENERATOR2_TF = Converter("stylegan2-tf", "stylegan2", is_tf2_generator, tf2_to_ours, tf2_from_ours, tf2_config,
-                          summary="NVlabs/stylegan2 and stylegan2-ada, TensorFlow variables")  # fmt: skip
-PORT = Converter("stylegan-rosinality", "stylegan-rosinality", is_port, port_to_ours, port_from_ours, port_config,
-                 summary="rosinality/style-based-gan-pytorch")  # fmt: skip
+# -- what converted files say of themselves --------------------------------------------------------------------------
+
+
+def header(config: Mapping[str, Any]) -> dict[str, Any]:
+    """Enough to sample from a converted generator as it is; truncation is the caller's choice."""
+    size, channels = config.get("size", 1024), config.get("in_channels", 3)
+    classes = config.get("num_classes", 0)
+    data = {
+        "sample_shape": [channels, size, size],
+        "image_size": size,
+        "image_channels": channels,
+        "num_classes": classes,
+    }
+    recipe = {"paper": "stylegan", "sampler": {"name": "stylegan", "truncation_psi": 1.0}}
+    return {"recipe": recipe, "data": data}
+
+
+def allows(config: Mapping[str, Any]) -> None:
+    """The published layouts start from 4x4."""
+    size, base = config.get("size", 1024), config.get("base") or 4
+    if size & (size - 1) or base != 4:
+        raise VgmError(f"size={size} does not grow from 4x4 pixels, as this layout has it", code=USAGE)
+
+
+FILTERS = (r".*resample_filter",)
+COMMON: dict[str, Any] = {"header": header, "allows": allows}
+GENERATOR = Converter(
+    "stylegan", "stylegan", is_tf_generator, generator_to_ours, generator_from_ours, generator_config,
+    summary="NVlabs/stylegan, TensorFlow variables", **COMMON,
+)  # fmt: skip
+DISCRIMINATOR = Converter(
+    "stylegan-discriminator", "stylegan-discriminator", is_tf_discriminator, discriminator_to_ours,
+    discriminator_from_ours, discriminator_config, summary="its discriminator", allows=allows,
+)  # fmt: skip
+GENERATOR2 = Converter(
+    "stylegan2", "stylegan2", is_stylegan2, stylegan2_to_ours, stylegan2_from_ours, stylegan2_config,
+    summary="NVlabs/stylegan2-ada-pytorch", forgets=FILTERS, **COMMON,
+)  # fmt: skip
+DISCRIMINATOR2 = Converter(
+    "stylegan2-discriminator", "stylegan2-discriminator", is_stylegan2_discriminator, stylegan2_to_ours,
+    stylegan2_from_ours, stylegan2_discriminator_config, summary="its discriminator", forgets=FILTERS, allows=allows,
+)  # fmt: skip
+GENERATOR2_TF = Converter(
+    "stylegan2-tf", "stylegan2", is_tf2_generator, tf2_to_ours, tf2_from_ours, tf2_config,
+    summary="NVlabs/stylegan2 and stylegan2-ada, TensorFlow variables", **COMMON,
+)  # fmt: skip
+PORT = Converter(
+    "stylegan-rosinality", "stylegan-rosinality", is_port, port_to_ours, port_from_ours, port_config,
+    summary="rosinality/style-based-gan-pytorch", header=header,
+)  # fmt: skip
 PORT_DISCRIMINATOR = port_discriminator(True, "stylegan-rosinality-discriminator", "its discriminator")
 PORT_DISCRIMINATOR_PLAIN = port_discriminator(
     False, "stylegan-rosinality-discriminator-plain", "its discriminator without activation at the entry"

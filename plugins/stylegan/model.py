@@ -139,7 +139,10 @@ class Generator(StyleGenerator):
         self.noise_shapes = [(1, s, s) for s in self.sides for _ in (0, 1)]
         self.mapping = Mapping(latent_size, num_classes, w_dim, mapping_layers, mapping_width, lr_multiplier)
         self.const = nn.Parameter(torch.ones(1, maps[0], self.sides[0], self.sides[0]))
-        first = [Layer(maps[0], maps[0], self.sides[0], w_dim, conv=False), Layer(maps[0], maps[0], self.sides[0], w_dim)]
+        first = [
+            Layer(maps[0], maps[0], self.sides[0], w_dim, conv=False),
+            Layer(maps[0], maps[0], self.sides[0], w_dim),
+        ]
         rest = [
             Layer(a if up else b, b, side, w_dim, up=up)
             for a, b, side in zip(maps, maps[1:], self.sides[1:])

@@ -8,6 +8,7 @@ size at all levels of growing; the mean of w moves once per step and phase, over
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -130,9 +131,7 @@ class StyleGANObjective(ObjectiveBase):
         if self.grow.start not in sides:
             raise VgmError(f"grow.start={self.grow.start}", f"sides are {sides}", USAGE)
         top = len(sides) - 1 - sides.index(self.grow.start)
-        return level_of_detail(
-            index // 4 * 4 * self.batch_size, top, self.grow.train_kimg, self.grow.fade_kimg
-        )
+        return level_of_detail(index // 4 * 4 * self.batch_size, top, self.grow.train_kimg, self.grow.fade_kimg)
 
     def rates(self, step: Step) -> Mapping[str, float]:
         """Factors on the learning rates: those of the side in training."""
@@ -148,7 +147,7 @@ class StyleGANObjective(ObjectiveBase):
         if self.grow is None or not self.grow.restart or step.index == 0:
             return False
         now, before = self.lod(step.index), self.lod(step.index - 1)
-        return int(now) != int(before) or -int(-now) != -int(-before)
+        return int(now) != int(before) or math.ceil(now) != math.ceil(before)
 
     # -- draws ----------------------------------------------------------------------------------------------------------
 

@@ -46,7 +46,7 @@ LAYERS = {"coarse": (0, 4), "middle": (4, 8), "fine": (8, 18)}
 
 
 def layer_range(layers: str, count: int) -> list[int]:
-    """"coarse", "middle", "fine" (sides 4-8, 16-32, 64 and more), or numbers such as "0-3" and "4,6" -> layers."""
+    """ "coarse", "middle", "fine" (sides 4-8, 16-32, 64 and more), or numbers such as "0-3" and "4,6" -> layers."""
     if layers in LAYERS:
         return list(range(*LAYERS[layers]))[: max(count - LAYERS[layers][0], 0)]
     chosen: list[int] = []
@@ -95,6 +95,8 @@ class StyleMixingSampler:
         images = model.synthesis(ws, noise_inputs(model, request, self.noise))
         return images * ((row > 0) | (column > 0))[:, None, None, None]
 
-    def styles(self, model: StyleGenerator, request: Request, side: str, numbers: list[int], y: Tensor | None) -> Tensor:
+    def styles(
+        self, model: StyleGenerator, request: Request, side: str, numbers: list[int], y: Tensor | None
+    ) -> Tensor:
         own = replace(request, generators=generators(seed_of("style mixing", self.seed, side, k) for k in numbers))
         return model.styles(model.map(own.randn((model.latent_size,)), y), self.psi, self.cutoff)

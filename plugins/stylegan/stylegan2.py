@@ -247,9 +247,13 @@ class Generator(StyleGenerator):
             rgb = in_channels if architecture == "skip" or i == len(self.sides) - 1 else 0
             self.add_module(
                 f"b{side}",
-                Block(widths[i - 1] if i else 0, width, w_dim, side, rgb, architecture == "resnet", use_noise, activation),
+                Block(
+                    widths[i - 1] if i else 0, width, w_dim, side, rgb, architecture == "resnet", use_noise, activation
+                ),
             )
-        self.noise_shapes = [(1, s, s) for s, b in zip(self.sides, self.blocks()) for _ in b.convs()] if use_noise else []
+        self.noise_shapes = (
+            [(1, s, s) for s, b in zip(self.sides, self.blocks()) for _ in b.convs()] if use_noise else []
+        )
         self.register_buffer("w_avg", torch.zeros(w_dim))
         self.register_buffer("resample_filter", setup_filter(taps))
 
@@ -296,7 +300,9 @@ class Conv(EqualConv):
 
     def forward(self, x: Tensor, f: Tensor | None = None, gain: float = 1.0, clamp: float | None = None) -> Tensor:
         x = conv(x, self.scaled(), f, down=self.down)
-        return bias_act(x, self.bias, self.act, ACTIVATIONS[self.act][1] * gain, None if clamp is None else clamp * gain)
+        return bias_act(
+            x, self.bias, self.act, ACTIVATIONS[self.act][1] * gain, None if clamp is None else clamp * gain
+        )
 
 
 class DiscriminatorBlock(nn.Module):

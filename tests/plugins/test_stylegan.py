@@ -4,7 +4,10 @@ cases), published sizes, training phases, truncation, style mixing, path lengths
 from __future__ import annotations
 
 import math
+import pickle
 import re
+import sys
+import types
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,6 +15,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 from torch import Tensor, nn
 from vgm_plugins.stylegan import checkpoints, model, port, presets, stylegan2
 from vgm_plugins.stylegan.augment import DRAWS, PIPES, AugmentPipe, filter_bank, next_probability
@@ -152,7 +156,8 @@ def tf_scores(case: GoldenCase) -> None:
     loss = (discriminator_loss(scores_real, scores_fake) + 5 * penalty[:, None]).mean()
     assert_close(loss.reshape(out["D_loss_total_mean"].shape), out["D_loss_total_mean"], 1e-4, "discriminator with R1")
     loss.backward()
-    gradients = checkpoints.DISCRIMINATOR.from_ours({"lod": d.lod, **{k: p.grad for k, p in d.named_parameters()}})
+    grads = {k: torch.zeros_like(p) if p.grad is None else p.grad for k, p in d.named_parameters()}
+    gradients = checkpoints.DISCRIMINATOR.from_ours({"lod": d.lod, **grads})
     for name in (k for k in out if k.startswith("grad_D/")):
         assert_close(gradients[name.removeprefix("grad_D/")], out[name], 1e-4, name)
 
@@ -173,8 +178,8 @@ def tf_ops(case: GoldenCase) -> None:
     assert_close(model.shrink(x), out["op/down"], 1e-5, "halving")
     assert_close(pixel_norm(x), out["op/pixel_norm"], 1e-5, "pixel norm")
     assert_close(minibatch_stddev(x, 2), out["op/mbstd"], 1e-5, "minibatch standard deviation")
-    layer = model.Layer(x.shape[1], x.shape[1], 4, 8, conv=False).eval()
-    with torch.no_grad():  # noise, bias and style neutral, activation undone: its instance norm
+    layer = model.Layer(x.shape[1], x.shape[1], 8, 4, conv=False).eval()
+    with torch.no_grad():  # noise, bias and style neutral, activation undone: the instance norm is left
         layer.style.weight.zero_()
         undone = torch.where(x < 0, x / 0.2, x)
         assert_close(layer(undone, torch.zeros(len(x), 4), None), out["op/instance_norm"], 1e-5, "instance norm")
@@ -411,3 +416,474 @@ def sg2_augment(case: GoldenCase) -> None:
 
 def test_golden(golden_case: GoldenCase) -> None:
     golden.run(golden_case)
+
+
+# -- published sizes -------------------------------------------------------------------------------------------------
+
+# NVlabs/stylegan (README and print-outs), NVlabs/stylegan2-ada-pytorch (print-outs of its configurations)
+COUNTS = {
+    ("stylegan", "ffhq1024"): 26_219_627, ("stylegan", "ffhq512"): 26_179_768, ("stylegan", "ffhq256"): 26_086_229,
+    ("stylegan-discriminator", "ffhq1024"): 23_087_249, ("stylegan-discriminator", "ffhq512"): 23_080_225,
+    ("stylegan-discriminator", "ffhq256"): 23_052_353,
+    ("stylegan2", "stylegan2"): 30_370_060, ("stylegan2", "paper1024"): 30_370_060,
+    ("stylegan2", "paper512"): 30_276_583, ("stylegan2", "paper256"): 24_767_458, ("stylegan2", "cifar"): 19_947_539,
+    ("stylegan2-discriminator", "stylegan2"): 29_012_513, ("stylegan2-discriminator", "paper512"): 28_982_849,
+    ("stylegan2-discriminator", "paper256"): 24_001_089, ("stylegan2-discriminator", "cifar"): 20_720_641,
+}  # fmt: skip
+
+
+def count(kind: str, node: dict[str, Any]) -> int:
+    with torch.device("meta"):
+        return sum(p.numel() for p in registry().build("model", {"name": kind, **node}).parameters())
+
+
+@pytest.mark.parametrize(("name", "preset"), COUNTS, ids=str)
+def test_published_parameter_counts(name: str, preset: str) -> None:
+    assert count(name, {"preset": preset}) == COUNTS[name, preset]
+
+
+def test_other_published_counts() -> None:
+    assert count("stylegan2", {"preset": "cifar", "num_classes": 10}) == 20_215_315
+    assert count("stylegan2-discriminator", {"preset": "cifar", "num_classes": 10}) == 23_089_664
+    assert count("stylegan", {"size": 128}) == 25_843_858 and count("stylegan", {"size": 32}) == 22_841_356
+    assert count("stylegan-rosinality", {}) == 26_219_115
+    assert count("stylegan-rosinality-discriminator", {}) == 25_444_737
+    assert {*presets.GENERATOR2} == {*presets.DISCRIMINATOR2}
+
+
+# -- networks --------------------------------------------------------------------------------------------------------
+
+TINY: dict[str, Any] = {"latent_size": 8, "w_dim": 8, "mapping_layers": 2}
+FIRST: dict[str, Any] = {"size": 28, "in_channels": 1, "fmap_base": 32, "fmap_max": 16}
+SECOND: dict[str, Any] = {"size": 28, "in_channels": 1, "channel_base": 64, "channel_max": 16}
+
+
+def generator(kind: int = 1, **kwargs: Any) -> StyleGenerator:
+    torch.manual_seed(0)
+    if kind == 1:
+        g: StyleGenerator = model.Generator(**{**TINY, "mapping_width": 8, **FIRST, **kwargs})
+    else:
+        g = stylegan2.Generator(**{**TINY, **SECOND, **kwargs})
+    suites.randomise(g, scale=0.2)
+    return g.eval()
+
+
+def discriminator(kind: int = 1, **kwargs: Any) -> nn.Module:
+    torch.manual_seed(1)
+    d = model.Discriminator(**{**FIRST, **kwargs}) if kind == 1 else stylegan2.Discriminator(**{**SECOND, **kwargs})
+    suites.randomise(d, scale=0.2)
+    return d.eval()
+
+
+def test_sides() -> None:
+    assert sides(1024) == [4 << i for i in range(9)]
+    assert sides(28) == [7, 14, 28] and sides(48) == [6, 12, 24, 48] and sides(32, 8) == [8, 16, 32]
+    for size, base in ((30, 4), (17, None), (26, None)):
+        with pytest.raises(VgmError, match="doubling"):
+            sides(size, base)
+
+
+def test_fused_convolutions_are_the_separate_ones() -> None:
+    g = torch.Generator().manual_seed(0)
+    x, w = torch.randn(2, 3, 6, 6, generator=g), torch.randn(4, 3, 3, 3, generator=g)
+    assert_close(model.enlarge_conv(x, w), F.conv2d(model.enlarge(x), w, padding=1), 1e-5)
+    assert_close(model.conv_shrink(x, w), model.shrink(F.conv2d(x, w, padding=1)), 1e-5)
+
+
+def test_styles_on_activations_are_grouped_convolutions() -> None:
+    """Against the formula: one weight per image, modulated and normalised."""
+    g = torch.Generator().manual_seed(0)
+    x, w, s = torch.randn(3, 4, 5, 5, generator=g), torch.randn(6, 4, 3, 3, generator=g), torch.randn(3, 4, generator=g)
+    own = w * s[:, None, :, None, None]
+    own = own / (own.square().sum((2, 3, 4), keepdim=True) + 1e-8).sqrt()
+    want = F.conv2d(x.reshape(1, 12, 5, 5), own.reshape(18, 4, 3, 3), padding=1, groups=3).view(3, 6, 5, 5)
+    assert_close(stylegan2.modulated_conv(x, w, s), want, 1e-5)
+
+
+@torch.no_grad()
+def test_growing_is_continuous_and_ends_at_the_whole_network() -> None:
+    g, d = generator(), discriminator(group_size=1)
+    ws = g.styles(g.map(torch.randn(2, 8, generator=torch.Generator().manual_seed(0))))
+    images = [g.synthesis(ws, g.fixed_noise(), lod) for lod in (0.0, 1e-6, 1 - 1e-6, 1.0, 2.0, 9.0)]
+    assert_close(images[1], images[0], 1e-4)
+    assert_close(images[2], images[3], 1e-4)
+    assert torch.equal(images[4], images[5]) and images[3].shape == (2, 1, 28, 28)
+    low = images[3]
+    assert torch.equal(low[:, :, ::2, ::2], low[:, :, 1::2, 1::2]), "a lower level is shown in larger pixels"
+    for a, b in ((0.0, 1e-6), (1 - 1e-6, 1.0)):
+        assert_close(d(low, None, a), d(low, None, b), 1e-4)
+    torch.testing.assert_close(d(images[0], None, 1.0), d(fade_reals(images[0], 1.0), None, 1.0))
+    x = images[0]
+    assert_close(fade_reals(x, 0.5), torch.lerp(x, fade_reals(x, 1.0), 0.5), 1e-6)
+    g.lod.fill_(1.0)
+    assert torch.equal(g.synthesis(ws, g.fixed_noise()), low), "weights carry the level that they were trained to"
+
+
+def test_schedule_of_growing() -> None:
+    lods = [level_of_detail(k * 1000, 7, 600, 600) for k in (0, 600, 900, 1200, 1500, 8400, 25000)]
+    assert lods == [7, 7, 6.5, 6, 6, 0, 0]
+
+
+@pytest.mark.parametrize("kind", [1, 2])
+@torch.no_grad()
+def test_conditions_noise_and_truncation_reach_the_image(kind: int) -> None:
+    g = generator(kind, num_classes=3)
+    z = torch.randn(3, g.latent_size, generator=torch.Generator().manual_seed(0))
+    y = torch.tensor([0, 1, 2])
+    noise = g.random_noise([1, 2, 3], torch.device("cpu"))
+    image = g(z, y, noise)
+    assert not torch.allclose(image, g(z, y.flip(0), noise)) and not torch.allclose(image, g(z, y, None))
+    assert torch.equal(g(z[1:2], y[1:2], g.random_noise([2], torch.device("cpu"))), g(z, y, noise)[1:2]) or torch.allclose(
+        g(z[1:2], y[1:2], g.random_noise([2], torch.device("cpu"))), image[1:2], atol=1e-4
+    )
+    g.w_avg.copy_(torch.linspace(-1, 1, g.w_dim))
+    assert torch.equal(g.styles(g.map(z, y), 0.0)[0], g.w_avg.expand(g.num_layers, -1))
+    partly = g.styles(g.map(z, y), 0.0, 2)
+    assert torch.equal(partly[:, 2:], g.styles(g.map(z, y))[:, 2:]) and torch.equal(partly[0, 1], g.w_avg)
+    with pytest.raises(VgmError, match="labels"):
+        g(z)
+
+
+def test_minibatch_statistics_group_across_the_batch() -> None:
+    x = torch.randn(8, 4, 3, 3, generator=torch.Generator().manual_seed(0))
+    got = minibatch_stddev(x, 4)[:, 4, 0, 0]
+    want = (x[0::2].var(0, correction=0) + 1e-8).sqrt().mean()
+    torch.testing.assert_close(got[0::2], want.expand(4))
+    assert not torch.isclose(got[0], got[1])
+    assert minibatch_stddev(x[:7], 4).shape == (7, 5, 3, 3), "a batch that does not divide"
+    assert minibatch_stddev(x, None, 2).shape == (8, 6, 3, 3)
+
+
+@pytest.mark.parametrize("kind", [1, 2])
+@torch.no_grad()
+def test_paths(kind: int) -> None:
+    """Pairs have one noise and move in proportion to epsilon, from an end when asked to."""
+    g = generator(kind, num_classes=2)
+    for space in ("z", "w"):
+        for sampling in ("full", "end"):
+            a, b = g.path_samples(generators([1, 2]), 0.0, space, sampling)
+            assert torch.equal(a, b) and a.shape == (2, 1, 28, 28)
+            steps = [g.path_samples(generators([1, 2]), e, space, sampling) for e in (1e-2, 2e-2)]
+            near, far = ((y - x).norm() for x, y in steps)
+            assert 1.6 < far / near < 2.4, (space, sampling)
+    alone, _ = g.path_samples(generators([2]), 1e-4, "w", "full")
+    both, _ = g.path_samples(generators([1, 2]), 1e-4, "w", "full")
+    assert_close(alone[0], both[1], 1e-4)
+
+
+# -- augmentation ----------------------------------------------------------------------------------------------------
+
+
+@torch.no_grad()
+def test_geometric_augmentations_go_where_they_say() -> None:
+    """Shifts by whole pixels are exact; the filter is not quite symmetric, so flips and quarter turns nearly are."""
+    nearly = 0.06
+    x = F.avg_pool2d(torch.rand(2, 1, 28, 28, generator=torch.Generator().manual_seed(0)), 3, 1, 1)
+    moved = AugmentPipe(["xint"])(x, 1.0, torch.tensor([[0.0, 1.0, 0.5], [0.9999, 0.5, 0.5]]))
+    assert_close(moved[0, :, :, 4:], x[0, :, :, :-4], 1e-5)
+    assert_close(moved[1], x[1], 1e-5)
+    flip = AugmentPipe(["xflip"])
+    assert_close(flip(x, 1.0, torch.tensor([[0.0, 0.9], [0.0, 0.1]])), torch.stack([x[0].flip(2), x[1]]), nearly)
+    turn = AugmentPipe(["rotate90"])
+    got = turn(x, 1.0, torch.tensor([[0.0, 0.3], [0.9999, 0.6]]))
+    assert_close(got, torch.stack([torch.rot90(x[0], 1, (1, 2)), torch.rot90(x[1], 2, (1, 2))]), nearly)
+    assert torch.equal(AugmentPipe("bgc")(x, 0.0, torch.rand(2, AugmentPipe("bgc").draws)), x)
+
+
+def test_augmentation_fires_with_its_probability_and_passes_gradients() -> None:
+    x = torch.rand(400, 1, 8, 8, generator=torch.Generator().manual_seed(0)).requires_grad_(True)
+    pipe = AugmentPipe(["brightness"])
+    u = torch.rand(400, pipe.draws, generator=torch.Generator().manual_seed(1))
+    moved = (pipe(x, 0.3, u) - x).abs().amax((1, 2, 3)) > 1e-6
+    assert 0.2 < moved.float().mean() < 0.4
+    everything = AugmentPipe(PIPES["bgc"] + ("noise", "cutout"))
+    image = torch.rand(4, 3, 28, 28, requires_grad=True)
+    u = torch.rand(4, everything.draws, generator=torch.Generator().manual_seed(2))
+    out = everything(image, 0.8, u, torch.randn(4, 3, 28, 28))
+    (gradient,) = torch.autograd.grad(out.square().sum(), image, create_graph=True)
+    gradient.square().sum().backward()
+    assert torch.isfinite(image.grad).all() and image.grad.abs().sum() > 0
+    assert AugmentPipe(PIPES["bgcfnc"]).draws == sum(DRAWS.values())
+    with pytest.raises(VgmError, match="augmentation"):
+        AugmentPipe(["mirror"])
+
+
+def test_controller_follows_the_sign() -> None:
+    assert next_probability(0.0, 0.9, 0.6, 256, 500) == pytest.approx(256 / 500_000)
+    assert next_probability(0.2, 0.1, 0.6, 256, 500) == pytest.approx(0.2 - 256 / 500_000)
+    assert next_probability(0.0, 0.1, 0.6, 256, 500) == 0.0
+
+
+# -- training --------------------------------------------------------------------------------------------------------
+
+
+def objective(kind: int = 1, **kwargs: Any) -> StyleGANObjective:
+    return StyleGANObjective(generator(kind), discriminator(kind), **kwargs)
+
+
+def batch(n: int = 8) -> dict[str, Tensor]:
+    return {"x": torch.rand(n, 1, 28, 28, generator=torch.Generator().manual_seed(0)) * 2 - 1}
+
+
+def test_phases() -> None:
+    lazy = objective(2, r1_every=16, path_weight=2.0, path_every=4)
+    assert [(p.name, p.optimizer, p.every, p.gain, p.trains) for p in lazy.phases()] == [
+        ("generator", "main", 1, 1.0, ("model",)), ("path", "main", 4, 4, ("model",)),
+        ("discriminator", "discriminator", 1, 1.0, ("discriminator",)), ("r1", "discriminator", 16, 16, ("discriminator",)),
+    ]  # fmt: skip
+    assert [p.name for p in objective().phases()] == ["generator", "discriminator"]
+    with pytest.raises(VgmError, match="grows"):
+        objective(2, grow={})
+
+
+def test_r1_in_the_loss_and_as_a_phase() -> None:
+    x, step = batch(), Step(3)
+    together = objective(r1_gamma=4.0).loss("discriminator", x, step)[0]
+    apart = objective(r1_gamma=4.0, r1_every=8)
+    assert_close(apart.loss("discriminator", x, step)[0] + apart.loss("r1", x, step)[0], together, 1e-5)
+
+
+def test_mixing_stays_within_the_layers_in_use() -> None:
+    o = objective(mixing=1.0)
+    o.batch_size = 8
+    for lod, active in ((0.0, 6), (1.4, 4), (2.0, 2)):
+        drawn = {o.crossover("generator", Step(i), lod) for i in range(200)}
+        assert drawn == set(range(1, active)), lod
+    assert {objective(mixing=0.0).crossover("generator", Step(i), 0.0) for i in range(9)} == {6}
+    some = [objective(mixing=0.5).crossover("generator", Step(i), 0.0) == 6 for i in range(200)]
+    assert 70 < sum(some) < 130
+
+
+def test_growth_sets_rates_restarts_and_levels() -> None:
+    o = objective(grow={"start": 7, "train_kimg": 0.08, "fade_kimg": 0.08, "rates": {14: 2.0}})
+    o.prepare(batch(), Step(0))
+    lods = [o.lod(i) for i in range(0, 60, 4)]
+    assert lods[0] == 2.0 and lods[-1] == 0.0 and lods == sorted(lods, reverse=True) and 1.8 in [round(v, 3) for v in lods]
+    assert o.rates(Step(0)) == {"main": 1.0, "discriminator": 1.0} and o.rates(Step(59))["main"] == 2.0
+    starts = [i for i in range(60) if o.restarts(Step(i))]
+    assert len(starts) == 4, "two levels, each entering and in full"
+    o.loss("discriminator", batch(), Step(16))
+    o.after_step(Step(16))
+    assert float(o.model.lod) == pytest.approx(o.lod(16)) == float(o.discriminator.lod)
+
+
+def test_path_mean_and_signs_survive_a_checkpoint() -> None:
+    o = objective(2, path_weight=2.0, augment={"kinds": ["xint"], "kimg": 0.1})
+    for i in range(4):
+        for phase in ("path", "discriminator"):
+            o.loss(phase, batch(), Step(i))
+        o.after_step(Step(i))
+    assert o.path_mean > 0 and (o.p > 0 or o.signs.abs().sum() == 0)
+    other = objective(2, path_weight=2.0, augment={"kinds": ["xint"]})
+    other.load_state_dict(o.state_dict())
+    assert other.p == o.p and torch.equal(other.path_mean, o.path_mean)
+
+
+def test_half_life_of_the_average() -> None:
+    net = nn.Linear(1, 1, bias=False)
+    nn.init.zeros_(net.weight)
+    average = EMA(net, {"half_life": 64}, batch_size=16)
+    nn.init.ones_(net.weight)
+    for _ in range(4):
+        average.update()
+    torch.testing.assert_close(average.state_dict()["weight"], torch.full((1, 1), 0.5))
+    assert average.name == "ema-half-64"
+    ramp = EMA(net, {"half_life": 500_000, "ramp": 0.05}, batch_size=64)
+    assert ramp.decay() == 0.0
+    ramp.updates = 1000
+    assert ramp.decay() == pytest.approx(0.5 ** (64 / 3200))
+    with pytest.raises(ValueError, match="half_life"):
+        EMA(net, {"half_life": 10, "decay": 0.9})
+
+
+SMALL = ("model.latent_size=8", "model.w_dim=8", "model.mapping_layers=2", "train.channels_last=false")
+SMALL1: tuple[str, ...] = (*SMALL, "model.mapping_width=8", "model.fmap_max=8", "roles.discriminator.fmap_max=8")
+SMALL2 = (*SMALL, "model.channel_max=8", "roles.discriminator.channel_max=8")
+
+
+class _Levels(suites.ObjectiveSuite):
+    """The first generation: a step looks at one level and the one before, so that steps go through all of them."""
+
+    recipe = "stylegan/mnist"
+    rtol = None  # statistics over the batch
+
+    def built(self, *more: str) -> Any:
+        recipe, made, facts = super().built(*more)
+        made.objective.lod = lambda index: (0.0, 0.5, 1.0, 1.5, 2.0)[index % 5]
+        return recipe, made, facts
+
+
+class TestTraining(_Levels):
+    overrides = (*SMALL1, "objective.grow=null")
+
+
+class TestGrowing(_Levels):
+    growth = "objective.grow={start: 7, train_kimg: 0.008, fade_kimg: 0.008, rates: {14: 2.0}}"
+    overrides = (*SMALL1, growth)
+
+
+class TestAdaptive(suites.ObjectiveSuite):
+    recipe = "stylegan/mnist-ada"
+    overrides = (*SMALL2, "objective.path_every=2", "objective.r1_every=2", "objective.augment.kimg=0.05")
+    rtol = None
+
+
+class TestWasserstein(_Levels):
+    overrides = (*SMALL1, "objective.grow=null", "objective.loss=wgan-gp")
+
+
+@pytest.mark.parametrize("name", [p.stem for p in sorted((Path(__file__).parents[2] / "recipes" / "stylegan").glob("*.yaml"))])
+def test_recipes(name: str) -> None:
+    suite = suites.RecipeSuite()
+    suite.recipe = f"stylegan/{name}"
+    suite.test_validates_and_builds()
+    suite.test_opens_with_what_it_is()
+    assert load("stylegan", name).paper == "stylegan"
+
+
+# -- samplers --------------------------------------------------------------------------------------------------------
+
+
+class TestSampling(suites.SamplerSuite):
+    recipe = "stylegan/mnist"
+    overrides = SMALL1
+
+
+class TestSampling2(suites.SamplerSuite):
+    recipe = "stylegan/mnist-ada"
+    overrides = SMALL2
+    sampler = {"name": "stylegan", "truncation_psi": 0.5, "truncation_cutoff": 3, "noise": "const"}
+
+
+def request(items: Sequence[int]) -> Request:
+    return Request(shape=(1, 28, 28), generators=generators(items), index=list(items))
+
+
+@torch.no_grad()
+def test_truncation_pulls_to_the_mean_image() -> None:
+    g = generator(2)
+    spread = [StyleGANSampler(psi, noise="const")(g, request(range(8))).std(0).mean() for psi in (0.0, 0.5, 1.0)]
+    assert spread[0] < 1e-5 < spread[1] < spread[2]
+    mean = StyleGANSampler(0.0, noise="const")(g, request([5]))
+    assert_close(mean, g.synthesis(g.styles(g.w_avg[None]), g.fixed_noise()), 1e-5)
+
+
+@torch.no_grad()
+def test_a_table_of_mixed_styles() -> None:
+    g, sampler = generator(2), StyleMixingSampler(columns=3, layers="0-1", truncation_psi=1.0)
+    table = sampler(g, request(range(12)))
+    assert not table[0].any()
+    assert_close(sampler(g, request([6, 7])), table[6:8], 1e-4)
+    rows = sampler.styles(g, request([0]), "row", [1], None)
+    columns = sampler.styles(g, request([0]), "column", [2], None)
+    assert_close(table[4:5], g.synthesis(rows, g.fixed_noise()), 1e-4, "left column: the row's own image")
+    assert_close(table[2:3], g.synthesis(columns, g.fixed_noise()), 1e-4, "top row: the column's own image")
+    mixed = torch.cat([columns[:, :2], rows[:, 2:]], dim=1)
+    assert_close(table[6:7], g.synthesis(mixed, g.fixed_noise()), 1e-4, "a crossing")
+    whole = StyleMixingSampler(columns=3, layers="0-99", truncation_psi=1.0)(g, request(range(12)))
+    assert_close(whole[6], whole[2], 1e-4, "all layers: the column's image")
+    assert layer_range("middle", 6) == [4, 5] and layer_range("1,3-4", 6) == [1, 3, 4] and layer_range("fine", 6) == []
+    with pytest.raises(VgmError, match="layers"):
+        layer_range("thin", 6)
+
+
+# -- checkpoints -----------------------------------------------------------------------------------------------------
+
+LAYOUTS: dict[str, tuple[Converter, Any, Any]] = {
+    "sg1": (checkpoints.GENERATOR, model.Generator, {**TINY, "mapping_width": 8, "size": 128, "fmap_base": 64, "fmap_max": 12, "num_classes": 3}),
+    "sg1-d": (checkpoints.DISCRIMINATOR, model.Discriminator, {"size": 32, "fmap_base": 64, "fmap_max": 12, "num_classes": 3}),
+    "sg2": (checkpoints.GENERATOR2, stylegan2.Generator, {**TINY, "size": 32, "channel_base": 64, "channel_max": 12, "num_classes": 3, "embed": 5}),
+    "sg2-resnet": (checkpoints.GENERATOR2, stylegan2.Generator, {**TINY, "size": 16, "channel_base": 64, "channel_max": 12, "architecture": "resnet", "use_noise": False}),
+    "sg2-d": (checkpoints.DISCRIMINATOR2, stylegan2.Discriminator, {"size": 16, "channel_base": 64, "channel_max": 12, "architecture": "skip", "num_classes": 3}),
+    "sg2-tf": (checkpoints.GENERATOR2_TF, stylegan2.Generator, {**TINY, "size": 16, "channel_base": 64, "channel_max": 12}),
+    "port": (checkpoints.PORT, port.Generator, {"w_dim": 6, "mapping_layers": 2, "widths": (6, 6, 6, 6, 4, 4, 3, 2, 2)}),
+    "port-d": (checkpoints.PORT_DISCRIMINATOR, port.Discriminator, {"widths": (6, 6, 6, 6, 4, 4, 3, 2, 2), "from_rgb_activate": True}),
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("layout", LAYOUTS)
+def test_layouts_round_trip(layout: str) -> None:
+    converter, cls, kwargs = LAYOUTS[layout]
+    torch.manual_seed(0)
+    network = cls(**kwargs)
+    suites.randomise(network, scale=0.3)
+    theirs = converter.from_ours(network.state_dict())
+    found = [c for c in (v[0] for v in LAYOUTS.values()) if c.recognise(theirs)]
+    assert set(found) == {converter}
+    other = cls(**converter.config_from(theirs))
+    other.load_state_dict(converter.to_ours(theirs))
+    state, again = network.state_dict(), other.state_dict()
+    assert set(state) == set(again) and all(torch.allclose(v, again[k], atol=1e-6) for k, v in state.items())
+    with pytest.raises((KeyError, IndexError, RuntimeError)):
+        half = {k: v for i, (k, v) in enumerate(theirs.items()) if i > len(theirs) // 2}
+        other.load_state_dict(converter.to_ours(half))
+
+
+class Network:
+    """What a pickle of dnnlib.tflib holds of a network."""
+
+    __module__, __qualname__ = "dnnlib.tflib.network", "Network"
+
+    def __init__(self, name: str, variables: dict[str, Tensor]):
+        own = [(k, v.numpy() if v.ndim else v.numpy()[()]) for k, v in variables.items()]
+        parts = {p: [(k.removeprefix(f"{p}/"), v) for k, v in own if k.startswith(f"{p}/")] for p in ("synthesis", "mapping")}
+        parts = {p: v for p, v in parts.items() if v}
+        self.state = {
+            "version": 3, "name": name, "build_module_src": "raise SystemExit", "static_kwargs": {},
+            "components": {p: Network(p, dict((k, torch.as_tensor(x)) for k, x in v)) for p, v in parts.items()},
+            "variables": [(k, v) for k, v in own if not k.startswith(tuple(f"{p}/" for p in parts))] if parts else own,
+        }  # fmt: skip
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.state
+
+
+@pytest.mark.parametrize("layout", ["sg1", "sg2-tf"])
+def test_official_pickles_convert_and_are_sampled(layout: str, vgm: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """(G, D, Gs) as TensorFlow's code pickles it: the average is taken, no code of the file is run."""
+    converter, cls, kwargs = LAYOUTS[layout]
+    live, average = (cls(**kwargs) for _ in (0, 1))
+    module = types.ModuleType("dnnlib.tflib.network")
+    module.Network = Network  # type: ignore[attr-defined]
+    for name in ("dnnlib", "dnnlib.tflib"):
+        monkeypatch.setitem(sys.modules, name, types.ModuleType(name))
+    monkeypatch.setitem(sys.modules, "dnnlib.tflib.network", module)
+    networks = [Network(name, converter.from_ours(net.state_dict())) for name, net in (("G", live), ("Gs", average))]
+    (tmp_path / "net.pkl").write_bytes(pickle.dumps((networks[0], Network("D", {"lod": torch.zeros(())}), networks[1])))
+    monkeypatch.undo()
+    code, _, err = vgm("convert", tmp_path / "net.pkl", tmp_path / "net.safetensors", "--verify")
+    assert code == 0, err
+    state = load_file(tmp_path / "net.safetensors")
+    key = "layers.3.conv.weight" if layout == "sg1" else "b8.conv0.weight"
+    assert torch.equal(state[key], average.state_dict()[key])
+    code, _, err = vgm("sample", tmp_path / "net.safetensors", "-n", 2, "--out", tmp_path / "a.png", "truncation_psi=0.7")
+    assert code == 0, err
+
+
+def test_layouts_start_at_four_pixels() -> None:
+    with pytest.raises(VgmError, match="4x4"):
+        checkpoints.allows({"size": 28})
+
+
+def test_average_of_the_port_is_found() -> None:
+    theirs = checkpoints.PORT.from_ours(port.Generator(**LAYOUTS["port"][2]).state_dict())
+    checkpoint = {"generator": theirs, "g_running": {f"module.{k}": v for k, v in theirs.items()}, "d_optimizer": {}}
+    assert checkpoints.PORT.recognise(unwrap(checkpoint, "g_running"))
+
+
+# -- through the command line ----------------------------------------------------------------------------------------
+
+
+def test_train_sample_and_mix(vgm: Any, tiny_dataset: Path, tmp_path: Path) -> None:
+    run = tmp_path / "run"
+    code, _, err = vgm("train", "stylegan", "--recipe", "mnist-ada", "--out", run, f"data.path={tiny_dataset}", *SMALL2,
+                       "train.steps=2", "train.batch_size=4", "train.preview_n=4", "train.save_every=2", "train.compile=off",
+                       "train.precision=fp32")  # fmt: skip
+    assert code == 0, err
+    assert (run / "checkpoints" / "step-00000002" / "discriminator.safetensors").is_file()
+    code, _, err = vgm("sample", run, "-n", 4, "--out", tmp_path / "a.png", "truncation_psi=0.7", "truncation_cutoff=4")
+    assert code == 0, err
+    code, _, err = vgm("sample", run, "-n", 6, "--sampler", "stylegan-mix", "columns=2", "layers=coarse", "--label", "disc",
+                       "--out", tmp_path / "b.png")  # fmt: skip
+    assert code == 0, err
+    assert (tmp_path / "a.png").is_file() and (tmp_path / "b.png").is_file()
