@@ -148,13 +148,36 @@ ARRAYS_OF = {  # numpy before and since 2.0, "numpy." and "core" or "_core" left
 }
 
 
+HEAP_TYPE = 1 << 9  # of type.__flags__: classes written in Python, whose attributes can be set
+
+
 class Refused(pickle.UnpicklingError):
     """A pickle asked for something that is not in the table."""
 
 
-def dictionary(*args: Any, **kwargs: Any) -> OrderedDict[Any, Any]:
-    """For dictionaries with manners of their own (EasyDict, defaultdict): their entries alone."""
-    return OrderedDict(next((a for a in args if isinstance(a, Mapping)), {}), **kwargs)
+def dictionary() -> type:
+    """For dictionaries with manners of their own (EasyDict, defaultdict): their entries alone. A type, as objects are
+    made from types, of which every instance is an OrderedDict; a new one, so that a file cannot change it for others."""
+
+    def new(cls: type, *args: Any, **kwargs: Any) -> OrderedDict[Any, Any]:
+        return OrderedDict(next((a for a in args if isinstance(a, Mapping)), {}), **kwargs)
+
+    return type("dictionary", (OrderedDict,), {"__new__": new})
+
+
+class Call:
+    """A function or class that a file may call, and do nothing else with: BUILD would set its attributes, for all."""
+
+    __slots__ = ("_function",)
+
+    def __init__(self, function: Callable[..., Any]):
+        self._function = function
+
+    def __call__(self, *args: Any) -> Any:
+        return self._function(*args)
+
+    def __setstate__(self, state: Any) -> None:
+        raise Refused("a change of a function")
 
 
 def encode(text: str, encoding: str = "latin1") -> bytes:
@@ -200,7 +223,7 @@ def inert(name: str) -> bool:
 def stand_in(name: str) -> Any:
     """The object a pickle gets for "module.attribute". Refused: it is in no table."""
     if name in DICTS:
-        return dictionary
+        return dictionary()
     if name in REPLACED:
         return REPLACED[name]
     if inert(name):
@@ -233,7 +256,9 @@ class Unpickler(pickle.Unpickler):
     """pickle's machine with the table above in place of imports."""
 
     def find_class(self, module: str, name: str) -> Any:
-        return stand_in(modern(f"{module} {name}"))
+        found = stand_in(modern(f"{module} {name}"))
+        own = isinstance(found, type) and (issubclass(found, Shell | OrderedDict) or not found.__flags__ & HEAP_TYPE)
+        return found if own or not callable(found) else Call(found)
 
     def persistent_load(self, pid: Any) -> Any:
         raise Refused(f"a persistent object {pid!r:.40}")
@@ -306,7 +331,7 @@ def open_torch(path: Path, trust: bool) -> Any:
     shells: list[Any] = []
     for name in names:
         try:
-            shells.append((dictionary if name in DICTS else stand_in(name), name))
+            shells.append((stand_in(name), name))
         except Refused as e:
             raise refusal(path, name) from e
     with torch.serialization.safe_globals(shells), warnings.catch_warnings():
@@ -504,7 +529,12 @@ def tf_variables(network: Any, prefix: str = "") -> dict[str, Tensor] | None:
     state = network.state if isinstance(network, Shell) else None
     if not isinstance(state, Mapping) or "variables" not in state:
         return None
-    found = {f"{prefix}{name}": plain(value) for name, value in state["variables"]}
+    import torch
+
+    found = {  # scalars, such as a noise strength, come as numbers
+        f"{prefix}{name}": torch.tensor(value) if isinstance(value, int | float) else plain(value)
+        for name, value in state["variables"]
+    }
     for name, part in (state.get("components") or {}).items():
         found |= tf_variables(part, f"{prefix}{name}/") or {}
     return found

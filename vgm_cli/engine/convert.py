@@ -284,7 +284,8 @@ def own_header(source: Source, dst: Path, codec: str | None) -> Header:
     elif header.codec:
         path = ckpt.codec_path(header.codec, source.path)
     if path is not None:
-        header.codec = ckpt.codec_reference(path, output=(header.codec or {}).get("output"))
+        told = (header.codec or {}).get("output")
+        header.codec = ckpt.codec_reference(path, output=told or ("tokens" if header.data.get("vocab_size") else None))
     return header
 
 
@@ -365,9 +366,13 @@ def rounded(theirs: Tensor, made: Tensor) -> bool:
 def forward_passes(proof: Proof, job: Conversion) -> None:
     """Up to the precision asked for; a package that a layout's own code needs may be missing."""
     source = job.source
-    before = probe.run(source, source.state, job.layout)
+    try:
+        before = probe.run(source, source.state, job.layout)
+        reason = "it is not known what this network takes"
+    except (RuntimeError, ValueError, TypeError, IndexError, StopIteration) as e:
+        before, reason = None, f"the network refuses made-up inputs ({layouts.reason_of(e)})"
     if before is None:
-        proof.add("forward pass before and after", "not made: it is not known what this network takes")
+        proof.add("forward pass before and after", f"not made: {reason}")
         return
     after = probe.run(source, job.ours if job.layout is None else job.layout.to_ours(job.state), job.layout)
     gap = float("inf") if after is None else probe.distance(after, before)
