@@ -16,6 +16,7 @@ from torch import Tensor
 from vgm_cli.convert_api import Converter
 from vgm_cli.errors import FAILED, USAGE, VgmError, unknown
 from vgm_cli.registry import load_target, registry, signature
+from vgm_cli.ui import ui
 
 State = Mapping[str, Tensor]
 UNFIT: tuple[type[Exception], ...] = (  # what reading a state as something that it is not may raise
@@ -25,13 +26,13 @@ UNFIT: tuple[type[Exception], ...] = (  # what reading a state as something that
 
 
 def converters() -> dict[str, Converter]:
-    """{name: converter} of everything registered whose package is installed."""
+    """{name: converter} of everything registered; one that cannot be imported is left out."""
     found = {}
     for name in registry().names("converter"):
         try:
             found[name] = load_target(registry().find("converter", name).target, name)
-        except VgmError:
-            continue
+        except Exception as e:  # a plugin's own mistake must not keep others' files from being read
+            ui.warn(f"the layout '{name}' cannot be imported: {e}")
     return found
 
 

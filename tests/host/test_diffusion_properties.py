@@ -478,7 +478,7 @@ def test_bits_per_dim_of_uniform_bytes():
 # -- samplers --------------------------------------------------------------------------------------------------------
 
 NAMES = sorted(SAMPLERS)
-STEPS = {"pc": 100, "sde": 60, "euler": 60, "euler-ancestral": 60}
+STEPS = {"pc": 100, "sde": 60, "euler": 240, "euler-ancestral": 60}
 
 
 def sampler(name, **keywords):
@@ -547,7 +547,7 @@ def test_k_diffusion_by_name(solver):
 @pytest.mark.parametrize("algorithm", solvers.ALGORITHMS)
 @pytest.mark.parametrize("grid", ["logsnr", "uniform", "karras", "trailing"])
 def test_dpm_solver_algorithms(algorithm, grid):
-    asked = request(64, steps=40)
+    asked = request(64, steps=160 if grid == "uniform" else 40)  # an SDE on uniform times converges slowly
     x = sampler("dpm-solver", algorithm=algorithm, grid=grid)(toy_view("vp-discrete", "eps", "index"), asked)
     assert float(x[asked.cond["y"] == 2].std()) == pytest.approx(0.5, abs=0.15)
 

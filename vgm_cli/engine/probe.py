@@ -14,6 +14,7 @@ from vgm_cli.convert_api import Converter
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.registry import load_target, registry, signature
 
+LATENTS = ("latent_size", "latent_dim", "w_dim")  # what constructors call the length of z
 SIDE = 64  # of images for codecs, which take any size that their levels divide
 
 
@@ -25,7 +26,8 @@ def run(source: Any, state: Mapping[str, Tensor], layout: Converter | None = Non
     component = source.header.component
     model = ckpt.build_with_weights(component, state, source.path).eval().requires_grad_(False)
     how = next((c.forward for c in (layout, source.layout) if c is not None and c.forward is not None), None)
-    with torch.no_grad():
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)  # networks that draw noise of their own
         if how is not None:
             out: Any = how(model, source.config)
         elif source.kind == "codec" and hasattr(model, "decode"):
@@ -97,6 +99,7 @@ def inputs_of(model: nn.Module, component: Mapping[str, Any], data: Mapping[str,
         "x": lambda: randn(1, *shape),
         "a": lambda: randn(1, *shape),
         "b": lambda: randn(1, *shape).flip(-1),
+        "z": lambda: randn(1, next(config[k] for k in LATENTS if config.get(k))),
         "t": lambda: torch.tensor([0.625]),
         "y": lambda: label if classes else None,
         "low_res": lambda: randn(1, shape[0], shape[1] // 4, shape[2] // 4) if config.get("super_res") else None,

@@ -269,7 +269,8 @@ class Trainer:
         if should_compile(self.opts, self.device):
             for r in trained:
                 self.networks[r].compile()
-        self.averages = [EMA(self.networks["model"], c, self.opts.batch_size) for c in self.opts.ema] if "model" in trained else []
+        wanted = self.opts.ema if "model" in trained else []
+        self.averages = [EMA(self.networks["model"], c, self.opts.batch_size) for c in wanted]
 
         self.roots: dict[str, Any] = {}
         self.optimizers: dict[str, Any] = {}
