@@ -1,6 +1,7 @@
 """DiT: a plain transformer on latent patches, conditioned by adaLN-Zero. Peebles & Xie 2022 (arXiv 2212.09748).
 
-Same function and parameter names as facebookresearch/DiT@ed81ce2 models.py. Deviations: fused attention; labels are dropped by an explicit mask, never by a draw inside forward; y may be None
+Same function and parameter names as facebookresearch/DiT@ed81ce2 models.py. Deviations: fused attention; labels are
+dropped by an explicit mask, never by a draw inside forward; y may be None
 (unconditional). `SiT` below is the same network with the variance half of its output thrown away.
 """
 

@@ -12,9 +12,9 @@ import torch
 from torch import Tensor
 from vgm_plugins.dit.checkpoints import SIT
 from vgm_plugins.dit.model import SiT
+from vgm_plugins.dit.presets import SIT_PRESETS as PRESETS
 from vgm_plugins.sit.objective import FlowMatching
 from vgm_plugins.sit.ode import METHODS, integrate
-from vgm_plugins.dit.presets import SIT_PRESETS as PRESETS
 from vgm_plugins.sit.sampler import ODESampler, SDESampler, log_likelihood, sample_ode, sample_sde
 from vgm_plugins.sit.transport import PATHS, Transport, transport_of
 
@@ -342,7 +342,7 @@ def test_methods_against_torchdiffeq(method: str) -> None:
 def test_methods_converge_at_their_order(method: str) -> None:
     tableau = METHODS[method]
     if tableau.error:
-        *_, (_, (y,)) = integrate(lambda t, y: (-y[0] * t,), (torch.ones(1, dtype=torch.float64),), torch.linspace(0, 2, 2).double(), method, 1e-8, 1e-8)  # fmt: skip  # noqa: E501
+        *_, (_, (y,)) = integrate(lambda t, y: (-y[0] * t,), (torch.ones(1, dtype=torch.float64),), torch.linspace(0, 2, 2).double(), method, 1e-8, 1e-8)  # fmt: skip
         assert abs(float(y) - math.exp(-2)) < 1e-6
         return
     errors = []
