@@ -12,8 +12,8 @@ SHORT = 1024  # tokens; beyond this the T x T matrix costs more memory than the 
 def sdpa(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     """softmax(q k' / sqrt(d)) v. q, k, v: (B, heads, T, d) -> (B, heads, T, d); no mask, no dropout.
 
-    On a CPU the fused kernel is five times slower than three matrix products when bfloat16 gradients are wanted (measured
-    with torch 2.13, AVX-512 and AMX, T 16 to 256); everywhere else it is used.
+    On a CPU the fused kernel is five times slower than three matrix products when bfloat16 gradients are wanted
+    (measured with torch 2.13, AVX-512 and AMX, T 16 to 256); everywhere else it is used.
     """
     half = q.dtype == torch.bfloat16 and q.device.type == "cpu"
     if half and torch.is_grad_enabled() and q.shape[-2] <= SHORT and not torch.compiler.is_compiling():
