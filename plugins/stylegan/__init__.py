@@ -38,8 +38,11 @@ MODELS = (
 def vgm_components() -> Iterable[Component | Paper]:
     presets = {n: f"{HERE}.{p}" if isinstance(p, str) else p for n, _, p, _, _ in MODELS}
     return [
-        Paper("stylegan", "A Style-Based Generator Architecture for Generative Adversarial Networks", 2019, "1812.04948",
-              "https://github.com/NVlabs/stylegan", "gan", "Styles at every layer steer a GAN from a constant.", EXPECTS),
+        Paper(
+            "stylegan", "A Style-Based Generator Architecture for Generative Adversarial Networks", 2019,
+            "1812.04948", "https://github.com/NVlabs/stylegan", "gan",
+            "Styles at every layer steer a GAN from a constant.", EXPECTS,
+        ),
         *(Component("model", n, f"{HERE}.{t}", presets[n], facts, (), s) for n, t, _, facts, s in MODELS),
         Component("objective", "stylegan", f"{HERE}.objective:StyleGANObjective", verbs=("train",),
                   summary="GAN loss, R1, path lengths, growing, adaptive augmentation"),

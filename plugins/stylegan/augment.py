@@ -119,7 +119,7 @@ class AugmentPipe(nn.Module):
         for kind in (*kinds, *(strengths or {})):
             if kind not in DRAWS:
                 raise unknown("augmentation", kind, DRAWS)
-        self.strengths = {k: 1.0 for k in kinds} | dict(strengths or {})
+        self.strengths = dict.fromkeys(kinds, 1.0) | dict(strengths or {})
         self.kinds = [k for k in DRAWS if self.strengths.get(k, 0) > 0]
         self.draws = sum(DRAWS[k] for k in self.kinds)  # columns of the uniform draws of one image
         self.xint_max, self.scale_std, self.rotate_max = xint_max, scale_std, rotate_max

@@ -318,13 +318,15 @@ def tf2_generator_names(count: int, has: Callable[[str], bool]) -> list[tuple[st
         rows += [
             (f"{at}/weight", f"{ours}.weight", "turn" if scope.endswith("_up") else "matrix"),
             (f"{at}/bias", f"{ours}.bias", ""), (f"{at}/mod_weight", f"{ours}.affine.weight", "matrix"),
-            (f"{at}/mod_bias", f"{ours}.affine.bias", "one"), (f"{at}/noise_strength", f"{ours}.noise_strength", "scalar"),
+            (f"{at}/mod_bias", f"{ours}.affine.bias", "one"),
+            (f"{at}/noise_strength", f"{ours}.noise_strength", "scalar"),
             (f"synthesis/noise{i}", f"{ours}.noise_const", "first2"),
         ]  # fmt: skip
     for i in range(count):
         at, ours = f"synthesis/{4 << i}x{4 << i}", f"b{4 << i}"
         if has(f"{at}/ToRGB/weight") or has(f"{ours}.torgb.weight"):
-            rows += [(f"{at}/ToRGB/weight", f"{ours}.torgb.weight", "matrix"), (f"{at}/ToRGB/bias", f"{ours}.torgb.bias", ""),
+            rows += [(f"{at}/ToRGB/weight", f"{ours}.torgb.weight", "matrix"),
+                     (f"{at}/ToRGB/bias", f"{ours}.torgb.bias", ""),
                      (f"{at}/ToRGB/mod_weight", f"{ours}.torgb.affine.weight", "matrix"),
                      (f"{at}/ToRGB/mod_bias", f"{ours}.torgb.affine.bias", "one")]  # fmt: skip
         if has(f"{at}/Skip/weight") or has(f"{ours}.skip.weight"):

@@ -1,8 +1,8 @@
 """Losses and regularisers of StyleGAN, as functions of networks, images and draws.
 
 Karras et al. 2019 (arXiv 1812.04948), app. C, and 2020 (arXiv 1912.04958), sec. 3.2; Goodfellow et al. 2014;
-Mescheder et al. 2018 (arXiv 1801.04406); Gulrajani et al. 2017 (arXiv 1704.00028). Official code: NVlabs/stylegan@1e0d5c7
-training/loss.py, NVlabs/stylegan2-ada-pytorch@d72cc7d training/loss.py.
+Mescheder et al. 2018 (arXiv 1801.04406); Gulrajani et al. 2017 (arXiv 1704.00028). Official code:
+NVlabs/stylegan@1e0d5c7 training/loss.py, NVlabs/stylegan2-ada-pytorch@d72cc7d training/loss.py.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def path_lengths(images: Tensor, ws: Tensor, noise: Tensor) -> Tensor:
 
 
 def path_penalty(lengths: Tensor, mean: Tensor, decay: float = 0.01) -> tuple[Tensor, Tensor]:
-    """(squared deviation of every length from their running mean, which moves first and is differentiated, new mean)."""
+    """(squared deviation of every length from their running mean, new mean); the mean moves first, with a gradient."""
     mean = torch.lerp(mean, lengths.mean(), decay)
     return (lengths - mean).square(), mean
 

@@ -6,6 +6,7 @@ training/networks_stylegan.py (TensorFlow). Deviation: sides other than powers o
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -70,7 +71,7 @@ class Mapping(nn.Module):
         super().__init__()
         self.label = nn.Parameter(torch.randn(classes, latent)) if classes else None
         widths = [latent * (2 if classes else 1), *[width] * (layers - 1), w_dim]
-        self.layers = nn.ModuleList(EqualLinear(a, b, GAIN, lr_multiplier) for a, b in zip(widths, widths[1:]))
+        self.layers = nn.ModuleList(EqualLinear(a, b, GAIN, lr_multiplier) for a, b in itertools.pairwise(widths))
 
     def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:
         """z: (B, latent), y: (B,) -> w: (B, w_dim), in single precision."""

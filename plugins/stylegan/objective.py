@@ -1,7 +1,7 @@
 """Adversarial training of StyleGAN, StyleGAN2 and StyleGAN2-ADA: two optimizers, their regularisers as further phases.
 
-Karras et al. 2019 (arXiv 1812.04948), app. C; 2020 (arXiv 1912.04958), sec. 3; 2020 (arXiv 2006.06676), sec. 3. Official
-code: NVlabs/stylegan@1e0d5c7 training/{training_loop,loss}.py, NVlabs/stylegan2-ada-pytorch@d72cc7d likewise.
+Karras et al. 2019 (arXiv 1812.04948), app. C; 2020 (arXiv 1912.04958), sec. 3; 2020 (arXiv 2006.06676), sec. 3.
+Official code: NVlabs/stylegan@1e0d5c7 training/{training_loop,loss}.py, NVlabs/stylegan2-ada-pytorch@d72cc7d likewise.
 Deviations: the generator steps first, in both generations; labels of generated images are those of the batch; one batch
 size at all levels of growing; the mean of w moves once per step and phase, over all processes.
 """
@@ -121,7 +121,7 @@ class StyleGANObjective(ObjectiveBase):
     def prepare(self, first_batch: Batch, step: Step) -> None:
         self.batch_size = len(first_batch["x"]) * step.world * step.micros
 
-    # -- schedules ------------------------------------------------------------------------------------------------------
+    # -- schedules ----------------------------------------------------------------------------------------------------
 
     def lod(self, index: int) -> float:
         """Level of detail of a step: 0 is full size. It moves at every fourth step."""
@@ -149,7 +149,7 @@ class StyleGANObjective(ObjectiveBase):
         now, before = self.lod(step.index), self.lod(step.index - 1)
         return int(now) != int(before) or math.ceil(now) != math.ceil(before)
 
-    # -- draws ----------------------------------------------------------------------------------------------------------
+    # -- draws --------------------------------------------------------------------------------------------------------
 
     def generate(self, phase: str, n: int, y: Tensor | None, step: Step, lod: float) -> tuple[Tensor, Tensor]:
         """n images and their styles, with mixing."""
@@ -187,7 +187,7 @@ class StyleGANObjective(ObjectiveBase):
 
         return score
 
-    # -- losses ---------------------------------------------------------------------------------------------------------
+    # -- losses -------------------------------------------------------------------------------------------------------
 
     def loss(self, phase: str, batch: Batch, step: Step) -> tuple[Tensor, Logs]:
         """batch x: (B, C, H, W) in [-1, 1], y: (B,) for conditional networks."""
@@ -243,7 +243,7 @@ class StyleGANObjective(ObjectiveBase):
             logs["lod"] = torch.tensor(lod)
         return loss.mean(), logs if penalty is None else {**logs, "penalty": penalty.detach().mean()}
 
-    # -- between steps --------------------------------------------------------------------------------------------------
+    # -- between steps ------------------------------------------------------------------------------------------------
 
     def after_step(self, step: Step) -> None:
         """Mean of w, of path lengths and of the discriminator's signs, over micro-batches and processes."""

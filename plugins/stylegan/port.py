@@ -8,6 +8,7 @@ convolutions and compares the whole batch. Nine levels whatever the size.
 
 from __future__ import annotations
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -146,7 +147,7 @@ class Discriminator(nn.Module):
         super().__init__()
         self.size, self.step, self.num_classes, self.from_rgb_activate = size, level_of(size), 0, from_rgb_activate
         first = Block(widths[0] + 1, widths[0], last=True)
-        self.blocks = nn.ModuleList([first, *(Block(b, a) for a, b in zip(widths, widths[1:]))])
+        self.blocks = nn.ModuleList([first, *(Block(b, a) for a, b in itertools.pairwise(widths))])
         self.from_rgb = nn.ModuleList(EqualConv(3, c, 1, GAIN) for c in widths)
         self.linear = EqualLinear(widths[0], 1, GAIN)
 

@@ -1,8 +1,10 @@
 """Published configurations of StyleGAN, StyleGAN2 and StyleGAN2-ADA as constructor keywords. Torch-free."""
 
 # NVlabs/stylegan train.py: one network family, sizes by data set
-GENERATOR = {f"{name}{size}": {"size": size, "in_channels": 3, "num_classes": 0}
-             for name, size in (("ffhq", 1024), ("celebahq", 1024), ("ffhq", 512), ("ffhq", 256), ("lsun", 256))}  # fmt: skip
+GENERATOR = {
+    f"{name}{size}": {"size": size, "in_channels": 3, "num_classes": 0}
+    for name, size in (("ffhq", 1024), ("celebahq", 1024), ("ffhq", 512), ("ffhq", 256), ("lsun", 256))
+}
 DISCRIMINATOR = GENERATOR
 
 # NVlabs/stylegan2-ada-pytorch train.py: cfg_specs, whose short mapping is the generator's alone; clamp 256 belongs to

@@ -27,7 +27,7 @@ def noise_inputs(model: StyleGenerator, request: Request, kind: Noise) -> list[T
 
 
 class StyleGANSampler:
-    """truncation_psi: how far styles may lie from their mean: 1 leaves them, 0.7 trades variety for quality, 0 gives the
+    """truncation_psi: how far styles may lie from their mean: 1 leaves them, 0.7 trades variety for quality, 0 is the
     mean image. truncation_cutoff: layers that are truncated, from the first; None for all (8 in the paper). noise:
     random, const (stored with the weights) or none.
     """

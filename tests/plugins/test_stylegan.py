@@ -326,7 +326,9 @@ def sg2_scores(case: GoldenCase) -> None:
     assert watched
     if "mbstd_in" in case.inputs:
         end = d.get_submodule("b4")
-        assert_close(minibatch_stddev(case.inputs["mbstd_in"], end.group_size, end.features), out["mbstd"], 1e-5, "mbstd")
+        assert_close(
+            minibatch_stddev(case.inputs["mbstd_in"], end.group_size, end.features), out["mbstd"], 1e-5, "mbstd"
+        )
 
 
 @golden.check(lambda c: ada(c) and "in/pl_mean" in c)
@@ -344,7 +346,9 @@ def sg2_path_length(case: GoldenCase) -> None:
     assert_close(torch.autograd.grad((images * y).sum(), ws, retain_graph=True)[0], out["pl_grads"], 1e-4, "J^T y")
     loss.backward()
     state = {k: torch.zeros(()) for k in ("w_avg", "resample_filter")}
-    gradients = checkpoints.stylegan2_from_ours({**state, **{k: p.grad for k, p in g.named_parameters() if p.grad is not None}})
+    gradients = checkpoints.stylegan2_from_ours(
+        {**state, **{k: p.grad for k, p in g.named_parameters() if p.grad is not None}}
+    )
     watched = [k for k in out if k.startswith("grad/")]
     for name in watched:
         assert_close(gradients[name.removeprefix("grad/")], out[name], 1e-4, name)
@@ -533,9 +537,9 @@ def test_conditions_noise_and_truncation_reach_the_image(kind: int) -> None:
     noise = g.random_noise([1, 2, 3], torch.device("cpu"))
     image = g(z, y, noise)
     assert not torch.allclose(image, g(z, y.flip(0), noise)) and not torch.allclose(image, g(z, y, None))
-    assert torch.equal(g(z[1:2], y[1:2], g.random_noise([2], torch.device("cpu"))), g(z, y, noise)[1:2]) or torch.allclose(
-        g(z[1:2], y[1:2], g.random_noise([2], torch.device("cpu"))), image[1:2], atol=1e-4
-    )
+    assert torch.equal(
+        g(z[1:2], y[1:2], g.random_noise([2], torch.device("cpu"))), g(z, y, noise)[1:2]
+    ) or torch.allclose(g(z[1:2], y[1:2], g.random_noise([2], torch.device("cpu"))), image[1:2], atol=1e-4)
     g.w_avg.copy_(torch.linspace(-1, 1, g.w_dim))
     assert torch.equal(g.styles(g.map(z, y), 0.0)[0], g.w_avg.expand(g.num_layers, -1))
     partly = g.styles(g.map(z, y), 0.0, 2)
@@ -629,7 +633,8 @@ def test_phases() -> None:
     lazy = objective(2, r1_every=16, path_weight=2.0, path_every=4)
     assert [(p.name, p.optimizer, p.every, p.gain, p.trains) for p in lazy.phases()] == [
         ("generator", "main", 1, 1.0, ("model",)), ("path", "main", 4, 4, ("model",)),
-        ("discriminator", "discriminator", 1, 1.0, ("discriminator",)), ("r1", "discriminator", 16, 16, ("discriminator",)),
+        ("discriminator", "discriminator", 1, 1.0, ("discriminator",)),
+        ("r1", "discriminator", 16, 16, ("discriminator",)),
     ]  # fmt: skip
     assert [p.name for p in objective().phases()] == ["generator", "discriminator"]
     with pytest.raises(VgmError, match="grows"):
@@ -658,7 +663,9 @@ def test_growth_sets_rates_restarts_and_levels() -> None:
     o = objective(grow={"start": 7, "train_kimg": 0.08, "fade_kimg": 0.08, "rates": {14: 2.0}})
     o.prepare(batch(), Step(0))
     lods = [o.lod(i) for i in range(0, 60, 4)]
-    assert lods[0] == 2.0 and lods[-1] == 0.0 and lods == sorted(lods, reverse=True) and 1.8 in [round(v, 3) for v in lods]
+    assert (
+        lods[0] == 2.0 and lods[-1] == 0.0 and lods == sorted(lods, reverse=True) and 1.8 in [round(v, 3) for v in lods]
+    )
     assert o.rates(Step(0)) == {"main": 1.0, "discriminator": 1.0} and o.rates(Step(59))["main"] == 2.0
     starts = [i for i in range(60) if o.restarts(Step(i))]
     assert len(starts) == 4, "two levels, each entering and in full"
@@ -732,7 +739,9 @@ class TestWasserstein(_Levels):
     overrides = (*SMALL1, "objective.grow=null", "objective.loss=wgan-gp")
 
 
-@pytest.mark.parametrize("name", [p.stem for p in sorted((Path(__file__).parents[2] / "recipes" / "stylegan").glob("*.yaml"))])
+@pytest.mark.parametrize(
+    "name", [p.stem for p in sorted((Path(__file__).parents[2] / "recipes" / "stylegan").glob("*.yaml"))]
+)
 def test_recipes(name: str) -> None:
     suite = suites.RecipeSuite()
     suite.recipe = f"stylegan/{name}"
@@ -790,15 +799,47 @@ def test_a_table_of_mixed_styles() -> None:
 # -- checkpoints -----------------------------------------------------------------------------------------------------
 
 LAYOUTS: dict[str, tuple[Converter, Any, Any]] = {
-    "sg1": (checkpoints.GENERATOR, model.Generator, {**TINY, "mapping_width": 8, "size": 128, "fmap_base": 64, "fmap_max": 12, "num_classes": 3}),
-    "sg1-d": (checkpoints.DISCRIMINATOR, model.Discriminator, {"size": 32, "fmap_base": 64, "fmap_max": 12, "num_classes": 3}),
-    "sg2": (checkpoints.GENERATOR2, stylegan2.Generator, {**TINY, "size": 32, "channel_base": 64, "channel_max": 12, "num_classes": 3, "embed": 5}),
-    "sg2-resnet": (checkpoints.GENERATOR2, stylegan2.Generator, {**TINY, "size": 16, "channel_base": 64, "channel_max": 12, "architecture": "resnet", "use_noise": False}),
-    "sg2-d": (checkpoints.DISCRIMINATOR2, stylegan2.Discriminator, {"size": 16, "channel_base": 64, "channel_max": 12, "architecture": "skip", "num_classes": 3}),
-    "sg2-tf": (checkpoints.GENERATOR2_TF, stylegan2.Generator, {**TINY, "size": 16, "channel_base": 64, "channel_max": 12}),
-    "port": (checkpoints.PORT, port.Generator, {"w_dim": 6, "mapping_layers": 2, "widths": (6, 6, 6, 6, 4, 4, 3, 2, 2)}),
-    "port-d": (checkpoints.PORT_DISCRIMINATOR, port.Discriminator, {"widths": (6, 6, 6, 6, 4, 4, 3, 2, 2), "from_rgb_activate": True}),
-}  # fmt: skip
+    "sg1": (
+        checkpoints.GENERATOR,
+        model.Generator,
+        {**TINY, "mapping_width": 8, "size": 128, "fmap_base": 64, "fmap_max": 12, "num_classes": 3},
+    ),
+    "sg1-d": (
+        checkpoints.DISCRIMINATOR,
+        model.Discriminator,
+        {"size": 32, "fmap_base": 64, "fmap_max": 12, "num_classes": 3},
+    ),
+    "sg2": (
+        checkpoints.GENERATOR2,
+        stylegan2.Generator,
+        {**TINY, "size": 32, "channel_base": 64, "channel_max": 12, "num_classes": 3, "embed": 5},
+    ),
+    "sg2-resnet": (
+        checkpoints.GENERATOR2,
+        stylegan2.Generator,
+        {**TINY, "size": 16, "channel_base": 64, "channel_max": 12, "architecture": "resnet", "use_noise": False},
+    ),
+    "sg2-d": (
+        checkpoints.DISCRIMINATOR2,
+        stylegan2.Discriminator,
+        {"size": 16, "channel_base": 64, "channel_max": 12, "architecture": "skip", "num_classes": 3},
+    ),
+    "sg2-tf": (
+        checkpoints.GENERATOR2_TF,
+        stylegan2.Generator,
+        {**TINY, "size": 16, "channel_base": 64, "channel_max": 12},
+    ),
+    "port": (
+        checkpoints.PORT,
+        port.Generator,
+        {"w_dim": 6, "mapping_layers": 2, "widths": (6, 6, 6, 6, 4, 4, 3, 2, 2)},
+    ),
+    "port-d": (
+        checkpoints.PORT_DISCRIMINATOR,
+        port.Discriminator,
+        {"widths": (6, 6, 6, 6, 4, 4, 3, 2, 2), "from_rgb_activate": True},
+    ),
+}
 
 
 @pytest.mark.parametrize("layout", LAYOUTS)
@@ -826,11 +867,13 @@ class Network:
 
     def __init__(self, name: str, variables: dict[str, Tensor]):
         own = [(k, v.numpy() if v.ndim else v.numpy()[()]) for k, v in variables.items()]
-        parts = {p: [(k.removeprefix(f"{p}/"), v) for k, v in own if k.startswith(f"{p}/")] for p in ("synthesis", "mapping")}
+        parts = {
+            p: [(k.removeprefix(f"{p}/"), v) for k, v in own if k.startswith(f"{p}/")] for p in ("synthesis", "mapping")
+        }
         parts = {p: v for p, v in parts.items() if v}
         self.state = {
             "version": 3, "name": name, "build_module_src": "raise SystemExit", "static_kwargs": {},
-            "components": {p: Network(p, dict((k, torch.as_tensor(x)) for k, x in v)) for p, v in parts.items()},
+            "components": {p: Network(p, {k: torch.as_tensor(x) for k, x in v}) for p, v in parts.items()},
             "variables": [(k, v) for k, v in own if not k.startswith(tuple(f"{p}/" for p in parts))] if parts else own,
         }  # fmt: skip
 
@@ -856,7 +899,9 @@ def test_official_pickles_convert_and_are_sampled(layout: str, vgm: Any, tmp_pat
     state = load_file(tmp_path / "net.safetensors")
     key = "layers.3.conv.weight" if layout == "sg1" else "b8.conv0.weight"
     assert torch.equal(state[key], average.state_dict()[key])
-    code, _, err = vgm("sample", tmp_path / "net.safetensors", "-n", 2, "--out", tmp_path / "a.png", "truncation_psi=0.7")
+    code, _, err = vgm(
+        "sample", tmp_path / "net.safetensors", "-n", 2, "--out", tmp_path / "a.png", "truncation_psi=0.7"
+    )
     assert code == 0, err
 
 
@@ -877,13 +922,13 @@ def test_average_of_the_port_is_found() -> None:
 def test_train_sample_and_mix(vgm: Any, tiny_dataset: Path, tmp_path: Path) -> None:
     run = tmp_path / "run"
     code, _, err = vgm("train", "stylegan", "--recipe", "mnist-ada", "--out", run, f"data.path={tiny_dataset}", *SMALL2,
-                       "train.steps=2", "train.batch_size=4", "train.preview_n=4", "train.save_every=2", "train.compile=off",
-                       "train.precision=fp32")  # fmt: skip
+                       "train.steps=2", "train.batch_size=4", "train.preview_n=4", "train.save_every=2",
+                       "train.compile=off", "train.precision=fp32")  # fmt: skip
     assert code == 0, err
     assert (run / "checkpoints" / "step-00000002" / "discriminator.safetensors").is_file()
     code, _, err = vgm("sample", run, "-n", 4, "--out", tmp_path / "a.png", "truncation_psi=0.7", "truncation_cutoff=4")
     assert code == 0, err
-    code, _, err = vgm("sample", run, "-n", 6, "--sampler", "stylegan-mix", "columns=2", "layers=coarse", "--label", "disc",
-                       "--out", tmp_path / "b.png")  # fmt: skip
+    code, _, err = vgm("sample", run, "-n", 6, "--sampler", "stylegan-mix", "columns=2", "layers=coarse",
+                       "--label", "disc", "--out", tmp_path / "b.png")  # fmt: skip
     assert code == 0, err
     assert (tmp_path / "a.png").is_file() and (tmp_path / "b.png").is_file()
