@@ -157,7 +157,7 @@ class Refused(pickle.UnpicklingError):
 
 def dictionary() -> type:
     """For dictionaries with manners of their own (EasyDict, defaultdict): their entries alone. A type, as objects are
-    made from types, of which every instance is an OrderedDict; a new one, so that a file cannot change it for others."""
+    made from types, whose instances are OrderedDicts; a new one, so that a file cannot change it for others."""
 
     def new(cls: type, *args: Any, **kwargs: Any) -> OrderedDict[Any, Any]:
         return OrderedDict(next((a for a in args if isinstance(a, Mapping)), {}), **kwargs)

@@ -79,3 +79,681 @@ TINY: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "vqgan": (STAGE | {"n_embed": 16, "embed_dim": 16}, ()),
     "vqgan-prior": ({"vocab_size": 16, "n_layer": 2, "n_head": 1, "n_embd": 64, "condition": "class", "num_classes": 1000}, ()),
 }  # fmt: skip
+Call = Callable[..., tuple[int, str, str]]
+
+
+def state_of(name: str, **more: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(ours, the same in the layout `name`) of its small network, with random weights."""
+    c = layouts.converter(name)
+    torch.manual_seed(0)
+    network = registry().build(c.kind, {"name": c.component, **TINY[name][0], **more})
+    with torch.no_grad():
+        suites.randomise(network)
+    ours = network.state_dict()
+    return ours, c.from_ours(ours)
+
+
+def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
+    return not convert.differing(a, b)
+
+
+def check(result: tuple[int, str, str], code: int, *words: str) -> None:
+    got, _, err = result
+    assert got == code, err
+    for word in words:
+        assert word in err, err
+    assert "Traceback" not in err
+
+
+@pytest.fixture
+def dit(tmp_path: Path) -> Path:
+    """A training checkpoint of facebookresearch/DiT: raw and averaged weights, optimizer, arguments."""
+    ours, _ = state_of("dit")
+    half = {k: v * 0.5 for k, v in ours.items()}
+    more = {"opt": {"state": {0: {"exp_avg": torch.zeros(3)}}, "param_groups": []}, "args": argparse.Namespace(lr=1e-4)}
+    torch.save({"model": ours, "ema": half, **more}, tmp_path / "DiT-tiny.pt")
+    return tmp_path / "DiT-tiny.pt"
+
+
+# -- every layout ------------------------------------------------------------------------------------------------------
+
+
+def test_every_layout_has_a_small_network() -> None:
+    assert set(TINY) == set(registry().names("converter")), "a new layout adds its network to TINY"
+
+
+@pytest.mark.parametrize("name", sorted(TINY))
+def test_there_and_back(name: str, vgm: Call) -> None:
+    """Official file -> ours, proved -> official file, strictly and bit for bit."""
+    c, own = layouts.converter(name), TINY[name][1]
+    ours, theirs = state_of(name)
+    weight_files.write(Path("theirs.pt"), theirs, {}, c.wrapper)
+    code, out, err = vgm("convert", "theirs.pt", "ours.safetensors", *own, "--from", name, "--verify", "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["component"]["name"] == c.component and result["from"] == name and result["to"] == "vgm"
+    checks = {check["what"]: check for check in result["verified"]}
+    assert all(check["passed"] for check in checks.values())
+    assert "not made" not in checks["forward pass before and after"]["outcome"], checks
+    assert f"ours -> {name} -> ours" in checks and f"{name} -> ours -> {name}" in checks
+    assert same(load_file("ours.safetensors"), ours)
+    header = ckpt.read_header(Path("ours.safetensors"))
+    network = ckpt.build_with_weights(header.component, ours, Path("ours.safetensors"))
+    assert same(network.state_dict(), ours)
+    code, _, err = vgm("convert", "ours.safetensors", "back.pt", "--to", name)
+    assert code == 0, err
+    again = torch.load("back.pt", weights_only=True)
+    assert same(again[c.wrapper] if c.wrapper else again, theirs)
+
+
+@pytest.mark.parametrize("name", [n for n in sorted(TINY) if layouts.converter(n).reference is not None])
+def test_the_other_library_computes_the_same(name: str, vgm: Call) -> None:
+    pytest.importorskip("diffusers")
+    _, theirs = state_of(name)
+    save_file({k: v.contiguous() for k, v in theirs.items()}, "theirs.safetensors")
+    code, out, err = vgm(
+        "convert", "theirs.safetensors", "o.safetensors", *TINY[name][1], "--from", name, "--verify", "--json"
+    )
+    assert code == 0, err
+    (found,) = [c["outcome"] for c in json.loads(out)["verified"] if "own code" in c["what"]]
+    assert "differs from ours by" in found
+
+
+def test_another_library_that_computes_something_else_is_noticed(vgm: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    import vgm_plugins.dit.checkpoints as checkpoints
+
+    _, theirs = state_of("dit-diffusers")
+    torch.save(theirs, "t.pt")
+    wrong = replace(checkpoints.DIFFUSERS, reference=lambda state, config: torch.ones(8 * 32 * 32))
+    monkeypatch.setattr(checkpoints, "DIFFUSERS", wrong)
+    args = ("convert", "t.pt", "o.safetensors", "num_heads=2", "--from", "dit-diffusers")
+    check(vgm(*args, "--verify"), 3, "not proved", "own code", "nothing was written")
+    assert not Path("o.safetensors").exists()
+    check(vgm(*args), 0)  # nobody asked for a proof
+
+
+@pytest.mark.parametrize("damage", ["swapped", "rounded", "lost bit"])
+def test_a_converter_that_errs_is_noticed(damage: str, dit: Path, vgm: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    import vgm_plugins.dit.checkpoints as checkpoints
+
+    def wrong(state: dict[str, Tensor]) -> dict[str, Tensor]:
+        out = dict(checkpoints.official(state))
+        a, b = "blocks.0.mlp.fc2.bias", "blocks.1.mlp.fc2.bias"
+        if damage == "swapped":
+            out[a], out[b] = out[b], out[a]
+        elif damage == "rounded":
+            out[a] = out[a].half().float()
+        else:
+            out[a] = out[a].clone()
+            out[a].view(torch.int32)[0] ^= 1
+        return out
+
+    monkeypatch.setattr(checkpoints, "CONVERTER", replace(checkpoints.CONVERTER, from_ours=wrong))
+    result = vgm("convert", dit, "o.safetensors", "num_heads=2", "--verify")
+    check(result, 3, "not proved", "tensors differ", "blocks.0.mlp.fc2.bias", "nothing was written")
+    assert not Path("o.safetensors").exists()
+
+
+def test_negative_zero_and_nan_are_bits() -> None:
+    zero, minus, nan = torch.tensor([0.0]), torch.tensor([-0.0]), torch.tensor([float("nan")])
+    assert not convert.same(zero, minus) and convert.same(nan, nan.clone())
+    assert not convert.same(zero, zero.double()) and convert.same(torch.zeros(0, 3), torch.zeros(0, 3))
+
+
+# -- choosing weights, precision, layout -------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("wanted", "factor", "kind"), [(None, 0.5, "ema"), ("ema", 0.5, "ema"), ("model", 1.0, "raw"), ("raw", 1.0, "raw")]
+)
+def test_average_or_raw(wanted: str | None, factor: float, kind: str, dit: Path, vgm: Call) -> None:
+    ours, _ = state_of("dit")
+    option = () if wanted is None else ("--weights", wanted)
+    code, out, err = vgm("convert", dit, "o.safetensors", *option)
+    assert code == 0 and f"{kind} weights" in out and "taken for dit, by the name of the file" in err
+    assert same(load_file("o.safetensors"), {k: v * factor for k, v in ours.items()})
+    assert ckpt.read_header(Path("o.safetensors")).weights == kind
+
+
+def test_weights_that_are_not_there(dit: Path, vgm: Call) -> None:
+    check(vgm("convert", dit, "o.safetensors", "--weights", "swa"), 2, "holds no 'swa' weights", "it holds model, ema")
+    torch.save(state_of("dit")[0], "dit.pt")
+    check(vgm("convert", "dit.pt", "o.safetensors", "--weights", "ema"), 2, "no 'ema' weights", "a bare state")
+
+
+def test_averages_without_names(vgm: Call) -> None:
+    """score_sde and its forks keep the average as a list in the order of the parameters."""
+    ours, theirs = state_of("rectified-flow")
+    buffers = {k for k in theirs if k.endswith(("sigmas", ".W")) and "NIN" not in k}
+    shadow = [v * 0.5 for k, v in theirs.items() if k not in buffers]
+    saved = {"model": {f"module.{k}": v for k, v in theirs.items()}, "ema": {"decay": 0.999, "shadow_params": shadow}}
+    torch.save({**saved, "step": 3}, "rf.pth")
+    assert vgm("convert", "rf.pth", "o.safetensors")[0] == 0
+    got = load_file("o.safetensors")
+    assert all(torch.equal(v, ours[k] if k in buffers else ours[k] * 0.5) for k, v in got.items())
+
+
+def test_a_network_inside_another_module(vgm: Call) -> None:
+    ours, _ = state_of("vae-pythae")
+    inside = {f"net.{k}": v for k, v in ours.items()} | {f"ema_net.{k}": v * 2 for k, v in ours.items()}
+    torch.save({"state_dict": inside, "epoch": 3}, "wrapped.ckpt")
+    assert vgm("convert", "wrapped.ckpt", "o.safetensors")[0] == 0
+    assert same(load_file("o.safetensors"), {k: v * 2 for k, v in ours.items()})
+
+
+@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
+def test_wrappers_of_parallel_and_compiled_networks(prefix: str, vgm: Call) -> None:
+    ours, _ = state_of("vae-pythae")
+    torch.save({f"{prefix}{k}": v for k, v in ours.items()}, "ddp.pt")
+    assert vgm("convert", "ddp.pt", "o.safetensors")[0] == 0
+    assert same(load_file("o.safetensors"), ours)
+
+
+@pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
+def test_casts(dtype: str, vgm: Call) -> None:
+    ours, theirs = state_of("glow")
+    save_file(theirs, "g.safetensors")
+    args = ("convert", "g.safetensors", "o.safetensors", "--dtype", dtype)
+    code, out, err = vgm(*args, "--verify")
+    assert code == 0 and "verified" in out, err
+    got = load_file("o.safetensors")
+    assert {v.dtype for v in got.values()} == {convert.DTYPES[dtype], torch.uint8}  # a flag stays one
+    assert all(torch.equal(v, ours[k].to(v.dtype)) for k, v in got.items())
+    assert vgm("convert", "o.safetensors", "back.pt", "--to", "glow", "--dtype", "fp32")[0] == 0
+    assert all(v.dtype == torch.float32 for v in torch.load("back.pt", weights_only=True).values())
+
+
+def test_a_cast_that_overflows_is_refused(vgm: Call) -> None:
+    ours, _ = state_of("vae-pythae")
+    ours["encoder.embedding.bias"][0] = 1e5
+    torch.save(ours, "v.pt")
+    check(vgm("convert", "v.pt", "o.safetensors", "--dtype", "fp16"), 2, "encoder.embedding.bias", "65504", "bf16")
+    check(vgm("convert", "v.pt", "o.safetensors", "--dtype", "fp8"), 2, "unknown dtype 'fp8'")
+    assert vgm("convert", "v.pt", "o.safetensors", "--dtype", "bf16")[0] == 0
+    check(vgm("convert", "o.safetensors", "o.npz"), 2, ".npz has no bfloat16")
+
+
+def test_the_layout_of_the_file_to_write(dit: Path, vgm: Call) -> None:
+    vgm("convert", dit, "o.safetensors", "num_heads=2")
+    code, out, _ = vgm("convert", "o.safetensors", "official.pth")
+    assert code == 0 and "vgm -> dit" in out
+    check(vgm("convert", "o.safetensors", "x.pt", "--to", "glow"), 2, "is a layout of glow", "its layouts: vgm, dit")
+    check(vgm("convert", "o.safetensors", "x.pt", "--to", "vgm"), 2, "cannot say what network it holds")
+    check(vgm("convert", "o.safetensors", "x.pt", "--to", "dti"), 2, "unknown layout 'dti'", "dit")
+    check(vgm("convert", "o.safetensors", "x", "--to", "dit"), 2, "has no suffix")
+    check(vgm("convert", "o.safetensors", "x.gguf"), 2, "not a kind of file that is written", ".safetensors")
+    check(vgm("convert", "o.safetensors", "y.safetensors", "--from", "dit"), 2, "is a file of ours")
+    check(vgm("convert", "o.safetensors", "y.safetensors", "num_heads=4"), 2, "says what network it holds")
+
+
+def test_between_layouts_in_one_go(vgm: Call) -> None:
+    """diffusers -> official without a file of ours between them."""
+    ours, theirs = state_of("dit-diffusers")
+    save_file({k: v.contiguous() for k, v in theirs.items()}, "d.safetensors")
+    assert vgm("convert", "d.safetensors", "o.pt", "--from", "dit-diffusers", "--verify", "num_heads=2")[0] == 0
+    assert same(torch.load("o.pt", weights_only=True), ours)
+
+
+def test_a_folder_of_diffusers(vgm: Call) -> None:
+    """Weights and config.json; its config tells the size and the heads when it is read back."""
+    for name, size in (("dit-diffusers", 32), ("dit-diffusers-512", 64)):
+        ours, _ = state_of(name)
+        torch.save(ours, f"DiT-{size}.pt")
+        assert vgm("convert", f"DiT-{size}.pt", f"{size}.safetensors", "--from", "dit", "num_heads=2")[0] == 0
+        assert vgm("convert", f"{size}.safetensors", f"folder{size}", "--to", name, "--verify")[0] == 0
+        assert json.loads(Path(f"folder{size}/config.json").read_text())["sample_size"] == size
+        code, out, _ = vgm("convert", f"folder{size}", f"again{size}.safetensors", "--json")
+        assert code == 0 and json.loads(out)["from"] == name
+        assert same(load_file(f"again{size}.safetensors"), ours)
+        assert ckpt.read_header(Path(f"again{size}.safetensors")).component["kwargs"]["num_heads"] == 2
+    other = "dit-diffusers"
+    check(vgm("convert", "64.safetensors", "x", "--to", other), 2, "32x32", "dit-diffusers-512 of 64")
+
+
+def test_the_config_tells_how_latents_are_scaled(vgm: Call) -> None:
+    ours, _ = state_of("autoencoder-kl-diffusers")
+    torch.save({"state_dict": ours}, "kl.ckpt")
+    scaling = ("scale_factor=0.7", "shift_factor=0.1", "resolution=16")
+    assert vgm("convert", "kl.ckpt", "kl.safetensors", *scaling)[0] == 0
+    assert vgm("convert", "kl.safetensors", "folder", "--to", "autoencoder-kl-diffusers", "--verify")[0] == 0
+    assert vgm("convert", "folder", "again.safetensors")[0] == 0
+    got = ckpt.read_header(Path("again.safetensors")).component["kwargs"]
+    assert (got["scale_factor"], got["shift_factor"]) == (0.7, 0.1)
+    assert same(load_file("again.safetensors"), ours)
+
+
+def test_a_pipeline_is_several_networks(vgm: Call) -> None:
+    for part in ("transformer", "vae"):
+        Path("pipe", part).mkdir(parents=True)
+        Path("pipe", part, "config.json").write_text("{}")
+    Path("pipe/model_index.json").write_text("{}")
+    check(vgm("convert", "pipe", "o.safetensors"), 2, "pipeline of several networks", "transformer, vae")
+
+
+def test_the_order_of_attention_is_not_mixed_up(vgm: Call) -> None:
+    """diffusers' weights would be cut out of ours wrongly: refused, with the right layout named."""
+    ours, _ = state_of("adm-unet")
+    torch.save(ours, "64x64.pt")
+    assert vgm("convert", "64x64.pt", "o.safetensors")[0] == 0
+    check(vgm("convert", "o.safetensors", "x", "--to", "adm-unet-diffusers"), 2, "other order", "diffusers-legacy")
+    assert vgm("convert", "o.safetensors", "x", "--to", "adm-unet-diffusers-legacy", "--verify")[0] == 0
+
+
+def test_shapes_tell_layouts_of_equal_names_apart(vgm: Call) -> None:
+    """ADM's and the consistency models' networks have the same names; their attention is stored differently."""
+    for name in ("adm-unet", "consistency"):
+        torch.save(state_of(name)[1], "unet.pt")
+        code, out, err = vgm("convert", "unet.pt", "o.safetensors", "--force", "--json")
+        assert code == 0 and json.loads(out)["from"] == name, err
+
+
+# -- ours --------------------------------------------------------------------------------------------------------------
+
+
+def test_a_run_becomes_one_file(tmp_path: Path, vgm: Call) -> None:
+    ours, _ = state_of("dit")
+    header = convert.Header({"kind": "model", "name": "dit", "kwargs": DIT}, recipe={"paper": "dit"}, step=8, images=64)
+    folder = tmp_path / "run/checkpoints/step-00000008"
+    folder.mkdir(parents=True)
+    ckpt.save_network(folder / "model.safetensors", ours, header)
+    header.weights = "ema-0.9"
+    ckpt.save_network(folder / "ema-0.9.safetensors", {k: v * 0.5 for k, v in ours.items()}, header)
+    for option, factor in (
+        ((), 0.5),
+        (("--weights", "ema"), 0.5),
+        (("--weights", "model"), 1),
+        (("--weights", "ema-0.9"), 0.5),
+    ):
+        assert vgm("convert", "run", "o.safetensors", *option, "--force")[0] == 0
+        assert same(load_file("o.safetensors"), {k: v * factor for k, v in ours.items()})
+    got = ckpt.read_header(Path("o.safetensors"))
+    assert (got.weights, got.step, got.images, got.recipe) == ("ema-0.9", 8, 64, {"paper": "dit"})
+    check(vgm("convert", "o.safetensors", "x.safetensors", "--weights", "model"), 2, "holds ema-0.9 weights")
+    check(vgm("convert", "run", "x.safetensors", "--weights", "ema-0.8"), 2, "has no weights 'ema-0.8'")
+
+
+def test_the_source_is_remembered(dit: Path, vgm: Call) -> None:
+    assert vgm("convert", dit, "a.safetensors")[0] == vgm("convert", "a.safetensors", "b.safetensors")[0] == 0
+    for file in ("a.safetensors", "b.safetensors"):
+        source = json.loads(ckpt.read_tensors(Path(file))[1]["vgm.source"])
+        assert source == {"file": dit.name, "sha256": ckpt.file_hash(dit), "layout": "dit"}
+
+
+@pytest.mark.parametrize(
+    ("name", "objective"),
+    [
+        ("dit", {"name": "iddpm", "schedule": "linear", "steps": 1000, "learn_sigma": True}),
+        ("sit", {"name": "flow-matching", "path": "linear", "prediction": "velocity"}),
+        ("adm-unet", {"name": "iddpm", "schedule": "linear", "steps": 1000, "learn_sigma": True, "label_dropout": 0.0}),
+    ],
+)
+def test_a_published_network_is_sampled_as_it_is(name: str, objective: dict[str, Any], vgm: Call) -> None:
+    """The view is that of the paper's objective; sampler, guidance and shape need no recipe."""
+    _, theirs = state_of(name)
+    torch.save(theirs, "net.pt")
+    assert vgm("convert", "net.pt", "o.safetensors", *TINY[name][1], "--from", name)[0] == 0
+    header = ckpt.read_header(Path("o.safetensors"))
+    network = registry().build("model", {"name": name, **TINY[name][0]})
+    assert registry().build("objective", objective, model=network).view() == header.view
+    code, out, err = vgm("sample", "o.safetensors", "-n", 2, "--steps", 2, "--out", "x.npz", "--json")
+    assert code == 0 and json.loads(out)["sampler"]["name"] == header.recipe["sampler"]["name"], err
+    assert np.load("x.npz")["arr_0"].shape == (2, *header.data["sample_shape"][1:], header.data["sample_shape"][0])
+
+
+def test_a_codec_goes_with_a_network_of_latents(vgm: Call) -> None:
+    torch.save({"state_dict": state_of("autoencoder-kl")[0]}, "kl.ckpt")
+    torch.save(state_of("sit")[1], "SiT.pt")
+    assert vgm("convert", "kl.ckpt", "vae.safetensors", "resolution=16")[0] == 0
+    code, _, err = vgm("convert", "SiT.pt", "plain.safetensors", "num_heads=2")
+    assert code == 0 and "its samples are latents" in err
+    code, _, err = vgm("convert", "SiT.pt", "sit.safetensors", "num_heads=2", "--codec", "vae.safetensors")
+    assert code == 0 and "latents" not in err
+    assert vgm("sample", "sit.safetensors", "-n", 1, "--steps", 2, "--out", "x.npz")[0] == 0
+    assert np.load("x.npz")["arr_0"].shape == (1, 16, 16, 3)
+    check(vgm("convert", "SiT.pt", "x.safetensors", "--codec", "plain.safetensors"), 2, "is no codec but 'sit'")
+    check(vgm("convert", "SiT.pt", "x.pt", "--to", "sit", "--codec", "vae.safetensors"), 2, "names no codec")
+
+
+# -- shards ------------------------------------------------------------------------------------------------------------
+
+
+def test_shards_out_and_in(dit: Path, vgm: Call) -> None:
+    code, out, err = vgm(
+        "convert", dit, "big.safetensors", "num_heads=2", "--max-shard-size", "60KB", "--verify", "--json"
+    )
+    assert code == 0, err
+    files = [Path(f) for f in json.loads(out)["files"]]
+    index = json.loads(files[0].read_text())
+    assert files[0].name == "big.safetensors.index.json" and len(files) > 3
+    assert files[1].name == f"big-00001-of-{len(files) - 1:05d}.safetensors"
+    assert all(f.stat().st_size < 66_000 for f in files[1:])
+    assert index["metadata"]["total_size"] == sum(4 * v.numel() for v in state_of("dit")[0].values())
+    assert set(index["weight_map"].values()) == {f.name for f in files[1:]}
+    whole = {k: v * 0.5 for k, v in state_of("dit")[0].items()}
+    for source in (files[0], files[2]):  # the index, or any shard of it
+        assert vgm("convert", source, "one.safetensors", "--force")[0] == 0
+        assert same(load_file("one.safetensors"), whole)
+    code, out, _ = vgm("inspect", files[0])
+    assert code == 0 and "component   model dit" in out
+    assert vgm("sample", files[0], "-n", 1, "--steps", 1, "--out", "x.npz")[0] == 0
+
+
+def test_shards_of_a_published_network(tmp_path: Path, vgm: Call) -> None:
+    """A folder with an index, as hubs keep it."""
+    _, theirs = state_of("dit-diffusers")
+    folder = tmp_path / "transformer"
+    folder.mkdir()
+    limit = 100_000
+    weight_files.write(folder / "diffusion_pytorch_model.safetensors", theirs, {}, limit=limit)
+    assert len(list(folder.glob("*-of-*.safetensors"))) > 2
+    (folder / "config.json").write_text(json.dumps({"sample_size": 32}))
+    code, out, err = vgm("convert", "transformer", "o.safetensors", "num_heads=2", "--json")
+    assert code == 0 and json.loads(out)["from"] == "dit-diffusers", err
+    next(folder.glob("*-00002-of-*.safetensors")).unlink()
+    check(vgm("convert", "transformer", "p.safetensors"), 1, "names files that are not there")
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text("[]")
+    check(vgm("convert", "transformer", "p.safetensors"), 1, "is not an index of shards")
+    (folder / "diffusion_pytorch_model.safetensors.index.json").write_text(
+        '{"weight_map": {"a": "../../secret.safetensors"}}'
+    )
+    check(vgm("convert", "transformer", "p.safetensors"), 1, "names files that are not there")
+
+
+@pytest.mark.parametrize(
+    ("text", "size"), [("5GB", 5 * 10**9), ("1.5 MB", 1_500_000), ("700", 700), ("2GiB", 2 * 10**9)]
+)
+def test_sizes(text: str, size: int) -> None:
+    assert weight_files.bytes_in(text) == size
+
+
+def test_sizes_that_are_none(dit: Path, vgm: Call) -> None:
+    for text in ("five", "0", "-1GB", "5XB"):
+        check(vgm("convert", dit, "o.safetensors", f"--max-shard-size={text}"), 2, f"'{text}' is not a size")
+
+
+# -- pickles -----------------------------------------------------------------------------------------------------------
+
+
+class Payload:
+    """What an attacker stores: a program that runs when the file is opened."""
+
+    def __init__(self, how: str = "system"):
+        self.how = how
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        if self.how == "system":
+            return os.system, ("touch pwned",)
+        if self.how == "eval":
+            return eval, ("open('pwned', 'w')",)
+        return pickle.loads, (b"cos\nsystem\n(S'touch pwned'\ntR.",)
+
+
+def hostile(path: Path, how: str) -> None:
+    state = {"a.weight": torch.zeros(2), "extra": Payload(how)}
+    if path.suffix == ".npz":
+        np.savez(path, x=np.array([Payload(how)], dtype=object))
+    elif path.suffix == ".pkl" or path.stem == "plain":
+        path.write_bytes(pickle.dumps(state))
+    else:
+        torch.save(state, path, _use_new_zipfile_serialization=path.stem != "legacy")
+
+
+@pytest.mark.parametrize("how", ["system", "eval", "loads"])
+@pytest.mark.parametrize("file", ["new.pt", "legacy.pth", "plain.ckpt", "x.bin", "x.pkl", "x.npz"])
+def test_a_hostile_pickle_is_refused(file: str, how: str, vgm: Call) -> None:
+    """Nothing is executed: not by convert, not by inspect."""
+    hostile(Path(file), how)
+    for args in (("convert", file, "o.safetensors"), ("inspect", file)):
+        code, _, err = vgm(*args)
+        assert code == 1 and "Traceback" not in err, err
+        assert not Path("pwned").exists() and not Path("o.safetensors").exists()
+    if file != "x.npz":
+        assert "refused: nothing was executed" in err and "--trust-pickle" in err
+
+
+def test_trust_is_explicit_and_does_run_the_file(vgm: Call) -> None:
+    """The payload is real: it runs when asked for, with a warning."""
+    hostile(Path("new.pt"), "system")
+    code, _, err = vgm("convert", "new.pt", "o.safetensors", "--trust-pickle")
+    assert "warning: --trust-pickle lets new.pt run any program" in err
+    assert Path("pwned").exists() and code == 2  # its one tensor is no network
+
+
+@pytest.mark.parametrize("gadget", [
+    b"cbuiltins\ngetattr\n(cos\nS'system'\ntR(S'touch pwned'\ntR.",
+    b"ctorch.hub\nload\n(S'x'\ntR.",
+    b"cnumpy\nload\n(S'x'\ntR.",
+    b"cpathlib\nPath\n(S'pwned'\ntR(S'x'\nb.",
+    b"cargparse\nNamespace.__init__.__globals__\n.",
+    b"\x80\x04\x8c\x08argparse\x8c\x12Namespace.__class__\x93.",
+    b"ctorch.serialization\nload\n(S'x'\ntR.",
+    b"c_codecs\nencode\n(S'x'\nS'rot13'\ntR.",
+])  # fmt: skip
+def test_gadgets_find_nothing(gadget: bytes) -> None:
+    """Neither functions that act nor attributes of what is allowed; pathlib's and argparse's classes are shells."""
+    Path("g.pkl").write_bytes(gadget)
+    try:
+        found = unpickle.read(Path("g.pkl"))
+    except VgmError as e:
+        assert e.code == 1
+    else:
+        assert isinstance(found, unpickle.Shell) or issubclass(found, unpickle.Shell)
+    assert not Path("pwned").exists()
+
+
+def test_bytes_that_lie_about_an_array() -> None:
+    """Arrays are made of their bytes; dtypes of objects, which would be read as pointers, are refused."""
+    Path("o.pkl").write_bytes(pickle.dumps({"a": np.array([None, 1], dtype=object)}))
+    with pytest.raises(VgmError, match="an array of 'O8'"):
+        unpickle.read(Path("o.pkl"))
+    good = {"f": np.arange(6, dtype=">f4").reshape(2, 3), "i": np.arange(3), "t": np.asfortranarray(np.eye(2, 3)),
+            "s": np.float64(2.5), "b": np.array([True, False])}  # fmt: skip
+    for protocol in (2, 4, 5):
+        Path("a.pkl").write_bytes(pickle.dumps(good, protocol))
+        got = unpickle.contents(unpickle.read(Path("a.pkl")))
+        assert all(np.array_equal(got[k].numpy(), good[k]) for k in "fitb") and got["s"] == 2.5
+
+
+def test_what_checkpoints_carry_beside_weights(monkeypatch: pytest.MonkeyPatch, vgm: Call) -> None:
+    """Arguments, callbacks, configurations and numpy values become inert: their classes are not even imported."""
+    import sys
+    import types
+
+    module = types.ModuleType("pytorch_lightning.callbacks.model_checkpoint")
+    callback = type("ModelCheckpoint", (), {"__module__": module.__name__, "__setstate__": lambda self, s: 1 / 0})
+    module.ModelCheckpoint = callback  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, module.__name__, module)
+    kept = callback()
+    kept.best = 1.0  # type: ignore[attr-defined]
+    ours, _ = state_of("vae-pythae")
+    content = {
+        "model_state_dict": OrderedDict(ours),
+        "callbacks": {callback: {"best": np.float32(0.5)}, "own": kept},
+        "args": argparse.Namespace(lr=1e-4, betas=(0.9, 0.99), out=Path("x")),
+        "rng": np.random.RandomState(0).get_state(),
+    }
+    for zipped in (True, False):
+        torch.save(content, "lit.ckpt", _use_new_zipfile_serialization=zipped)
+        assert vgm("convert", "lit.ckpt", "o.safetensors", "--force")[0] == 0
+        assert same(load_file("o.safetensors"), ours)
+
+
+class Branch(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.register_buffer("kept", torch.ones(2))
+        self.register_buffer("temporary", torch.ones(2), persistent=False)
+        self.layers = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
+
+
+def test_whole_networks_in_pickles(monkeypatch: pytest.MonkeyPatch) -> None:
+    """NVIDIA's pickles hold objects with their source code, which is neither imported nor run."""
+    import sys
+    import types
+
+    module = types.ModuleType("torch_utils.persistence")
+    module._reconstruct_persistent_obj = lambda meta: 1 / 0  # type: ignore[attr-defined]
+    module._reconstruct_persistent_obj.__module__ = "torch_utils.persistence"
+    module._reconstruct_persistent_obj.__qualname__ = "_reconstruct_persistent_obj"
+    monkeypatch.setitem(sys.modules, "torch_utils", types.ModuleType("torch_utils"))
+    monkeypatch.setitem(sys.modules, "torch_utils.persistence", module)
+
+    class Persistent(Branch):
+        def __reduce__(self) -> tuple[Any, ...]:
+            state = {k: v for k, v in vars(self).items() if k != "training"}
+            meta = {
+                "type": "class",
+                "class_name": "G",
+                "module_src": "import os; os.system('touch pwned')",
+                "state": state,
+            }
+            return module._reconstruct_persistent_obj, (meta,)
+
+    network = Persistent()
+    for protocol in (2, 4):
+        Path("n.pkl").write_bytes(pickle.dumps({"G_ema": network, "training_set_kwargs": {"path": "x"}}, protocol))
+        got = unpickle.states(unpickle.load(Path("n.pkl")))
+        assert list(got) == ["G_ema"] and same(got["G_ema"], dict(network.state_dict()))
+        found = weight_files.read(Path("n.pkl"))
+        assert found.pick(None) == found.pick("ema") == ["G_ema"]
+    assert not Path("pwned").exists()
+    monkeypatch.undo()
+    torch.save(nn.Sequential(nn.Linear(2, 3)), "module.pt")  # torch's own layers
+    assert set(weight_files.read(Path("module.pt")).entries[""]) == {"0.weight", "0.bias"}
+
+
+def test_variables_of_another_framework() -> None:
+    """A pickled dnnlib.tflib Network: variables by name, sub-networks below theirs."""
+    part = unpickle.shell_of("dnnlib.tflib.network.Network")()
+    part.state = {"name": "mapping", "variables": [("Dense0/weight", np.ones((2, 2), np.float32))], "components": {}}
+    whole = unpickle.shell_of("dnnlib.tflib.network.Network")()
+    whole.state = {"name": "Gs", "variables": [("lod", np.zeros((), np.float32))], "components": {"mapping": part}}
+    got = unpickle.states((part, whole))
+    assert {k: sorted(v) for k, v in got.items()} == {
+        "mapping": ["Dense0/weight"],
+        "Gs": ["lod", "mapping/Dense0/weight"],
+    }
+
+
+def test_arrays(vgm: Call) -> None:
+    """.npz both ways: what a TensorFlow checkpoint's variables are exported to."""
+    ours, theirs = state_of("glow")
+    np.savez("glow.npz", **{k: v.numpy() for k, v in theirs.items()})
+    assert vgm("convert", "glow.npz", "o.safetensors", "--verify")[0] == 0
+    assert same(load_file("o.safetensors"), ours)
+    assert vgm("convert", "o.safetensors", "back.npz", "--to", "glow", "--verify")[0] == 0
+    again = np.load("back.npz")
+    assert set(again.files) == set(theirs) and all(np.array_equal(again[k], theirs[k]) for k in theirs)
+
+
+# -- what goes wrong ---------------------------------------------------------------------------------------------------
+
+
+def test_wrong_layouts(dit: Path, vgm: Call) -> None:
+    check(vgm("convert", dit, "o.safetensors", "--from", "ditt"), 2, "unknown layout 'ditt'", "dit")
+    check(
+        vgm("convert", dit, "o.safetensors", "--from", "glow"),
+        2,
+        "does not have the layout 'glow'",
+        "looks like dit, sit",
+    )
+    check(vgm("convert", dit, "o.safetensors", "--from", "vgm"), 2, "does not say what network it holds")
+    check(vgm("convert", dit, "o.safetensors", "num_head=2"), 2, "unknown key 'num_head'", "num_heads")
+    check(vgm("convert", dit, "o.safetensors", "num_heads"), 2, "not KEY=VALUE")
+    check(vgm("convert", dit, "o.safetensors", "hidden_size=64"), 2, "does not have the layout 'dit'", "wants")
+    assert not Path("o.safetensors").exists()
+
+
+def test_ambiguous_layouts(vgm: Call) -> None:
+    torch.save(state_of("sit")[1], "weights.pt")
+    check(vgm("convert", "weights.pt", "o.safetensors"), 2, "may be dit or sit", "--from dit")
+    Path("SiT-XL").mkdir()
+    Path("weights.pt").rename("SiT-XL/weights.pt")
+    code, out, _ = vgm("convert", "SiT-XL/weights.pt", "o.safetensors", "--json")
+    assert code == 0 and json.loads(out)["from"] == "sit"
+
+
+def test_unknown_layouts(vgm: Call) -> None:
+    torch.save({"a.weight": torch.zeros(2), "b": torch.zeros(3)}, "x.pt")
+    check(vgm("convert", "x.pt", "o.safetensors"), 2, "no published layout", "'a.weight'", "vgm ls converters")
+    ours, _ = state_of("dit")
+    del ours["blocks.1.mlp.fc2.bias"]
+    torch.save(ours, "DiT.pt")
+    check(vgm("convert", "DiT.pt", "o.safetensors"), 1, "'dit'", "blocks.1.mlp.fc2.bias is missing")
+    ours["x_embed.proj.weight"] = ours.pop("x_embedder.proj.weight")
+    torch.save(ours, "DiT.pt")
+    check(vgm("convert", "DiT.pt", "o.safetensors"), 2, "almost 'dit'", "missing", "vgm inspect")
+
+
+def test_files_that_are_not_there_or_cut_off(dit: Path, vgm: Call) -> None:
+    check(vgm("convert", "nowhere.pt", "o.safetensors"), 2, "nowhere.pt")
+    Path("x.txt").write_text("hello")
+    check(vgm("convert", "x.txt", "o.safetensors"), 2, "not a kind of file that holds weights")
+    whole = dit.read_bytes()
+    torch.save(state_of("dit")[0], "legacy.pt", _use_new_zipfile_serialization=False)
+    old = Path("legacy.pt").read_bytes()
+    save_file(state_of("dit")[0], "f.safetensors")
+    safe = Path("f.safetensors").read_bytes()
+    cuts = [("cut.pt", whole), ("cut.pth", old), ("cut.safetensors", safe), ("cut.pkl", pickle.dumps({"a": 1}))]
+    for name, data in cuts:
+        for n in (0, 3, len(data) // 2, len(data) - 5):
+            Path(name).write_bytes(data[:n])
+            code, _, err = vgm("convert", name, "o.safetensors")
+            assert code == 1 and name in err and "Traceback" not in err, (name, n, err)
+    torch.save([1, 2], "list.pt")
+    check(vgm("convert", "list.pt", "o.safetensors"), 1, "no tensors")
+    with zipfile.ZipFile("zip.pt", "w") as archive:
+        archive.writestr("code/constants.pkl", b"")
+    check(vgm("convert", "zip.pt", "o.safetensors"), 1, "not a file of torch.save's")
+    assert not Path("o.safetensors").exists()
+
+
+def test_nothing_is_overwritten_unasked(dit: Path, vgm: Call) -> None:
+    Path("o.safetensors").write_text("mine")
+    check(vgm("convert", dit, "o.safetensors"), 2, "o.safetensors exists", "--force")
+    assert Path("o.safetensors").read_text() == "mine"
+    assert vgm("convert", dit, "o.safetensors", "--force")[0] == 0
+    check(vgm("convert", "o.safetensors", "o.safetensors", "--force"), 2, "is the source itself")
+
+
+@pytest.mark.parametrize("target", ["o.safetensors", "o.pt", "o.npz", "sharded.safetensors"])
+def test_a_full_disk_leaves_what_was_there(target: str, dit: Path, vgm: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vgm_cli import atomic
+
+    old = Path("o.pt" if target.startswith("sharded") else target)
+    old.write_text("old")
+    made: list[Path] = []
+    real = atomic.sync_folder
+
+    def full(folder: Any) -> None:
+        made.append(Path(folder))
+        if len(made) > 1 or not target.startswith("sharded"):
+            raise OSError(errno.ENOSPC, "No space left on device")
+        real(folder)
+
+    def replace_(a: Any, b: Any) -> None:
+        full(Path(b).parent)
+        os.rename(a, b)
+
+    monkeypatch.setattr(atomic.os, "replace", replace_)
+    to = ("--to", "dit") if not target.endswith(".safetensors") else ()
+    small = ("--max-shard-size", "60KB") if target.startswith("sharded") else ()
+    check(vgm("convert", dit, target, *to, *small, "--force"), 1, "no space left", target.split(".")[0])
+    assert old.read_text() == "old"
+    assert not [p for p in Path().iterdir() if p.suffix == ".tmp" or "-of-" in p.name or "index" in p.name]
+
+
+def test_a_folder_that_cannot_be_written(dit: Path, vgm: Call) -> None:
+    Path("file").write_text("")
+    check(vgm("convert", dit, "file/o.safetensors"), 1, "cannot write")
+
+
+# -- the proof's own parts ---------------------------------------------------------------------------------------------
+
+
+def test_distance() -> None:
+    a = torch.tensor([1.0, -2.0, float("nan")])
+    assert probe.distance(a, a.clone()) == 0.0
+    assert probe.distance(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0])) == 0.5
+    assert probe.distance(torch.tensor([1.0]), torch.tensor([float("inf")])) == float("inf")
+    assert probe.distance(torch.zeros(2), torch.zeros(3)) == float("inf")
