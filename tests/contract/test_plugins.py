@@ -54,7 +54,8 @@ def test_a_broken_plugin_is_reported_and_the_rest_works(vgm, tmp_path: Path, wha
 
 
 def test_a_file_brings_a_component_and_a_command(vgm, tmp_path: Path) -> None:
-    (tmp_path / "mine.py").write_text(textwrap.dedent("""
+    (tmp_path / "mine.py").write_text(
+        textwrap.dedent("""
         from vgm_cli.hookspecs import Component, Paper, hookimpl
 
         @hookimpl
@@ -66,7 +67,8 @@ def test_a_file_brings_a_component_and_a_command(vgm, tmp_path: Path) -> None:
             @app.command("greet")
             def greet(name: str) -> None:
                 print(f"hello {name}")
-    """))
+    """)
+    )
     status, out, err = vgm("--plugin", tmp_path / "mine.py", "greet", "world")
     assert status == 0 and out == "hello world\n", err
     assert "mine" in vgm("--plugin", tmp_path / "mine.py", "ls", "models")[1]
@@ -119,7 +121,7 @@ def test_an_entry_point_that_raises_does_not_stop_discovery(monkeypatch: pytest.
 
 
 def test_the_template_is_complete_and_checked(vgm, tmp_path: Path) -> None:
-    status, out, err = vgm("plugin", "new", "mynet", "--dir", tmp_path / "mynet", "--title", "My net")
+    status, _, err = vgm("plugin", "new", "mynet", "--dir", tmp_path / "mynet", "--title", "My net")
     assert status == 0, err
     files = {str(p.relative_to(tmp_path / "mynet")) for p in (tmp_path / "mynet").rglob("*") if p.is_file()}
     assert {"pyproject.toml", "README.md", "src/mynet/__init__.py", "src/mynet/model.py", "src/mynet/recipes/mnist.yaml",
@@ -144,7 +146,9 @@ def test_the_template_installs_passes_its_tests_and_trains(tmp_path: Path) -> No
         return done.stdout + done.stderr
 
     run("-m", "vgm_cli", "plugin", "new", "mynet")
-    run("-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", str(tmp_path / "site"), "./mynet")
+    run(
+        "-m", "pip", "install", "-q", "--no-deps", "--no-build-isolation", "--target", str(tmp_path / "site"), "./mynet"
+    )
     assert "mynet" in run("-m", "vgm_cli", "plugins")
     assert "passed" in run("-m", "pytest", "-q", "tests", cwd=tmp_path / "mynet")
     assert "ok" in run("-m", "vgm_cli", "plugin", "check", "mynet")
