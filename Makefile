@@ -9,7 +9,7 @@ DEMO ?= demo
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-slow bench results lint install install-dev install-bench clean
+.PHONY: demo test test-slow bench results docs lint install install-dev install-bench clean
 
 demo: install
 	$(BIN)/vgm train dit --out $(DEMO)/dit --overwrite
@@ -25,6 +25,12 @@ test-slow: install-dev
 
 bench: install-bench
 	$(BIN)/python -m pytest -m bench -s tests/bench
+
+results: install
+	$(BIN)/python docs/generate_results.py
+
+docs: install
+	$(BIN)/python docs/generate_cli.py
 
 lint: install-dev
 	$(BIN)/ruff check . && $(BIN)/ruff format --check . && $(BIN)/mypy

@@ -65,7 +65,15 @@ def training(model: torch.nn.Module, loss: Callable[[], torch.Tensor], bf16: boo
     return step
 
 
-DIT = {"depth": 6, "hidden_size": 384, "num_heads": 6, "patch_size": 2, "input_size": 16, "in_channels": 4, "num_classes": 10}
+DIT = {
+    "depth": 6,
+    "hidden_size": 384,
+    "num_heads": 6,
+    "patch_size": 2,
+    "input_size": 16,
+    "in_channels": 4,
+    "num_classes": 10,
+}
 
 
 def our_dit() -> torch.nn.Module:
@@ -100,7 +108,9 @@ def eps_loss(predict: Callable[..., torch.Tensor], x: torch.Tensor, y: torch.Ten
 @pytest.mark.parametrize("mode", ["fp32", "defaults"])
 def test_dit_training_step(mode: str) -> None:
     ours, peer = our_dit(), their_dit()
-    assert abs(sum(p.numel() for p in ours.parameters()) / 16e6) > 0.3  # the same widths; the peer embeds t in every block
+    assert (
+        abs(sum(p.numel() for p in ours.parameters()) / 16e6) > 0.3
+    )  # the same widths; the peer embeds t in every block
     x, y = torch.randn(16, 4, 16, 16), torch.arange(16) % 10
     objective = registry().build("objective", {"name": "iddpm", "learn_sigma": False, "label_dropout": 0.0}, model=ours)
     bf16 = mode == "defaults" and bf16_supported()
@@ -126,7 +136,9 @@ def test_dit_sampling_with_guidance(mode: str) -> None:
     @torch.no_grad()
     def a() -> None:
         with torch.autocast("cpu", torch.bfloat16) if bf16 else nullcontext():
-            sampler(view, Request(shape=(4, 16, 16), generators=generators(range(8)), cond={"y": y}, guidance_scale=2.0))
+            sampler(
+                view, Request(shape=(4, 16, 16), generators=generators(range(8)), cond={"y": y}, guidance_scale=2.0)
+            )
 
     @torch.no_grad()
     def b() -> None:
@@ -217,7 +229,9 @@ def test_peak_memory_of_a_dit_training_step() -> None:
 
     half = "bf16" if bf16_supported() else "fp32"
     ours, defaults, peer = peak("ours", "fp32"), peak("ours", half), peak("peer", "fp32")
-    print(f"\nDiT training step, 64 images, peak memory: ours {ours:.0f} MiB fp32, {defaults:.0f} MiB {half}, diffusers {peer:.0f} MiB")
+    print(
+        f"\nDiT training step, 64 images, peak memory: ours {ours:.0f} MiB fp32, {defaults:.0f} MiB {half}, diffusers {peer:.0f} MiB"
+    )
     assert ours < peer * SLACK and defaults < peer
     assert resource is not None
 
@@ -236,7 +250,11 @@ def test_llamagen_sampling() -> None:
     transformers = pytest.importorskip("transformers")
     torch.manual_seed(0)
     sizes = {"dim": 256, "n_layer": 4, "n_head": 4, "multiple_of": 64}
-    ours = registry().build("model", {"name": "llamagen", "grid": (16, 16), "num_classes": 10, "vocab_size": 1024, **sizes}).eval()
+    ours = (
+        registry()
+        .build("model", {"name": "llamagen", "grid": (16, 16), "num_classes": 10, "vocab_size": 1024, **sizes})
+        .eval()
+    )
     hidden = ours.layers[0].feed_forward.w1.out_features
     config = transformers.LlamaConfig(vocab_size=1035, hidden_size=256, intermediate_size=hidden, num_hidden_layers=4,
                                       num_attention_heads=4, max_position_embeddings=300)  # fmt: skip
@@ -276,7 +294,9 @@ def test_llamagen_sampling() -> None:
 
     fast, slow = race(cached, naive, rounds=2)
     assert report("LlamaGen, 256 tokens with guidance", fast, slow, "without a cache") >= 3
-    assert report("LlamaGen, 256 tokens with guidance", *race(cached, plain_cached, rounds=3), "transformers") > 1 / SLACK
+    assert (
+        report("LlamaGen, 256 tokens with guidance", *race(cached, plain_cached, rounds=3), "transformers") > 1 / SLACK
+    )
 
 
 @pytest.mark.skipif(not has("model", "glow"), reason="Glow is not in")

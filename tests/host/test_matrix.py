@@ -49,7 +49,9 @@ def ok(result: tuple[int, str, str]) -> str:
 def test_sample_and_evaluate(run: Path, vgm, tmp_path: Path) -> None:
     ok(vgm("sample", run, "-n", 4, "--steps", 2, "--out", "own.npz"))
     ok(vgm("sample", run, "-n", 4, "--sampler", "heun", "--steps", 2, "--out", "heun.npz"))
-    results = json.loads(ok(vgm("evaluate", run, "-n", 80, "--steps", 2, "--metrics", "fid,kid:subset_size=40", "--json")))
+    results = json.loads(
+        ok(vgm("evaluate", run, "-n", 80, "--steps", 2, "--metrics", "fid,kid:subset_size=40", "--json"))
+    )
     assert {r["metric"] for r in results} >= {"fid", "kid"} and all(r["value"] == r["value"] for r in results)
 
 

@@ -17,6 +17,7 @@ from vgm_cli.images import read_png_metadata
 def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A small trained run, made once."""
     from conftest import TINY
+
     from vgm_cli import recipe as recipes
     from vgm_cli.engine.trainer import train
 
@@ -93,7 +94,9 @@ def test_an_interrupted_job_goes_on(run: Path, vgm, tmp_path: Path, kind: str) -
 
 def test_two_processes_make_the_same_images(run: Path, process: type, tmp_path: Path) -> None:
     for n, name in ((1, "one"), (2, "two")):
-        done = process("sample", run, "-n", 10, "--batch-size", 3, "--nproc", n, "--out", tmp_path / f"{name}.npz").wait()
+        done = process(
+            "sample", run, "-n", 10, "--batch-size", 3, "--nproc", n, "--out", tmp_path / f"{name}.npz"
+        ).wait()
         assert done[0] == 0, done[2]
     a, b = (arrays(tmp_path / f"{k}.npz") for k in ("one", "two"))
     assert abs(a[0].astype(int) - b[0].astype(int)).max() <= 1 and np.array_equal(a[1], b[1])
@@ -117,7 +120,9 @@ def test_rerun_makes_the_same_image(run: Path, vgm, tmp_path: Path, kind: str) -
         image = tmp_path / "grid.png"
         assert vgm("sample", copy, "-n", 20, "--sampler", "heun", "--steps", 3, "--out", image)[0] == 0
     else:
-        assert vgm("sample", copy, "-n", 8, "--batch-size", 3, "eta=1.0", "--sampler", "ddim", "--out", "images")[0] == 0
+        assert (
+            vgm("sample", copy, "-n", 8, "--batch-size", 3, "eta=1.0", "--sampler", "ddim", "--out", "images")[0] == 0
+        )
         image = tmp_path / "images/000004.png"
     said = json.loads(read_png_metadata(image)["vgm"])
     assert said["sampler"]["name"] in ("heun", "ddim") and said["step"] == 8 and len(said["sha256"]) > 8

@@ -16,7 +16,11 @@ SMALL = {
     "distill": ["train.steps=1", "train.batch_size=8", "train.preview_n=0", "train.precision=fp32"],
     "finetune-rl": ["train.steps=1", "train.preview_n=0", "train.precision=fp32"],
 }
-FEWER = {"sample": ["-n", "2", "--steps", "2"], "evaluate": ["-n", "40", "--steps", "2"], "restore": ["-n", "2", "--steps", "3"]}
+FEWER = {
+    "sample": ["-n", "2", "--steps", "2"],
+    "evaluate": ["-n", "40", "--steps", "2"],
+    "restore": ["-n", "2", "--steps", "3"],
+}
 
 
 def commands(page: Path) -> list[list[str]]:

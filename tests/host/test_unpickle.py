@@ -17,7 +17,6 @@ import torch
 from vgm_cli.errors import VgmError
 from vgm_cli.unpickle import Shell, load, states
 
-
 REFUSED = "refused|not readable|more than tensors"
 
 
@@ -79,11 +78,13 @@ def write(path: Path, value: Any, protocol: int = 4) -> Path:
 
 def module_state(foreign: Any, source: str, w: torch.Tensor) -> Any:
     inner = foreign.Persistent("Layer", source, {
-        "_parameters": OrderedDict(weight=torch.nn.Parameter(w), bias=None), "_buffers": OrderedDict(f=torch.ones(2, 2)),
+        "_parameters": OrderedDict(weight=torch.nn.Parameter(w), bias=None),
+        "_buffers": OrderedDict(f=torch.ones(2, 2)),
         "_modules": OrderedDict(), "_non_persistent_buffers_set": set(), "training": False,
     })  # fmt: skip
     return foreign.Persistent("Net", source, {
-        "_parameters": OrderedDict(), "_buffers": OrderedDict(average=torch.arange(3.0)), "_modules": OrderedDict(fc0=inner),
+        "_parameters": OrderedDict(), "_buffers": OrderedDict(average=torch.arange(3.0)),
+        "_modules": OrderedDict(fc0=inner),
         "_init_kwargs": foreign.EasyDict(size=4), "training": False,
     })  # fmt: skip
 
@@ -108,8 +109,9 @@ def test_persistent_modules_are_read_and_their_source_is_not_run(foreign: Any, t
 
 def test_tensorflow_networks_are_read(foreign: Any, tmp_path: Path) -> None:
     def network(name: str, variables: Any, **components: Any) -> Any:
-        return foreign.Network({"version": 3, "name": name, "static_kwargs": {"resolution": 32}, "components": components,
-                                "build_module_src": "raise SystemExit", "build_func_name": "G", "variables": variables})  # fmt: skip
+        code = {"build_module_src": "raise SystemExit", "build_func_name": "G"}
+        facts = {"version": 3, "name": name, "static_kwargs": {"resolution": 32}, "components": components}
+        return foreign.Network({**facts, **code, "variables": variables})
 
     mapping = network("G_mapping", [("Dense0/weight", np.ones((2, 3), np.float32))])
     pair = (network("G", [("lod", np.float32(0))], mapping=mapping), network("D", [("lod", np.float32(1))]))

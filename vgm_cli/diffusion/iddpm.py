@@ -174,8 +174,8 @@ class DDPMSampler:
 
     steps: N, "a,b,c" per section, or "ddimN" for an integer stride; a request's own steps go before. variance: None is
     the training's. cfg_channels: leading channels that guidance applies to, None for all (3 in DiT's published
-    numbers). clip_denoised: x0 to [-1, 1], or to +-that, in every step. eta: DDIM's share of noise. classifier: of noisy
-    images, (x, t) -> logits, for classifier guidance towards request.cond["y"] with classifier_scale.
+    numbers). clip_denoised: x0 to [-1, 1], or to +-that, in every step. eta: DDIM's share of noise. classifier: of
+    noisy images, (x, t) -> logits, for classifier guidance towards request.cond["y"] with classifier_scale.
     """
 
     def __init__(

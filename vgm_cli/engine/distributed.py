@@ -83,8 +83,8 @@ def default_argv() -> list[str]:
 
 
 def keep_memory() -> None:
-    """On Linux with glibc, let freed tensors stay in the process: handing every large one back to the system and faulting
-    it in again costs a training step on a CPU 7 to 12 % (measured). Harmless elsewhere."""
+    """On Linux with glibc, let freed tensors stay in the process: handing every large one back to the system and
+    faulting it in again costs a training step on a CPU 7 to 12 % (measured). Harmless elsewhere."""
     import ctypes
 
     with contextlib.suppress(OSError, AttributeError):

@@ -1,5 +1,5 @@
-"""Where samples go: one grid, a folder of PNGs, or an ADM-layout .npz. Folders and .npz are made batch by batch, shared by
-the processes of a run, and go on where an interrupted one stopped."""
+"""Where samples go: one grid, a folder of PNGs, or an ADM-layout .npz. Folders and .npz are made batch by batch, shared
+by the processes of a run, and go on where an interrupted one stopped."""
 
 from __future__ import annotations
 
@@ -128,7 +128,7 @@ def write_folder(
     loaded: Loaded, plan: Plan, folder: Path, device: torch.device, meta: dict[str, str], info: dict[str, Any],
     progress: Any,
 ) -> int:  # fmt: skip
-    """000000.png …; images already there are kept, so an interrupted job goes on. Returns how many this process made."""
+    """000000.png …; images already there are kept, so an interrupted job goes on. Gives how many this process made."""
     if folder.is_file():
         raise VgmError(f"{folder} is a file", "name a folder, a .png or a .npz", USAGE)
     folder.mkdir(parents=True, exist_ok=True)
@@ -153,8 +153,8 @@ def write_npz(
     loaded: Loaded, plan: Plan, target: Path, device: torch.device, meta: dict[str, str], info: dict[str, Any],
     progress: Any,
 ) -> int:  # fmt: skip
-    """ADM layout: arr_0 uint8 (N, H, W, C), arr_1 int64 labels. Batches are kept in NAME.npz.parts until all are there, so
-    an interrupted job goes on; the file is then written in one pass that holds one batch in memory."""
+    """ADM layout: arr_0 uint8 (N, H, W, C), arr_1 int64 labels. Batches are kept in NAME.npz.parts until all are there,
+    so an interrupted job goes on; the file is then written in one pass that holds one batch in memory."""
     parts = target.with_name(target.name + ".parts")
     main = ranks.rank_world()[0] == 0
     if main:

@@ -15,7 +15,7 @@ from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.registry import load_target, registry, signature
 
 LATENTS = ("latent_size", "latent_dim", "w_dim")  # what constructors call the length of z
-SIDE = 64  # of images for codecs, which take any size that their levels divide
+SIDE = 32  # of images for codecs, which take any size that their levels divide
 
 
 def run(source: Any, state: Mapping[str, Tensor], layout: Converter | None = None) -> Tensor | None:

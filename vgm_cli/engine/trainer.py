@@ -337,8 +337,8 @@ class Trainer:
                     window, counts = {}, {}
                     self._stop_if_diverged(finite, done)
                     left = (until - done) * opts.batch_size / max(rate, 1e-9)
-                    told = "reward" if "reward" in row else "loss"
-                    note = f"{told} {row.get(told, math.nan):.4g}  {rate:.0f} img/s"
+                    told = next(k for k in ("reward", "loss", f"{self.phases[0].name}/loss") if k in row)
+                    note = f"{told} {row[told]:.4g}  {rate:.0f} img/s"
                     progress.update(done, note)
                     progress.line(f"step {done}/{until}  {note}  ETA {duration(left)}")
                 elif progress.bar is not None:
