@@ -39,13 +39,19 @@ def upfirdn2d(x: Tensor, kernel: Tensor, up: int = 1, down: int = 1, pad: Sequen
 def _upfirdn(x: Tensor, kernel: Tensor, up: Pair, down: Pair, pad: tuple[int, int, int, int]) -> Tensor:
     """upfirdn2d with factors (vertical, horizontal); pad: (left, right, top, bottom)."""
     channels, (n, m) = x.shape[1], kernel.shape
+    left, right, top, bottom = pad
     if up != (1, 1):  # the transposed convolution pads by n - 1 before and n - up after; crop to what is wanted
-        x = F.conv_transpose2d(x, kernel.expand(channels, 1, n, m), stride=up, groups=channels)
-        left, right, top, bottom = pad
-        x = F.pad(x, (left - (m - 1), right - (m - up[1]), top - (n - 1), bottom - (n - up[0])))
+        left, right, top, bottom = left - (m - 1), right - (m - up[1]), top - (n - 1), bottom - (n - up[0])
+        own = (max(0, -max(top, bottom)), max(0, -max(left, right)))  # what both sides lose it does not compute
+        x = F.conv_transpose2d(x, kernel.expand(channels, 1, n, m), stride=up, padding=own, groups=channels)
+        rest = (left + own[1], right + own[1], top + own[0], bottom + own[0])
+        x = F.pad(x, rest) if any(rest) else x
         return x[:, :, :: down[0], :: down[1]] if down != (1, 1) else x
     weights = kernel.flip(0, 1).expand(channels, 1, n, m)  # a convolution turns its kernel round
-    return F.conv2d(F.pad(x, pad), weights, stride=down, groups=channels)
+    own = (max(0, min(top, bottom)), max(0, min(left, right)))  # what both sides gain costs no copy
+    rest = (left - own[1], right - own[1], top - own[0], bottom - own[0])
+    x = F.pad(x, rest) if any(rest) else x
+    return F.conv2d(x, weights, stride=down, padding=own, groups=channels)
 
 
 def upsample_fir(x: Tensor, taps: Sequence[float], factor: int = 2, gain: float = 1.0) -> Tensor:
