@@ -1,7 +1,8 @@
 """Any Gaussian network as what DPS samples from: a discrete variance-preserving chain of denoising steps.
 
 A network of DDPM's discrete steps keeps its own betas, prediction and learned variance, so that the official code's
-numbers come out. Every other one (flow matching, EDM, continuous VP) is asked for x0 at the noise level of each step:
+numbers come out. Deviation: a learned variance outside its range (x0 networks leave it by far) is clipped to it, unless
+variance=learned_range is asked for by name. Every other one (flow matching, EDM, continuous VP) is asked for x0 at the noise level of each step:
 x / sqrt(1 + s^2) of variance-exploding data at level s is the chain's x_t with alpha-bar = 1 / (1 + s^2).
 """
 
@@ -92,13 +93,22 @@ def prior_of(
         count, own = len(betas), view.prediction in get_args(Mean)
         learned = view.learned_sigma and own
 
-        def model(x: Tensor, t: Tensor) -> Tensor:
-            at = path.t_of_timestep(t)
-            return view.raw(x, at, **cond) if own else view.predict(x, at, "x0", **cond)
-
         mean: Mean = view.prediction if own else "x0"  # type: ignore[assignment]
         default: Variance = "learned_range" if learned else "fixed_small"
-        variance = variance or ((view.variance if own else None) or default)  # type: ignore[assignment]
+        usual: Variance = (view.variance if own else None) or default  # type: ignore[assignment]
+        clipped = variance is None and usual == "learned_range"
+        variance = variance or usual
+
+        def model(x: Tensor, t: Tensor) -> Tensor:
+            at = path.t_of_timestep(t)
+            if not own:
+                return view.predict(x, at, "x0", **cond)
+            output = view.raw(x, at, **cond)
+            if not learned or not clipped:
+                return output
+            prediction, values = view.split(output, x)
+            assert values is not None
+            return torch.cat([prediction, values.clamp(-1, 1)], dim=1)
     else:
         betas = named_betas("linear", 1000)
         levels = torch.from_numpy(DiscreteDiffusion(betas).tables["sqrt_recipm1_alphas_cumprod"])
