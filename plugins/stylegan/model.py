@@ -104,10 +104,9 @@ class Layer(nn.Module):
         if noise is not None:
             x = torch.addcmul(x, noise.to(x.dtype), self.noise_strength.to(x.dtype).view(-1, 1, 1))
         x = F.leaky_relu(x + self.bias.to(x.dtype).view(-1, 1, 1), 0.2)
-        scale, shift = self.style(w).float().view(len(x), 2, -1, 1, 1).unbind(1)
-        var, mean = torch.var_mean(x.float(), (2, 3), correction=0, keepdim=True)
-        scale = (scale + 1) * (var + EPS).rsqrt()  # the norm's and the style's scale and shift at once
-        return torch.addcmul((shift - mean * scale).to(x.dtype), x, scale.to(x.dtype))
+        x = F.group_norm(x, x.shape[1], eps=EPS).to(x.dtype)  # one channel per group: an instance norm, but faster
+        scale, shift = self.style(w).view(len(x), 2, -1, 1, 1).to(x.dtype).unbind(1)
+        return torch.addcmul(shift, x, scale + 1)
 
 
 class Generator(StyleGenerator):

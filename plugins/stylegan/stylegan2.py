@@ -80,19 +80,27 @@ def modulated_conv(
     demodulate: bool = True,
     f: Tensor | None = None,
     up: bool = False,
+    gain: float = 1.0,
 ) -> Tensor:
     """Convolution whose input channels are scaled by styles (B, in), its output divided by the norm of the scaled
-    weights (eq. 1 and 3 of arXiv 1912.04958), then noise (broadcast to the output) added."""
+    weights (eq. 1 and 3 of arXiv 1912.04958), then noise (broadcast to the output) added. gain: on all of it, which
+    costs nothing with demodulation. A single image has its weights scaled, a batch its activations."""
     if demodulate and x.dtype == torch.float16:  # keep half precision away from its limits
         weight = weight / (weight.abs().amax((1, 2, 3), keepdim=True) * math.sqrt(weight[0].numel()))
         styles = styles / styles.abs().amax(1, keepdim=True)
-    out = conv(x * styles.to(x.dtype)[:, :, None, None], weight, f, up)
+    d = styles.new_full((1, len(weight)), gain)
     if demodulate:
         with torch.autocast(x.device.type, enabled=False):
             power = weight.float().square().sum((2, 3))  # (out, in)
-            d = (styles.float().square() @ power.T + 1e-8).rsqrt().to(out.dtype)[:, :, None, None]
-        return out * d if noise is None else torch.addcmul(noise.to(out.dtype), out, d)
-    return out if noise is None else out + noise.to(out.dtype)
+            d = (styles.float().square() @ power.T + 1e-8).rsqrt() * gain
+    if len(x) == 1 and not styles.requires_grad:
+        out = conv(x, weight * styles[0, :, None, None] * d[0, :, None, None, None], f, up)
+        return out if noise is None else out + (noise * gain).to(out.dtype)
+    out = conv(x * styles.to(x.dtype)[:, :, None, None], weight, f, up)
+    d = d.to(out.dtype)[:, :, None, None]
+    if noise is not None:
+        return torch.addcmul((noise * gain).to(out.dtype), out, d)
+    return out * d if demodulate or gain != 1 else out
 
 
 class Mapping(nn.Module):
@@ -141,9 +149,10 @@ class Layer(nn.Module):
         """x: (B, in, h, w), w: (B, w_dim), noise: (B or 1, 1, H, W)."""
         if noise is not None:
             noise = noise * self.noise_strength
-        x = modulated_conv(x, self.weight, self.affine(w), noise, f=f, up=self.up)
-        limit = None if clamp is None else clamp * gain
-        return bias_act(x, self.bias, self.act, ACTIVATIONS[self.act][1] * gain, limit)
+        limit, gain = None if clamp is None else clamp * gain, ACTIVATIONS[self.act][1] * gain
+        early = gain if self.act != "swish" else 1.0  # the others let positive factors through: scale small tensors
+        x = modulated_conv(x, self.weight, self.affine(w), noise, f=f, up=self.up, gain=early)
+        return bias_act(x, self.bias * early, self.act, gain / early, limit)
 
 
 class ToRGB(nn.Module):

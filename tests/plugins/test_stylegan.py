@@ -502,6 +502,12 @@ def test_styles_on_activations_are_grouped_convolutions() -> None:
     own = own / (own.square().sum((2, 3, 4), keepdim=True) + 1e-8).sqrt()
     want = F.conv2d(x.reshape(1, 12, 5, 5), own.reshape(18, 4, 3, 3), padding=1, groups=3).view(3, 6, 5, 5)
     assert_close(stylegan2.modulated_conv(x, w, s), want, 1e-5)
+    assert_close(stylegan2.modulated_conv(x[:1], w, s[:1], gain=2.0), 2 * want[:1], 1e-5, "a single image")
+    noise = torch.randn(3, 1, 5, 5, generator=g)
+    for n in (1, 3):
+        got = stylegan2.modulated_conv(x[:n], w, s[:n], noise[:n], demodulate=False, gain=0.5)
+        plain = torch.stack([F.conv2d(x[i], w * s[i, :, None, None], padding=1) for i in range(n)]) + noise[:n]
+        assert_close(got, 0.5 * plain, 1e-5, "without demodulation")
 
 
 @torch.no_grad()
