@@ -121,6 +121,7 @@ class Array(Shell):
 
     def __setstate__(self, state: Any) -> None:
         _, shape, dtype, fortran, data = state
+        dtype.resolve()  # refuses what is no number
         data = data if isinstance(data, bytes | bytearray) else encode(data)
         self.value = array_from(data, dtype, shape, "F" if fortran else "C")
 
