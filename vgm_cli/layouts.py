@@ -4,6 +4,7 @@
 from __future__ import annotations
 
 import difflib
+import functools
 import re
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -132,45 +133,38 @@ def reason_of(e: Exception) -> str:
     return (str(e).strip() or type(e).__name__).splitlines()[0]
 
 
-def nearest(state: State, among: Iterable[Converter] | None = None) -> Fit | None:
+def nearest(state: State) -> Fit | None:
     """The layout that a state almost has, or None: at least half of the names agree, numbers in them aside."""
-    best, best_score = None, 0.5
-    own = {re.sub(r"\d+", "#", k) for k in state}
-    for c in converters().values() if among is None else among:
-        for config in configs_near(c, state):
-            try:
-                names = {re.sub(r"\d+", "#", k) for k in layout_of(c, config)}
-            except UNFIT:
-                continue
-            score = len(names & own) / max(1, len(names | own))
-            if score > best_score:
-                best, best_score = (c, config), score
-            break
-    if best is None:
+    own = patterns(state)
+    scores = {}
+    for c in converters().values():
+        names = patterns_of(c.name)
+        scores[c.name] = len(names & own) / max(1, len(names | own))
+    name = max(scores, key=lambda n: scores[n])
+    if scores[name] < 0.5:
         return None
-    c, config = best
-    found = fit(c, state, config)
-    for preset in registry().presets(registry().find(c.kind, c.component)).values():
-        other = fit(c, state, preset)
-        if not other.reason and wrong(other) < wrong(found):
-            found = other
-    return found
+    c = converter(name)
+    presets = registry().presets(registry().find(c.kind, c.component)).values()
+    fits = [f for f in (fit(c, state), *(fit(c, state, p) for p in presets)) if not f.reason]
+    return min(fits, key=lambda f: len(f.missing) + len(f.unexpected) + len(f.shapes), default=None)
 
 
-def wrong(found: Fit) -> int:
-    return len(found.missing) + len(found.unexpected) + len(found.shapes)
+def patterns(names: Iterable[str]) -> frozenset[str]:
+    return frozenset(re.sub(r"\d+", "#", k) for k in names)
 
 
-def configs_near(c: Converter, state: State) -> Iterable[Mapping[str, Any]]:
-    """Keywords to try: what can be read off the state, the published ones, the constructor's defaults."""
-    try:
-        yield c.config_from(state)
-    except UNFIT:
-        pass
+@functools.cache
+def patterns_of(name: str) -> frozenset[str]:
+    """Names, numbers aside, of a typical network in a layout: the constructor's own, else a published one."""
+    c = converter(name)
     component = registry().components.get((c.kind, c.component))
-    if component is not None:
-        yield from registry().presets(component).values()
-    yield {}
+    presets = [] if component is None else list(registry().presets(component).values())
+    for config in ({}, *presets[:2], *presets[2:][-2:]):  # a layout may hold some of its component's networks only
+        try:
+            return patterns(layout_of(c, config))
+        except UNFIT:
+            continue
+    return frozenset()
 
 
 # -- choosing ----------------------------------------------------------------------------------------------------------
@@ -251,7 +245,7 @@ def told(found: Fit) -> str:
 
 def misfit(c: Converter, state: State, path: Path, said: str) -> VgmError:
     """The state cannot be read as `c`. said: why."""
-    others = [x.name for x in recognising(state) if x.name != c.name]
+    others = [x.name for x in recognising(state) if x.name != c.name and fit(x, state).exact]
     hint = f"it looks like {', '.join(others)}" if others else f"`vgm inspect {path}` says what it looks like"
     return VgmError(f"{path} does not have the layout '{c.name}': {said}", hint, USAGE if others else FAILED)
 

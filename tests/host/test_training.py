@@ -167,8 +167,11 @@ def test_batches_that_do_not_divide_are_refused(tiny: Path) -> None:
         train(recipes.load(str(tiny), None, ["train.batch_size=10", "train.accumulate=4"]))
 
 
-def test_own_images_train_with_no_other_option(tmp_path: Path, vgm) -> None:
-    """Class folders of 32×32 RGB images: channels, size and class count come from the data."""
+@pytest.mark.parametrize("size", [32, 64])
+@pytest.mark.parametrize("codec", ["short", pytest.param("as shipped", marks=pytest.mark.slow)])
+def test_own_images_train_with_no_other_option(tmp_path: Path, vgm, size: int, codec: str) -> None:
+    """Class folders of RGB images: channels, size and class count come from the data, and a codec is trained first. Only
+    the length of that training differs between the two."""
     import numpy as np
     from PIL import Image
 
@@ -176,20 +179,21 @@ def test_own_images_train_with_no_other_option(tmp_path: Path, vgm) -> None:
     for c, name in enumerate(("cats", "dogs", "owls")):
         (tmp_path / "data" / name).mkdir(parents=True)
         for i in range(12):
-            image = rng.integers(0, 80, (32, 32, 3), dtype=np.uint8)
+            image = rng.integers(0, 80, (size, size, 3), dtype=np.uint8)
             image[..., c] += 150
             Image.fromarray(image).save(tmp_path / "data" / name / f"{i}.png")
-    code, _, err = vgm(
-        "train",
-        "dit",
-        f"data.path={tmp_path / 'data'}",
-        "train.steps=3",
-        "train.preview_n=6",
-        "--out",
-        tmp_path / "run",
-    )
+    quick = []
+    if codec == "short":
+        (tmp_path / "codec.yaml").write_text("base: ldm/small-codec\ntrain: {steps: 4, batch_size: 4}\n")
+        quick = ["codec.fallback=codec.yaml"]
+    own = ["train", "dit", f"data.path={tmp_path / 'data'}", "train.steps=3", "train.preview_n=6", *quick]
+    code, _, err = vgm(*own, "--out", tmp_path / "run")
     assert code == 0, err
+    assert "training one first" in err
     six = ("-n", 6, "--label", "owls", "--steps", 2, "--out", tmp_path / "x.png")
     code, _, err = vgm("sample", tmp_path / "run", *six)
     assert code == 0, err
-    assert Image.open(tmp_path / "x.png").mode == "RGB"
+    picture = Image.open(tmp_path / "x.png")
+    assert picture.mode == "RGB" and picture.width > 2 * size
+    header = json.loads((tmp_path / "run/data.json").read_text())
+    assert (header["image_size"], header["image_channels"], header["num_classes"]) == (size, 3, 3)
