@@ -29,11 +29,19 @@ def gradient(x_t: Tensor, value: Tensor) -> Tensor:
 
 
 def posterior_sampling(
-    operator: Operator, x_t: Tensor, x_next: Tensor, x0: Tensor, y: Tensor, zeta: float, noise: str = "gaussian"
+    operator: Operator,
+    x_t: Tensor,
+    x_next: Tensor,
+    x0: Tensor,
+    y: Tensor,
+    zeta: float,
+    noise: str = "gaussian",
+    limited: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """DPS ("ps"): x_next - zeta d distance / d x_t, and the distance (B,)."""
+    """DPS ("ps"): x_next - zeta d distance / d x_t, and the distance (B,). limited: zeta at most the distance itself."""
     value = distance(operator, x0, y, noise)
-    return x_next - zeta * gradient(x_t, value), value
+    step = value.detach().clamp(max=zeta).view(-1, *[1] * (x_t.ndim - 1)) if limited else zeta
+    return x_next - step * gradient(x_t, value), value
 
 
 def posterior_sampling_plus(
@@ -54,9 +62,10 @@ def manifold_constrained(
     zeta: float,
     noise: str = "gaussian",
     project: Project | None = None,
+    limited: bool = False,
 ) -> tuple[Tensor, Tensor]:
     """MCG: a DPS step, then a projection onto the measurement noised to the same step, y_t."""
-    x, value = posterior_sampling(operator, x_t, x_next, x0, y, zeta, noise)
+    x, value = posterior_sampling(operator, x_t, x_next, x0, y, zeta, noise, limited)
     return (project or projection(operator))(x, y_t), value
 
 

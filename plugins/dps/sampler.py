@@ -118,8 +118,9 @@ class DPS(Restorer):
     """Diffusion posterior sampling.
 
     zeta: step size along the gradient of the measurement's distance; the published ones are for 1000 steps on images of
-    256 pixels (see presets). None is 0.3 * 1000 / steps, the released step size spread over fewer steps. particles:
-    "ps+" with so many perturbed copies of x0. sampler, eta: ancestral, or DDIM. dynamic_threshold: see prior.
+    256 pixels (see presets). None is 0.3 * 1000 / steps, the released step size spread over fewer steps, and never more
+    than the distance: small images are near their measurement, and would be thrown past it. particles: "ps+" with so
+    many perturbed copies of x0. sampler, eta: ancestral, or DDIM. dynamic_threshold: see prior.
     """
 
     name = "dps"
@@ -147,11 +148,13 @@ class DPS(Restorer):
         return finish(view, request, prior.steps, states)
 
     def correction(self, prior: Prior, request: Request, operator: Operator, y: Tensor, zeta: float) -> Correct:
+        noise, limited = operator.noise.name, self.zeta is None
+
         def correct(x_t: Tensor, x_next: Tensor, x0: Tensor, i: int) -> tuple[Tensor, Tensor]:
             if self.particles:
                 draws = [request.rand(tuple(x0.shape[1:])) for _ in range(self.particles)]
                 return conditioning.posterior_sampling_plus(operator, x_t, x_next, x0, y, zeta, draws)
-            return conditioning.posterior_sampling(operator, x_t, x_next, x0, y, zeta, operator.noise.name)
+            return conditioning.posterior_sampling(operator, x_t, x_next, x0, y, zeta, noise, limited)
 
         return correct
 
@@ -192,11 +195,11 @@ class MCG(DPS):
         return prior.process.q_sample(y, prior.index(y, i), request.randn(tuple(y.shape[1:])))
 
     def correction(self, prior: Prior, request: Request, operator: Operator, y: Tensor, zeta: float) -> Correct:
-        project, noise = self.project(operator), operator.noise.name
+        project, noise, limited = self.project(operator), operator.noise.name, self.zeta is None
 
         def correct(x_t: Tensor, x_next: Tensor, x0: Tensor, i: int) -> tuple[Tensor, Tensor]:
             y_t = self.noised(prior, request, y, i)
-            return conditioning.manifold_constrained(operator, x_t, x_next, x0, y, y_t, zeta, noise, project)
+            return conditioning.manifold_constrained(operator, x_t, x_next, x0, y, y_t, zeta, noise, project, limited)
 
         return correct
 
