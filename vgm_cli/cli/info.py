@@ -258,13 +258,10 @@ def inspect(
 
     Next: vgm convert FILE OUT.safetensors   or   vgm sample FILE
     """
+    from vgm_cli.engine.weight_files import locate
     from vgm_cli.inspection import describe, safetensors_header
 
-    path = Path(file)
-    if path.is_dir() or not path.exists():
-        from vgm_cli.engine.weight_files import locate
-
-        path = locate(file)
+    path = locate(file)
     facts = describe(path)
     if tensors and path.suffix == ".safetensors":
         facts["list"] = safetensors_header(path)[0]
