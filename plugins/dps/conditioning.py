@@ -38,10 +38,16 @@ def posterior_sampling(
     noise: str = "gaussian",
     limited: bool = False,
 ) -> tuple[Tensor, Tensor]:
-    """DPS ("ps"): x_next - zeta d distance / d x_t, and the distance (B,). limited: zeta at most the distance itself."""
+    """DPS ("ps"): x_next - zeta d distance / d x_t, and the distance (B,).
+
+    limited: a step ends where the distance would be 0 if it went on falling as it does (Polyak's step size).
+    """
     value = distance(operator, x0, y, noise)
-    step = value.detach().clamp(max=zeta).view(-1, *[1] * (x_t.ndim - 1)) if limited else zeta
-    return x_next - step * gradient(x_t, value), value
+    g = gradient(x_t, value)
+    if not limited:
+        return x_next - zeta * g, value
+    step = value.detach() / g.flatten(1).square().sum(1).clamp(min=1e-12)
+    return x_next - step.clamp(max=zeta).view(-1, *[1] * (g.ndim - 1)) * g, value
 
 
 def posterior_sampling_plus(

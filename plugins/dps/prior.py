@@ -1,9 +1,10 @@
 """Any Gaussian network as what DPS samples from: a discrete variance-preserving chain of denoising steps.
 
 A network of DDPM's discrete steps keeps its own betas, prediction and learned variance, so that the official code's
-numbers come out. Deviation: a learned variance outside its range (x0 networks leave it by far) is clipped to it, unless
-variance=learned_range is asked for by name. Every other one (flow matching, EDM, continuous VP) is asked for x0 at the noise level of each step:
-x / sqrt(1 + s^2) of variance-exploding data at level s is the chain's x_t with alpha-bar = 1 / (1 + s^2).
+numbers come out; a learned variance that leaves its range (x0 networks do, by far) is clipped to it, unless
+variance=learned_range is asked for. Every other network (flow matching, EDM, continuous VP) is asked for x0 at the
+noise level of each step: x / sqrt(1 + s^2) of variance-exploding data at level s is the chain's x_t with
+alpha-bar = 1 / (1 + s^2).
 """
 
 from __future__ import annotations

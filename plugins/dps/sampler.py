@@ -118,9 +118,9 @@ class DPS(Restorer):
     """Diffusion posterior sampling.
 
     zeta: step size along the gradient of the measurement's distance; the published ones are for 1000 steps on images of
-    256 pixels (see presets). None is 0.3 * 1000 / steps, the released step size spread over fewer steps, and never more
-    than the distance: small images are near their measurement, and would be thrown past it. particles: "ps+" with so
-    many perturbed copies of x0. sampler, eta: ancestral, or DDIM. dynamic_threshold: see prior.
+    256 pixels (see presets). None is 0.3 * 1000 / steps, the released step size spread over fewer steps, and limited so
+    that small images are not thrown past their measurement. particles: "ps+" with so many perturbed copies of x0.
+    sampler, eta: ancestral, or DDIM. dynamic_threshold: see prior.
     """
 
     name = "dps"
