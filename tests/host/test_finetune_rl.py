@@ -271,3 +271,27 @@ def test_a_checkpoint_without_facts_is_refused(flow: Path, tmp_path: Path) -> No
 def test_print_config_shows_where_values_come_from(flow: Path, vgm) -> None:
     code, out, _ = vgm("finetune-rl", "flow-grpo", "--model", flow, "--reward", "ink=2", "--print-config")
     assert code == 0 and "roles.reward.terms.ink: 2" in out and "# teacher" in out and "# command line" in out
+
+
+# -- a figure --------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.slow
+def test_ink_rises_by_two_deviations_and_digits_stay_digits(tmp_path: Path, vgm) -> None:
+    """The shipped recipe on a flow model of handwritten digits: reward of the model as it is sampled, before and after."""
+    from vgm_cli.engine import generate
+    from vgm_cli.engine.sampling import open_model, plan_for
+    from vgm_cli.metrics.class_accuracy import classifier_accuracy
+    from vgm_cli.registry import registry
+
+    base, out = tmp_path / "base", tmp_path / "out"
+    assert vgm("train", "rectified-flow", "train.steps=1200", "--out", base)[0] == 0
+    assert vgm("finetune-rl", "flow-grpo", "--model", base, "--out", out)[0] == 0
+    ink, accuracy = [], []
+    for run in (base, out):
+        loaded, device = open_model(str(run))
+        x, y = generate.sample(loaded, plan_for(loaded, n=400, batch_size=100), device)
+        ink.append(registry().build("reward", {"name": "ink"})(x, {}))
+        accuracy.append(classifier_accuracy(x.clamp(-1, 1), torch.tensor(y)))
+    assert ink[1].mean() - ink[0].mean() >= 2 * ink[0].std(), (ink[0].mean(), ink[0].std(), ink[1].mean())
+    assert accuracy[1] >= 0.9, accuracy
