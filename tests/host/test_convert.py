@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 import errno
+import functools
 import json
 import os
 import pickle
@@ -27,7 +28,7 @@ from vgm_cli.errors import VgmError
 from vgm_cli.registry import registry
 from vgm_cli.testing import suites
 
-ADM: dict[str, Any] = {"image_size": 16, "model_channels": 64, "num_res_blocks": 1, "channel_mult": (1, 2)}
+ADM: dict[str, Any] = {"image_size": 16, "model_channels": 64, "num_res_blocks": 1, "channel_mult": (1, 1)}
 ADM |= {"attention_resolutions": (2,), "num_head_channels": 64, "num_classes": 5}
 DIT = {"input_size": 8, "hidden_size": 32, "depth": 2, "num_heads": 2, "patch_size": 2, "num_classes": 5}
 EDM = {"img_resolution": 8, "in_channels": 1, "num_classes": 3, "model_channels": 32, "channel_mult": [1, 2]}
@@ -44,7 +45,7 @@ WIDTHS = (6, 6, 6, 6, 4, 4, 3, 2, 2)
 # A small network of every layout, by keywords of its constructor; a new layout adds its own. Trailing KEY=VALUE are
 # what its shapes do not tell.
 TINY: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
-    "adm-classifier": (ADM | {"channel_mult": (1, 2), "pool": "adaptive"}, ()),
+    "adm-classifier": (ADM | {"pool": "adaptive"}, ()),
     "adm-unet": (ADM, ()),
     "adm-unet-diffusers": (ADM | {"use_new_attention_order": True}, ()),
     "adm-unet-diffusers-legacy": (ADM, ()),
@@ -83,18 +84,24 @@ TINY: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
 Call = Callable[..., tuple[int, str, str]]
 
 
-def state_of(name: str, **more: Any) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
-    """(ours, the same in the layout `name`) of its small network, with random weights."""
+def state_of(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
+    """(ours, the same in the layout `name`) of its small network, with random weights; the caller's to change."""
+    ours, theirs = made(name)
+    return {k: v.clone() for k, v in ours.items()}, {k: v.clone() for k, v in theirs.items()}
+
+
+@functools.cache
+def made(name: str) -> tuple[dict[str, Tensor], dict[str, Tensor]]:
     c = layouts.converter(name)
     torch.manual_seed(0)
-    network = registry().build(c.kind, {"name": c.component, **TINY[name][0], **more})
+    network = registry().build(c.kind, {"name": c.component, **TINY[name][0]})
     fixed = {k: p.clone() for k, p in network.named_parameters() if not p.requires_grad}  # tables of positions
     with torch.no_grad():
         suites.randomise(network)
     ours = {k: fixed.get(k, v) for k, v in network.state_dict().items()}
     if "initialised" in ours:  # Glow's actnorm: a published file is of a network that has been trained
         ours["initialised"].fill_(1)
-    return ours, {k: v.clone().contiguous() for k, v in c.from_ours(ours).items()}
+    return ours, {k: v.contiguous() for k, v in c.from_ours(ours).items()}
 
 
 def same(a: dict[str, Tensor], b: dict[str, Tensor]) -> bool:
