@@ -337,7 +337,8 @@ class Trainer:
                     window, counts = {}, {}
                     self._stop_if_diverged(finite, done)
                     left = (until - done) * opts.batch_size / max(rate, 1e-9)
-                    told = next(k for k in ("reward", "loss", f"{self.phases[0].name}/loss") if k in row)
+                    losses = (f"{p.name}/loss" for p in self.phases)  # a phase may not have been due
+                    told = next((k for k in ("reward", "loss", *losses) if k in row), "loss")
                     note = f"{told} {row[told]:.4g}  {rate:.0f} img/s"
                     progress.update(done, note)
                     progress.line(f"step {done}/{until}  {note}  ETA {duration(left)}")
