@@ -339,7 +339,7 @@ class Trainer:
                     left = (until - done) * opts.batch_size / max(rate, 1e-9)
                     losses = (f"{p.name}/loss" for p in self.phases)  # a phase may not have been due
                     told = next((k for k in ("reward", "loss", *losses) if k in row), "loss")
-                    note = f"{told} {row[told]:.4g}  {rate:.0f} img/s"
+                    note = f"{told} {row.get(told, math.nan):.4g}  {rate:.0f} img/s"
                     progress.update(done, note)
                     progress.line(f"step {done}/{until}  {note}  ETA {duration(left)}")
                 elif progress.bar is not None:
