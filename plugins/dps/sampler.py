@@ -127,7 +127,7 @@ class DPS(Restorer):
 
     def __init__(
         self,
-        steps: int | str = 1000,
+        steps: int | str = 100,
         zeta: float | None = None,
         sampler: Literal["ddpm", "ddim"] = "ddpm",
         eta: float = 0.0,
@@ -169,7 +169,7 @@ class MCG(DPS):
 
     def __init__(
         self,
-        steps: int | str = 1000,
+        steps: int | str = 100,
         zeta: float | None = None,
         sampler: Literal["ddpm", "ddim"] = "ddpm",
         eta: float = 0.0,

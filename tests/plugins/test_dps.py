@@ -484,6 +484,17 @@ def test_particles_average_perturbed_estimates() -> None:
     assert_close(a, b, 1e-5)
 
 
+def test_limited_steps_end_at_the_measurement() -> None:
+    """Polyak's step of a distance that is linear along its gradient lands on 0; a small zeta goes before."""
+    operator, truth, y = measured("denoising", 2, 0.0)
+    x = torch.randn(2, *SHAPE, requires_grad=True)
+    moved, _ = conditioning.posterior_sampling(operator, x, x.detach(), x + 0.0, y, 1e3, limited=True)
+    assert_close(moved, truth, 1e-5)
+    short, value = conditioning.posterior_sampling(operator, x, x.detach(), x + 0.0, y, 0.1, limited=True)
+    assert_close((short - x).flatten(1).norm(dim=1), torch.full((2,), 0.1), 1e-4)
+    assert (value > 0.1).all()
+
+
 def test_projection_is_the_nearest_image_that_measures_y() -> None:
     operator, truth, _ = measured("super-resolution", 2, 0.0, scale=2)
     x = torch.randn_like(truth)
