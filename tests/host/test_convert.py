@@ -599,7 +599,7 @@ class Branch(nn.Module):
         self.layers = nn.Sequential(nn.Linear(2, 3), nn.BatchNorm1d(3))
 
 
-def test_whole_networks_in_pickles(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_whole_networks_in_pickles(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
     """NVIDIA's pickles hold objects with their source code, which is neither imported nor run."""
     import sys
     import types
@@ -630,9 +630,9 @@ def test_whole_networks_in_pickles(monkeypatch: pytest.MonkeyPatch) -> None:
         found = weight_files.read(Path("n.pkl"))
         assert found.pick(None) == found.pick("ema") == ["G_ema"]
     assert not Path("pwned").exists()
-    monkeypatch.undo()
-    torch.save(nn.Sequential(nn.Linear(2, 3)), "module.pt")  # torch's own layers
-    assert set(weight_files.read(Path("module.pt")).entries[""]) == {"0.weight", "0.bias"}
+    monkeypatch.undo()  # the working directory, too
+    torch.save(nn.Sequential(nn.Linear(2, 3)), tmp_path / "module.pt")  # torch's own layers
+    assert set(weight_files.read(tmp_path / "module.pt").entries[""]) == {"0.weight", "0.bias"}
 
 
 def test_variables_of_another_framework() -> None:
