@@ -335,7 +335,7 @@ def finish(config: dict[str, Any], origins: dict[str, str], name: str, assignmen
     for key in config:
         if key not in TOP:
             raise unknown("key", key, TOP, where=f"recipe {name}")
-    copy_teacher(config)
+    copy_teacher(config, origins)
     r = Recipe(config, origins, name)
     for node, cls in NODES.items():
         values = dataclasses.asdict(r.node(node))
@@ -356,21 +356,23 @@ def finish(config: dict[str, Any], origins: dict[str, str], name: str, assignmen
     return r
 
 
-def copy_teacher(config: dict[str, Any]) -> None:
+def copy_teacher(config: dict[str, Any], origins: dict[str, str]) -> None:
     """`name: teacher` in the model node or a role is the network of the `teacher:` node, with its weights."""
     teacher = config.get("teacher")
     if not isinstance(teacher, dict) or "name" not in teacher:
         return
     copied = {k: v for k, v in teacher.items() if k == "weights" or k not in HOST_KEYS["teacher"]}
 
-    def resolved(node: Any) -> Any:
+    def resolved(node: Any, where: str) -> Any:
         if not isinstance(node, dict) or node.get("name") != "teacher":
             return node
-        return {**copied, **{k: v for k, v in node.items() if k != "name"}}
+        own = {k: v for k, v in node.items() if k != "name"}
+        origins.update({f"{where}.{k}": origins.get(f"teacher.{k}", "teacher") for k in copied.keys() - own.keys()})
+        return {**copied, **own}
 
-    config["model"] = resolved(config.get("model"))
+    config["model"] = resolved(config.get("model"), "model")
     if config.get("roles"):
-        config["roles"] = {role: resolved(node) for role, node in config["roles"].items()}
+        config["roles"] = {role: resolved(node, f"roles.{role}") for role, node in config["roles"].items()}
 
 
 def check_components(recipe: Recipe, roles: Mapping[str, Any] | None = None) -> None:
