@@ -189,7 +189,7 @@ def test_teacher_codec_and_data_come_along(vgm: Vgm, teachers: Callable[[str, st
     latent = engine.load("consistency", None, ["data.hflip=true"], str(tmp_path / "latent"))
     assert latent.config["codec"] == {"name": "autoencoder-kl", "weights": "mnist-codec"}
     assert latent.config["data"]["path"] == "mnist5k" and latent.config["data"]["hflip"] is True
-    assert latent.config["teacher"]["view"]["learned_sigma"] and latent.config["objective"]["guidance_scale"] == 1.5
+    assert latent.config["teacher"]["view"]["learned_sigma"] and latent.config["objective"]["guidance_scale"] == 2.0
     assert latent.config["model"]["weights"] == latent.config["teacher"]["weights"]
     distill(
         vgm, "consistency", "--teacher", tmp_path / "latent", "--out", tmp_path / "student", *SHORT, "train.steps=1"
