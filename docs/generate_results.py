@@ -53,7 +53,7 @@ def vgm(*args: str) -> Any:
     return done.stdout
 
 
-def measure(name: str, command: str, metrics: str, runs: Path) -> dict[str, Any]:
+def measure(name: str, command: str, metrics: str, runs: Path, n: int) -> dict[str, Any]:
     run, kept = runs / name, runs / f"{name}.json"
     if kept.exists():
         return json.loads(kept.read_text())
@@ -61,7 +61,7 @@ def measure(name: str, command: str, metrics: str, runs: Path) -> dict[str, Any]
         verb, *rest = command.format(dir=runs).split()
         vgm(verb, *rest, "--out", str(run), *(["--resume"] if run.exists() else []))
     state = json.loads((run / "checkpoints/last/state.json").read_text())
-    results = json.loads(vgm("evaluate", str(run), "--metrics", metrics, "-n", str(N)))
+    results = json.loads(vgm("evaluate", str(run), "--metrics", metrics, "-n", str(n)))
     if name in BITS:
         results += json.loads(vgm("evaluate", str(run), "--metrics", "bits-per-dim", "-n", "50"))
     held = json.loads(vgm("inspect", str(run)))
@@ -93,7 +93,7 @@ def cell(row: dict[str, Any], metric: str, digits: int = 3) -> str:
     return f"{value:.{digits}g}" + (f" ± {spread:.1g}" if spread else "")
 
 
-def document(rows: dict[str, dict[str, Any]], machine: str) -> str:
+def document(rows: dict[str, dict[str, Any]], machine: str, n: int) -> str:
     head = "| run | parameters | training | NFE | images/s | FID | class accuracy | bits/dim |\n|---|---|---|---|---|---|---|---|"
     lines = []
     for name, row in rows.items():
@@ -106,7 +106,9 @@ def document(rows: dict[str, dict[str, Any]], machine: str) -> str:
                  cell(row, "class-accuracy"), bits]  # fmt: skip
         lines.append("| " + " | ".join(cells) + " |")
     commands = "\n".join(f"{row['command']} --out RUNS/{name}" for name, row in rows.items())
-    return TEMPLATE.format(machine=machine, n=N, table=head + "\n" + "\n".join(lines), commands=commands)
+    left = [name for name, *_ in RUNS if name not in rows]
+    table = head + "\n" + "\n".join(lines) + (f"\n\nNot measured yet: {', '.join(left)}." if left else "")
+    return TEMPLATE.format(machine=machine, n=n, table=table, commands=commands)
 
 
 TEMPLATE = """# Results
@@ -142,6 +144,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("results"))
     parser.add_argument("--only", default="")
+    parser.add_argument("-n", type=int, default=N, help="samples for FID and class accuracy")
     args = parser.parse_args()
     args.runs.mkdir(parents=True, exist_ok=True)
     only = set(filter(None, args.only.split(",")))
@@ -149,8 +152,8 @@ def main() -> None:
     for name, command, metrics in RUNS:
         if not only or name in only:
             print(name, flush=True)
-            rows[name] = measure(name, command, metrics, args.runs)
-    TARGET.write_text(document(rows, machine()), encoding="utf-8")
+            rows[name] = measure(name, command, metrics, args.runs, args.n)
+    TARGET.write_text(document(rows, machine(), args.n), encoding="utf-8")
 
 
 if __name__ == "__main__":
