@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -27,7 +28,7 @@ class T5Features:
         except ImportError as e:
             raise VgmError("captions need the package transformers", "pip install 'vgm[hf]'", MISSING_ASSET) from e
         self.tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
-        encoder = T5EncoderModel.from_pretrained(path, local_files_only=True)
+        encoder: Any = T5EncoderModel.from_pretrained(path, local_files_only=True)
         self.encoder = encoder.to(device=device, dtype=dtype).eval().requires_grad_(False)
         self.length, self.device = length, device
 
