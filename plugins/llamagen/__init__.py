@@ -13,6 +13,7 @@ from vgm_cli.hookspecs import Component, Paper, hookimpl
 
 HERE = "vgm_plugins.llamagen"
 CODEC_FACTS = {"in_channels": "image_channels", "out_ch": "image_channels", "resolution": "image_size"}
+GPT = (f"{HERE}.model:LlamaGen", f"{HERE}.presets:GPT")
 FACTS = {"vocab_size": "vocab_size", "grid": "grid", "num_classes": "num_classes"}
 CONVERTERS = (
     ("llamagen", "CONVERTER", "official GPT, 16x16 codes"),
@@ -20,7 +21,7 @@ CONVERTERS = (
     ("llamagen-512", "CONVERTER_512", "official GPT, 32x32 codes"),
     ("llamagen-tokenizer", "TOKENIZER_CONVERTER", "official tokenizers"),
 )
-TOKENIZER = (f"{HERE}.model:VQModel", f"{HERE}.presets:TOKENIZER", CODEC_FACTS, (), "VQ-16 and VQ-8")
+TOKENIZER = (f"{HERE}.model:VQModel", f"{HERE}.presets:TOKENIZER", CODEC_FACTS, (), "VQ-16, VQ-8 tokenizers")
 
 
 @hookimpl
@@ -39,9 +40,9 @@ def vgm_components() -> Iterable[Component | Paper]:
                 for size, fid in (("B 256px", 5.46), ("L 256px", 3.80), ("XL 384px", 2.62), ("3B 384px", 2.18))
             },
         ),
-        Component("model", "llamagen", f"{HERE}.model:LlamaGen", f"{HERE}.presets:GPT", FACTS, (), "Llama over codes"),
+        Component("model", "llamagen", *GPT, FACTS, (), "Llama over image codes, by class or text"),
         Component("model", "flan-t5", f"{HERE}.text:FlanT5", summary="captions to T5 features, weights by folder"),
-        Component("objective", "llamagen", f"{HERE}.objective:LlamaGenObjective", verbs=("train",), summary="codes"),
+        Component("objective", "llamagen", f"{HERE}.objective:LlamaGenObjective", {}, {}, ("train",), "next code"),
         Component("sampler", "llamagen", f"{HERE}.sampler:LlamaGenSampler", summary="code by code, cached, guided"),
         *(Component(kind, "llamagen-tokenizer", *TOKENIZER) for kind in ("model", "codec")),
         *(Component("converter", n, f"{HERE}.checkpoints:{a}", summary=s) for n, a, s in CONVERTERS),

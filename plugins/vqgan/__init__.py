@@ -15,6 +15,7 @@ from vgm_cli.hookspecs import Component, Paper, hookimpl
 HERE = "vgm_plugins.vqgan"
 CODEC_FACTS = {"in_channels": "image_channels", "out_ch": "image_channels", "resolution": "image_size"}
 PRIOR_FACTS = {"vocab_size": "vocab_size", "grid": "grid", "num_classes": "num_classes"}
+GPT = (f"{HERE}.model:GPT", f"{HERE}.presets:PRIOR")
 FIRST_STAGE = (f"{HERE}.model:VQModel", f"{HERE}.presets:FIRST_STAGE", CODEC_FACTS, (), "VQGAN first stage")
 
 
@@ -37,8 +38,8 @@ def vgm_components() -> Iterable[Component | Paper]:
             },
         ),
         *(Component(kind, "vqgan", *FIRST_STAGE) for kind in ("model", "codec")),
-        Component("model", "vqgan-prior", f"{HERE}.model:GPT", f"{HERE}.presets:PRIOR", PRIOR_FACTS, (), "GPT"),
-        Component("objective", "vqgan-prior", f"{HERE}.objective:PriorObjective", verbs=("train",), summary="codes"),
+        Component("model", "vqgan-prior", *GPT, PRIOR_FACTS, (), "GPT over image codes"),
+        Component("objective", "vqgan-prior", f"{HERE}.objective:PriorObjective", {}, {}, ("train",), "next code"),
         Component("sampler", "vqgan-prior", f"{HERE}.sampler:PriorSampler", summary="cached, or a sliding window"),
         Component("converter", "vqgan", f"{HERE}.checkpoints:CONVERTER", summary="CompVis first stages"),
         Component("converter", "vqgan-prior", f"{HERE}.checkpoints:PRIOR_CONVERTER", summary="CompVis priors"),

@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import math
 import time
+from pathlib import Path
 from typing import Any, ClassVar
 
 import pytest
@@ -27,6 +28,7 @@ from vgm_cli.losses.first_stage import AutoencoderObjective, discriminator_term,
 from vgm_cli.nets.discriminators import NLayerDiscriminator
 from vgm_cli.nets.first_stage import VQModel
 from vgm_cli.nn.attention import causal_attention
+from vgm_cli.nn.embed import apply_rope, rope_angles_2d, rope_table
 from vgm_cli.nn.kv_cache import KVCache
 from vgm_cli.nn.quantize import recent_usage
 from vgm_cli.registry import registry
@@ -415,6 +417,15 @@ def test_condition_keys_vanish() -> None:
     assert torch.allclose(table.square().sum(-1)[1:], torch.ones(()))
 
 
+def test_rotations_without_complex_numbers(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The form that compiled networks use."""
+    x, table = torch.randn(2, 6, 3, 8), rope_table(rope_angles_2d(2, 2, 8), prefix=2)
+    want = apply_rope(x, table)
+    monkeypatch.setattr(torch.compiler, "is_compiling", lambda: True)
+    torch.testing.assert_close(apply_rope(x, table), want)
+    assert want[:, :2].abs().max() == 0 and torch.equal(want[:, 2], x[:, 2]), "zeros, then the unturned first place"
+
+
 def test_drawing_follows_the_probabilities() -> None:
     probs = torch.tensor([[0.0, 0.5, 0.0, 0.3, 0.2, 0.0]])
     u = torch.linspace(0, 1, 1001)[:-1]
@@ -561,6 +572,40 @@ def test_text_without_an_encoder_says_what_is_missing() -> None:
     with pytest.raises(VgmError, match="text encoder") as e:
         FlanT5()(["a"], torch.device("cpu"))
     assert e.value.code == 4 and "flan-t5" in e.value.hint
+
+
+@pytest.fixture
+def tiny_t5(tmp_path: Path) -> Path:
+    """A folder in transformers' layout: a random encoder of 8 channels and a tokenizer of ten words."""
+    transformers = pytest.importorskip("transformers")
+    tokenizers = pytest.importorskip("tokenizers")
+    words = ["<pad>", "</s>", "<unk>", "a", "red", "blue", "car", "cat", "on", "grass"]
+    raw = tokenizers.Tokenizer(tokenizers.models.WordLevel({w: i for i, w in enumerate(words)}, unk_token="<unk>"))
+    raw.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=raw, pad_token="<pad>", eos_token="</s>")
+    tokenizer.save_pretrained(tmp_path)
+    torch.manual_seed(0)
+    config = transformers.T5Config(vocab_size=10, d_model=8, d_kv=4, d_ff=16, num_layers=1, num_heads=2)
+    transformers.T5EncoderModel(config).save_pretrained(tmp_path)
+    return tmp_path
+
+
+def test_captions_become_left_padded_features(tiny_t5: Path) -> None:
+    encoder = FlanT5(str(tiny_t5), tokens=6)
+    features, pad = encoder(["A red  CAR", "a cat on grass on grass on grass"], torch.device("cpu"))
+    assert features.shape == (2, 6, 8) and features.dtype == torch.float32
+    assert pad.tolist() == [[0, 0, 0, 1, 1, 1], [1] * 6] and features[0, :3].abs().max() == 0
+    alone, _ = encoder(["a red car"], torch.device("cpu"))
+    torch.testing.assert_close(alone[0], features[0])
+    assert not list(encoder.parameters()), "its weights are not this model's"
+    model = tiny(model_type="t2i", cls_token_num=6, caption_dim=8, num_classes=0)
+    drawn = {}
+    for prompt in ("a red car", "a blue cat", ["a red car", "a blue cat"]):
+        request = Request((3, 4), generators([1, 2]))
+        sampler = LlamaGenSampler(guidance_scale=3.0, prompt=prompt, text_encoder=str(tiny_t5))
+        drawn[str(prompt)] = sampler(model, request)
+    red, blue, both = drawn.values()
+    assert not torch.equal(red, blue) and torch.equal(both, torch.stack([red[0], blue[1]]))
 
 
 def test_captions_are_cleaned() -> None:

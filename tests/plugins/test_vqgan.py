@@ -616,6 +616,44 @@ def test_two_stages_on_a_strangers_images(
     assert code == 2 and "another codec" in err, "a cache of ids is not one of latents"
 
 
+def test_a_tokenizer_is_trained_first_where_none_fits(
+    tmp_path: Path, tmp_run: Path, vgm: Callable[..., tuple[int, str, str]]
+) -> None:
+    """One command on colour images: the shipped tokenizer is for digits."""
+    from PIL import Image
+
+    (tmp_path / "images").mkdir()
+    for i in range(12):
+        Image.fromarray(np.full((16, 16, 3), (20 * i, 100, 255 - 20 * i), np.uint8)).save(tmp_path / f"images/{i}.png")
+    recipe = tmp_path / "quick.yaml"
+    recipe.write_text("base: vqgan/small-tokenizer\ntrain: {steps: 2, save_every: 2, batch_size: 4}\n")
+    small = (
+        "model.dim=32",
+        "model.n_layer=1",
+        "model.n_head=2",
+        "train.steps=1",
+        "train.batch_size=4",
+        "train.preview_n=2",
+    )
+    code, _, err = vgm(
+        "train",
+        "llamagen",
+        f"data.path={tmp_path / 'images'}",
+        f"codec.fallback={recipe}",
+        *small,
+        "--out",
+        tmp_run / "a",
+    )
+    assert code == 0 and "training one first" in err, err
+    header = files.read_header(files.resolve(tmp_run / "a"))
+    assert header.codec["relative"] and header.codec["output"] == "tokens"
+    assert header.component["kwargs"]["vocab_size"] == 512 and header.component["kwargs"]["num_classes"] == 0
+    code, _, err = vgm("sample", tmp_run / "a", "-n", 2, "--out", tmp_path / "x.npz")
+    assert code == 0, err
+    with np.load(tmp_path / "x.npz") as f:
+        assert f["arr_0"].shape == (2, 16, 16, 3)
+
+
 # -- prior -----------------------------------------------------------------------------------------------------------
 
 PRIOR_TINY: dict[str, Any] = {"vocab_size": 12, "grid": (4, 4), "n_layer": 2, "n_head": 2, "n_embd": 16}

@@ -135,6 +135,7 @@ class AutoencoderObjective(ObjectiveBase):
         self.disc_factor, self.disc_loss = disc_factor, disc_loss
         self.gen_loss, self.adaptive = gen_loss, adaptive
         self.temperature, self.place_codes = temperature, place_codes
+        self.prepare_size = 32 if place_codes else None  # the same images on every process
         self.recent = None if self.variational else torch.zeros(self.RECENT, dtype=torch.int32, device="cpu")
         self.reduction: Reduction = reduction or ("sum" if self.variational else "mean")
         self.options: dict[str, Any] = {
