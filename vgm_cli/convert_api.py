@@ -28,8 +28,8 @@ class Converter:
 
     What follows is optional; `config` is always constructor keywords.
     header(config): what a converted file says of itself besides its network, where the paper fixes it: "view" (how a
-        sampler sees the network), "recipe" (paper, sampler, guidance_scale), "data" (sample_shape, num_classes, …), as in
-        engine/checkpoint.Header. With it the file can be sampled from as it is.
+        sampler sees the network), "recipe" (paper, sampler, guidance_scale), "data" (sample_shape, num_classes, …), as
+        in engine/checkpoint.Header. With it the file can be sampled from as it is.
     allows(config): VgmError when such a network has no file of this layout.
     wrapper: the entry under which official torch files keep the state; "" is a bare one.
     forgets: regular expressions of tensors of the layout that ours does not keep and from_ours makes anew.
