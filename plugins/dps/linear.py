@@ -19,7 +19,7 @@ from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.operators.base import Operator
 
 from .conditioning import distance
-from .prior import Prior, prior_of
+from .prior import Prior
 from .sampler import Restorer, Walk, finish, need_pinv
 
 
@@ -177,9 +177,7 @@ class DiffPIR(Restorer):
             raise VgmError(f"diffpir solves linear degradations, {inner.name} is not linear", "--method dps", USAGE)
 
     def restore(self, view: Any, request: Request, operator: Operator, y: Tensor) -> Tensor:
-        clip = not operator.latent if self.clip is None else self.clip
-        wanted = int(self.steps if request.steps is None else request.steps)
-        prior = prior_of(view, wanted, request.cond, clip, keep=lambda count: quadratic_steps(count, wanted))
+        prior = self.prior(view, request, operator, space=quadratic_steps)
         return finish(view, request, prior.steps, self.states(prior, request, operator, y))
 
     def states(self, prior: Prior, request: Request, operator: Operator, y: Tensor) -> Walk:

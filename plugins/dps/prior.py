@@ -9,9 +9,11 @@ alpha-bar = 1 / (1 + s^2).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any, get_args
 
+import numpy as np
 import torch
 from torch import Tensor
 
@@ -30,6 +32,7 @@ from vgm_cli.diffusion.timesteps import level_range
 from vgm_cli.errors import USAGE, VgmError
 
 QUANTILE = 0.95
+UNCLIPPED = 160.0  # level above which x0 = (x - sigma eps) / alpha of latents, which nothing clips, is mostly error
 
 
 def dynamic_threshold(x0: Tensor) -> Tensor:
@@ -73,6 +76,42 @@ class Prior:
         return ((1 - self.alpha_bar(i)) / self.alpha_bar(i)) ** 0.5
 
 
+Chain = tuple[np.ndarray, Mean, Variance, float, Network]  # betas, prediction, variance, highest level, model
+
+
+def own_chain(view: Denoiser, path: DiscreteVPPath, cond: dict[str, Tensor], variance: Variance | None) -> Chain:
+    """The chain that a network of discrete steps was trained on."""
+    raw = view.prediction in get_args(Mean)
+    mean: Mean = view.prediction if raw else "x0"  # type: ignore[assignment]
+    learned = view.learned_sigma and raw
+    usual: Variance = (view.variance if raw else None) or ("learned_range" if learned else "fixed_small")  # type: ignore[assignment]
+    used = variance or usual
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        at = path.t_of_timestep(t)
+        if not raw:
+            return view.predict(x, at, "x0", **cond)
+        prediction, values = view.split(view.raw(x, at, **cond), x)
+        if values is None or not used.startswith("learned"):
+            return prediction
+        in_range = values.clamp(-1, 1) if variance is None and used == "learned_range" else values
+        return torch.cat([prediction, in_range], dim=1)
+
+    return path.betas.cpu().numpy(), mean, used, math.inf, model
+
+
+def matched_chain(view: Denoiser, cond: dict[str, Tensor], variance: Variance | None) -> Chain:
+    """DDPM's chain, on which a network of any path is asked at the noise level of each step."""
+    betas = named_betas("linear", 1000)
+    levels = torch.from_numpy(DiscreteDiffusion(betas).tables["sqrt_recipm1_alphas_cumprod"])
+
+    def model(x: Tensor, t: Tensor) -> Tensor:
+        s = levels.to(x.device)[t]
+        return view.denoise_ve(x * (1 + s**2).sqrt().to(x.dtype).view(-1, 1, 1, 1), s, **cond)
+
+    return betas, "x0", variance or "fixed_small", level_range(view.path, *view.t_range())[1], model
+
+
 def prior_of(
     view: Any,
     steps: int | str,
@@ -80,48 +119,23 @@ def prior_of(
     clip: bool = True,
     threshold: bool = False,
     variance: Variance | None = None,
-    keep: Callable[[int], list[int]] | None = None,
+    highest: float = math.inf,
+    space: Callable[[int, Any], list[int]] = space_timesteps,
 ) -> Prior:
-    """The prior that a view is. steps: N, "a,b,c" or "ddimN" of the original ones. keep: picks them from their number.
+    """The prior that a view is. steps: N, "a,b,c" or "ddimN" of the original ones. variance: None for the usual one.
 
-    VgmError: the view is no Denoiser.
+    highest: noise level (sigma / alpha) that the chain starts below. space: picks `steps` of so many. VgmError: the
+    view is no Denoiser.
     """
     if not isinstance(view, Denoiser):
         raise VgmError("restoring needs a diffusion or flow network", "train one, e.g. `vgm train dps`", USAGE)
-    path = view.path
-    if isinstance(path, DiscreteVPPath):
-        betas = path.betas.cpu().numpy()
-        count, own = len(betas), view.prediction in get_args(Mean)
-        learned = view.learned_sigma and own
-
-        mean: Mean = view.prediction if own else "x0"  # type: ignore[assignment]
-        default: Variance = "learned_range" if learned else "fixed_small"
-        usual: Variance = (view.variance if own else None) or default  # type: ignore[assignment]
-        clipped = variance is None and usual == "learned_range"
-        variance = variance or usual
-
-        def model(x: Tensor, t: Tensor) -> Tensor:
-            at = path.t_of_timestep(t)
-            if not own:
-                return view.predict(x, at, "x0", **cond)
-            output = view.raw(x, at, **cond)
-            if not learned or not clipped:
-                return output
-            prediction, values = view.split(output, x)
-            assert values is not None
-            return torch.cat([prediction, values.clamp(-1, 1)], dim=1)
+    if isinstance(view.path, DiscreteVPPath):
+        betas, mean, variance, top, model = own_chain(view, view.path, cond, variance)
     else:
-        betas = named_betas("linear", 1000)
-        levels = torch.from_numpy(DiscreteDiffusion(betas).tables["sqrt_recipm1_alphas_cumprod"])
-        highest = level_range(path, *view.t_range())[1]
-        count = int((levels <= highest * (1 + 1e-6)).sum())
-
-        def model(x: Tensor, t: Tensor) -> Tensor:
-            s = levels.to(x.device)[t]
-            return view.denoise_ve(x * (1 + s**2).sqrt().to(x.dtype).view(-1, 1, 1, 1), s, **cond)
-
-        mean, variance = "x0", variance or "fixed_small"
-    kept = space_timesteps(count, steps) if keep is None else keep(count)
-    assert variance is not None
-    process = DiscreteDiffusion(betas, mean, variance, keep=kept)
+        betas, mean, variance, top, model = matched_chain(view, cond, variance)
+    levels = DiscreteDiffusion(betas).tables["sqrt_recipm1_alphas_cumprod"]
+    count = int((levels <= min(top, highest) * (1 + 1e-6)).sum())
+    if isinstance(steps, int) and count < steps <= len(betas):
+        steps = count  # all there are below the highest level
+    process = DiscreteDiffusion(betas, mean, variance, keep=space(count, steps))
     return Prior(process, model, clip, threshold)

@@ -5,6 +5,7 @@ Chung et al. 2022 (2209.14687), algorithms 1 and 2. Official code: DPS2022/diffu
 
 from __future__ import annotations
 
+import math
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator
 from typing import Any, Literal
@@ -18,7 +19,7 @@ from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.operators.base import Operator
 
 from . import conditioning, official
-from .prior import Prior, prior_of
+from .prior import UNCLIPPED, Prior, prior_of
 
 Walk = Iterator[tuple[Tensor, Tensor, Tensor]]
 # (x_t, x_next, x0, i) -> x_next corrected, distance (B,); x_t carries the graph
@@ -84,12 +85,14 @@ class Restorer(ABC):
     def __init__(self, steps: int | str, clip: bool | None = None, variance: Variance | None = None):
         self.steps, self.clip, self.variance = steps, clip, variance
 
-    def prior(self, view: Any, request: Request, operator: Operator, threshold: bool = False) -> Prior:
+    def prior(self, view: Any, request: Request, operator: Operator, **options: Any) -> Prior:
+        """options: see prior_of."""
         clip = not operator.latent if self.clip is None else self.clip
         steps = self.steps if request.steps is None else request.steps
         if str(self.steps).startswith("ddim") and isinstance(steps, int):
             steps = f"ddim{steps}"
-        return prior_of(view, steps, request.cond, clip, threshold, self.variance)
+        highest = UNCLIPPED if operator.latent and not clip else math.inf
+        return prior_of(view, steps, request.cond, clip, variance=self.variance, highest=highest, **options)
 
     def __call__(self, view: Any, request: Request) -> Tensor:
         """view: a Denoiser. request.operator, request.measurement: (N, *measurement_shape). Gives (N, *request.shape).
@@ -141,7 +144,7 @@ class DPS(Restorer):
         self.dynamic_threshold, self.particles = dynamic_threshold, particles
 
     def restore(self, view: Any, request: Request, operator: Operator, y: Tensor) -> Tensor:
-        prior = self.prior(view, request, operator, self.dynamic_threshold)
+        prior = self.prior(view, request, operator, threshold=self.dynamic_threshold)
         zeta = 0.3 * 1000 / prior.steps if self.zeta is None else self.zeta
         step = self.correction(prior, request, operator, y, zeta)
         states = walk(prior, request.randn(), step, request.randn, self.sampler, self.eta)

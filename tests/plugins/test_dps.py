@@ -428,7 +428,7 @@ def test_diffpir_step_against_matrices() -> None:
     sampler = linear.DiffPIR(steps=10, clip=False, lam=3.0, zeta=0.3)
     z = [torch.randn(1, *SHAPE, generator=torch.Generator().manual_seed(k)) for k in range(2)]
     request = Drawn(iter(z), 1, shape=SHAPE, operator=operator, measurement=y)
-    prior = prior_of(EXACT, 10, {}, clip=False, keep=lambda count: linear.quadratic_steps(count, 10))
+    prior = prior_of(EXACT, 10, {}, clip=False, space=linear.quadratic_steps)
     got, x0, _ = next(sampler.states(prior, request, operator, y))
     A, top = dense(operator), prior.steps - 1
     a, b = prior.alpha_bar(top), prior.alpha_bar(top - 1)
