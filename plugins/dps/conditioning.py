@@ -46,7 +46,8 @@ def posterior_sampling(
     g = gradient(x_t, value)
     if not limited:
         return x_next - zeta * g, value
-    step = value.detach() / g.flatten(1).square().sum(1).clamp(min=1e-12)
+    expected = operator.noise.sigma * y[0].numel() ** 0.5 if noise == "gaussian" else 0.0
+    step = (value.detach() - expected).clamp(min=0) / g.flatten(1).square().sum(1).clamp(min=1e-12)
     return x_next - step.clamp(max=zeta).view(-1, *[1] * (g.ndim - 1)) * g, value
 
 

@@ -44,8 +44,9 @@ class FlowGRPO(ObjectiveBase):
     whole batch (global_std); clip_range and advantage_clip of the surrogate; beta times the KL to the frozen start;
     `updates` optimizer steps per pass over a roll-out, `epochs` passes. lora: {rank, alpha, targets, init} trains
     adapters (nn.lora.attach), None the whole network. chunk: images per forward; the rest is recomputed in backward, so
-    that memory does not grow with the batch. min_diversity: the run stops when images of a class differ by less than
-    this share of what they did at first.
+    that memory does not grow with the batch. max_level: the noisiest level at which a network that predicts noise is
+    asked (flow_velocity); more for large images. min_diversity: the run stops when images of a class differ by less
+    than this share of what they did at first.
 
     VgmError: options that do not go together; collapse (exit code 5).
     """
@@ -76,6 +77,7 @@ class FlowGRPO(ObjectiveBase):
         epochs: int = 1,
         lora: dict[str, Any] | None = None,
         chunk: int | None = None,
+        max_level: float = 20.0,
         min_diversity: float = 0.1,
     ):
         positive: dict[str, float] = {"steps": steps, "group_size": group_size, "updates": updates, "epochs": epochs}
@@ -92,7 +94,7 @@ class FlowGRPO(ObjectiveBase):
         self.advantage, self.per_class, self.global_std = advantage, per_class, global_std
         self.advantage_clip, self.clip_range, self.beta = advantage_clip, clip_range, beta
         self.updates, self.epochs, self.chunk, self.min_diversity = updates, epochs, chunk, min_diversity
-        self.steps, self.sigmas = steps, levels(steps, shift)
+        self.steps, self.sigmas, self.max_level = steps, levels(steps, shift), max_level
         self.windows = places(steps, timestep_fraction, window, window_range, sde)
         self.every_step = window is None
         self.adapted: list[str] = []
@@ -141,7 +143,7 @@ class FlowGRPO(ObjectiveBase):
         cond = {} if y is None else {"y": y}
         if self.scale != 1 and cond:
             denoiser = ClassifierFreeGuidance(denoiser, self.scale, detach=True)
-        return flow_velocity(denoiser, x, self.sigmas.to(x.device)[index], **cond).float()
+        return flow_velocity(denoiser, x, self.sigmas.to(x.device)[index], self.max_level, **cond).float()
 
     def score(self, x: Tensor, x_next: Tensor, index: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probability (B,) of x_next, mean (B, ...) and std (B, 1, ...) of the step, under the policy."""

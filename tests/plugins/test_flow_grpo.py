@@ -356,6 +356,21 @@ def test_flow_velocity_of_any_network(path: str, prediction: str) -> None:
     torch.testing.assert_close(flow_velocity(model, x, s)[:, 0], want, rtol=2e-3, atol=2e-3)
 
 
+def test_noise_predicting_networks_are_not_asked_where_all_is_noise() -> None:
+    """A network that is wrong about the noise by 1 % starts a flow well, also on a path that ends at alpha = 5e-5."""
+
+    def network(z: Tensor, t: Tensor) -> Tensor:
+        return 1.01 * z
+
+    path = {"name": "vp-discrete", "schedule": "cosine"}
+    model = Denoiser(network, path, "eps", time="index")
+    x = torch.randn(8, 4, generator=torch.Generator().manual_seed(0))
+    assert flow_velocity(model, x, 1.0).abs().max() < 2 * x.abs().max()
+    assert flow_velocity(model, x, 1.0, max_level=1e9).abs().max() > 50 * x.abs().max()
+    whole = Denoiser(lambda z, t: z, path, "v", time="index")  # x0 of a v-network is never divided by alpha
+    torch.testing.assert_close(flow_velocity(whole, x, 1.0), flow_velocity(whole, x, 1.0, max_level=1.0))
+
+
 # -- the objective ---------------------------------------------------------------------------------------------------
 
 

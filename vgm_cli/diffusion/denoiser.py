@@ -285,16 +285,18 @@ class Denoiser:
         return x0.to(mean.dtype)
 
 
-def flow_velocity(model: Denoiser, x: Tensor, s: Time, **cond: Any) -> Tensor:
+def flow_velocity(model: Denoiser, x: Tensor, s: Time, max_level: float = 20.0, **cond: Any) -> Tensor:
     """Velocity eps - x0 of the flow (1 - s) x0 + s eps at x (B, ...), s (B,) or a number in (0, 1], of any Denoiser.
 
-    Networks of other paths are asked at equal noise level, at most the highest they know.
+    Networks of other paths are asked at equal noise level, at most the highest they know. Those that predict noise are
+    asked at sigma / alpha = max_level at most: where all but noise is gone, their x0 is an error over nearly nothing.
     """
     path, high = model.path, model.t_range()[1]
     if path == LinearPath() and high == 1:
         return model.predict(x, s, "velocity", **cond)
-    s = model.batch_time(x, s)
-    own = path.t_of_ve_sigma((s / (1 - s)).clamp(max=float(path.ve_sigma(high)))).clamp(max=high)
+    s, top = model.batch_time(x, s), float(path.ve_sigma(high))
+    top = min(top, max_level) if model.prediction in ("eps", "score", "x_prev") else top
+    own = path.t_of_ve_sigma((s / (1 - s)).clamp(max=top)).clamp(max=high)
     z = (x * expand(path.sigma(own) / s, x)).to(x.dtype)
     x0 = model.predict(z, own, "x0", **cond)
     return ((x - x0) / expand(s, x)).to(x0.dtype)
