@@ -1,9 +1,10 @@
 """Train every paper's handwritten-digit recipe, measure it, and write docs/results.md: `make results`.
 
-    python docs/generate_results.py [--runs DIR] [--only dit,sit]
+    python docs/generate_results.py [--runs DIR] [--only dit,sit] [--jobs 2]
 
-A run that is complete in DIR is measured, not trained again; a measurement kept beside it is not repeated. One process at
-a time, so that the times mean something. About 80 minutes from nothing on two CPU cores.
+A run that is complete in DIR is measured, not trained again; a measurement kept beside it is not repeated. As many runs
+at a time as there are jobs, each on its share of the cores: small networks gain little from a second core, so that two
+runs side by side are ready sooner than one after the other.
 """
 
 from __future__ import annotations
@@ -13,147 +14,278 @@ import json
 import os
 import subprocess
 import sys
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 TARGET = Path(__file__).with_name("results.md")
-N = 2000
-
-# name, the command that makes the run ({dir}: where other runs lie), what is measured of it
-RUNS: list[tuple[str, str, str]] = [
-    ("dit", "train dit", "fid,class-accuracy"),
-    ("sit", "train sit", "fid,class-accuracy"),
-    ("adm-unet", "train adm-unet", "fid,class-accuracy"),
-    ("rectified-flow", "train rectified-flow", "fid,class-accuracy,straightness"),
-    ("vae", "train vae", "fid,bits-per-dim"),
-    ("glow", "train glow", "fid,bits-per-dim"),
-    ("vqgan", "train vqgan", "fid,psnr"),
-    ("vqgan-prior", "train vqgan --recipe mnist-prior", "fid,class-accuracy"),
-    ("llamagen", "train llamagen", "fid,class-accuracy"),
-    ("stylegan", "train stylegan", "fid"),
-    (
-        "reflow",
-        "distill rectified-flow --recipe mnist-reflow --teacher {dir}/rectified-flow",
-        "fid,class-accuracy,straightness",
-    ),
-    ("rectified-flow-1", "distill rectified-flow --teacher {dir}/rectified-flow", "fid,class-accuracy"),
-    ("dmd", "distill dmd --teacher {dir}/dit", "fid,class-accuracy"),
-    ("consistency", "distill consistency --teacher {dir}/dit", "fid,class-accuracy"),
-    ("flow-grpo", "finetune-rl flow-grpo --model {dir}/sit", "fid,class-accuracy"),
-]
-BITS = {"dit", "sit", "adm-unet", "rectified-flow", "llamagen", "vqgan-prior"}  # likelihood of 50 images: slow for ODEs
+QUALITY = "fid,class-accuracy"
 
 
-def vgm(*args: str) -> Any:
+@dataclass
+class Run:
+    """command makes the run ({dir}: where other runs lie, those named in `after`); metrics are measured of n samples
+    ({extra} sampler options), bits of that many held-out images or more; restore are tasks for the run as a prior."""
+
+    name: str
+    command: str
+    metrics: str = QUALITY
+    after: str = ""
+    bits: str = ""
+    sampled: bool = True
+    restore: tuple[str, ...] = ()
+    n: int = 2000
+
+
+RUNS = [  # the longest first, those that others wait for before all
+    Run("sit", "train sit", bits="bits-per-dim:n=50"),
+    Run("rectified-flow", "train rectified-flow", f"{QUALITY},straightness", bits="bits-per-dim:n=50"),
+    Run("dmd", "distill dmd --teacher {dir}/sit", after="sit"),
+    Run("consistency-distilled", "distill consistency --teacher {dir}/sit", after="sit"),
+    Run("consistency", "train consistency"),
+    Run("dit", "train dit", bits="bits-per-dim:n=50"),
+    Run("stylegan", "train stylegan"),
+    Run("glow", "train glow", bits="bits-per-dim:n=256"),
+    Run("flow-grpo", "finetune-rl flow-grpo --model {dir}/rectified-flow", after="rectified-flow"),
+    Run("rectified-flow-2", "distill rectified-flow --recipe mnist-reflow --teacher {dir}/rectified-flow",
+        f"{QUALITY},straightness", after="rectified-flow"),
+    Run("rectified-flow-1", "distill rectified-flow --recipe mnist-distill --teacher {dir}/rectified-flow-2",
+        after="rectified-flow-2"),
+    Run("adm-unet", "train adm-unet", bits="bits-per-dim:n=50"),
+    Run("dps", "train dps", bits="bits-per-dim:n=50",
+        restore=("super-resolution scale=4", "inpainting mask=box", "inpainting mask=box --label data",
+                 "gaussian-deblurring std=1.5", "super-resolution scale=4 --method ddrm",
+                 "super-resolution scale=4 --method pigdm", "super-resolution scale=4 --method diffpir")),
+    Run("llamagen", "train llamagen", bits="bits-per-dim:n=500"),
+    Run("vqgan", "train vqgan", "fid,psnr", sampled=False),
+    Run("vqgan-prior", "train vqgan --recipe mnist-prior", bits="bits-per-dim:n=500"),
+    Run("vae", "train vae", "fid", bits="bits-per-dim:n=256:samples=1,bits-per-dim:n=256:samples=100"),
+]  # fmt: skip
+
+
+def vgm(*args: str, threads: int | None = None) -> Any:
     """A command's JSON."""
-    env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"}
+    env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"} | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
     done = subprocess.run([sys.executable, "-m", "vgm_cli", *args, "--json"], capture_output=True, text=True, env=env)
     if done.returncode:
         raise SystemExit(f"vgm {' '.join(args)}\n{done.stderr}")
-    return done.stdout
+    return None if args[0] in ("train", "distill", "finetune-rl") else json.loads(done.stdout)
 
 
-def measure(name: str, command: str, metrics: str, runs: Path, n: int) -> dict[str, Any]:
-    run, kept = runs / name, runs / f"{name}.json"
+def measure(run: Run, runs: Path, threads: int) -> dict[str, Any]:
+    """A run's row; trains what is missing."""
+    folder, kept = runs / run.name, runs / f"{run.name}.json"
     if kept.exists():
         return json.loads(kept.read_text())
-    if not (run / "checkpoints/last").exists():
-        verb, *rest = command.format(dir=runs).split()
-        vgm(verb, *rest, "--out", str(run), *(["--resume"] if run.exists() else []))
-    state = json.loads((run / "checkpoints/last/state.json").read_text())
-    results = json.loads(vgm("evaluate", str(run), "--metrics", metrics, "-n", str(n)))
-    if name in BITS:
-        results += json.loads(vgm("evaluate", str(run), "--metrics", "bits-per-dim", "-n", "50"))
-    held = json.loads(vgm("inspect", str(run)))
+    call, state = partial(vgm, threads=threads), folder / "checkpoints/last/state.json"
+    if not (folder / "card.md").exists():  # written when a run is complete
+        verb, *rest = run.command.format(dir=runs).split()
+        call(verb, *rest, "--out", str(folder), *(["--resume"] if state.exists() else ["--overwrite"]))
+    trained, start = json.loads(state.read_text()), time.monotonic()
+    results = call("evaluate", str(folder), "--metrics", run.metrics, "-n", str(run.n))
+    if run.bits:
+        split = ["--split", "test"] if "split" in (folder / "config.yaml").read_text() else []
+        results += call("evaluate", str(folder), "--metrics", run.bits, *split)
     speed = 0.0
-    if name != "vqgan":
-        speed = json.loads(vgm("sample", str(run), "-n", "200", "--out", str(runs / f"{name}.npz")))[
-            "images_per_second"
-        ]
-        vgm("sample", str(run), "-n", "50", "--out", str(runs / f"{name}.png"))
+    if run.sampled:
+        speed = call("sample", str(folder), "-n", "200", "--out", str(runs / f"{run.name}.npz"))["images_per_second"]
+        call("sample", str(folder), "-n", "50", "--out", str(runs / f"{run.name}.png"))
+    restored = []
+    for task in run.restore:
+        options = f"--model {folder} --task {task} --input mnist5k --split test -n 64 --out {runs}/{run.name}-restored"
+        restored.append({"task": task} | {
+            k: v for k, v in call("restore", *options.split()).items()
+            if k in ("restored", "baseline", "gain", "seconds", "nfe")
+        })  # fmt: skip
     row = {
-        "command": f"vgm {command.format(dir='RUNS')}",
-        "parameters": held["parameters"],
-        "seconds": state["seconds"],
-        "steps": state["step"],
+        "command": f"vgm {run.command.format(dir='RUNS')} --out RUNS/{run.name}",
+        "parameters": call("inspect", str(folder))["parameters"],
+        "seconds": trained["seconds"],
+        "all_seconds": trained["seconds"] + time.monotonic() - start,
+        "steps": trained["step"],
         "images_per_second": speed,
-        "metrics": {r["metric"]: [r["value"], r.get("uncertainty")] for r in results},
+        "metrics": [[r["metric"], r["value"], r.get("uncertainty"), r["protocol"].get("kind")] for r in results],
         "nfe": next((r["nfe"] for r in results if r.get("nfe")), None),
-        "kinds": {r["metric"]: r["protocol"].get("kind") for r in results if "bits" in r["metric"]},
+        "restored": restored,
+        "log": json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1]),
     }
     kept.write_text(json.dumps(row, indent=2))
     return row
 
 
-def cell(row: dict[str, Any], metric: str, digits: int = 3) -> str:
-    found = row["metrics"].get(metric)
-    if not found or found[0] is None:
-        return ""
-    value, spread = found
+def found(row: dict[str, Any], metric: str) -> list[list[Any]]:
+    return [m for m in row["metrics"] if m[0] == metric and m[1] is not None]
+
+
+def number(value: float, spread: float | None = None, digits: int = 3) -> str:
     return f"{value:.{digits}g}" + (f" ± {spread:.1g}" if spread else "")
 
 
-def document(rows: dict[str, dict[str, Any]], machine: str, n: int) -> str:
-    head = "| run | parameters | training | NFE | images/s | FID | class accuracy | bits/dim |\n|---|---|---|---|---|---|---|---|"
-    lines = []
+def cell(row: dict[str, Any], metric: str) -> str:
+    return ", ".join(number(value, spread) for _, value, spread, _ in found(row, metric)[:1])
+
+
+def likelihood(row: dict[str, Any]) -> str:
+    """Bits per dimension, or, where a codec stands before the model, per latent number or code."""
+    return ", ".join(
+        [f"{number(v)} ({kind.split(',')[0]})" for _, v, _, kind in found(row, "bits-per-dim")]
+        + [f"{number(v)} per latent ({kind.split(',')[0]})" for _, v, _, kind in found(row, "bits-per-latent-dim")]
+    )
+
+
+def table(head: str, rows: list[list[str]]) -> str:
+    columns = head.split(" | ")
+    lines = [columns, ["---"] * len(columns), *rows]
+    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+
+
+def summary(rows: dict[str, dict[str, Any]]) -> str:
+    cells = []
     for name, row in rows.items():
-        bits = cell(row, "bits-per-dim") or (
-            cell(row, "bits-per-latent-dim") and cell(row, "bits-per-latent-dim") + " (latent)"
-        )
-        minutes = f"{row['seconds'] / 60:.1f} min, {row['steps']} steps"
         speed = f"{row['images_per_second']:.3g}" if row["images_per_second"] else ""
-        cells = [name, f"{row['parameters']:,}", minutes, str(row["nfe"] or ""), speed, cell(row, "fid"),
-                 cell(row, "class-accuracy"), bits]  # fmt: skip
-        lines.append("| " + " | ".join(cells) + " |")
-    commands = "\n".join(f"{row['command']} --out RUNS/{name}" for name, row in rows.items())
-    left = [name for name, *_ in RUNS if name not in rows]
-    table = head + "\n" + "\n".join(lines) + (f"\n\nNot measured yet: {', '.join(left)}." if left else "")
-    return TEMPLATE.format(machine=machine, n=n, table=table, commands=commands)
+        trained = f"{row['seconds'] / 60:.1f} min, {row['steps']} steps"
+        cells.append([name, f"{row['parameters']:,}", trained, str(row["nfe"] or ""), speed, cell(row, "fid"),
+                      cell(row, "class-accuracy"), likelihood(row)])  # fmt: skip
+    return table("run | parameters | training | NFE | images/s | FID | class accuracy | bits/dim", cells)
+
+
+def students(rows: dict[str, dict[str, Any]]) -> str:
+    """Teachers and what was distilled from them."""
+    cells = []
+    for teacher, names in {
+        "sit": ("dmd", "consistency-distilled"),
+        "rectified-flow": ("rectified-flow-2", "rectified-flow-1"),
+    }.items():
+        for name in (teacher, *names):
+            if teacher in rows and name in rows:
+                row, base = rows[name], found(rows[teacher], "fid")[0][1]
+                ratio = "" if name == teacher else f"{found(row, 'fid')[0][1] / base:.2f}"
+                cells.append([f"{name}, student of {teacher}" if ratio else name, str(row["nfe"]), cell(row, "fid"), ratio,
+                              f"{row['images_per_second']:.3g}", f"{row['seconds'] / 60:.1f} min"])  # fmt: skip
+    return table("run | NFE | FID | of the teacher's | images/s | training", cells)
+
+
+def restorations(rows: dict[str, dict[str, Any]]) -> str:
+    cells = []
+    for part in (part for row in rows.values() for part in row["restored"]):
+        plain, better = part["baseline"], part["restored"]
+        task, _, rest = part["task"].partition(" --")
+        cells.append([f"{task}, given the class" if "label" in rest else task,
+                      rest.partition(" ")[2] if rest.startswith("method") else "dps", str(part["nfe"]),
+                      f"{plain['psnr']:.1f}", f"{better['psnr']:.1f}", f"{part['gain']:+.1f}",
+                      f"{plain['ssim']:.2f}", f"{better['ssim']:.2f}", f"{64 / part['seconds']:.2g}"])  # fmt: skip
+    return table("task | method | NFE | baseline PSNR | PSNR | gain (dB) | baseline SSIM | SSIM | images/s", cells)
+
+
+def rewards(rows: dict[str, dict[str, Any]]) -> str:
+    if "flow-grpo" not in rows:
+        return "Not measured yet."
+    row, before = rows["flow-grpo"], rows["rectified-flow"]
+    log = row["log"]
+    terms = ", ".join(f"{k.partition('/')[2]} {v:.3g}" for k, v in log.items() if k.startswith("reward/"))
+    return (
+        f"After {row['steps']} steps in {row['seconds'] / 60:.1f} minutes the reward is {log['reward']:.3g} ({terms}): "
+        f"{log['reward_gain']:.2g} standard deviations of the base model's above it. Class accuracy "
+        f"{cell(before, 'class-accuracy')} before, {cell(row, 'class-accuracy')} after; KL to the base model "
+        f"{log['kl']:.2g} per step, images of a class differ by {log['diversity']:.2g}."
+    )
+
+
+def document(rows: dict[str, dict[str, Any]], machine: str, jobs: int) -> str:
+    left = [run.name for run in RUNS if run.name not in rows]
+    return TEMPLATE.format(
+        machine=machine,
+        psnr=cell(rows["vqgan"], "psnr") if "vqgan" in rows else "…",
+        summary=summary(rows) + (f"\n\nNot measured yet: {', '.join(left)}." if left else ""),
+        students=students(rows),
+        restorations=restorations(rows),
+        rewards=rewards(rows),
+        jobs="one run" if jobs == 1 else f"{jobs} runs",
+        minutes=sum(row["all_seconds"] for row in rows.values()) / 60 / jobs,
+        commands="\n".join(row["command"] for row in rows.values()),
+    )
 
 
 TEMPLATE = """# Results
 
-Handwritten digits (the shipped 5,000 MNIST images, 28×28), each recipe as it is, on {machine}. Written by `make results`.
+Handwritten digits (the shipped 5,000 MNIST images, 28×28), each recipe as it is, on {machine}. Written by `make results`:
+{jobs} at a time, each on its share of the cores, {minutes:.0f} minutes in all.
 
-{table}
+## Every paper
 
-FID: {n} samples against the 5,000 images, features of the shipped digit network (mnist-features), so these numbers compare
+{summary}
+
+FID: 2,000 samples against the 5,000 images, features of the shipped digit network (mnist-features), so these numbers compare
 only with each other; ± is a standard error. Class accuracy: share of conditional samples that the shipped digit classifier
 recognises as their class (it sees about 99 % of held-out digits right). NFE: network evaluations for one image, guidance counted
-twice. images/s: sampling, batch 64. bits/dim: one scale, 8-bit pixels with uniform dequantisation where densities are continuous;
-exact for Glow, a bound for VAE, an ODE likelihood of 50 images for diffusion and flow models, of latents or codes where it
-says so (not comparable with pixels). vqgan's FID is of reconstructions.
+twice. images/s: sampling, 200 images. vqgan's FID is of reconstructions, its PSNR {psnr} dB.
 
-The commands, in this order:
+bits/dim: 8-bit pixels; where densities are continuous, with uniform dequantisation. Exact for glow; ELBO and a tighter bound
+of 100 draws (IWAE) for vae; the probability-flow ODE of 50 images for diffusion and flow models. Models behind a codec have the
+likelihood of its latents or codes ("per latent"), which does not compare with that of pixels.
+
+## Distillation (`vgm distill`)
+
+{students}
+
+## Restoration (`vgm restore`)
+
+64 digits that the prior (`vgm train dps`) never saw, Gaussian noise of 0.05. The baseline is the adjoint; of super-resolution
+the bicubic image.
+
+{restorations}
+
+## Reinforcement learning (`vgm finetune-rl`)
+
+{rewards}
+
+## The commands
 
 ```
 {commands}
 ```
 
-Measured with `vgm evaluate RUNS/NAME --metrics fid,class-accuracy -n {n}`; `vgm sample RUNS/NAME -n 50` shows them.
+Then `vgm evaluate RUNS/NAME --metrics fid,class-accuracy,bits-per-dim -n 2000`, `vgm sample RUNS/NAME -n 50`, and
+`vgm restore --model RUNS/dps --task TASK --input mnist5k --split test -n 64`.
 """
 
 
 def machine() -> str:
-    facts = json.loads(vgm("env"))
+    facts = vgm("env")
     bf16 = ", bf16" if facts["bf16"] else ""
     return f"{facts['cores']} CPU cores ({facts['cpu']}{bf16}), torch {facts['packages']['torch']}"
 
 
 def main() -> None:
+    cores = os.cpu_count() or 1
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--runs", type=Path, default=Path("results"))
-    parser.add_argument("--only", default="")
-    parser.add_argument("-n", type=int, default=N, help="samples for FID and class accuracy")
+    parser.add_argument("--only", default="", help="names of runs; those kept from before stay in the tables")
+    parser.add_argument("--jobs", type=int, default=min(2, cores), help="runs at a time")
     args = parser.parse_args()
     args.runs.mkdir(parents=True, exist_ok=True)
     only = set(filter(None, args.only.split(",")))
-    rows = {}
-    for name, command, metrics in RUNS:
-        if not only or name in only:
-            print(name, flush=True)
-            rows[name] = measure(name, command, metrics, args.runs, args.n)
-    TARGET.write_text(document(rows, machine(), args.n), encoding="utf-8")
+    chosen = [run for run in RUNS if not only or run.name in only]
+    done: dict[str, Future[dict[str, Any]]] = {}
+
+    def work(run: Run) -> dict[str, Any]:
+        if run.after in done:
+            done[run.after].result()  # submitted earlier, so that a worker has it already
+        print(run.name, flush=True)
+        return measure(run, args.runs, max(cores // args.jobs, 1))
+
+    with ThreadPoolExecutor(args.jobs) as pool:
+        for run in chosen:
+            done[run.name] = pool.submit(work, run)
+    rows = {name: row.result() for name, row in done.items()}
+    for run in RUNS:
+        if run.name not in rows and (args.runs / f"{run.name}.json").exists():
+            rows[run.name] = json.loads((args.runs / f"{run.name}.json").read_text())
+    rows = {run.name: rows[run.name] for run in RUNS if run.name in rows}
+    TARGET.write_text(document(rows, machine(), args.jobs), encoding="utf-8")
 
 
 if __name__ == "__main__":
