@@ -34,7 +34,8 @@ class Converter:
     wrapper: the entry under which official torch files keep the state; "" is a bare one.
     forgets: regular expressions of tensors of the layout that ours does not keep and from_ours makes anew.
     config_json(config): the config.json that goes with the weights (diffusers). fits(json): is this its config.json?
-    from_json(json): constructor keywords that it tells and shapes do not.
+    from_json(json): constructor keywords that it tells and shapes do not. told_by(json): this layout for the network of
+        such a config.json, where tensors alone do not tell how to read them (the size, the width of a head).
     forward(network, config): one deterministic evaluation of our network, where its forward takes more than images,
         times, labels or ids. reference(state, config): the same by the layout's own code on a state of that layout;
         they agree within `tolerance` of the largest value.
@@ -55,6 +56,7 @@ class Converter:
     config_json: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
     fits: Callable[[Mapping[str, Any]], bool] | None = None
     from_json: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
+    told_by: Callable[[Mapping[str, Any]], Converter] | None = None
     forward: Callable[[Any, Mapping[str, Any]], Tensor] | None = None
     reference: Callable[[State, Mapping[str, Any]], Tensor] | None = None
     tolerance: float = 1e-4

@@ -130,7 +130,8 @@ def fit(c: Converter, state: State, config: Mapping[str, Any] | None = None) -> 
 def reason_of(e: Exception) -> str:
     if isinstance(e, KeyError):
         return f"{e.args[0] if e.args else 'a tensor'} is missing"
-    return (str(e).strip() or type(e).__name__).splitlines()[0]
+    lines = (str(e).strip() or type(e).__name__).splitlines()
+    return " ".join(line.strip() for line in (lines[:2] if lines[0].endswith(":") else lines[:1]))
 
 
 def nearest(state: State) -> Fit | None:

@@ -4,7 +4,7 @@ Official files (openai/guided-diffusion@22e0df8) are bare state dicts: 256x256_d
 diffusers (0.35) can express networks with one width of head everywhere, a first multiplier of 1, and convolutions or
 residual blocks where the size changes: the 64 and 256 pixel models, LSUN, and the trunk of the 128->512 upsampler; not
 those with 4 heads (128, 64->256), nor 512, nor conv_resample=false. It stores q, k and v apart, so the order of
-attention that ours has must be known: it names the layout.
+attention that ours has must be known: it names the layout. config.json tells the width of a head and of a group.
 """
 
 from __future__ import annotations
@@ -362,8 +362,8 @@ def diffusers_config(config: Mapping[str, Any], head_channels: int) -> dict[str,
         "_class_name": "UNet2DModel",
         "sample_size": config["image_size"],
         "in_channels": channels * (2 if config.get("super_res") else 1),
-        "out_channels": channels * (2 if config.get("learn_sigma", True) else 1),
-        "num_class_embeds": config.get("num_classes") or None,
+        "out_channels": config.get("out_channels") or channels * (2 if config.get("learn_sigma", True) else 1),
+        "num_class_embeds": (config.get("num_classes") or 0) + config.get("null_class", False) or None,
         "layers_per_block": config["num_res_blocks"],
         "block_out_channels": [config["model_channels"] * m for m in config["channel_mult"]],
         "down_block_types": ["AttnDownBlock2D" if a else plain[0] for a in attends],
@@ -375,14 +375,16 @@ def diffusers_config(config: Mapping[str, Any], head_channels: int) -> dict[str,
         "freq_shift": 0,
         "flip_sin_to_cos": True,
         "time_embedding_type": "positional",
-        "norm_num_groups": 32,
-        "attn_norm_num_groups": 32,
+        "norm_num_groups": config.get("norm_groups", 32),
+        "attn_norm_num_groups": config.get("norm_groups", 32),
         "norm_eps": 1e-5,
     }
 
 
-def allows(config: Mapping[str, Any], new_order: bool, head_channels: int) -> None:
-    """VgmError: the layout's name says another order of attention or width of head."""
+def allows(config: Mapping[str, Any], new_order: bool, head_channels: int, groups: int) -> None:
+    """VgmError: not in this architecture; the layout says another order of attention, width of head or of group."""
+    if config.get("patch_size", 1) != 1:
+        raise VgmError(f"diffusers' UNet2DModel has no patches, here patch_size is {config['patch_size']}", code=USAGE)
     if config.get("use_new_attention_order", False) != new_order:
         other = "adm-unet-diffusers-legacy" if new_order else "adm-unet-diffusers"
         raise VgmError(
@@ -390,7 +392,17 @@ def allows(config: Mapping[str, Any], new_order: bool, head_channels: int) -> No
         )
     width = config.get("num_head_channels")
     if width != head_channels:
-        raise VgmError(f"diffusers' layout is read with {head_channels} channels a head, not {width}", code=USAGE)
+        raise VgmError(
+            f"diffusers' layout is read with {head_channels} channels a head, not {width}",
+            "a folder, with its config.json, holds any width" if width else "",
+            USAGE,
+        )
+    if config.get("norm_groups", 32) != groups:
+        raise VgmError(
+            f"diffusers' layout is read with {groups} groups of channels, not {config['norm_groups']}",
+            "a folder, with its config.json, holds any number",
+            USAGE,
+        )
 
 
 def diffusers_forward(state: State, config: Mapping[str, Any], head_channels: int) -> Tensor:
@@ -422,13 +434,17 @@ def forward(network: Any, config: Mapping[str, Any]) -> Tensor:
     return network(x, t, y, **small)  # type: ignore[no-any-return]
 
 
-def diffusers(name: str, new_order: bool, head_channels: int = 64) -> Converter:
+def diffusers(name: str, new_order: bool, head_channels: int = 64, groups: int = 32) -> Converter:
     def to_ours(state: State) -> dict[str, Tensor]:
         return diffusers_to_ours(state, new_order, head_channels)
 
     def config(state: State) -> dict[str, Any]:
         known = {"num_heads": 1, "num_head_channels": head_channels, "use_new_attention_order": new_order}
-        return config_from(to_ours(state)) | known
+        return config_from(to_ours(state)) | known | ({"norm_groups": groups} if groups != 32 else {})
+
+    def told_by(json: Mapping[str, Any]) -> Converter:
+        width, number = json.get("attention_head_dim") or head_channels, json.get("norm_num_groups") or groups
+        return diffusers(name, new_order, width, number)
 
     def recognise(keys: Iterable[str]) -> bool:
         wanted = {"time_embedding.linear_1.weight", "conv_in.weight", "mid_block.attentions.0.group_norm.weight"}
@@ -442,8 +458,10 @@ def diffusers(name: str, new_order: bool, head_channels: int = 64) -> Converter:
         from_ours=lambda state: diffusers_from_ours(state, new_order, head_channels),
         config_from=config,
         header=header,
-        allows=lambda config: allows(config, new_order, head_channels),
-        config_json=lambda config: diffusers_config(config, head_channels),
+        allows=lambda config: allows(config, new_order, head_channels, groups),
+        config_json=lambda config: diffusers_config(config, config.get("num_head_channels") or head_channels),
+        from_json=lambda json: {"image_size": json["sample_size"]} if json.get("sample_size") else {},
+        told_by=told_by,
         forward=forward,
         reference=lambda state, config: diffusers_forward(state, config, head_channels),
         summary=f"diffusers UNet2DModel, {head_channels} channels a head, {'new' if new_order else 'legacy'} order",

@@ -2,8 +2,9 @@
 
 Official files (facebookresearch/DiT@ed81ce2): a bare state dict (DiT-XL-2-256x256.pt) or train.py's dict with "model"
 and "ema", see vgm_cli.convert_api.unwrap. diffusers (0.35): q, k, v apart; one copy of the timestep and label embedders
-in every block (equal copies, the first is read); no position table, so the image size names the layout. diffusers runs
-these weights with timestep frequencies 10000^(-k/127) instead of /128 and eps 1e-5 before the MLP: outputs differ.
+in every block (equal copies, the first is read); no position table, so config.json or the layout's name tells the size.
+diffusers runs these weights with timestep frequencies 10000^(-k/127) instead of /128 and eps 1e-5 before the MLP:
+outputs differ.
 """
 
 from __future__ import annotations
@@ -228,7 +229,7 @@ def allows(config: Mapping[str, Any], input_size: int) -> None:
     if config["input_size"] != input_size:
         raise VgmError(
             f"this layout is of {input_size}x{input_size} inputs, the network takes {config['input_size']}",
-            "dit-diffusers is of 32 (256 pixels), dit-diffusers-512 of 64",
+            "dit-diffusers is of 32 (256 pixels), dit-diffusers-512 of 64; a folder (config.json) is of any size",
             USAGE,
         )
 
@@ -247,8 +248,9 @@ def diffusers(name: str, input_size: int) -> Converter:
         header=header,
         allows=lambda config: allows(config, input_size),
         config_json=diffusers_config,
-        fits=lambda json: json.get("sample_size") == input_size,
+        fits=lambda json: (json.get("sample_size") == 64) == (input_size == 64),
         from_json=lambda json: {"num_heads": json["num_attention_heads"]} if "num_attention_heads" in json else {},
+        told_by=None if input_size == 64 else lambda json: diffusers(name, json.get("sample_size", input_size)),
         forward=forward,
         reference=diffusers_forward,
         summary=f"diffusers DiTTransformer2DModel, {8 * input_size} pixels",

@@ -318,7 +318,71 @@ def test_a_folder_of_diffusers(vgm: Call) -> None:
         assert same(load_file(f"again{size}.safetensors"), ours)
         assert ckpt.read_header(Path(f"again{size}.safetensors")).component["kwargs"]["num_heads"] == 2
     other = "dit-diffusers"
-    check(vgm("convert", "64.safetensors", "x", "--to", other), 2, "32x32", "dit-diffusers-512 of 64")
+    check(vgm("convert", "64.safetensors", "x.pt", "--to", other), 2, "32x32", "dit-diffusers-512 of 64")
+
+
+def ours_of(component: str, config: dict[str, Any], view: dict[str, Any] | None = None) -> dict[str, Tensor]:
+    """o.safetensors: a network of ours that nobody published."""
+    torch.manual_seed(0)
+    network = registry().build("model", {"name": component, **config})
+    fixed = {k: p.clone() for k, p in network.named_parameters() if not p.requires_grad}
+    suites.randomise(network)
+    state = {k: fixed.get(k, v).contiguous() for k, v in network.state_dict().items()}
+    save_file(
+        state,
+        "o.safetensors",
+        ckpt.Header({"kind": "model", "name": component, "kwargs": config}, view=view).metadata(),
+    )
+    return state
+
+
+SMALL_DIT = {**DIT, "input_size": 7, "patch_size": 1, "num_heads": 2}
+SMALL_UNET = {**ADM, "image_size": 28, "in_channels": 1, "model_channels": 16, "channel_mult": [1, 2], "num_classes": 10,
+              "attention_resolutions": [2], "num_head_channels": 16, "norm_groups": 8, "null_class": True}  # fmt: skip
+
+
+@pytest.mark.parametrize(
+    ("component", "config", "layout", "words"),
+    [
+        ("dit", SMALL_DIT, "dit-diffusers", []),
+        ("adm-unet", SMALL_UNET, "adm-unet-diffusers-legacy", ["num_classes=10", "null_class=true"]),
+    ],
+)
+def test_our_own_sizes_go_to_a_folder_of_diffusers(
+    component: str, config: dict[str, Any], layout: str, words: list[str], vgm: Call
+) -> None:
+    """The sizes of digits are in config.json: diffusers' own code computes the same, and it is read back."""
+    pytest.importorskip("diffusers")
+    state = ours_of(component, config)
+    code, out, err = vgm("convert", "o.safetensors", "folder", "--to", layout, "--verify")
+    assert code == 0 and f"forward pass of {layout}'s own code: differs from ours by" in out, err
+    assert all(word in err for word in words), err
+    assert vgm("convert", "folder", "again.safetensors", "--from", layout, *words)[0] == 0
+    assert same(load_file("again.safetensors"), state)
+    kwargs = ckpt.read_header(Path("again.safetensors")).component["kwargs"]
+    assert {k: kwargs[k] for k in config if k in kwargs} == {k: v for k, v in config.items() if k in kwargs}
+    if component == "adm-unet":  # the group's and the head's width are told by config.json alone
+        check(vgm("convert", "o.safetensors", "x.pt", "--to", layout), 2, "a folder, with its config.json")
+
+
+def test_what_diffusers_cannot_express_is_refused(vgm: Call) -> None:
+    ours_of("adm-unet", {**SMALL_UNET, "patch_size": 2})
+    check(vgm("convert", "o.safetensors", "x", "--to", "adm-unet-diffusers-legacy"), 2, "no patches", "patch_size is 2")
+
+
+def test_what_a_layout_does_not_tell_is_said(vgm: Call) -> None:
+    """Weights alone do not tell heads or how a network was trained: the words that reading back needs are named."""
+    config = {**SMALL_DIT, "hidden_size": 128, "num_heads": 4}
+    view = {"name": "denoiser", "path": {"name": "linear"}, "prediction": "velocity", "time": "reversed"}
+    ours_of("dit", config, view)
+    code, _, err = vgm("convert", "o.safetensors", "o.pt")
+    assert code == 0 and "does not tell num_heads=4" in err and "trained as published" in err
+    assert vgm("convert", "o.pt", "again.safetensors", "--from", "dit", "num_heads=4")[0] == 0
+    assert ckpt.read_header(Path("again.safetensors")).component["kwargs"]["num_heads"] == 4
+    ours, _ = state_of("adm-unet")  # as published: nothing to say
+    torch.save(ours, "adm.pt")
+    assert vgm("convert", "adm.pt", "adm.safetensors")[0] == 0
+    assert "tell" not in vgm("convert", "adm.safetensors", "adm2.pt")[2]
 
 
 def test_the_config_tells_how_latents_are_scaled(vgm: Call) -> None:

@@ -125,6 +125,8 @@ def foreign_source(
 ) -> Source:
     """Through the converter into a state that its network takes strictly."""
     try:
+        if converter.told_by is not None and found.json:
+            converter = converter.told_by(found.json)
         told = converter.from_json(found.json) if converter.from_json is not None and found.json else {}
         config = {**converter.config_from(theirs), **told, **keywords(converter, overrides)}
         state = dict(converter.to_ours(theirs))
@@ -204,6 +206,7 @@ class Conversion:
     ours: State
     state: State
     cast: str | None = None
+    remarks: list[str] = field(default_factory=list)
 
 
 def target_layout(source: Source, dst: Path, to: str | None) -> Converter | None:
@@ -234,10 +237,34 @@ def prepare(source: Source, dst: Path, to: str | None = None, dtype: str | None 
     layout = target_layout(source, dst, to)
     if dtype is not None and dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
+    told: Mapping[str, Any] = {}  # by the config.json of a folder
+    if layout is not None and dst.suffix == "" and layout.config_json is not None:
+        told = layout.config_json(source.config)
+        layout = layout.told_by(told) if layout.told_by is not None else layout
     if layout is not None and layout.allows is not None:
         layout.allows(source.config)
     ours = cast(source.state, dtype, source.path) if dtype else source.state
-    return Conversion(source, layout, ours, ours if layout is None else back(layout, ours), dtype)
+    if layout is None:
+        return Conversion(source, None, ours, ours, dtype)
+    state = back(layout, ours)
+    return Conversion(source, layout, ours, state, dtype, lost(source, layout, state, told))
+
+
+def lost(source: Source, layout: Converter, state: State, told: Mapping[str, Any]) -> list[str]:
+    """What a file of this layout does not say of the network when it is read back, as remarks. told: its config.json."""
+    remarks = []
+    read = {**layout.config_from(state), **(layout.from_json(told) if layout.from_json is not None and told else {})}
+    component = registry().find(source.kind, source.name)
+    parameters = signature(load_target(component.target, source.name)).parameters.items()
+    full = {**{k: p.default for k, p in parameters if p.default is not p.empty}, **read}
+    untold = [k for k, v in source.config.items() if "drop" not in k and layouts.plain(full.get(k)) != layouts.plain(v)]
+    if untold:
+        words = " ".join(f"{k}={json.dumps(source.config[k], separators=(',', ':'))}" for k in untold)
+        remarks.append(f"'{layout.name}' does not tell {words}: `vgm convert` needs these words when it is read back")
+    published = json.loads(json.dumps(layout.header(source.config).get("view"))) if layout.header is not None else None
+    if published is not None and source.header.view not in (None, published):
+        remarks.append(f"'{layout.name}' keeps weights alone: read back, they pass for a network trained as published")
+    return remarks
 
 
 def cast(state: State, dtype: str, path: Path) -> State:
@@ -389,6 +416,9 @@ def forward_passes(proof: Proof, job: Conversion) -> None:
         except VgmError as e:
             proof.add(what, f"not made: {e.message}")
             continue
+        except layouts.UNFIT as e:
+            proof.add(what, f"it refuses these weights: {layouts.reason_of(e)}", False)
+            continue
         proof.add(what, f"differs from ours by {gap:.1e}", gap <= max(c.tolerance, LOSS[precision]))
 
 
@@ -466,7 +496,7 @@ def summary(job: Conversion, files: list[Path], proof: Proof, codec: str | None)
         "tensors": len(job.state),
         "parameters": sum(v.numel() for v in job.state.values()),
         "left_out": source.left_out,
-        "remarks": source.remarks,
+        "remarks": [*source.remarks, *job.remarks],
         "files": [str(f) for f in files],
         "verified": [{"what": w, "outcome": o, "passed": ok} for w, o, ok in proof.checks],
         "samplable": bool(job.layout is None and shape and header.recipe.get("sampler")),
