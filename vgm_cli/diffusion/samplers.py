@@ -423,9 +423,10 @@ class FlowEulerSampler(GaussianSampler):
     def walk(self, model: Denoiser, request: Request, steps: int) -> Tensor:
         levels = timesteps.shift_sigmas(torch.linspace(1, 0, steps + 1, dtype=torch.float64).numpy(), self.shift)
         sigmas = torch.from_numpy(levels)
+        cond: dict[str, Any] = request.cond
 
         def velocity(x: Tensor, i: int) -> Tensor:
-            return flow_velocity(model, x, sigmas[i], **request.cond)
+            return flow_velocity(model, x, sigmas[i], **cond)
 
         noise, tell = request.randn if self.stochastic else None, report(request, steps)
         return solvers.flow_euler(

@@ -251,7 +251,7 @@ def prepare(source: Source, dst: Path, to: str | None = None, dtype: str | None 
 
 
 def lost(source: Source, layout: Converter, state: State, told: Mapping[str, Any]) -> list[str]:
-    """What a file of this layout does not say of the network when it is read back, as remarks. told: its config.json."""
+    """What a file of this layout does not say of the network when it is read back, as remarks. told: config.json."""
     remarks = []
     read = {**layout.config_from(state), **(layout.from_json(told) if layout.from_json is not None and told else {})}
     component = registry().find(source.kind, source.name)
