@@ -23,6 +23,7 @@ from typing import Any
 
 TARGET = Path(__file__).with_name("results.md")
 QUALITY = "fid,class-accuracy"
+VAE_BITS = "bits-per-dim:n=256:samples=1,bits-per-dim:n=256:samples=100"
 
 
 @dataclass
@@ -63,7 +64,8 @@ RUNS = [  # the longest first, those that others wait for before all
     Run("llamagen", "train llamagen", bits="bits-per-dim:n=500"),
     Run("vqgan", "train vqgan", "fid,psnr", sampled=False),
     Run("vqgan-prior", "train vqgan --recipe mnist-prior", bits="bits-per-dim:n=500"),
-    Run("vae", "train vae", "fid", bits="bits-per-dim:n=256:samples=1,bits-per-dim:n=256:samples=100"),
+    Run("vae", "train vae", "fid", bits=VAE_BITS),
+    Run("vae-8bit", "train vae --recipe mnist-8bit", "fid", bits=VAE_BITS),
 ]  # fmt: skip
 
 
@@ -138,11 +140,17 @@ def cell(row: dict[str, Any], metric: str) -> str:
     return ", ".join(number(value, spread) for _, value, spread, _ in found(row, metric)[:1])
 
 
+def kind_of(kind: str) -> str:
+    """How a likelihood was had, and of which pixels where they are not the 8-bit ones."""
+    other = [part for part in kind.split(", ")[1:] if "bits" in part or "binarised" in part]
+    return ", ".join([kind.split(",")[0], *other])
+
+
 def likelihood(row: dict[str, Any]) -> str:
     """Bits per dimension, or, where a codec stands before the model, per latent number or code."""
     return ", ".join(
-        [f"{number(v)} ({kind.split(',')[0]})" for _, v, _, kind in found(row, "bits-per-dim")]
-        + [f"{number(v)} per latent ({kind.split(',')[0]})" for _, v, _, kind in found(row, "bits-per-latent-dim")]
+        [f"{number(v)} ({kind_of(kind)})" for _, v, _, kind in found(row, "bits-per-dim")]
+        + [f"{number(v)} per latent ({kind_of(kind)})" for _, v, _, kind in found(row, "bits-per-latent-dim")]
     )
 
 
@@ -155,7 +163,7 @@ def table(head: str, rows: list[list[str]]) -> str:
 def summary(rows: dict[str, dict[str, Any]]) -> str:
     cells = []
     for name, row in rows.items():
-        speed = f"{row['images_per_second']:.3g}" if row["images_per_second"] else ""
+        speed = f"{row['images_per_second']:,.0f}" if row["images_per_second"] else ""
         trained = f"{row['seconds'] / 60:.1f} min, {row['steps']} steps"
         cells.append([name, f"{row['parameters']:,}", trained, str(row["nfe"] or ""), speed, cell(row, "fid"),
                       cell(row, "class-accuracy"), likelihood(row)])  # fmt: skip
@@ -174,7 +182,7 @@ def students(rows: dict[str, dict[str, Any]]) -> str:
                 row, base = rows[name], found(rows[teacher], "fid")[0][1]
                 ratio = "" if name == teacher else f"{found(row, 'fid')[0][1] / base:.2f}"
                 cells.append([f"{name}, student of {teacher}" if ratio else name, str(row["nfe"]), cell(row, "fid"), ratio,
-                              f"{row['images_per_second']:.3g}", f"{row['seconds'] / 60:.1f} min"])  # fmt: skip
+                              f"{row['images_per_second']:,.0f}", f"{row['seconds'] / 60:.1f} min"])  # fmt: skip
     return table("run | NFE | FID | of the teacher's | images/s | training", cells)
 
 
@@ -197,10 +205,10 @@ def rewards(rows: dict[str, dict[str, Any]]) -> str:
     log = row["log"]
     terms = ", ".join(f"{k.partition('/')[2]} {v:.3g}" for k, v in log.items() if k.startswith("reward/"))
     return (
-        f"After {row['steps']} steps in {row['seconds'] / 60:.1f} minutes the reward is {log['reward']:.3g} ({terms}): "
-        f"{log['reward_gain']:.2g} standard deviations of the base model's above it. Class accuracy "
-        f"{cell(before, 'class-accuracy')} before, {cell(row, 'class-accuracy')} after; KL to the base model "
-        f"{log['kl']:.2g} per step, images of a class differ by {log['diversity']:.2g}."
+        f"After {row['steps']} steps in {row['seconds'] / 60:.1f} minutes the reward (ink, and the classifier's confidence)\n"
+        f"is {log['reward']:.3g} ({terms}), {log['reward_gain']:.2g} standard deviations of the base model's above that\n"
+        f"model's. Class accuracy {cell(before, 'class-accuracy')} before, {cell(row, 'class-accuracy')} after; KL to the base\n"
+        f"model {log['kl']:.2g} per step. Digits become bold, hence the FID."
     )
 
 
@@ -233,8 +241,8 @@ only with each other; ± is a standard error. Class accuracy: share of condition
 recognises as their class (it sees about 99 % of held-out digits right). NFE: network evaluations for one image, guidance counted
 twice. images/s: sampling, 200 images. vqgan's FID is of reconstructions, its PSNR {psnr} dB.
 
-bits/dim: 8-bit pixels; where densities are continuous, with uniform dequantisation. Exact for glow; ELBO and a tighter bound
-of 100 draws (IWAE) for vae; the probability-flow ODE of 50 images for diffusion and flow models. Models behind a codec have the
+bits/dim: 8-bit pixels unless it says otherwise; where densities are continuous, with uniform dequantisation. Exact for glow;
+ELBO and a tighter bound of 100 draws (IWAE) for vae; the probability-flow ODE of 50 images for diffusion and flow models. Models behind a codec have the
 likelihood of its latents or codes ("per latent"), which does not compare with that of pixels. Of held-out digits for vae,
 glow and dps, which are trained without every tenth; of training digits for the others.
 

@@ -19,6 +19,7 @@ NETWORKS = (
         presets="vgm_cli.nets.ncsnpp_presets:PRESETS",
         from_data={"image_size": "size", "in_channels": "channels", "num_classes": "num_classes"},
         summary="NCSN++ and DDPM++, U-Nets of score-based models and rectified flows",
+        denoiser=True,
     ),
     Component(
         kind="model",
@@ -34,6 +35,7 @@ NETWORKS = (
         presets={"imagenet64": {"img_resolution": 64, "num_classes": 1000}},
         from_data={"img_resolution": "size", "in_channels": "channels", "num_classes": "num_classes"},
         summary="EDM's ADM U-Net, predicts F",
+        denoiser=True,
     ),
     Component("model", "lpips", "vgm_cli.losses.lpips:LPIPS", summary="perceptual distance; VGG and heads by path"),
     Component(

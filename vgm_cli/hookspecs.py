@@ -40,6 +40,8 @@ class Component:
         size (side of x as the model sees it, after the codec), channels, num_classes, image_size and
         image_channels (before the codec), and of a codec's tokens vocab_size and grid.
     verbs: commands that offer it (objectives: "train", "distill", "finetune-rl"). summary: one line for `vgm ls`.
+    denoiser: of models forward(x, t, **cond) and of objectives that train any of these: the result is a denoiser, which
+        every method of distill, restore and finetune-rl takes (`vgm matrix`).
     """
 
     kind: str
@@ -49,6 +51,7 @@ class Component:
     from_data: Mapping[str, str] = field(default_factory=dict)
     verbs: tuple[str, ...] = ()
     summary: str = ""
+    denoiser: bool = False
 
 
 @dataclass(frozen=True)

@@ -330,8 +330,13 @@ def load(target: str, recipe: str | None = None, assignments: Iterable[str] = ()
 
 def finish(config: dict[str, Any], origins: dict[str, str], name: str, assignments: Iterable[str] = ()) -> Recipe:
     """Overrides on top, unknown keys refused, host nodes typed with their defaults filled in."""
+    before = dict(config.get("data") or {}), origins.get("data.split")
     override(config, origins, env_assignments(), "environment")
     override(config, origins, assignments, "command line")
+    data = config.get("data")
+    if isinstance(data, dict) and data.get("path") != before[0].get("path") and origins.get("data.split") == before[1]:
+        data.pop("split", None)  # it was a part of the data set that the recipe names, not of this one
+        origins.pop("data.split", None)
     for key in config:
         if key not in TOP:
             raise unknown("key", key, TOP, where=f"recipe {name}")

@@ -41,7 +41,13 @@ def vgm_components() -> Iterable[Component | Paper]:
             },
         ),
         Component(
-            "model", "adm-unet", "vgm_plugins.adm_unet.model:UNetModel", presets + "PRESETS", FROM_DATA, (), "ADM U-Net"
+            "model",
+            "adm-unet",
+            "vgm_plugins.adm_unet.model:UNetModel",
+            presets + "PRESETS",
+            FROM_DATA,
+            summary="ADM U-Net",
+            denoiser=True,
         ),
         Component(
             "model",

@@ -51,6 +51,7 @@ def vgm_components() -> Iterable[Component | Paper]:
             presets="vgm_plugins.consistency.presets:PRESETS",
             verbs=("train", "distill"),
             summary="consistency distillation and training, iCT, progressive distillation",
+            denoiser=True,
         ),
         *(
             Component("sampler", name, f"vgm_plugins.consistency.{target}", verbs=verbs, summary=summary)

@@ -38,6 +38,7 @@ def vgm_components() -> Iterable[Component | Paper]:
                 presets=f"vgm_plugins.dit.presets:{presets}",
                 from_data={"input_size": "size", "in_channels": "channels", "num_classes": "num_classes"},
                 summary=summary,
+                denoiser=True,
             )
             for name, attr, presets, summary in (
                 ("dit", "DiT", "PRESETS", "diffusion transformer with adaLN-Zero"),

@@ -208,7 +208,7 @@ class Glow(nn.Module):
     the coupling networks. coupling: affine (likelihood) | additive (pictures). permutation: invconv | lu | shuffle |
     reverse; top_permutation: of the last level, None for the same. n_bits: bits per pixel value. learn_top: the top
     prior's mean and scale are learned. num_classes: 0 for an unconditional model. classifier: a head that predicts the
-    class from the top latent. style: openai | rosinality (parametrisation, see layers.Style).
+    class from the top latent, where there are classes. style: openai | rosinality (parametrisation, see layers.Style).
     VgmError: sizes that do not fit, unknown names, labels missing.
     """
 
@@ -237,8 +237,6 @@ class Glow(nn.Module):
             )
         if not 1 <= n_bits <= 8:
             raise VgmError(f"n_bits must be 1 to 8, got {n_bits}", code=USAGE)
-        if classifier and not num_classes:
-            raise VgmError("a classifier needs classes", "data with labels, or model.classifier=false", USAGE)
         own = style_of(style)
         self.size, self.in_channels, self.levels, self.n_bits = size, in_channels, levels, n_bits
         self.num_classes, self.checkpointing = num_classes, False
@@ -250,7 +248,7 @@ class Glow(nn.Module):
             self.blocks.append(Block(channels, depth, width, coupling, kind, own, top))
             channels = 4 * channels if top else 2 * channels
         self.prior = TopPrior(channels, learn_top, num_classes, own)
-        self.classifier = Classifier(channels, num_classes) if classifier else None
+        self.classifier = Classifier(channels, num_classes) if classifier and num_classes else None
         self.register_buffer("initialised", torch.zeros((), dtype=torch.uint8))  # data-dependent initialisation done
 
     @property

@@ -43,12 +43,12 @@ def flow_loss(
 class GlowObjective(ObjectiveBase):
     """Bits per dimension of dequantised images.
 
-    class_weight: of the classifier's bits per image, for a model with one. prepare_size: images of the data-dependent
-    initialisation. VgmError: a conditional model without labels.
+    class_weight: of the classifier's bits per image; without classes it weighs nothing. prepare_size: images of
+    the data-dependent initialisation. VgmError: a conditional model without labels.
     """
 
     def __init__(self, model: Glow, class_weight: float = 0.0, prepare_size: int = 256):
-        if class_weight and model.classifier is None:
+        if class_weight and model.num_classes and model.classifier is None:
             raise VgmError("class_weight needs the classifier", "model.classifier=true", USAGE)
         self.model, self.networks = model, {"model": model}
         self.class_weight, self.prepare_size = class_weight, prepare_size

@@ -39,6 +39,7 @@ def vgm_components() -> Iterable[Component | Paper]:
             target=here + "objective:RectifiedFlow",
             verbs=("train",),
             summary="straight-line flow from noise to data (1-rectified flow)",
+            denoiser=True,
         ),
         Component(
             kind="objective",

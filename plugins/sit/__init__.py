@@ -36,6 +36,7 @@ def vgm_components() -> Iterable[Component | Paper]:
             target="vgm_plugins.sit.objective:FlowMatching",
             verbs=("train",),
             summary="interpolants: linear, gvp or vp path; velocity, score or noise prediction",
+            denoiser=True,
         ),
         Component("sampler", "sit-ode", "vgm_plugins.sit.sampler:ODESampler", summary="probability-flow ODE"),
         Component("sampler", "sit-sde", "vgm_plugins.sit.sampler:SDESampler", summary="SDE with a free diffusion"),

@@ -37,7 +37,8 @@ Logs = dict[str, Tensor]
 
 @dataclass
 class Growth:
-    """Progressive growing. start: first side; rates: {side: factor on both learning rates}, of that side and above."""
+    """Progressive growing. start: first side, or the next larger one there is; rates: {side: factor on both learning
+    rates}, of that side and above."""
 
     start: int = 8
     train_kimg: float = 600
@@ -128,9 +129,9 @@ class StyleGANObjective(ObjectiveBase):
         if self.grow is None:
             return 0.0
         sides: list[int] = self.model.sides  # type: ignore[assignment]
-        if self.grow.start not in sides:
-            raise VgmError(f"grow.start={self.grow.start}", f"sides are {sides}", USAGE)
-        top = len(sides) - 1 - sides.index(self.grow.start)
+        top = sum(s >= self.grow.start for s in sides) - 1
+        if top < 0:
+            raise VgmError(f"grow.start={self.grow.start} is beyond the images' side", f"sides are {sides}", USAGE)
         return level_of_detail(index // 4 * 4 * self.batch_size, top, self.grow.train_kimg, self.grow.fade_kimg)
 
     def rates(self, step: Step) -> Mapping[str, float]:

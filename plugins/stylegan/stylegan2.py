@@ -84,16 +84,17 @@ def modulated_conv(
 ) -> Tensor:
     """Convolution whose input channels are scaled by styles (B, in), its output divided by the norm of the scaled
     weights (eq. 1 and 3 of arXiv 1912.04958), then noise (broadcast to the output) added. gain: on all of it, which
-    costs nothing with demodulation. A single image has its weights scaled, a batch its activations."""
+    costs nothing with demodulation. Activations are scaled; of a single image the weights, where they are fewer."""
     if demodulate and x.dtype == torch.float16:  # keep half precision away from its limits
         weight = weight / (weight.abs().amax((1, 2, 3), keepdim=True) * math.sqrt(weight[0].numel()))
         styles = styles / styles.abs().amax(1, keepdim=True)
     d = styles.new_full((1, len(weight)), gain)
     if demodulate:
         with torch.autocast(x.device.type, enabled=False):
-            power = weight.float().square().sum((2, 3))  # (out, in)
-            d = (styles.float().square() @ power.T + 1e-8).rsqrt() * gain
-    if len(x) == 1 and not styles.requires_grad:
+            power = weight.float().square().flatten(1)  # (out, in k k): a product is faster than sums over k k
+            scales = styles.float().square().repeat_interleave(weight[0, 0].numel(), 1)
+            d = (scales @ power.T + 1e-8).rsqrt() * gain
+    if len(x) == 1 and x.numel() > weight.numel() and not styles.requires_grad:
         out = conv(x, weight * styles[0, :, None, None] * d[0, :, None, None, None], f, up)
         return out if noise is None else out + (noise * gain).to(out.dtype)
     out = conv(x * styles.to(x.dtype)[:, :, None, None], weight, f, up)

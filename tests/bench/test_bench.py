@@ -20,6 +20,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
+from vgm_plugins.llamagen.sampler import decode_naively
 
 from vgm_cli.api import Request, Step, generators
 from vgm_cli.engine import checkpoint as ckpt
@@ -283,16 +284,8 @@ def test_llamagen_sampling() -> None:
             token = torch.multinomial(logits.softmax(-1), 1)
             ids = torch.cat([token, token])
 
-    @torch.no_grad()
     def naive() -> None:
-        tokens = torch.zeros(2 * n, 0, dtype=torch.long)
-        null = ours.null_condition({"y": y})["y"]
-        for _ in range(256):
-            c, u = ours(tokens, torch.cat([y, null]))[:, -1].chunk(2)
-            logits = u + 2.0 * (c - u)
-            logits[logits < logits.topk(100).values[:, -1:]] = -float("inf")
-            token = torch.multinomial(logits.softmax(-1), 1)
-            tokens = torch.cat([tokens, torch.cat([token, token])], 1)
+        decode_naively(ours, y, sampler.decoding.picker(torch.rand(n, 256)), 2.0)
 
     speed = report(
         "LlamaGen, 256 tokens with guidance", *race(cached, plain_cached, rounds=3), "transformers, with its cache"
@@ -321,8 +314,8 @@ def test_glow_training_step() -> None:
             shape = (channels * 2 ** (levels + 1), 32 // 2**levels, 32 // 2**levels)
         bases += [nf.distributions.DiagGaussian(shape)]
     peer = nf.MultiscaleFlow(bases, flows, merges)
-    ours = registry().build("model", {"name": "glow", "channels": channels, "size": 32, "levels": levels, "depth": depth,
-                                      "width": width, "learn_prior": False, "num_classes": 0})  # fmt: skip
+    ours = registry().build("model", {"name": "glow", "in_channels": channels, "size": 32, "levels": levels, "depth": depth,
+                                      "width": width, "permutation": "lu", "learn_top": False})  # fmt: skip
     x = torch.rand(16, channels, 32, 32)
     sizes = [sum(p.numel() for p in net.parameters() if p.requires_grad) for net in (ours, peer)]
     assert abs(sizes[0] - sizes[1]) / sizes[1] < 0.1, sizes

@@ -171,7 +171,7 @@ def test_metric_options_and_their_errors() -> None:
     ("metrics", "kwargs", "says"),
     [
         (["fid"], {"reference": None}, "compares with a reference"),
-        (["sfid"], {}, "spatial features"),
+        (["sfid"], {}, "sfid needs spatial features"),
         (["class-accuracy"], {}, "labelled samples"),
         (["bits-per-dim"], {}, "measured on a model"),
     ],
@@ -424,6 +424,20 @@ def test_a_codec_is_measured_by_its_reconstructions(vgm: Run) -> None:
     found = results(out)
     assert code == 0 and found["psnr"]["value"] > 25 and found["psnr"]["n_reference"] == 60
     assert found["fid"]["samples"] == "reconstructions"
+
+
+def test_a_trained_tokenizer_is_a_codec(vgm: Run, tiny_dataset: Path, tmp_path: Path) -> None:
+    run, small = tmp_path / "run", ("train.steps=2", "train.batch_size=4", "train.preview_n=0", "train.precision=fp32")
+    code, _, err = vgm("train", "vqgan", "--out", run, f"data.path={tiny_dataset}", *small)
+    assert code == 0 and f"next: vgm evaluate {run}" in err
+    code, out, err = vgm("evaluate", run, "--metrics", "psnr,ssim", "-n", "6", "--json")
+    found = results(out)
+    assert code == 0, err
+    assert found["psnr"]["samples"] == "reconstructions" and found["psnr"]["value"] > 3 and found["psnr"]["n"] == 6
+    code, _, err = vgm("sample", run, "-n", "2", "--out", tmp_path / "x.png")
+    assert code == 2 and "is a codec" in err
+    code, _, err = vgm("evaluate", run, "--metrics", "bits-per-dim", "-n", "6")
+    assert code == 2 and "measured on a model" in err
 
 
 def test_memorised_samples_are_found(vgm: Run, files: Path) -> None:

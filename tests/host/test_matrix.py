@@ -4,6 +4,7 @@ finetune-rl, convert, inspect."""
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -75,7 +76,62 @@ def test_finetune(run: Path, vgm, tmp_path: Path) -> None:
 
 
 def test_inspect_and_convert(run: Path, vgm, tmp_path: Path) -> None:
+    """ours -> the paper's official layout -> ours: with the words that convert asks for, the same network."""
     assert "component" in ok(vgm("inspect", run))
-    ok(vgm("convert", run, "official.safetensors"))
-    ok(vgm("convert", "official.safetensors", "ours.safetensors"))
-    assert "component" in ok(vgm("inspect", "ours.safetensors"))
+    done = json.loads(ok(vgm("convert", run, "official.pt", "--verify", "--json")))
+    network = done["component"]["name"]
+    told = [re.findall(r"does not tell (.*): `vgm convert`", remark) for remark in done["remarks"]]
+    words = [word for found in told if found for word in found[0].split()]
+    ok(vgm("convert", "official.pt", "ours.safetensors", *words, "--from", network, "--verify"))
+    before = done["component"]["kwargs"]
+    after = json.loads(ok(vgm("inspect", "ours.safetensors", "--json")))["component"]["kwargs"]
+    assert {k: after.get(k) for k in before if k in after} == {k: v for k, v in before.items() if k in after}
+
+
+def listed(vgm) -> dict[tuple[str, str], dict]:
+    return {(r["network"], r["training"]): r for r in json.loads(ok(vgm("matrix", "--json")))}
+
+
+def test_the_matrix_is_listed(vgm) -> None:
+    rows = listed(vgm)
+    for network in NETWORKS:
+        for training in ("iddpm", "flow-matching", "gaussian"):  # those of this file's runs
+            assert {"dmd", "consistency"} <= set(rows[network, training]["distill"])
+            assert "dps" in rows[network, training]["restore"] and rows[network, training]["finetune-rl"] == [
+                "flow-grpo"
+            ]
+    assert rows["dit", "iddpm"]["recipes"] and rows["dit", "rectified-flow"]["recipes"] == []
+    glow = rows["glow", "glow"]
+    assert glow["restore"] == glow["distill"] == [] and "no denoiser" in glow["reason"]
+    assert "adm-upsampler trains no denoiser" in rows["adm-unet", "adm-upsampler"]["reason"]
+    out = ok(vgm("matrix", "sit"))
+    assert all(line.startswith("sit") for line in out.splitlines()[1:]) and len(out.splitlines()) > 3
+    code, _, err = vgm("matrix", "sti")
+    assert code == 2 and "did you mean sit" in err
+
+
+TINY = NETWORKS | {
+    "sit": "{name: sit, patch_size: 7, hidden_size: 32, depth: 1, num_heads: 2, learn_sigma: %s}",
+    "ncsnpp": "{name: ncsnpp, nf: 16, ch_mult: [1], num_res_blocks: 1, attn_resolutions: []}",
+    "edm-unet": "{name: edm-unet, model_channels: 16, channel_mult: [1], num_blocks: 1}",
+}
+OPTIONS = {"iddpm": ", learn_sigma: false", "gaussian": ", preset: edm", "consistency": ", preset: ict"}
+
+
+@pytest.mark.slow
+def test_what_the_matrix_promises_trains_and_is_a_denoiser(vgm, tmp_path: Path) -> None:
+    from vgm_cli import recipe as recipes
+    from vgm_cli.engine import checkpoint, distill
+    from vgm_cli.engine.trainer import train
+
+    for network, training in (pair for pair, row in listed(vgm).items() if row["distill"]):
+        own = TINY[network].replace("%s", "1" if network == "adm-unet" else "false")
+        sampler = "consistency" if training == "consistency" else "euler"
+        file = tmp_path / f"{network}-{training}.yaml"
+        file.write_text(
+            f"paper: dit\nmodel: {own}\nobjective: {{name: {training}{OPTIONS.get(training, '')}}}\n"
+            f"sampler: {{name: {sampler}}}\ndata: {{path: mnist5k}}\n"
+        )
+        train(recipes.load(str(file), None, [*SMALL, "train.steps=1"]), tmp_path / file.stem, quiet_end=True)
+        header = checkpoint.read_header(checkpoint.resolve(str(tmp_path / file.stem), None))
+        assert distill.is_denoiser(header.view), f"{network} {training}"

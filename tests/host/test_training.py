@@ -167,6 +167,31 @@ def test_batches_that_do_not_divide_are_refused(tiny: Path) -> None:
         train(recipes.load(str(tiny), None, ["train.batch_size=10", "train.accumulate=4"]))
 
 
+@pytest.mark.parametrize("paper", ["vae", "vqgan", "stylegan", "glow", "dit", "rectified-flow"])
+def test_default_recipes_take_an_unlabelled_folder(tmp_path: Path, vgm, paper: str) -> None:
+    """RGB images of 32 x 32 without classes or splits; the recipe's split belongs to its own data."""
+    import numpy as np
+    from PIL import Image
+
+    (tmp_path / "data").mkdir()
+    for i in range(9):
+        image = np.random.default_rng(i).integers(0, 255, (32, 32, 3), dtype=np.uint8)
+        Image.fromarray(image).save(tmp_path / "data" / f"{i}.png")
+    codec = []
+    if paper == "dit":
+        (tmp_path / "codec.yaml").write_text("base: ldm/small-codec\ntrain: {steps: 2, batch_size: 4}\n")
+        codec = [f"codec.fallback={tmp_path / 'codec.yaml'}"]
+    few = ("train.steps=2", "train.batch_size=4", "train.preview_n=2", *codec)
+    code, _, err = vgm("train", paper, f"data.path={tmp_path / 'data'}", "--out", tmp_path / "run", *few)
+    assert code == 0, err
+    if paper != "vqgan":
+        code, _, err = vgm("sample", tmp_path / "run", "-n", 2, "--out", tmp_path / "x.png")
+        assert code == 0, err
+    kept = recipes.load("vae", None, ["data.path=mnist5k"]).config["data"]["split"]
+    asked = recipes.load("vae", None, ["data.split=val", "data.path=elsewhere"]).config["data"]["split"]
+    assert (kept, asked) == ("train", "val")
+
+
 @pytest.mark.parametrize("size", [32, 64])
 @pytest.mark.parametrize("codec", ["short", pytest.param("as shipped", marks=pytest.mark.slow)])
 def test_own_images_train_with_no_other_option(tmp_path: Path, vgm, size: int, codec: str) -> None:

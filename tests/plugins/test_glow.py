@@ -458,14 +458,12 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
 def test_wrong_sizes_are_refused() -> None:
     with pytest.raises(VgmError, match="no multiple of 8"):
         Glow(size=28)
-    with pytest.raises(VgmError, match="classes"):
-        Glow(**TINY, classifier=True)
     with pytest.raises(VgmError, match="labels"):
         Glow(**TINY, num_classes=3)(torch.zeros(1, 2, 8, 8))
     with pytest.raises(VgmError, match="permutation"):
         Glow(**{**TINY, "permutation": "rotation"})
     with pytest.raises(VgmError, match="classifier"):
-        GlowObjective(Glow(**TINY), class_weight=0.1)
+        GlowObjective(Glow(**TINY, num_classes=2), class_weight=0.1)
 
 
 # -- pixels, likelihood, samples -------------------------------------------------------------------------------------

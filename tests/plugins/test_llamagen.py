@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import itertools
 import math
-import time
 from pathlib import Path
 from typing import Any, ClassVar
 
@@ -655,66 +654,3 @@ class TestTokenizer(suites.RecipeSuite):
 
 class TestText(suites.RecipeSuite):
     recipe: ClassVar[str] = "llamagen/text256"
-
-
-# -- speed -------------------------------------------------------------------------------------------------------------
-
-
-class Growing:
-    """What a plain cached loop does: per layer, the new keys and values are concatenated to the old ones."""
-
-    def __init__(self) -> None:
-        self.stored: dict[int, tuple[Tensor, Tensor]] = {}
-        self.filled = 0
-
-    def write(self, layer: int, k: Tensor, v: Tensor) -> tuple[Tensor, Tensor]:
-        if layer in self.stored:
-            old = self.stored[layer]
-            k, v = torch.cat([old[0], k], dim=2), torch.cat([old[1], v], dim=2)
-        self.stored[layer] = k, v
-        return k, v
-
-    def advance(self, n: int) -> None:
-        self.filled += n
-
-
-@torch.no_grad()
-def plain_loop(model: LlamaGen, y: Tensor, scale: float, generator: torch.Generator) -> Tensor:
-    """A cached loop as transformers has it: a growing cache, softmax and multinomial at every step."""
-    decoder = Decoder(model, torch.cat([y, torch.full_like(y, model.num_classes)]))
-    decoder.cache = Growing()  # type: ignore[assignment]
-    logits, ids = decoder.first(), torch.empty(len(y), 0, dtype=torch.int64)
-    for i in range(model.block_size):
-        cond, null = logits.chunk(2)
-        probs = (null + scale * (cond - null)).softmax(-1)
-        new = torch.multinomial(probs, 1, generator=generator)
-        ids = torch.cat([ids, new], dim=1)
-        if i + 1 < model.block_size:
-            logits = decoder.step(new[:, 0].repeat(2))
-    return ids
-
-
-@pytest.mark.bench
-def test_bench_sampling() -> None:
-    """256 codes with guidance: at least 3 times the naive loop, no slower than a plain cached one."""
-    torch.set_num_threads(1)
-    model = LlamaGen(dim=256, n_layer=4, n_head=4, vocab_size=4096, num_classes=10).eval()
-    suites.randomise(model, scale=0.02)
-    y, u = torch.arange(2), torch.rand(2, 256)
-    runs = {
-        "ours": lambda: decode(model, {"y": y}, Decoding().picker(u), 2.0),
-        "plain": lambda: plain_loop(model, y, 2.0, torch.Generator().manual_seed(0)),
-        "naive": lambda: decode_naively(model, y, Decoding().picker(u), 2.0),
-    }
-    times: dict[str, list[float]] = {name: [] for name in runs}
-    for _ in range(3):
-        for name, run in runs.items():
-            if name == "naive" and times[name]:
-                continue
-            began = time.process_time()
-            run()
-            times[name].append(time.process_time() - began)
-    ours, plain, naive = (min(times[name]) for name in ("ours", "plain", "naive"))
-    print(f"\nCPU seconds for 2 images: ours {ours:.2f}, plain cached loop {plain:.2f}, naive {naive:.2f}")
-    print(f"ratios: naive/ours {naive / ours:.1f}, plain/ours {plain / ours:.2f}")
-    assert naive / ours >= 3 and plain / ours >= 0.97

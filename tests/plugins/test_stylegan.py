@@ -673,6 +673,9 @@ def test_growth_sets_rates_restarts_and_levels() -> None:
         lods[0] == 2.0 and lods[-1] == 0.0 and lods == sorted(lods, reverse=True) and 1.8 in [round(v, 3) for v in lods]
     )
     assert o.rates(Step(0)) == {"main": 1.0, "discriminator": 1.0} and o.rates(Step(59))["main"] == 2.0
+    o.grow.start = 8
+    assert o.lod(0) == 1.0, "from 14, the next side there is"
+    o.grow.start = 7
     starts = [i for i in range(60) if o.restarts(Step(i))]
     assert len(starts) == 4, "two levels, each entering and in full"
     o.loss("discriminator", batch(), Step(16))

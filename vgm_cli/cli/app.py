@@ -50,9 +50,22 @@ def build_app() -> typer.Typer:
         context_settings={"help_option_names": ["-h", "--help"]},
     )
     app.callback()(callback)
-    from vgm_cli.cli import convert, data, distill, evaluate, finetune_rl, info, plugin, restore, runs, sample, train
+    from vgm_cli.cli import (
+        convert,
+        data,
+        distill,
+        evaluate,
+        finetune_rl,
+        info,
+        matrix,
+        plugin,
+        restore,
+        runs,
+        sample,
+        train,
+    )
 
-    for verb in (train, distill, finetune_rl, sample, restore, evaluate, convert, data, info, runs, plugin):
+    for verb in (train, distill, finetune_rl, sample, restore, evaluate, convert, data, info, matrix, runs, plugin):
         verb.register(app)
     r = registry()
     for name, module in r.manager.list_name_plugin():

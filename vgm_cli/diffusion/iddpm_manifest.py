@@ -13,6 +13,7 @@ def components() -> list[Component]:
             target="vgm_cli.diffusion.iddpm:IDDPM",
             verbs=("train",),
             summary="discrete diffusion, learned variance, mse + variational bound (IDDPM, ADM, DiT)",
+            denoiser=True,
         ),
         Component(
             kind="sampler",

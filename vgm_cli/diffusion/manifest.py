@@ -41,5 +41,6 @@ def host_components() -> list[Component]:
         },
         verbs=("train",),
         summary="denoising on any Gaussian path: DDPM, v, EDM, flow matching by keywords",
+        denoiser=True,
     )
     return [*samplers, objective]

@@ -43,6 +43,11 @@ class Header:
     weights: str = "raw"
     extra: dict[str, Any] = field(default_factory=dict)
 
+    @property
+    def is_codec(self) -> bool:
+        """It reconstructs and does not generate: a codec by its kind, or a network trained to be one."""
+        return self.component.get("kind") == "codec" or (self.view or {}).get("name") == "codec"
+
     def metadata(self, title: str = "") -> dict[str, str]:
         values = {
             "schema": SCHEMA,
@@ -145,7 +150,11 @@ def read_header(path: Path) -> Header:
         with safe_open(path, framework="pt") as f:
             metadata = dict(f.metadata() or {})
     except (SafetensorError, OSError, ValueError) as e:
-        raise VgmError(f"{path} is not a readable safetensors file: {str(e).splitlines()[0]}", code=FAILED) from e
+        raise VgmError(
+            f"{path} is not a readable safetensors file: {str(e).splitlines()[0]}",
+            "it may be cut off; an official .pt or .ckpt goes through `vgm convert`",
+            FAILED,
+        ) from e
     return Header.parse(metadata, path)
 
 
@@ -251,7 +260,7 @@ def build_with_weights(component: Mapping[str, Any], tensors: Mapping[str, Tenso
 
 def build_view(model: nn.Module, view: Mapping[str, Any] | None) -> Any:
     """What the sampler is handed: a Denoiser, whatever "module:attr" the view names, or the bare network."""
-    if not view:
+    if not view or view.get("name") == "codec":
         return model
     if view.get("name") == "denoiser":
         from vgm_cli.diffusion.denoiser import Denoiser

@@ -91,8 +91,8 @@ def load(
 def adopt(config: dict[str, Any], origins: dict[str, str], path: Path) -> None:
     """Write the teacher at `path` into a recipe: network, view, codec, data, guidance."""
     header = ckpt.read_header(path)
-    kind, name = header.component.get("kind", "model"), header.component["name"]
-    if kind == "codec" or (header.view or {}).get("name") == "codec":
+    name = header.component["name"]
+    if header.is_codec:
         raise VgmError(f"{path} is a codec: it reconstructs, there is nothing to distill", "take a model's run", USAGE)
     view = header.view or config["teacher"].get("view")
     if not is_denoiser(view):

@@ -65,7 +65,11 @@ def evaluate(
         began = time.time()
         if of_model(metric):
             if subject is None:
-                raise VgmError(f"{name} is measured on a model, not on images", "give a run or a checkpoint", USAGE)
+                raise VgmError(
+                    f"{name} is measured on a model, not on images",
+                    "give a run or a checkpoint",
+                    USAGE,
+                )
             values = metric(subject, seed)
             data = {"features": "none", **source_facts(DataPictures(subject.dataset) if subject.dataset else None)}
             counts: tuple[int | None, int | None] = (subject.n, None)
@@ -175,11 +179,14 @@ class Sides:
 
     def _check(self, metric: Any, net: FeatureNet | None) -> None:
         name = type(metric).__name__
+        listed = (c for c in registry().components.values() if c.kind == "metric")
+        name = next((c.name for c in listed if c.target.endswith(f":{name}")), name)  # as the user wrote it
         assert self.pictures is not None
         for need in {*metric.needs_samples, *metric.needs_reference} & set(OF_NETWORK):
             if net is not None and OF_NETWORK[need] not in net.outputs:
                 have = f"{OF_NETWORK[need]} features"
-                raise VgmError(f"{name} needs {have}, which {net.name} does not have", "give Inception weights", USAGE)
+                hint = "give Inception weights: --features inception.pth"
+                raise VgmError(f"{name} needs {have}, which {net.name} does not have", hint, USAGE)
         if "labels" in metric.needs_samples and self.pictures.labels is None:
             raise VgmError(f"{name} needs labelled samples", "conditional models and .npz with arr_1 have them", USAGE)
         if metric.needs_reference and self.reference is None:

@@ -125,7 +125,7 @@ def open_target(target: str, options: Options, protocol: Protocol, sampled: bool
     if not is_model(target):
         return images_of(target, options, protocol)
     path = ckpt.resolve(target, options.weights)
-    if ckpt.read_header(path).component.get("kind") == "codec":
+    if ckpt.read_header(path).is_codec:
         return reconstructions(path, options, protocol)
     loaded, device = open_model(target, options.weights)
     data = loaded.header.data

@@ -273,7 +273,8 @@ def check_measured(found: tuple[int, ...], wanted: tuple[int, ...], name: str, o
         show = lambda s: "x".join(map(str, s))
         raise VgmError(
             f"{name} is {show(found)}; {operator.name} makes {show(wanted)} of the model's {show(operator.shape)}",
-            "another model, other settings of the task, or --degrade if these are whole images",
+            "another model, other settings of the task, or --degrade if these are whole images; of an earlier "
+            "restoration give measurements.npz, not its pictures",
             USAGE,
         )
 

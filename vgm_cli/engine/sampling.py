@@ -24,10 +24,9 @@ def open_model(model: str, weights: str | None = None) -> tuple[ckpt.Loaded, tor
     if device.type == "cpu":
         keep_memory()
     loaded = ckpt.load(model, weights, device)
-    if loaded.header.view and loaded.header.view.get("name") == "codec":
-        raise VgmError(
-            f"{model} is a codec: it reconstructs, it does not generate", "train a model on its latents", USAGE
-        )
+    if loaded.header.is_codec:
+        hint = f"train a model on its latents or codes (--codec {model}), or measure it: vgm evaluate {model}"
+        raise VgmError(f"{model} is a codec: it reconstructs, it does not generate", hint, USAGE)
     return loaded, device
 
 

@@ -369,7 +369,7 @@ class Trainer:
                 ui.event("result", **asdict(outcome))
                 ui.info(f"done: {done} steps in {duration(self.seconds)}, {overall:.0f} img/s")
                 ui.data(str(self.run.path))
-                ui.info(f"next: vgm sample {self.run.path}")
+                ui.info(f"next: vgm {'evaluate' if self.header().is_codec else 'sample'} {self.run.path}")
         if self.track not in ("jsonl", "none"):
             self.acc.end_training()
         return outcome
