@@ -11,6 +11,7 @@ from collections.abc import Iterable
 from vgm_cli.hookspecs import Component, Paper, hookimpl
 
 FROM_DATA = {"image_size": "size", "in_channels": "channels", "num_classes": "num_classes"}
+CLASSIFIER = "vgm_plugins.adm_unet.model:EncoderUNetModel"  # half of the U-Net
 OBJECTIVES = (
     ("adm-classifier", "NoisyClassifier", "cross entropy on noisy images, for classifier guidance"),
     ("adm-upsampler", "Upsampling", "discrete diffusion given a smaller copy of the image"),
@@ -40,26 +41,12 @@ def vgm_components() -> Iterable[Component | Paper]:
                 f"ImageNet {n} FID-50K (ADM-G)": v for n, v in ((64, 2.07), (128, 2.97), (256, 4.59), (512, 7.72))
             },
         ),
-        Component(
-            "model",
-            "adm-unet",
-            "vgm_plugins.adm_unet.model:UNetModel",
-            presets + "PRESETS",
-            FROM_DATA,
-            summary="ADM U-Net",
-            denoiser=True,
-        ),
-        Component(
-            "model",
-            "adm-classifier",
-            "vgm_plugins.adm_unet.model:EncoderUNetModel",
-            presets + "CLASSIFIERS",
-            FROM_DATA,
-            summary="classifier of noisy images (half of the ADM U-Net)",
-        ),
+        Component("model", "adm-unet", "vgm_plugins.adm_unet.model:UNetModel", presets + "PRESETS", FROM_DATA,
+                  summary="ADM U-Net", denoiser=True),
+        Component("model", "adm-classifier", CLASSIFIER, presets + "CLASSIFIERS", FROM_DATA, (), "of noisy images"),
         *(
             Component("objective", n, f"vgm_plugins.adm_unet.objective:{a}", {}, {}, ("train",), s)
             for n, a, s in OBJECTIVES
         ),
         *(Component("converter", n, f"vgm_plugins.adm_unet.checkpoints:{a}", summary=s) for n, a, s in CONVERTERS),
-    ]
+    ]  # fmt: skip

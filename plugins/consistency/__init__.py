@@ -12,12 +12,7 @@ from vgm_cli.hookspecs import Component, Paper, hookimpl
 
 SAMPLERS = (
     ("consistency", "sampling:ConsistencySampler", (), "one or several steps of a consistency model"),
-    (
-        "dpm-2-karras",
-        "sampling:DPM2KarrasSampler",
-        (),
-        "second-order steps over the middle in sigma^(1/3), for teachers",
-    ),
+    ("dpm-2-karras", "sampling:DPM2KarrasSampler", (), "second order, middle in sigma^(1/3), for teachers"),
     (
         "consistency-edit",
         "editing:ConsistencyEditing",
@@ -49,12 +44,11 @@ def vgm_components() -> Iterable[Component | Paper]:
             name="consistency",
             target="vgm_plugins.consistency.objective:Consistency",
             presets="vgm_plugins.consistency.presets:PRESETS",
-            verbs=("train", "distill"),
+            verbs=("train", "distill"), denoiser=True,
             summary="consistency distillation and training, iCT, progressive distillation",
-            denoiser=True,
         ),
         *(
             Component("sampler", name, f"vgm_plugins.consistency.{target}", verbs=verbs, summary=summary)
             for name, target, verbs, summary in SAMPLERS
         ),
-    ]
+    ]  # fmt: skip

@@ -20,6 +20,7 @@ from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.diffusion.guidance import ClassifierFreeGuidance
 from vgm_cli.diffusion.timesteps import level_range
 from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.nn.precision import full_precision
 
 from .function import RHO, SIGMA_MAX, SIGMA_MIN, ConsistencyFunction, edm_view, level_of
 from .losses import Distance, Weighting, consistency_loss, distance, piq_like, progressive_loss, weight_of
@@ -136,7 +137,7 @@ class Consistency(ObjectiveBase):
         Without half precision where the network predicts eps or the score: its x0 is off by sigma times the rounding.
         """
         sensitive = self.plain.prediction in ("eps", "score")
-        with torch.autocast(batch["x"].device.type, enabled=False) if sensitive else nullcontext():
+        with full_precision(batch["x"].device) if sensitive else nullcontext():
             return self.loss_of(batch, step)
 
     def loss_of(self, batch: Batch, step: Step) -> tuple[Tensor, dict[str, Tensor]]:

@@ -21,6 +21,7 @@ from vgm_cli.api import Batch, ObjectiveBase, Phase, Step
 from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.diffusion.guidance import ClassifierFreeGuidance
 from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.nn.precision import full_precision
 
 from .discriminator import Features, head_for
 from .generator import Generator, denoising_times, level_times
@@ -159,7 +160,7 @@ class DMD(ObjectiveBase):
         cond = self.condition(batch)
         low, high = self.dm_range
         t = self.at(low + step.randint(high - low, len(x), "dm level"))
-        with torch.no_grad(), full_precision(self.fake, x):
+        with torch.no_grad(), precision_for(self.fake, x):
             x_t = self.student.path.add_noise(x, step.randn(x.shape, "dm noise"), t)
             real, fake = (view.predict(x_t, t, "x0", **cond).float() for view in (self.real, self.fake))
             scale = self.student.path.alpha(t) if self.weighting == "dmd" else None
@@ -211,10 +212,10 @@ class DMD(ObjectiveBase):
         return self.student.view()
 
 
-def full_precision(view: Denoiser, x: Tensor) -> AbstractContextManager[Any]:
+def precision_for(view: Denoiser, x: Tensor) -> AbstractContextManager[Any]:
     """No half precision where eps or the score is predicted: x0 is off by sigma / alpha times the rounding."""
     sensitive = view.prediction in ("eps", "score")
-    return torch.autocast(x.device.type, enabled=False) if sensitive else nullcontext()
+    return full_precision(x.device) if sensitive else nullcontext()
 
 
 def distance(kind: str, a: Tensor, b: Tensor, lpips: nn.Module | None = None) -> Tensor:

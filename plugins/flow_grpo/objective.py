@@ -19,6 +19,7 @@ from vgm_cli.diffusion.denoiser import Denoiser, flow_velocity
 from vgm_cli.diffusion.guidance import ClassifierFreeGuidance
 from vgm_cli.errors import DIVERGED, USAGE, VgmError, unknown
 from vgm_cli.nn import lora as adapters
+from vgm_cli.nn.precision import full_precision
 
 from .groups import Advantage, advantages, k_repeat, overall_advantages, worth_training
 from .policy import Kind, kl_to, levels, log_prob, policy_loss, roll_out, transition
@@ -217,7 +218,7 @@ class FlowGRPO(ObjectiveBase):
 
     def rewarded(self, z: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
         """(images (B, C, H, W) in [-1, 1], rewards (B,)) of what was sampled, in full precision."""
-        with torch.autocast(z.device.type, enabled=False):
+        with full_precision(z.device):
             decode = self.codec.decode if self.codec is not None else lambda z: z
             images = torch.cat([decode(rows.float()) for (rows,) in self.pieces(z)]).clamp(-1, 1)
             return images, self.reward(images, {} if y is None else {"y": y}).float()

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.nn.precision import full_precision
 
 from .layers import (
     LOGSCALE_FACTOR,
@@ -83,7 +84,7 @@ class FlowStep(nn.Module):
 
     def mix(self, x: Tensor) -> Tensor:
         """Actnorm and permutation as one linear map, never in half precision."""
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             scale, shift = self.actnorm.factors()
             matrix = self.permutation.matrix() * scale
             return channel_map(x, matrix, matrix @ shift)
@@ -96,7 +97,7 @@ class FlowStep(nn.Module):
     def reverse(self, y: Tensor, inverse: Tensor) -> Tensor:
         """inverse: (C, C) of the permutation's matrix."""
         x = self.coupling.reverse(y)
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             scale, shift = self.actnorm.factors()
             return channel_map(x, inverse / scale[:, None], -shift)
 
@@ -130,7 +131,7 @@ class Block(nn.Module):
 
     def inverses(self) -> Tensor:
         """Inverses of the permutations, computed in float64: (depth, C, C)."""
-        with torch.autocast(self.flows[0].permutation.matrix().device.type, enabled=False):
+        with full_precision(self.flows[0].permutation.matrix().device):
             matrices = torch.stack([f.permutation.matrix() for f in self.flows])
             return torch.linalg.inv(matrices.double()).to(matrices.dtype)
 

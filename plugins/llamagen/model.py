@@ -153,6 +153,8 @@ class LlamaGen(nn.Module):
         super().__init__()
         if dim % n_head or dim // n_head % 4:
             raise VgmError(f"dim={dim} over n_head={n_head} does not give heads of a multiple of 4", code=USAGE)
+        if model_type == "c2i" and cls_token_num != 1:
+            raise VgmError(f"a class is 1 token, not {cls_token_num}", "captions: model.model_type=t2i", USAGE)
         self.grid, self.vocab_size, self.num_classes = tuple(grid), vocab_size, num_classes
         self.model_type, self.cls_token_num = model_type, cls_token_num
         self.head_dim, self.n_kv_head, self.rope_base = dim // n_head, n_kv_head or n_head, rope_base

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vgm_cli.errors import USAGE, VgmError, unknown
 from vgm_cli.nn.fir import upfirdn2d
+from vgm_cli.nn.precision import full_precision
 
 # low-pass filters of Daubechies' least asymmetric wavelets with 6 and 2 vanishing moments
 SYM6 = (
@@ -137,7 +138,7 @@ class AugmentPipe(nn.Module):
         if p <= 0 or not self.kinds:
             return images
         parts = dict(zip(self.kinds, u.split([DRAWS[k] for k in self.kinds], dim=1)))
-        with torch.autocast(images.device.type, enabled=False):
+        with full_precision(images.device):
             images = self.move(images.float(), p, parts)
             images = self.colour(images, p, parts)
             if "imgfilter" in parts:

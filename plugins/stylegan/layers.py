@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.nn.precision import full_precision
 
 # name: (function, gain that keeps the variance)
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], float]] = {
@@ -84,7 +85,7 @@ class EqualLinear(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         """(B, in) -> (B, out), in single precision."""
         bias = self.bias if self.lr_multiplier == 1 else self.bias * self.lr_multiplier
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             return F.linear(x.float(), self.weight * self.scale, bias)
 
 

@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vgm_cli.nn.fir import fir_kernel, upfirdn2d
+from vgm_cli.nn.precision import full_precision
 
 from .layers import EqualConv, EqualLinear, StyleGenerator, minibatch_stddev, one_hot, pixel_norm, sides
 
@@ -75,7 +76,7 @@ class Mapping(nn.Module):
 
     def forward(self, z: Tensor, y: Tensor | None = None) -> Tensor:
         """z: (B, latent), y: (B,) -> w: (B, w_dim), in single precision."""
-        with torch.autocast(z.device.type, enabled=False):
+        with full_precision(z.device):
             x = z.float()
             if self.label is not None:
                 x = torch.cat([x, one_hot(y, len(self.label)) @ self.label], dim=1)
@@ -240,7 +241,7 @@ class Discriminator(nn.Module):
             x = self.blocks[level - 1](x)
             if level == top and before > 0:
                 x = torch.lerp(x, self.entry(image, top - 1).to(x.dtype), before)
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             x = x.float()
             if self.group_size > 1:
                 x = minibatch_stddev(x, self.group_size, self.group_features)

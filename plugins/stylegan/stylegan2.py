@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vgm_cli.nn.fir import upfirdn2d
+from vgm_cli.nn.precision import full_precision
 
 from .layers import (
     ACTIVATIONS,
@@ -90,7 +91,7 @@ def modulated_conv(
         styles = styles / styles.abs().amax(1, keepdim=True)
     d = styles.new_full((1, len(weight)), gain)
     if demodulate:
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             power = weight.float().square().flatten(1)  # (out, in k k): a product is faster than sums over k k
             scales = styles.float().square().repeat_interleave(weight[0, 0].numel(), 1)
             d = (scales @ power.T + 1e-8).rsqrt() * gain
@@ -121,7 +122,7 @@ class Mapping(nn.Module):
     def forward(self, z: Tensor | None, y: Tensor | None = None) -> Tensor:
         """z: (B, z_dim), y: (B,) -> (B, w_dim), in single precision."""
         device = (z if z is not None else y).device  # type: ignore[union-attr]
-        with torch.autocast(device.type, enabled=False):
+        with full_precision(device):
             parts = [pixel_norm(z.float())] if z is not None else []
             if self.classes:
                 parts.append(pixel_norm(self.embed(one_hot(y, self.classes))))
@@ -351,7 +352,7 @@ class Epilogue(nn.Module):
         self.out = EqualLinear(width, out)
 
     def forward(self, x: Tensor, image: Tensor | None, clamp: float | None) -> Tensor:
-        with torch.autocast(x.device.type, enabled=False):
+        with full_precision(x.device):
             x = x.float()
             if self.fromrgb is not None and image is not None:
                 x = x + self.fromrgb(image.float())

@@ -153,7 +153,11 @@ def prior_config(state: State) -> dict[str, Any]:
         "n_layer": layers,
         "n_head": heads,
         "n_embd": width,
-        **({"condition": "coord", "window": 16} if block >= 512 else {"condition": "class", "num_classes": 1000}),
+        **(
+            {"condition": "coord", "window": 16, "n_coord": vocab, "coord_factor": 16}
+            if block >= 512
+            else {"condition": "class", "num_classes": 1000}
+        ),
     }
     mask = own.get("blocks.0.attn.mask")
     if mask is not None and (unmasked := int(mask[0, 0, 0].sum())) > 1:

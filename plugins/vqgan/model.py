@@ -82,7 +82,8 @@ class GPT(nn.Module):
         attn_pdrop: float = 0.0,
         n_unmasked: int = 0,  # the first positions see each other
         sos_token: int = 0,  # the start token of "none"
-        n_coord: int | None = None,  # coordinate k of c in [0, 1] is round(n_coord c); None: vocab_size - 1
+        n_coord: int | None = None,  # a coordinate c in [0, 1] is the id round(n_coord c); None: vocab_size - 1
+        coord_factor: int = 1,  # side of a code in pixels, where coordinates are of pixels (published: 16); 1: of codes
         order: Order = "raster",
         checkpointing: bool = False,  # recompute blocks in backward
     ):
@@ -93,9 +94,10 @@ class GPT(nn.Module):
         self.window = (min(window, grid[0]), min(window, grid[1])) if window else self.grid
         self.condition: Condition = condition or ("class" if num_classes else "none")
         self.sos_token, self.n_unmasked, self.order = sos_token, n_unmasked, order
-        self.n_coord = vocab_size - 1 if n_coord is None else n_coord
+        self.n_coord, self.coord_factor = vocab_size - 1 if n_coord is None else n_coord, coord_factor
         self.n_head, self.checkpointing = n_head, checkpointing
-        needed = {"class": num_classes, "none": sos_token + 1, "coord": self.n_coord + 1, "codes": 0}[self.condition]
+        last = int(coordinate_tokens(self.coordinates(*self.grid, torch.device("cpu"))[None], self.n_coord).max())
+        needed = {"class": num_classes, "none": sos_token + 1, "coord": last + 1, "codes": 0}[self.condition]
         rows = max(vocab_size, needed)
         n = self.window[0] * self.window[1]
         self.block_size = block_size or n + (n if self.condition in ("coord", "codes") else 1)
@@ -120,8 +122,13 @@ class GPT(nn.Module):
         if self.condition == "none":
             return torch.full((n, 1), self.sos_token, device=device)
         if self.condition == "coord":
-            return coordinate_tokens(cond["coord"], self.n_coord).flatten(1)
+            ids = coordinate_tokens(cond["coord"], self.n_coord).flatten(1)
+            return ids.clamp(max=self.tok_emb.num_embeddings - 1)  # the last ones of a grid far larger than trained on
         return cond["codes"].flatten(1)
+
+    def coordinates(self, height: int, width: int, device: torch.device) -> Tensor:
+        """Of every code of a grid: (height, width) in [0, 1)."""
+        return coordinate_map(height, width, device, self.coord_factor)
 
     def permutation(self, device: torch.device) -> Tensor:
         return order_of(self.order, *self.window).to(device)
@@ -167,7 +174,7 @@ class GPT(nn.Module):
         """x: (B, h, w) int64 codes -> nats (B,), exact; the contract of vgm_cli/metrics/likelihood.py."""
         if self.window != self.grid:
             raise VgmError("a sliding window gives no likelihood of a whole image", code=USAGE)
-        cond: dict[str, Tensor] = {"coord": coordinate_map(*self.grid, x.device).expand(len(x), -1, -1)}
+        cond: dict[str, Tensor] = {"coord": self.coordinates(*self.grid, x.device).expand(len(x), -1, -1)}
         if self.condition == "class":
             if y is None:
                 raise VgmError("this prior needs the labels of the data", code=USAGE)
@@ -203,9 +210,10 @@ class Decoder:
 # -- coordinates -------------------------------------------------------------------------------------------------------
 
 
-def coordinate_map(height: int, width: int, device: torch.device | str = "cpu") -> Tensor:
-    """(height, width) raster positions in [0, 1)."""
-    return torch.arange(height * width, device=device).view(height, width) / (height * width)
+def coordinate_map(height: int, width: int, device: torch.device | str = "cpu", factor: int = 1) -> Tensor:
+    """(height, width) raster positions of codes in [0, 1): the mean of those of a code's factor x factor pixels."""
+    rows, columns = (torch.arange(n, device=device) * factor + (factor - 1) / 2 for n in (height, width))
+    return (rows[:, None] * (width * factor) + columns) / (height * width * factor**2)
 
 
 def coordinate_tokens(coord: Tensor, n_coord: int, down: int = 1) -> Tensor:

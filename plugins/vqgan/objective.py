@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vgm_cli.api import Batch, ObjectiveBase, Step
 
-from .model import GPT, coordinate_map
+from .model import GPT
 
 
 def corrupt(codes: Tensor, keep: Tensor, random: Tensor) -> Tensor:
@@ -53,7 +53,7 @@ class PriorObjective(ObjectiveBase):
     def windows(self, tokens: Tensor, step: Step) -> tuple[Tensor, Tensor]:
         """A random window of every grid, (B, *window), and the coordinates of its codes in the whole."""
         (height, width), (h, w) = tokens.shape[1:], self.model.window
-        coord = coordinate_map(height, width, tokens.device).expand(len(tokens), -1, -1)
+        coord = self.model.coordinates(height, width, tokens.device).expand(len(tokens), -1, -1)
         if (height, width) == (h, w):
             return tokens, coord
         top = step.randint(height - h + 1, len(tokens), "window rows").to(tokens.device)

@@ -51,7 +51,7 @@ def prior(vocab: int, block: int, layers: int, heads: int, width: int, condition
 
 DROPOUT = {"embd_pdrop": 0.1, "resid_pdrop": 0.1, "attn_pdrop": 0.1}
 PRIOR = {
-    "faceshq": prior(1024, 512, 24, 16, 1024, "coord"),
+    "faceshq": prior(1024, 512, 24, 16, 1024, "coord", n_coord=1024, coord_factor=16),
     "drin": prior(1024, 512, 24, 16, 1024, "codes"),
     "coco-scene": prior(8192, 348, 40, 16, 1408, "codes", **DROPOUT),
     "open-images-scene": prior(8192, 348, 36, 16, 1536, "codes", **DROPOUT),

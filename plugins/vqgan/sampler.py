@@ -16,7 +16,7 @@ from vgm_cli.api import Request
 from vgm_cli.ar.sampling import Decoding, Pick, generate, in_one_dtype
 from vgm_cli.errors import USAGE, VgmError
 
-from .model import GPT, Decoder, coordinate_map
+from .model import GPT, Decoder
 from .orders import inverse
 
 
@@ -86,12 +86,12 @@ class PriorSampler:
         cond = dict(request.cond)
         with in_one_dtype(model, device) as network:
             if (height, width) == window:
-                cond.setdefault("coord", coordinate_map(*window, device).expand(n, -1, -1))
+                cond.setdefault("coord", network.coordinates(*window, device).expand(n, -1, -1))
                 ids = sample_codes(network, network.prefix(cond, n, device), height * width, pick)
                 return ids[:, inverse(network.permutation(device))].unflatten(1, window)
             if model.order != "raster":
                 raise VgmError("only the raster order slides", code=USAGE)
-            coord = coordinate_map(height, width, device).expand(n, -1, -1)
+            coord = network.coordinates(height, width, device).expand(n, -1, -1)
 
             def prefix_of(top: int, left: int) -> Tensor:
                 crop = coord[:, top : top + window[0], left : left + window[1]]

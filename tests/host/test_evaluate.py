@@ -476,6 +476,17 @@ def test_ppl_needs_weights_and_a_model_with_paths(vgm: Run, trained: Path, lpips
     assert code == USAGE and "no latent paths" in err
 
 
+def test_ppl_of_a_stylegan_run(vgm: Run, tiny_dataset: Path, tmp_path: Path, lpips_files: Any) -> None:
+    run, small = tmp_path / "run", ("train.steps=2", "train.batch_size=4", "train.preview_n=0", "train.precision=fp32")
+    code, _, err = vgm("train", "stylegan", "--out", run, f"data.path={tiny_dataset}", *small)
+    assert code == 0, err
+    files = f"vgg={lpips_files[0]}:heads={lpips_files[1]}"
+    args = ("evaluate", run, "--json", "-n", "5", "--metrics")
+    (w,) = json.loads(vgm(*args, f"ppl:{files}")[1])
+    (z,) = json.loads(vgm(*args, f"ppl:space=z:sampling=full:{files}")[1])
+    assert w["n"] == 5 and w["value"] > 0 and z["value"] > 0 and z["value"] != w["value"]
+
+
 class Paths:
     """A generator whose images move by a known amount along its paths."""
 

@@ -571,6 +571,8 @@ def test_text_without_an_encoder_says_what_is_missing() -> None:
     with pytest.raises(VgmError, match="text encoder") as e:
         FlanT5()(["a"], torch.device("cpu"))
     assert e.value.code == 4 and "flan-t5" in e.value.hint
+    with pytest.raises(VgmError, match="a class is 1 token"):
+        tiny(cls_token_num=6)
 
 
 @pytest.fixture

@@ -9,6 +9,7 @@ from typing import Any
 import torch
 from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.module_tracker import ModuleTracker
 
 from vgm_cli.api import Batch, Step
 from vgm_cli.data import open_dataset
@@ -25,7 +26,8 @@ TIMED_PARAMETERS = 3e8  # above this many, timing alone would take minutes on a 
 
 @dataclass
 class RunPlan:
-    """Cost of a run. Bytes are for one process; flops per image are one forward and one backward of the loss."""
+    """Cost of a run. Bytes are for one process; flops_forward is of an image, flops_step forward and backward of a
+    batch, None where they cannot be counted; so are the activations left out of `memory`."""
 
     recipe: str
     parameters: int
@@ -37,8 +39,8 @@ class RunPlan:
     batch_size: int
     steps: int
     epochs: float | None
-    flops_forward: float
-    flops_step: float
+    flops_forward: float | None
+    flops_step: float | None
     memory: dict[str, int]
     seconds_per_step: float | None
     timed: str
@@ -61,7 +63,7 @@ def make_plan(recipe: Recipe, device: torch.device | None = None) -> RunPlan:
     forward, step = count_flops(built, facts, recipe)
     precision = opts.precision if opts.precision != "auto" else ("bf16" if bf16_supported() else "fp32")
     memory = memory_by_part(built, trained, recipe, precision, micro, facts)
-    seconds, how = time_steps(recipe, facts, device, precision, step, trainable)
+    seconds, how = time_steps(recipe, facts, device, precision, step or 0, trainable)
     weights = 4 * numbers.get("model", 0)
     one = weights * (1 + len(opts.ema)) + 8 * trainable
     return RunPlan(
@@ -76,7 +78,7 @@ def make_plan(recipe: Recipe, device: torch.device | None = None) -> RunPlan:
         steps=opts.steps,
         epochs=opts.steps * opts.batch_size / count if count else None,
         flops_forward=forward,
-        flops_step=step * opts.batch_size,
+        flops_step=None if step is None else step * opts.batch_size,
         memory=memory,
         seconds_per_step=seconds,
         timed=how,
@@ -136,15 +138,28 @@ class _MetaStep(Step):
             return draw(n).to(self.device)
 
 
-def count_flops(built: build.Built, facts: Facts, recipe: Recipe) -> tuple[float, float]:
-    """(forward, forward and backward) FLOPs of every phase's loss for one image, by torch's counter on meta tensors."""
+class Unfollowed(ModuleTracker):
+    """Counts are wanted in all, not by module: the hooks that follow modules fail where no gradient flows."""
+
+    def __enter__(self) -> Unfollowed:
+        return self
+
+    def __exit__(self, *args: Any) -> None:
+        pass
+
+
+def count_flops(built: build.Built, facts: Facts, recipe: Recipe) -> tuple[float | None, float | None]:
+    """(forward, forward and backward) FLOPs of every phase's loss for one image, by torch's counter on meta tensors;
+    None where a phase needs the values of its tensors."""
     n = 2  # losses may take statistics over the batch
     step = _MetaStep(index=0, device=torch.device("meta"))
     batch = example(facts, n, "meta", recipe)
     forward = total = 0.0
     try:
         for phase in built.objective.phases():
-            with FlopCounterMode(display=False) as counter:
+            counter = FlopCounterMode(display=False)
+            counter.mod_tracker = Unfollowed()
+            with counter:
                 loss, _ = built.objective.loss(phase.name, batch, step)
                 one = counter.get_total_flops()
                 loss.backward()
@@ -152,8 +167,10 @@ def count_flops(built: build.Built, facts: Facts, recipe: Recipe) -> tuple[float
             total += counter.get_total_flops() / n / phase.every
     except (RuntimeError, NotImplementedError) as e:
         ui.warn(f"FLOPs could not be counted: {str(e).splitlines()[0]}")
-    for network in built.networks.values():
-        network.zero_grad(set_to_none=True)
+        return None, None
+    finally:
+        for network in built.networks.values():
+            network.zero_grad(set_to_none=True)
     return forward, total
 
 
@@ -232,9 +249,11 @@ def show_plan(plan: RunPlan) -> None:
         if role != "model":
             ui.data(f"    {role:<14} {n:,}")
     ui.data(f"  model sees       {shape}, {plan.num_classes or 'no'} classes")
-    ui.data(f"  FLOPs            {human(plan.flops_forward)} forward per image, {human(plan.flops_step)} per step")
-    total = sum(plan.memory.values())
-    ui.data(f"  memory           {gib(total)} = " + ", ".join(f"{k} {gib(v)}" for k, v in plan.memory.items()))
+    if plan.flops_forward is not None and plan.flops_step is not None:
+        ui.data(f"  FLOPs            {human(plan.flops_forward)} forward per image, {human(plan.flops_step)} per step")
+    parts = ", ".join(f"{k} {gib(v)}" for k, v in plan.memory.items())
+    more = "" if "activations" in plan.memory else " and activations, which could not be counted"
+    ui.data(f"  memory           {gib(sum(plan.memory.values()))} = {parts}{more}")
     epochs = f" = {plan.epochs:,.1f} epochs" if plan.epochs else ""
     ui.data(f"  length           {plan.steps:,} steps of {plan.batch_size} images{epochs}, {plan.precision}")
     if plan.seconds_per_step is not None and plan.total_seconds is not None:

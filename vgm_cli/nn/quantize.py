@@ -12,7 +12,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Sequence
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import numpy as np
@@ -20,13 +19,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vgm_cli.nn.precision import full_precision
+
 Unknown = Literal["random", "extra"] | int
-
-
-def full_precision(x: Tensor) -> AbstractContextManager[Any]:
-    """No autocast on x's device."""
-    kind = x.device.type
-    return torch.autocast(kind, enabled=False) if torch.amp.is_autocast_available(kind) else nullcontext()
 
 
 def channels_first(x: Tensor) -> Tensor:
@@ -101,7 +96,7 @@ class VectorQuantizer(nn.Module):
 
     def forward(self, z: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """z: (B, c, h, w) -> quantised (B, c, h, w), codebook loss (), indices (B, h, w) int64. noise is not used."""
-        with full_precision(z):  # bfloat16 distances pick wrong codes
+        with full_precision(z.device):  # bfloat16 distances pick wrong codes
             z, codes, indices, terms = self.terms(z.float())
         return z + (codes - z).detach(), self.combine(terms), indices
 
@@ -138,7 +133,7 @@ class VectorQuantizer(nn.Module):
     def indices(self, z: Tensor) -> Tensor:
         """z: (B, c, h, w) -> code numbers (B, h, w), the first of equally near codes."""
         z = F.normalize(z.float(), dim=1) if self.l2_norm else z.float()
-        with full_precision(z):
+        with full_precision(z.device):
             return self.distance(z).argmin(1).view(z.shape[0], *z.shape[2:])
 
     def tokens(self, z: Tensor, generator: torch.Generator | None = None) -> Tensor:
@@ -266,7 +261,7 @@ class GumbelQuantizer(nn.Module):
 
         Returns codes (B, c, h, w), the weighted divergence (), indices (B, h, w).
         """
-        with full_precision(z):
+        with full_precision(z.device):
             logits = F.conv2d(z.float(), self.proj.weight.float(), self.proj.bias.float())  # type: ignore[union-attr]
             noisy = logits if noise is None else (logits - noise.log()) / self.temperature
             soft = noisy.softmax(1)  # (B, n, h, w)
