@@ -99,14 +99,18 @@ class ConsistencyEditing:
         steps = request.steps or self.steps
         grid = max(self.grid, steps + 1)
 
+        residuals: list[Tensor] = []
+
         def change(x0: Tensor) -> Tensor:
             x0 = x0.clamp(-1, 1) if self.clip else x0
-            return x0 + operator.pinv(y - operator(x0))
+            missing = y - operator(x0)
+            residuals.append(missing.flatten(1).norm(dim=1).float().cpu())
+            return x0 + operator.pinv(missing)
 
         def f(x: Tensor, sigma: Tensor) -> Tensor:
             return view.denoise_ve(x, sigma, **request.cond)
 
         ts = self.ts if self.ts and request.steps is None and grid == self.grid else spread(steps, grid)
         x = multistep(f, request.randn() * levels[1], ts, request.randn, grid, levels, change, request.callback)
-        request.info["nfe"] = view.nfe - before
+        request.info["nfe"], request.info["residual"] = view.nfe - before, residuals
         return x.float()

@@ -237,10 +237,17 @@ class LlamaGen(nn.Module):
     def log_likelihood(
         self, x: Tensor, generators: list[torch.Generator], y: Tensor | None = None
     ) -> tuple[Tensor, str]:
-        """x: (B, h, w) int64 codes -> nats (B,) of the codes, exact; the contract of vgm_cli/metrics/likelihood.py."""
+        """x: (B, h, w) int64 codes -> nats (B,) of the codes, exact; the contract of vgm_cli/metrics/likelihood.py.
+
+        A text model is asked with the null caption.
+        """
         ids = x.flatten(1)
-        logits = self(ids[:, :-1], self.labels(y, len(ids), ids.device))
-        given = "given the class" if y is not None else "given the null class"
+        if self.model_type == "t2i":
+            cond, given = self.cls_embedding.uncond_embedding.expand(len(ids), -1, -1), "given the null caption"
+        else:
+            cond = self.labels(y, len(ids), ids.device)
+            given = "given the class" if y is not None else "given the null class"
+        logits = self(ids[:, :-1], cond)
         return token_log_probs(logits, ids).sum(1), f"exact, of the codes {given}"
 
 

@@ -121,9 +121,21 @@ def test_every_recipe_opens_with_what_it_is(name: str) -> None:
 
 @pytest.mark.parametrize("paper", sorted(registry().papers))
 def test_every_paper_is_complete(paper: str) -> None:
-    """A default recipe, a page, a test module."""
+    """A default recipe, a page with its parts, a test module."""
     slug = paper.replace("-", "_")
     assert (ROOT / "docs/papers" / f"{paper}.md").is_file(), "no docs page"
+    page = (ROOT / "docs/papers" / f"{paper}.md").read_text(encoding="utf-8")
+    for part in (
+        "The idea in ten lines",
+        "Equations and where they live",
+        "Deviations from the ",
+        "Results here",
+        "At full scale",
+    ):
+        assert f"\n## {part}" in page, f"the page has no section: {part}"
+    assert "\n10. " in page and "\n11. " not in page, "ten lines"
+    assert ".py:" in page.partition("\n## Equations")[2].partition("\n## ")[0], "no equation names its function"
+    assert "vgm " in page.partition("\n## At full scale")[2], "no command at full scale"
     assert (ROOT / "tests/plugins" / f"test_{slug}.py").is_file(), "no test module"
     assert [r for r in RECIPES if r.startswith(paper + "/")], "no recipe"
 

@@ -245,6 +245,16 @@ def test_protocol_is_recorded_and_departures_warned_about(vgm: Run, files: Path)
     assert vgm(*args, "--protocol", "admm")[0] == USAGE
 
 
+def test_a_protocol_decides_how_a_run_is_rounded_and_says_what_it_asks_for(vgm: Run, trained: Path) -> None:
+    args = ("evaluate", trained, "-n", "20", "--steps", "2", "--metrics", "fid", "--features", "mnist", "--json")
+    for name, rule in (("adm", "adm"), ("edm", "edm"), ("mar", "round"), ("vgm", "edm")):
+        (r,) = json.loads(vgm(*args, "--protocol", name)[1])
+        protocol = r["protocol"]
+        assert (protocol["name"], protocol["uint8"], r["n"]) == (name, rule, 20)
+        assert protocol["resize"] == mnist_features().resize and protocol["features_sha256"]
+        assert protocol.get("prescribes", {}).get("n") == (None if name == "vgm" else 50_000)
+
+
 # -- targets and references ------------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ import json
 from pathlib import Path
 
 import pytest
+import torch
 
 
 @pytest.mark.parametrize("what", ["papers", "recipes", "presets", "models", "objectives", "samplers", "codecs", "operators",
@@ -63,6 +64,38 @@ def test_the_plan_of_the_papers_run(vgm) -> None:
     assert plan["flops_forward"] / 2 / 1e9 == pytest.approx(119, rel=0.03)  # the paper counts multiply-adds: 118.6 G
     text = vgm("train", "dit", "--recipe", "imagenet256", "--plan")[1]
     assert "675,129,632" in text and "7,000,000 steps" in text
+
+
+def test_every_digit_recipe_can_be_counted() -> None:
+    """Losses with second derivatives, several phases or half precision switched off have FLOPs and activations too."""
+    from vgm_cli import recipe as recipes
+    from vgm_cli.engine import build, plan
+
+    for name in (n for n in recipes.shipped() if "/mnist" in n):
+        recipe = recipes.load(*name.split("/"))
+        facts, _ = plan.plan_facts(recipe)
+        with torch.device("meta"):
+            built = build.build_objective(recipe, facts, plan.plan_roles(recipe, facts))
+        forward, step = plan.count_flops(built, facts, recipe)
+        assert forward and step and forward < step, name
+        assert plan.memory_by_part(built, ["model"], recipe, "fp32", 4, facts)["activations"] > 0, name
+
+
+def test_what_cannot_be_counted_is_left_out(vgm, monkeypatch: pytest.MonkeyPatch) -> None:
+    from vgm_cli.engine import plan
+
+    small = ("train", "glow", "model.depth=1", "model.width=8", "train.batch_size=4", "--plan")
+    out = vgm(*small)[1]
+    assert "FLOPs  " in out and ", activations " in out
+
+    def no_values(*args: object) -> None:
+        raise RuntimeError("values are needed")
+
+    monkeypatch.setattr(plan._MetaStep, "rand", no_values)
+    code, out, err = vgm(*small)
+    assert code == 0 and "FLOPs could not be counted: values are needed" in err
+    assert "FLOPs" not in out and "and activations, which could not be counted" in out
+    assert json.loads(vgm(*small, "--json")[1])["flops_step"] is None
 
 
 def test_print_config_and_help_config(vgm) -> None:

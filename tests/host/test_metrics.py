@@ -20,13 +20,15 @@ from vgm_cli.metrics.base import Measured
 from vgm_cli.metrics.class_accuracy import accuracy_of, classifier_accuracy
 from vgm_cli.metrics.frechet import (
     FID,
+    FIDInfinity,
     Moments,
+    SpatialFID,
     frechet_distance,
     frechet_infinity,
     frechet_spread,
     frechet_with_error,
 )
-from vgm_cli.metrics.image import PSNR, LPIPSDistance, ms_ssim, psnr, ssim
+from vgm_cli.metrics.image import MSSSIM, PSNR, LPIPSDistance, ms_ssim, psnr, ssim
 from vgm_cli.metrics.inception_score import inception_score
 from vgm_cli.metrics.kernel import gaussian_mmd, kernel_distance, polynomial_mmd
 from vgm_cli.metrics.manifold import density_coverage, precision_recall
@@ -162,6 +164,18 @@ def test_fid_says_how_its_uncertainty_was_had() -> None:
     assert first.value == pytest.approx(bare.value) and "pool" not in FID(bootstrap=0).needs_samples
 
 
+def test_sfid_looks_at_spatial_features_and_fid_inf_at_the_samples() -> None:
+    pool, spatial, other = draws(400, 6, 0), draws(50, 4, 2), draws(60, 4, 3)
+    ref = Measured(500, moments=Moments.of(draws(500, 6, 0)), spatial=Moments.of(other))
+    side = Measured(400, spatial=Moments.of(spatial), pool=pool)
+    (s,) = SpatialFID()(side, ref, 0)
+    assert (s.metric, s.value) == ("sfid", pytest.approx(scipy_distance(spatial, other), rel=1e-5))
+    (f,) = FIDInfinity(points=8, smallest=50)(side, ref, 3)
+    assert ref.moments is not None
+    expected = frechet_infinity(pool, ref.moments.mean, ref.moments.cov, 8, 50, 3)
+    assert (f.metric, f.value, f.uncertainty, f.options) == ("fid-inf", *expected, {"points": 8})
+
+
 # -- kernels, scores, manifolds --------------------------------------------------------------------------------------
 
 
@@ -268,6 +282,9 @@ def test_ms_ssim_equals_torchmetrics() -> None:
     assert ms_ssim(x, y, padding="reflect").tolist() == pytest.approx(theirs.tolist(), rel=1e-4)
     with pytest.raises(VgmError, match="176"):
         ms_ssim(x[..., :100, :100], y[..., :100, :100])
+    a, b = ((v * 255).round().to(torch.uint8).permute(0, 2, 3, 1).numpy() for v in (x, y))
+    (value,) = MSSSIM(padding="reflect")(Measured(2, images=a), Measured(2, images=b), 0)
+    assert value.metric == "ms-ssim" and value.value == pytest.approx(float(theirs.mean()), abs=1e-3)
 
 
 def test_pairs_must_match() -> None:

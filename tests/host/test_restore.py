@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from feature_weights import lpips_weights
 from PIL import Image
 
 from vgm_cli.data import open_dataset
@@ -122,6 +123,8 @@ def test_writes_images_figures_and_records(vgm: Cli, priors: dict[str, Path], tm
     assert Image.open(tmp_path / "r/grid.png").size == (2 + 12 * 30, 2 + 2 * 30)
     told = json.loads(read_png_metadata(tmp_path / "r/restored/000001.png")["vgm"])
     assert told["command"] == "restore" and told["model"] == str(priors["flow"]) and told["seed"] == 3
+    code, _, err = vgm("rerun", tmp_path / "r/restored/000001.png")
+    assert code == 2 and "was made by vgm restore" in err
     assert told["task"]["scale"] == 2 and read_png_metadata(tmp_path / "r/restored/000001.png")["vgm.item"] == "1"
 
 
@@ -210,6 +213,36 @@ def test_latent_priors_restore_through_their_codec(
     found = results(tmp_path / "r")
     assert pixels(tmp_path / "r/restored").shape == (2, 28, 28) and found["baseline"]["psnr"] > 10
     assert all(np.isfinite(found["residual_curve"])) and len(set(found["residual_curve"])) == 3
+
+
+def test_consistency_editing_restores(vgm: Cli, priors: dict[str, Path], tmp_path: Path) -> None:
+    """Zero-shot editing through the command, its estimates and their residuals recorded like those of the others."""
+    args = ("--method", "consistency-edit", "--input", "mnist5k", "-n", 3, "--steps", 4, "--noise", "none")
+    code, _, err = vgm(
+        "restore", "--model", priors["flow"], "--task", "super-resolution", *args, "--out", tmp_path / "r"
+    )
+    assert code == 0, err
+    found = results(tmp_path / "r")
+    assert len(found["residual_curve"]) == 4 and found["residual_curve"][-1] > 0 and found["nfe"] == 4
+    assert all(i["residual"] < 1e-3 for i in found["images"]), "the image agrees with what was measured"
+    code, _, err = vgm(
+        "restore", "--model", priors["flow"], "--task", "phase-retrieval", *args, "--out", tmp_path / "p"
+    )
+    assert code == 2 and "pseudo-inverse" in err
+
+
+def test_the_table_has_perceptual_distances(vgm: Cli, priors: dict[str, Path], tmp_path: Path) -> None:
+    """PSNR, SSIM and LPIPS of the restored and of the baseline, by weights on disk."""
+    vgg, heads = lpips_weights(tmp_path)
+    args = ("--task", "denoising", "--input", "mnist5k", "-n", 2, "--steps", 2, "--out", tmp_path / "r")
+    code, out, err = vgm("restore", "--model", priors["flow"], *args, "--lpips", f"{vgg},{heads}")
+    assert code == 0, err
+    found = results(tmp_path / "r")
+    for side in ("baseline", "restored"):
+        assert found[side]["psnr"] > 0 and found[side]["ssim"] < 1 and found[side]["lpips"] > 0
+        line = next(line for line in out.splitlines() if line.startswith(side))
+        assert f"{found[side]['lpips']:.4f}" in line
+    assert found["images"][1]["lpips"] > 0 and found["images"][1]["baseline_lpips"] > 0
 
 
 def test_labels(vgm: Cli, priors: dict[str, Path], tmp_path: Path) -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import json
 import shutil
+import signal
+import time
 from pathlib import Path
 
 import numpy as np
@@ -100,6 +102,27 @@ def test_two_processes_make_the_same_images(run: Path, process: type, tmp_path: 
         assert done[0] == 0, done[2]
     a, b = (arrays(tmp_path / f"{k}.npz") for k in ("one", "two"))
     assert abs(a[0].astype(int) - b[0].astype(int)).max() <= 1 and np.array_equal(a[1], b[1])
+
+
+def test_a_killed_job_of_two_processes_goes_on(run: Path, vgm, process: type, tmp_path: Path) -> None:
+    """Killed while writing, continued by as many processes: the images of an undisturbed job."""
+    args = ("sample", run, "-n", 120, "--batch-size", 2, "--steps", 4)
+    job = process(*args, "--nproc", 2, "--out", tmp_path / "killed")
+    deadline = time.monotonic() + 240
+    while len(list((tmp_path / "killed").glob("*.png"))) < 6 and job.child.poll() is None:
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+    job.kill(signal.SIGTERM)
+    job.wait()
+    before = len(list((tmp_path / "killed").glob("*.png")))
+    assert before >= 6
+    code, out, err = process(*args, "--nproc", 2, "--json", "--out", tmp_path / "killed").wait()
+    assert code == 0 and json.loads(out)["made"] == 120 - before, err
+    assert vgm(*args, "--out", tmp_path / "whole")[0] == 0
+    whole, killed = (sorted((tmp_path / k).glob("*.png")) for k in ("whole", "killed"))
+    assert [f.name for f in whole] == [f.name for f in killed]
+    for f, g in zip(whole, killed):
+        assert abs(np.asarray(Image.open(f)).astype(int) - np.asarray(Image.open(g))).max() <= 1
 
 
 def test_trace(run: Path, vgm, tmp_path: Path) -> None:

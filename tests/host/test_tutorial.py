@@ -91,6 +91,18 @@ def test_documented_functions_exist(page: Path) -> None:
             assert (page.parent / target).exists(), f"{page.name}: link to {target}"
 
 
+def test_the_reading_path_goes_through_the_families() -> None:
+    """From VAE to diffusion, one command each; every paper is on it; README and the tutorial lead to it."""
+    path = ROOT / "docs/reading-path.md"
+    assert [c[:2] for c in commands(path)] == [
+        ["train", p] for p in ("vae", "vqgan", "stylegan", "glow", "llamagen", "adm-unet")
+    ]
+    linked = set(re.findall(r"\]\(papers/([\w-]+)\.md\)", path.read_text(encoding="utf-8").replace("\n", " ")))
+    assert linked == {p.stem for p in (ROOT / "docs/papers").glob("*.md")}
+    assert "docs/reading-path.md" in (ROOT / "README.md").read_text(encoding="utf-8")
+    assert "reading-path.md" in (ROOT / "docs/tutorial.md").read_text(encoding="utf-8")
+
+
 def test_the_command_reference_is_true() -> None:
     """docs/cli.md is what `python docs/generate_cli.py` writes."""
     import importlib.util

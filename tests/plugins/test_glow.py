@@ -3,6 +3,7 @@ likelihood."""
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -679,6 +680,11 @@ def test_train_sample_and_interpolate(vgm: Any, tiny_dataset: Path, tmp_path: Pa
     code, _, err = vgm("train", "glow", "--out", run, f"data.path={tiny_dataset}", *SMALL, *short)
     assert code == 0, err
     assert vgm("sample", run, "-n", 4, "--out", tmp_path / "a.png", "temperature=0.5")[0] == 0
+    code, out, err = vgm("evaluate", run, "--metrics", "bits-per-dim", "-n", 8, "--json")
+    assert code == 0, err
+    (bits,) = json.loads(out)
+    kind = bits["protocol"]["options"]["likelihood"]
+    assert kind == "exact, uniform dequantisation, 5 bits, given the class" and 0 < bits["value"] < 20
     code, _, err = vgm("sample", run, "-n", 6, "--sampler", "glow-interpolate", "points=3", "--input", tiny_dataset,
                        "--label", "disc", "--out", tmp_path / "b.png")  # fmt: skip
     assert code == 0, err

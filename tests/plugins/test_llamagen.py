@@ -490,6 +490,9 @@ def test_likelihoods_of_all_images_sum_to_one(y: Tensor | None) -> None:
     nats, kind = model.log_likelihood(every, generators(range(len(every))), labels)
     assert nats.shape == (81,) and math.isclose(nats.double().exp().sum().item(), 1.0, rel_tol=1e-5)
     assert "codes" in kind and ("null" in kind) == (y is None)
+    text = tiny(vocab_size=3, grid=(2, 2), model_type="t2i", cls_token_num=6, caption_dim=8, num_classes=0)
+    nats, kind = text.log_likelihood(every, generators(range(len(every))))
+    assert math.isclose(nats.double().exp().sum().item(), 1.0, rel_tol=1e-5) and "null caption" in kind
 
 
 # -- training ----------------------------------------------------------------------------------------------------------
@@ -607,6 +610,32 @@ def test_captions_become_left_padded_features(tiny_t5: Path) -> None:
         drawn[str(prompt)] = sampler(model, request)
     red, blue, both = drawn.values()
     assert not torch.equal(red, blue) and torch.equal(both, torch.stack([red[0], blue[1]]))
+
+
+def test_text_to_image_from_the_command_line(
+    tiny_t5: Path, tiny_dataset: Path, tmp_run: Path, vgm: Any, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Captions beside the images, T5 from a folder; prompts; codes scored under the null caption."""
+    for image in tiny_dataset.rglob("*.png"):
+        image.with_suffix(".txt").write_text("a red car" if image.parent.name == "disc" else "a blue cat")
+    role = f"roles.text={{kind: model, name: flan-t5, path: {tiny_t5}, tokens: 6}}"
+    text = ("model.model_type=t2i", "model.cls_token_num=6", "model.caption_dim=8", "data.labels=false", role)
+    quick = ("train.steps=2", "train.save_every=2", "train.batch_size=8", "train.preview_n=0", "train.precision=fp32")
+    run, seen, forward = tmp_run / "text", [], FlanT5.forward
+    monkeypatch.setattr(
+        FlanT5, "forward", lambda self, words, device: (seen.extend(words), forward(self, words, device))[1]
+    )
+    code, _, err = vgm("train", "llamagen", f"data.path={tiny_dataset}", *SMALL, *text, *quick, "--out", run)
+    assert code == 0, err
+    assert set(seen) == {"a red car", "a blue cat"}
+    code, _, err = vgm(
+        "sample", run, "-n", 2, "prompt=a red car", f"text_encoder={tiny_t5}", "--out", tmp_run / "x.png"
+    )
+    assert code == 0 and (tmp_run / "x.png").is_file(), err
+    code, _, err = vgm("sample", run, "-n", 2, "prompt=a red car", "--out", tmp_run / "y.png")
+    assert code == 4 and "text encoder" in err
+    code, out, err = vgm("evaluate", run, "--metrics", "bits-per-dim", "-n", 4, "--json")
+    assert code == 0 and "null caption" in out, err
 
 
 def test_captions_are_cleaned() -> None:

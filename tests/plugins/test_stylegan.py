@@ -914,6 +914,55 @@ def test_official_pickles_convert_and_are_sampled(layout: str, vgm: Any, tmp_pat
     assert code == 0, err
 
 
+def run_source(meta: dict[str, Any]) -> Any:
+    """What the official module does when it is unpickled."""
+    exec(meta["module_src"])
+
+
+run_source.__module__, run_source.__qualname__ = "torch_utils.persistence", "_reconstruct_persistent_obj"
+
+
+class Persistent:
+    """A module as NVlabs/stylegan2-ada-pytorch pickles it: its source to be executed, then its tensors."""
+
+    def __init__(self, state: dict[str, Tensor], source: str):
+        parts = {k.partition(".")[0] for k in state if "." in k}
+        inner = {
+            p: {k.removeprefix(f"{p}."): v for k, v in state.items() if k.startswith(f"{p}.")} for p in sorted(parts)
+        }
+        own = {k: v for k, v in state.items() if "." not in k}
+        self.meta = {"type": "class", "version": 6, "module_src": source, "class_name": "Part", "state": {
+            "_parameters": {k: nn.Parameter(v) for k, v in own.items() if k in ("weight", "bias", "const")},
+            "_buffers": {k: v for k, v in own.items() if k not in ("weight", "bias", "const")},
+            "_modules": {p: Persistent(s, source) for p, s in inner.items()},
+        }}  # fmt: skip
+
+    def __reduce__(self) -> Any:
+        return run_source, (self.meta,)
+
+
+def test_adaptive_pickles_convert_without_running_their_source(vgm: Any, tmp_path: Path, monkeypatch: Any) -> None:
+    """{G, D, G_ema, augment_pipe}: G_ema is taken; the source in the file, a real payload, stays unread."""
+    converter, cls, kwargs = LAYOUTS["sg2"]
+    live, average = (cls(**kwargs) for _ in (0, 1))
+    persistence = types.ModuleType("torch_utils.persistence")
+    persistence._reconstruct_persistent_obj = run_source  # type: ignore[attr-defined]
+    monkeypatch.setitem(sys.modules, "torch_utils", types.ModuleType("torch_utils"))
+    monkeypatch.setitem(sys.modules, "torch_utils.persistence", persistence)
+    source = f"open({str(tmp_path / 'ran')!r}, 'w')"
+    nets = {n: Persistent(converter.from_ours(g.state_dict()), source) for n, g in (("G", live), ("G_ema", average))}
+    (tmp_path / "net.pkl").write_bytes(pickle.dumps({**nets, "D": None, "augment_pipe": None}))
+    code, _, err = vgm("convert", tmp_path / "net.pkl", tmp_path / "net.safetensors", "--verify")
+    assert code == 0, err
+    assert not (tmp_path / "ran").exists()
+    got, want = load_file(tmp_path / "net.safetensors"), average.state_dict()
+    assert all(torch.equal(got[k], v) for k, v in want.items())
+    code, _, err = vgm("sample", tmp_path / "net.safetensors", "-n", 2, "--out", tmp_path / "a.png")
+    assert code == 0, err
+    pickle.loads((tmp_path / "net.pkl").read_bytes())
+    assert (tmp_path / "ran").exists(), "the payload is harmless: this test proves nothing"
+
+
 def test_layouts_start_at_four_pixels() -> None:
     with pytest.raises(VgmError, match="4x4"):
         checkpoints.allows({"size": 28})

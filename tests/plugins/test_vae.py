@@ -3,6 +3,7 @@ likelihoods."""
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -481,6 +482,12 @@ def test_train_sample_and_reconstruct(vgm: Any, tiny_dataset: Path, tmp_path: Pa
     code, _, err = vgm("train", "vae", "--out", run, f"data.path={tiny_dataset}", *SMALL, *short)
     assert code == 0, err
     assert vgm("sample", run, "-n", 4, "--out", tmp_path / "a.png", "pixels=sample")[0] == 0
+    bits = "bits-per-dim:n=8:samples=1,bits-per-dim:n=8:samples=5"
+    code, out, err = vgm("evaluate", run, "--metrics", bits, "--json")
+    assert code == 0, err
+    kinds = [v["protocol"]["options"]["likelihood"] for v in json.loads(out)]
+    assert kinds == ["ELBO, pixels binarised at random", "IWAE-5 bound, pixels binarised at random"]
+    assert all(v["metric"] == "bits-per-dim" and 0 < v["value"] < 2 for v in json.loads(out))
     code, _, err = vgm(
         "sample", run, "-n", 6, "--sampler", "vae-reconstruct", "--input", tiny_dataset, "--out", tmp_path / "b.npz"
     )
@@ -491,3 +498,7 @@ def test_train_sample_and_reconstruct(vgm: Any, tiny_dataset: Path, tmp_path: Pa
 
     first = to_uint8(open_dataset(tiny_dataset, size=28, channels=1).pixels(range(3))).permute(0, 2, 3, 1).numpy()
     assert np.array_equal(np.load(tmp_path / "b.npz")["arr_0"][::2], first)
+    given = ("--sampler", "vae-reconstruct", "--input", tiny_dataset)
+    assert vgm("sample", run, "-n", 6, *given, "--out", tmp_path / "c.png")[0] == 0
+    code, _, err = vgm("rerun", tmp_path / "c.png")
+    assert code == 0 and "identical" in err, err

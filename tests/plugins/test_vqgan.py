@@ -583,11 +583,18 @@ def test_fewer_ids_than_codes(tmp_path: Path) -> None:
 
 
 def test_two_stages_on_a_strangers_images(
-    tiny_dataset: Path, tmp_run: Path, vgm: Callable[..., tuple[int, str, str]]
+    tmp_path: Path, tmp_run: Path, vgm: Callable[..., tuple[int, str, str]]
 ) -> None:
-    """The two commands of the README, with a token cache, sampling, likelihood; then what must be refused."""
+    """The two commands of the README on 32 x 32 colour images, with a token cache, sampling, likelihood; then what must be
+    refused."""
+    from PIL import Image
+
+    for i, image in enumerate(blobs(24, 32)):
+        path = tmp_path / "mine" / ("day", "night")[i % 2] / f"{i:02d}.png"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        Image.fromarray(((image + 1) * 127.5).byte().permute(1, 2, 0).numpy()).save(path)
     quick = ("train.steps=2", "train.save_every=2", "train.preview_n=4", "train.batch_size=8")
-    data, codec, run = f"data.path={tiny_dataset}", tmp_run / "vqgan", tmp_run / "llamagen"
+    data, codec, run = f"data.path={tmp_path / 'mine'}", tmp_run / "vqgan", tmp_run / "llamagen"
     code, _, err = vgm("train", "vqgan", data, *quick, "objective.disc_start=1", "--out", codec)
     assert code == 0, err
     small = ("model.dim=32", "model.n_layer=1", "model.n_head=2", f"data.cache_latents={tmp_run / 'cache'}")
@@ -595,20 +602,21 @@ def test_two_stages_on_a_strangers_images(
     assert code == 0, err
     path = files.resolve(run)
     header = files.read_header(path)
-    assert header.codec["output"] == "tokens" and header.data["sample_shape"] == [7, 7]
-    assert header.component["kwargs"]["vocab_size"] == 256 and header.component["kwargs"]["grid"] == [7, 7]
+    assert header.codec["output"] == "tokens" and header.data["sample_shape"] == [8, 8]
+    assert header.component["kwargs"]["vocab_size"] == 256 and header.component["kwargs"]["grid"] == [8, 8]
+    assert header.component["kwargs"]["num_classes"] == 2 and header.data["class_names"] == ["day", "night"]
     index = json.loads((tmp_run / "cache" / "latents.json").read_text())
     assert index["codec"] == files.codec_key(header.codec) and index["codec"].endswith(":tokens")
-    assert index["dtype"] == "int64" and index["shape"] == [7, 7]
-    code, _, err = vgm("sample", run, "-n", 4, "--out", tmp_run / "x.npz")
+    assert index["dtype"] == "int64" and index["shape"] == [8, 8]
+    code, _, err = vgm("sample", run, "-n", 4, "--label", "night", "--out", tmp_run / "x.npz")
     assert code == 0, err
     with np.load(tmp_run / "x.npz") as f:
-        assert f["arr_0"].shape == (4, 28, 28, 1)
+        assert f["arr_0"].shape == (4, 32, 32, 3)
     code, out, err = vgm("evaluate", run, "--metrics", "bits-per-dim", "-n", 8, "--json")
     assert code == 0, err
     assert "codes" in out and 0 < json.loads(out)[0]["value"] < 10
 
-    code, _, err = vgm("train", "llamagen", "--codec", "mnist-codec", data, "--out", tmp_run / "a")
+    code, _, err = vgm("train", "llamagen", "--codec", "mnist-codec", "--out", tmp_run / "a")
     assert code == 2 and "not tokens" in err
     code, _, err = vgm("train", "vqgan", "--codec", codec, data, "--out", tmp_run / "b")
     assert code == 2 and "pixels" in err
@@ -687,6 +695,22 @@ def test_coordinates() -> None:
     pooled = coordinate_tokens(torch.tensor([[[0.0, 0.2], [0.4, 1.0]]]), 10, down=2)
     assert pooled.tolist() == [[[4]]]
     assert coordinate_tokens(torch.ones(1, 2, 2), 10).max() == 10  # one more than n_coord ids
+    small = tiny_prior(condition="coord")  # the ids that a far larger grid would need and the table has not
+    assert small.prefix({"coord": torch.ones(1, 4, 4)}, 1, torch.device("cpu")).max() == 11
+
+
+def test_coordinates_of_released_face_priors() -> None:
+    """Of pixels, averaged over each code's 16 x 16, into 1024 ids of which the published table has all."""
+    pixels = torch.arange(256 * 256).view(1, 256, 256) / 256**2
+    want = coordinate_tokens(pixels, 1024, down=16)
+    torch.testing.assert_close(coordinate_map(16, 16, factor=16), F.avg_pool2d(pixels, 16)[0])
+    with torch.device("meta"):
+        assert GPT(**PRIOR["faceshq"]).tok_emb.num_embeddings == 1024
+    published = tiny_prior(vocab_size=1024, grid=(16, 16), n_embd=64, condition="coord", n_coord=1024, coord_factor=16)
+    read = GPT(**ck.PRIOR_CONVERTER.config_from(published.state_dict()))
+    read.load_state_dict(ck.PRIOR_CONVERTER.to_ours(published.state_dict()))
+    ids = read.prefix({"coord": read.coordinates(16, 16, torch.device("cpu"))[None]}, 1, torch.device("cpu"))
+    assert torch.equal(ids, want.flatten(1))
 
 
 @torch.no_grad()
@@ -736,6 +760,21 @@ def test_larger_images_slide() -> None:
         PriorSampler(grid=(3, 7))(model, Request((4, 4), generators([1])))
     with pytest.raises(VgmError, match="raster"):
         PriorSampler(grid=(6, 7))(tiny_prior(order="alternate"), Request((4, 4), generators([1])))
+
+
+def test_images_larger_than_the_window_from_the_command_line(
+    tmp_run: Path, vgm: Callable[..., tuple[int, str, str]]
+) -> None:
+    small = ("model.n_embd=32", "model.n_layer=1", "model.n_head=2", "train.steps=1", "train.batch_size=8",
+             "train.preview_n=0")  # fmt: skip
+    code, _, err = vgm(
+        "train", "vqgan", "--recipe", "mnist-prior", "model.condition=coord", *small, "--out", tmp_run / "a"
+    )
+    assert code == 0, err
+    code, _, err = vgm("sample", tmp_run / "a", "-n", 1, "grid=[8,9]", "--out", tmp_run / "x.npz")
+    assert code == 0, err
+    with np.load(tmp_run / "x.npz") as f:
+        assert f["arr_0"].shape == (1, 32, 36, 1)
 
 
 def test_training_windows_come_with_their_coordinates() -> None:
@@ -884,6 +923,17 @@ class TestPriorTraining(suites.ObjectiveSuite):
 class TestPriorSampling(suites.SamplerSuite):
     recipe: ClassVar[str] = "vqgan/mnist-prior"
     overrides: ClassVar[tuple[str, ...]] = SMALL
+
+
+class TestMovingAverageTraining(suites.ObjectiveSuite):
+    """The codebook moves by itself, without gradients: it must come back with a resumed run, too."""
+
+    recipe: ClassVar[str] = "vqgan/mnist"
+    overrides: ClassVar[tuple[str, ...]] = ("roles.discriminator=null", "model.ch=8", "model.quantizer=ema")
+    rtol: ClassVar[float | None] = None  # every pass moves the codebook
+
+    def test_loss_is_finite_and_a_function_of_the_step(self) -> None:
+        """And of the codebook, which the first call moved (test_moving_average_codebook_follows_its_latents)."""
 
 
 class TestFirstStageTraining(suites.ObjectiveSuite):

@@ -49,7 +49,7 @@ def restore(
     ] = None,
     out: Annotated[Path | None, typer.Option(help="A folder. Default: restored/ in the run.")] = None,
     method: Annotated[
-        str, typer.Option(help="dps, mcg, projection, ddrm, pigdm, diffpir.", autocompletion=methods)
+        str, typer.Option(help="dps, mcg, projection, ddrm, pigdm, diffpir, consistency-edit.", autocompletion=methods)
     ] = "dps",
     degrade: Annotated[
         bool, typer.Option("--degrade/--degraded", help="The input is whole and is degraded first, or it is degraded.")

@@ -25,8 +25,8 @@ from vgm_cli.registry import registry
 
 @dataclass
 class Plan:
-    """What to sample. labels: one per item, or empty for an unconditional network. images: see api.Request.
-    precision: fp32, or bf16 autocast of networks and codec."""
+    """What to sample. labels: one per item, or empty for an unconditional network. images: see api.Request; source: the
+    data they were read from. precision: fp32, or bf16 autocast of networks and codec."""
 
     n: int
     seed: int = 0
@@ -37,6 +37,7 @@ class Plan:
     guidance_interval: tuple[float, float] | None = None
     batch_size: int = 64
     images: Tensor | None = None
+    source: str | None = None
     precision: str = "fp32"
 
     def seeds(self, first: int, last: int) -> list[int]:
@@ -198,6 +199,7 @@ def provenance(loaded: Loaded, plan: Plan, target: str) -> dict[str, str]:
         "steps": plan.steps,
         "guidance_scale": plan.guidance_scale,
         "guidance_interval": plan.guidance_interval,
+        "input": plan.source,
         "precision": plan.precision,
         "batch_size": plan.batch_size,
         "sha256": loaded.sha256(),

@@ -239,7 +239,7 @@ def rerun(image: Path, out: Path | None, device: torch.device) -> dict[str, Any]
     """
     from PIL import Image
 
-    from vgm_cli.engine.sampling import open_model
+    from vgm_cli.engine.sampling import given_images, open_model
 
     if not image.is_file():
         raise VgmError(f"no such image: {image}", code=USAGE)
@@ -248,11 +248,14 @@ def rerun(image: Path, out: Path | None, device: torch.device) -> dict[str, Any]
         s = json.loads(remembered["vgm"])
     except (KeyError, ValueError) as e:
         raise VgmError(f"{image} does not say how it was made", "PNGs of `vgm sample` do", USAGE) from e
+    if "sampler" not in s:
+        raise VgmError(f"{image} was made by vgm {s.get('command', '?')}", "PNGs of `vgm sample` are made again", USAGE)
     loaded, device = open_model(s["model"], s["weights"])
     if s.get("sha256") and loaded.sha256() != s["sha256"]:
         raise VgmError(f"{s['model']} holds other weights than {image} was made with (step {s['step']})", code=FAILED)
     interval = tuple(s["guidance_interval"]) if s.get("guidance_interval") else None
-    plan = Plan(n=s["n"], seed=s["seed"], labels=s["labels"], sampler=s["sampler"], steps=s["steps"],
+    given = given_images(loaded, s["input"], s["n"]) if s.get("input") else None
+    plan = Plan(n=s["n"], seed=s["seed"], labels=s["labels"], sampler=s["sampler"], steps=s["steps"], images=given,
                 guidance_scale=s["guidance_scale"], guidance_interval=interval, precision=s.get("precision", "fp32"),
                 batch_size=s.get("batch_size", 64))  # fmt: skip
     target = out or image.with_name(f"{image.stem}-again.png")

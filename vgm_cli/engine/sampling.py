@@ -81,6 +81,7 @@ def plan_for(
         guidance_interval=interval,
         batch_size=batch_size,
         images=given_images(loaded, images, n) if images is not None else None,
+        source=images,
         precision=precision_of(loaded, precision),
     )
 

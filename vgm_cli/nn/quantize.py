@@ -190,7 +190,7 @@ class Averages(nn.Module):
 
 class EMAVectorQuantizer(VectorQuantizer):
     """Codes are moving averages of the latents that chose them (VQ-VAE, app. A.1; taming's EmbeddingEMA); no gradient
-    reaches them, so the loss is the commitment, times beta. Updated once per training step, over all processes."""
+    reaches them, so the loss is the commitment, times beta. Updated by every training pass, over all processes."""
 
     def __init__(self, n_embed: int, embed_dim: int, beta: float = 0.25, decay: float = 0.99, **more: Any):
         super().__init__(n_embed, embed_dim, beta, legacy=False, **more)
