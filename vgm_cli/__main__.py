@@ -92,7 +92,12 @@ def explain(e: Exception) -> VgmError:
 
 def main() -> None:
     """Entry point of the console script."""
-    sys.exit(run(sys.argv[1:]))
+    code = run(sys.argv[1:])
+    if code == 0 and "RANK" in os.environ:
+        from vgm_cli.engine.distributed import leave
+
+        leave()
+    sys.exit(code)
 
 
 if __name__ == "__main__":

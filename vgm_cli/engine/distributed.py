@@ -57,6 +57,13 @@ def relaunched(nproc: int) -> bool:
     return True
 
 
+def leave() -> None:
+    """Leave the group in order: at the interpreter's end its threads may abort the process."""
+    dist = sys.modules.get("torch.distributed")
+    if dist is not None and dist.is_available() and dist.is_initialized():
+        dist.destroy_process_group()
+
+
 def rank() -> int:
     return int(os.environ.get("RANK", "0"))
 
