@@ -191,9 +191,13 @@ class Registry:
 
 
 def load_target(target: str, name: str = "") -> Any:
-    """Import "module:attr". A missing third-party module becomes a one-line error with exit code 4."""
+    """Import "module:attr"; modules of the working folder are found too, after all others. A missing third-party module
+    becomes a one-line error with exit code 4."""
     module, _, attr = target.partition(":")
+    top = module.partition(".")[0]
     try:
+        if top and top not in sys.modules and importlib.util.find_spec(top) is None and os.getcwd() not in sys.path:
+            sys.path.append(os.getcwd())  # an installed command does not look here by itself
         obj: Any = importlib.import_module(module)
     except ModuleNotFoundError as e:
         if e.name and e.name.split(".")[0] in (module.split(".")[0], "vgm_cli"):

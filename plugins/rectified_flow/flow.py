@@ -145,8 +145,11 @@ def rk45(
         now = t.expand(shape[0]).float() if joint else t.float()
         return velocity(y.reshape(shape).float(), now).double().reshape(y.shape)
 
+    def x0_of(y: Tensor, t: Tensor, v: Tensor) -> Tensor:
+        return y + (1 - t.view(-1, *[1] * (y.ndim - 1))) * v
+
     info: dict[str, int] = {}
     start = x.double().reshape(1, -1) if joint else x.double()
     ends = (1.0, eps) if reverse else (eps, 1.0)
-    y = solvers.dopri5(field, start, *ends, rtol=tol, atol=tol, info=info, callback=callback)
+    y = solvers.dopri5(field, start, *ends, rtol=tol, atol=tol, info=info, callback=callback, x0_of=x0_of)
     return y.reshape(shape).float(), info["nfe"]

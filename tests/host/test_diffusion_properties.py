@@ -508,6 +508,20 @@ def test_every_sampler_samples_every_path(name, path, prediction, time):
 
 
 @pytest.mark.parametrize("name", NAMES)
+@pytest.mark.parametrize("path, prediction, time", VIEWS)
+def test_who_watches_sees_estimates_of_the_data(name, path, prediction, time):
+    """At the noisy end the estimate is the mean of the class, at the other the image itself."""
+    view, seen = toy_view(path, prediction, time), []
+    shape = (1, 8, 8)
+    asked = request(6, shape, steps=STEPS.get(name, 24), callback=lambda i, total, x, x0: seen.append(x0))
+    x = sampler(name)(view, asked)
+    means = torch.tensor([float(Toy.means[y]) for y in asked.cond["y"]])
+    assert all(x0 is not None and x0.shape == x.shape for x0 in seen)
+    assert (seen[0].flatten(1).mean(1) - means).abs().max() < 0.3
+    assert (seen[-1] - x).abs().mean() < 0.2
+
+
+@pytest.mark.parametrize("name", NAMES)
 def test_a_sample_does_not_depend_on_its_batch(name):
     view = toy_view("vp-discrete", "eps", "index")
     run = lambda first, n: sampler(name)(view, request(n, first=first, steps=6, guidance_scale=2.0))

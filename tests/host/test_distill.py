@@ -199,11 +199,17 @@ def test_teacher_codec_and_data_come_along(vgm: Vgm, teachers: Callable[[str, st
     assert "codec" not in pixels.config and pixels.config["objective"]["guidance_scale"] is None
 
 
-def test_two_processes_equal_one(teachers: Callable[[str, str], Path], tmp_path: Path, process: type) -> None:
+@pytest.mark.parametrize(
+    "more", [("objective.update_ratio=1",), ("--recipe", "mnist-regression", "pairs.count=8", "pairs.steps=2")]
+)
+def test_two_processes_equal_one(
+    teachers: Callable[[str, str], Path], tmp_path: Path, process: type, more: tuple[str, ...]
+) -> None:
+    """Pairs too, which the first process makes and all read; each number of processes has a cache of its own here."""
     teacher = teachers("dit", "flow")
     for n in (1, 2):
-        words = ("distill", "dmd", "--teacher", teacher, "--out", tmp_path / str(n), *SHORT, "objective.update_ratio=1")
-        code, _, err = process(*words, "--nproc", n).wait()
+        words = ("distill", "dmd", "--teacher", teacher, "--out", tmp_path / str(n), *SHORT, *more)
+        code, _, err = process(*words, "--nproc", n, env={"VGM_CACHE": str(tmp_path / f"cache-{n}")}).wait()
         assert code == 0, err
     for name in ("model", "fake_score"):
         a, b = tensors(tmp_path / "1", name), tensors(tmp_path / "2", name)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import shutil
+import sys
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -212,6 +213,19 @@ def test_rewards_on_the_command_line() -> None:
     resolved = finetune_rl.load("flow-grpo", None, [], rewards=["brightness"])
     assert resolved.config["roles"]["reward"]["terms"] == {"brightness": 1.0}
     assert resolved.origins["roles.reward.terms.brightness"] == "command line"
+
+
+def test_a_function_of_the_working_folder_is_a_reward(flow: Path, tmp_path: Path, vgm, monkeypatch) -> None:
+    """As the help's example has it, where the installed command does not look by itself."""
+    monkeypatch.setattr(sys, "path", [p for p in sys.path if p not in ("", str(tmp_path))])
+    (tmp_path / "my_rewards.py").write_text("def score(images, batch):\n    return images.mean((1, 2, 3)) + 7\n")
+    args = ("finetune-rl", "flow-grpo", *SMALL, "train.steps=1", "--model", flow, "--out", tmp_path / "out")
+    code, _, err = vgm(*args, "--reward", "my_rewards:score=2")
+    assert code == 0, err
+    (logged,) = rows(tmp_path / "out")
+    assert 12 <= logged["reward"] <= 16
+    code, _, err = vgm(*args, "--reward", "my_rewards:scores", "--overwrite")
+    assert code == 2 and "has no 'scores'" in err
 
 
 def test_the_models_own_settings_are_taken_over(flow: Path) -> None:

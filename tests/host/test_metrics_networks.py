@@ -128,6 +128,19 @@ def test_clean_and_own_resize_give_different_features(oracle: dict[str, Tensor],
     assert (own(images)["pool"] - clean(images)["pool"]).abs().max() > 1e-3
 
 
+def test_sfid_and_inception_score_by_weights_on_disk(inception_file: Path) -> None:
+    from vgm_cli.engine.evaluate import evaluate
+    from vgm_cli.metrics.frechet import Moments, frechet_distance
+
+    a, b = (np.random.default_rng(i).integers(0, 255, (4, 16, 16, 3), np.uint8) for i in range(2))
+    metrics = ["sfid", "is:splits=1"]
+    found = {r["metric"]: r for r in evaluate(a, reference=b, metrics=metrics, features=str(inception_file))}
+    net = load_features(inception_file)
+    s, r = (Moments.of(net(x)["spatial"]) for x in (a, b))
+    assert found["sfid"]["value"] == pytest.approx(frechet_distance(s.mean, s.cov, r.mean, r.cov), rel=1e-4)
+    assert found["inception-score"]["value"] >= 1 and found["sfid"]["protocol"]["features_kind"] == "inception"
+
+
 # -- vision transformers ---------------------------------------------------------------------------------------------
 
 

@@ -231,7 +231,9 @@ def test_consistency_editing_restores(vgm: Cli, priors: dict[str, Path], tmp_pat
     assert code == 2 and "pseudo-inverse" in err
 
 
-def test_the_table_has_perceptual_distances(vgm: Cli, priors: dict[str, Path], tmp_path: Path) -> None:
+def test_the_table_has_perceptual_distances(
+    vgm: Cli, priors: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """PSNR, SSIM and LPIPS of the restored and of the baseline, by weights on disk."""
     vgg, heads = lpips_weights(tmp_path)
     args = ("--task", "denoising", "--input", "mnist5k", "-n", 2, "--steps", 2, "--out", tmp_path / "r")
@@ -243,6 +245,10 @@ def test_the_table_has_perceptual_distances(vgm: Cli, priors: dict[str, Path], t
         line = next(line for line in out.splitlines() if line.startswith(side))
         assert f"{found[side]['lpips']:.4f}" in line
     assert found["images"][1]["lpips"] > 0 and found["images"][1]["baseline_lpips"] > 0
+    monkeypatch.setenv("VGM_LPIPS_VGG", str(vgg))
+    monkeypatch.setenv("VGM_LPIPS_HEADS", str(heads))
+    assert vgm("restore", "--model", priors["flow"], *args)[0] == 0
+    assert results(tmp_path / "r")["restored"]["lpips"] == found["restored"]["lpips"]
 
 
 def test_labels(vgm: Cli, priors: dict[str, Path], tmp_path: Path) -> None:

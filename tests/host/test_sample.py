@@ -134,6 +134,23 @@ def test_trace(run: Path, vgm, tmp_path: Path) -> None:
     assert "grid-trace.png" in out
     first, last = picture[2:30, 2:30].astype(float), picture[2:30, 122:150].astype(float)
     assert not np.array_equal(first, last)
+    assert not np.array_equal(first, picture[32:60, 2:30]), "below the state is the estimate, not the state again"
+
+
+def test_trace_of_latents_shows_pictures(vgm, tmp_path: Path) -> None:
+    """Behind a codec, states and estimates are decoded."""
+    small = ["model.hidden_size=32", "model.depth=1", "model.num_heads=2", "train.steps=1", "train.preview_n=0"]
+    assert vgm("train", "dit", *small, "train.batch_size=8", "train.precision=fp32", "--out", "latent")[0] == 0
+    code, _, err = vgm("sample", "latent", "-n", 1, "--steps", 3, "--trace", "--out", "grid.png")
+    assert code == 0, err
+    assert np.asarray(Image.open(tmp_path / "grid-trace.png")).shape == (2 + 2 * 30, 2 + 3 * 30)
+
+
+def test_a_sampler_of_another_family_is_refused(run: Path, vgm) -> None:
+    code, _, err = vgm("sample", run, "-n", 2, "--sampler", "glow", "--out", "x.png")
+    assert code == 2 and "the sampler glow asks for" in err and "dit does not have" in err
+    code, _, err = vgm("sample", run, "-n", 2, "--sampler", "dps", "--out", "x.png")
+    assert code == 2 and "vgm restore" in err
 
 
 @pytest.mark.parametrize("kind", ["grid", "one of a folder"])

@@ -586,6 +586,19 @@ def test_host_samplers_take_rectified_flows(name: str, scale: float) -> None:
     assert float(x.mean()) == pytest.approx(0.3, abs=0.05) and float(x.std()) == pytest.approx(0.5, abs=0.06)
 
 
+def test_who_watches_sees_where_the_flow_goes() -> None:
+    """On a straight flow every estimate of the data is its end."""
+    z, data = torch.randn(2, 2, 1, 3, 3, generator=torch.Generator().manual_seed(0))
+    seen: list[Tensor] = []
+    watch = lambda i, x, x0: seen.append(x0)
+    end, _ = rk45(lambda x, t: data - z, z, callback=watch)
+    again = euler(lambda x, t: data - z, z, 4, callback=watch)
+    assert len(seen) > 4
+    for x0 in seen:
+        torch.testing.assert_close(x0.float(), end, rtol=0, atol=2e-2)
+    torch.testing.assert_close(again, end, rtol=0, atol=2e-2)
+
+
 def test_other_paths_are_refused() -> None:
     view = Denoiser(Toy(), "cosine", "v")
     with pytest.raises(VgmError, match="rectified flows"):

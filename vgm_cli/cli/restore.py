@@ -73,7 +73,11 @@ def restore(
     weights: Annotated[str | None, typer.Option(help="raw, or an average. Default: the first average.")] = None,
     batch_size: Annotated[int, typer.Option(help="Changes speed and memory, not the images.", min=1)] = 64,
     lpips: Annotated[
-        str | None, typer.Option(metavar="VGG,HEADS", help="Also measure LPIPS with these two weight files.")
+        str | None,
+        typer.Option(
+            metavar="VGG,HEADS",
+            help="Also measure LPIPS with these two weight files. Default: VGM_LPIPS_VGG, VGM_LPIPS_HEADS.",
+        ),
     ] = None,
 ) -> None:
     """Restore degraded images with a trained diffusion or flow model.

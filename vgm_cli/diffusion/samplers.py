@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vgm_cli.api import Request
 from vgm_cli.diffusion import solvers, timesteps
-from vgm_cli.diffusion.denoiser import Denoiser, flow_velocity
+from vgm_cli.diffusion.denoiser import Denoiser, convert, flow_velocity
 from vgm_cli.diffusion.guidance import ClassifierFreeGuidance
 from vgm_cli.diffusion.path import DiscreteVPPath, EDMPath
 from vgm_cli.errors import USAGE, VgmError, unknown
@@ -130,14 +130,17 @@ class ODESampler(GaussianSampler):
         def velocity(x: Tensor, t: Tensor) -> Tensor:
             return model.predict(x, t, "velocity", **request.cond)
 
+        def x0_of(x: Tensor, t: Tensor, v: Tensor) -> Tensor:
+            return convert(v, x, t, model.path, "velocity", "x0")
+
         x = request.randn() * model.path.sigma(high)
-        tell = report(request, steps)
+        tell: dict[str, Any] = {"callback": report(request, steps), "x0_of": x0_of}
         if self.method == "dopri5":
-            x = solvers.dopri5(velocity, x, high, low, rtol=self.rtol, atol=self.atol, callback=tell)
+            x = solvers.dopri5(velocity, x, high, low, rtol=self.rtol, atol=self.atol, **tell)
         elif whole or steps > 1:
             grid = self.grid or default_grid(model)
             times = timesteps.time_grid(model.path, steps if whole else steps - 1, grid, low, high)
-            x = solvers.ODE[self.method][0](velocity, x, times, callback=tell)
+            x = solvers.ODE[self.method][0](velocity, x, times, **tell)
         else:
             low = high
         return x if whole else model.predict(x, low, "x0", **request.cond)
@@ -177,9 +180,12 @@ class SDESampler(GaussianSampler):
         def diffusion(t: Tensor) -> Tensor:
             return (self.scale * (path.g2(t) if self.form == "g" else path.sigma(t))).sqrt()
 
+        def x0_of(x: Tensor, t: Tensor, score: Tensor) -> Tensor:
+            return convert(score, x, t, path, "score", "x0")
+
         x = request.randn() * path.sigma(times[0])
-        noise, tell = request.randn, report(request, steps)
-        x = solvers.reverse_sde(drift_score, x, times, diffusion, noise=noise, callback=tell)
+        tell: dict[str, Any] = {"callback": report(request, steps), "x0_of": x0_of}
+        x = solvers.reverse_sde(drift_score, x, times, diffusion, noise=request.randn, **tell)
         return x if whole else model.predict(x, times[-1], "x0", **request.cond)
 
 

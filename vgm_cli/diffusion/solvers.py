@@ -6,6 +6,7 @@ Four families, each short and named after its algorithm:
 - native coordinates, `predict(x, i) -> (x0, eps)` at grid point i with alphas[i], sigmas[i] (N + 1 each, the last is
   where sampling ends): DDIM, DDPM, DPM-Solver(++), UniPC, as in huggingface/diffusers@58eb52c.
 - host time, `velocity(x, t) -> dx/dt`: Euler, midpoint, Heun, RK4, Dormand-Prince; and the family of reverse SDEs.
+  `x0_of(x, t, slope)` is what the callback is told of x0, None without it.
 - score-SDE's predictor-corrector (Song et al. 2021).
 `noise()` gives the next standard normal draw like x; it is called exactly when the official code draws, except that
 noise which a sampler multiplies by zero throughout (churn 0, eta 0) is not drawn. `callback(i, x, x0)` sees the state
@@ -30,6 +31,7 @@ Predict = Callable[[Tensor, int], tuple[Tensor, Tensor]]
 Velocity = Callable[[Tensor, Tensor], Tensor]
 Draw = Callable[[], Tensor]
 Callback = Callable[[int, Tensor, Tensor | None], None] | None
+Estimate = Callable[[Tensor, Tensor, Tensor], Tensor] | None  # (x, t, slope) -> x0
 
 # -- VE coordinates: k-diffusion -------------------------------------------------------------------------------------
 
@@ -1067,6 +1069,12 @@ def predictor_corrector(
     return mean
 
 
+def notify_slope(callback: Callback, i: int, x: Tensor, t: Tensor, v: Tensor, x0_of: Estimate) -> None:
+    """As `notify`, with the estimate of x0 that the slope v at (x, t) means."""
+    if callback is not None:
+        callback(i, x, None if x0_of is None else x0_of(x, t, v))
+
+
 def per_item(reduce: Callable[..., Tensor], x: Tensor) -> Tensor:
     """A reduction over everything but the batch: (B, 1, ...)."""
     return reduce(x.flatten(1), dim=1).reshape(-1, *[1] * (x.ndim - 1))
@@ -1075,39 +1083,47 @@ def per_item(reduce: Callable[..., Tensor], x: Tensor) -> Tensor:
 # -- host time: ordinary differential equations ----------------------------------------------------------------------
 
 
-def ode_euler(velocity: Velocity, x: Tensor, times: Tensor, *, callback: Callback = None) -> Tensor:
+def ode_euler(
+    velocity: Velocity, x: Tensor, times: Tensor, *, callback: Callback = None, x0_of: Estimate = None
+) -> Tensor:
     """Euler's method on dx/dt = velocity(x, t), t a 0-dim tensor of the grid."""
     for i in range(len(times) - 1):
-        notify(callback, i, x, None)
-        x = x + (times[i + 1] - times[i]) * velocity(x, times[i])
+        v = velocity(x, times[i])
+        notify_slope(callback, i, x, times[i], v, x0_of)
+        x = x + (times[i + 1] - times[i]) * v
     return x
 
 
-def ode_midpoint(velocity: Velocity, x: Tensor, times: Tensor, *, callback: Callback = None) -> Tensor:
+def ode_midpoint(
+    velocity: Velocity, x: Tensor, times: Tensor, *, callback: Callback = None, x0_of: Estimate = None
+) -> Tensor:
     """The explicit midpoint rule, order 2."""
     for i in range(len(times) - 1):
-        notify(callback, i, x, None)
-        h = times[i + 1] - times[i]
-        x = x + h * velocity(x + h / 2 * velocity(x, times[i]), times[i] + h / 2)
+        h, v = times[i + 1] - times[i], velocity(x, times[i])
+        notify_slope(callback, i, x, times[i], v, x0_of)
+        x = x + h * velocity(x + h / 2 * v, times[i] + h / 2)
     return x
 
 
-def ode_heun(velocity: Velocity, x: Tensor, times: Tensor, *, callback: Callback = None) -> Tensor:
+def ode_heun(
+    velocity: Velocity, x: Tensor, times: Tensor, *, callback: Callback = None, x0_of: Estimate = None
+) -> Tensor:
     """Heun's method (explicit trapezoid), order 2."""
     for i in range(len(times) - 1):
-        notify(callback, i, x, None)
-        h = times[i + 1] - times[i]
-        v = velocity(x, times[i])
+        h, v = times[i + 1] - times[i], velocity(x, times[i])
+        notify_slope(callback, i, x, times[i], v, x0_of)
         x = x + h / 2 * (v + velocity(x + h * v, times[i + 1]))
     return x
 
 
-def ode_rk4(velocity: Velocity, x: Tensor, times: Tensor, *, callback: Callback = None) -> Tensor:
+def ode_rk4(
+    velocity: Velocity, x: Tensor, times: Tensor, *, callback: Callback = None, x0_of: Estimate = None
+) -> Tensor:
     """The classical Runge-Kutta method, order 4."""
     for i in range(len(times) - 1):
-        notify(callback, i, x, None)
         t, h = times[i], times[i + 1] - times[i]
         k1 = velocity(x, t)
+        notify_slope(callback, i, x, t, k1, x0_of)
         k2 = velocity(x + h / 2 * k1, t + h / 2)
         k3 = velocity(x + h / 2 * k2, t + h / 2)
         k4 = velocity(x + h * k3, times[i + 1])
@@ -1145,6 +1161,7 @@ def dopri5(
     max_steps: int = 10_000,
     info: dict[str, Any] | None = None,
     callback: Callback = None,
+    x0_of: Estimate = None,
 ) -> Tensor:
     """Dormand-Prince 5(4) from t0 to t1, either way; velocity(x, t) gets t (B,) float64, never beyond [t0, t1].
 
@@ -1174,7 +1191,7 @@ def dopri5(
         keep = expand_like(accept, x)
         x, k = torch.where(keep, x_new, x), [torch.where(keep, k[-1], k[0])]
         t = torch.where(accept, torch.where(last, t1, t + way * h), t)
-        notify(callback, steps - 1, x, None)
+        notify_slope(callback, steps - 1, x, t, k[0], x0_of)
         factor = (0.9 * ratio.clamp(min=1e-10) ** -0.2).clamp(0.2, 10.0)
         h = h * torch.where(accept, factor, factor.clamp(max=1.0))
         left = (t1 - t) * way
@@ -1226,15 +1243,16 @@ def reverse_sde(
     *,
     noise: Draw,
     callback: Callback = None,
+    x0_of: Estimate = None,
 ) -> Tensor:
     """Euler-Maruyama on dx = (u - e^2 / 2 score) dt + e dW, t descending: any e(t) >= 0 keeps the marginals.
 
-    drift_score(x, t) -> (u, score); diffusion(t) -> e. e = 0 is the ODE, e^2 = path.g2(t) the exact time reversal. The
-    last step adds no noise.
+    drift_score(x, t) -> (u, score), the score being x0_of's slope; diffusion(t) -> e. e = 0 is the ODE, e^2 =
+    path.g2(t) the exact time reversal. The last step adds no noise.
     """
     for i in range(len(times) - 1):
         u, score = drift_score(x, times[i])
-        notify(callback, i, x, None)
+        notify_slope(callback, i, x, times[i], score, x0_of)
         e, dt = diffusion(times[i]), times[i + 1] - times[i]
         x = x + dt * (u - e**2 / 2 * score)
         if i < len(times) - 2:

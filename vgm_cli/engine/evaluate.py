@@ -67,7 +67,7 @@ def evaluate(
             if subject is None:
                 raise VgmError(
                     f"{name} is measured on a model, not on images",
-                    "give a run or a checkpoint",
+                    "give a run or checkpoint of a generator; a codec has none of its own, models on its codes do",
                     USAGE,
                 )
             values = metric(subject, seed)

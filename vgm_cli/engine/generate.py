@@ -132,7 +132,14 @@ def stream(
             codec=loaded.codec,
         )
         with torch.no_grad(), autocast(plan.precision, request.device):
-            z = sampler(loaded.view, request)
+            try:
+                z = sampler(loaded.view, request)
+            except AttributeError as e:
+                if getattr(e, "obj", None) is not loaded.view:
+                    raise
+                name, network = plan.sampler.get("name"), loaded.header.component.get("name")
+                text = f"the sampler {name} asks for '{e.name}', which {network} does not have"
+                raise VgmError(text, "`vgm ls samplers` shows others", USAGE) from e
             x = z if loaded.codec is None else loaded.codec.decode(z.float() if z.is_floating_point() else z)
         if info is not None:
             info.update(request.info)

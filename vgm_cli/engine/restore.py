@@ -8,6 +8,7 @@ from __future__ import annotations
 import inspect
 import json
 import math
+import os
 import time
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -28,7 +29,7 @@ from vgm_cli.engine.checkpoint import Loaded
 from vgm_cli.engine.generate import class_labels, class_numbers
 from vgm_cli.errors import FAILED, USAGE, VgmError, unknown
 from vgm_cli.images import make_grid, save_png, to_uint8
-from vgm_cli.metrics.image import WINDOW, psnr, ssim
+from vgm_cli.metrics.image import WINDOW, load_lpips, psnr, ssim
 from vgm_cli.operators.base import Operator
 from vgm_cli.operators.latent import Decoded
 from vgm_cli.operators.noise import Clean, Noise, noise_class
@@ -438,15 +439,13 @@ def figures(done: Restored, inputs: Inputs, perceptual: Perceptual | None) -> di
 
 
 def perceptual_from(files: str | None) -> Perceptual | None:
-    """LPIPS from "VGG,HEADS", two weight files."""
-    if files is None:
+    """LPIPS from "VGG,HEADS", two weight files, or from those that VGM_LPIPS_VGG and VGM_LPIPS_HEADS name, if any."""
+    if files is None and not (os.environ.get("VGM_LPIPS_VGG") and os.environ.get("VGM_LPIPS_HEADS")):
         return None
-    vgg, comma, heads = files.partition(",")
-    if not comma:
+    vgg, comma, heads = (files or "").partition(",")
+    if files is not None and not comma:
         raise VgmError(f"--lpips {files} is not VGG,HEADS", "vgg16-397923af.pth,vgg.pth (of PyPI's lpips)", USAGE)
-    from vgm_cli.losses.lpips import LPIPS
-
-    return LPIPS(vgg, heads)
+    return load_lpips(vgg or None, heads or None)[0]
 
 
 # -- records ---------------------------------------------------------------------------------------------------------
