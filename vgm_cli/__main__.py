@@ -93,10 +93,10 @@ def explain(e: Exception) -> VgmError:
 def main() -> None:
     """Entry point of the console script."""
     code = run(sys.argv[1:])
-    if code == 0 and "RANK" in os.environ:
+    if "RANK" in os.environ:
         from vgm_cli.engine.distributed import leave
 
-        leave()
+        leave(code)
     sys.exit(code)
 
 

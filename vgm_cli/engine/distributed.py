@@ -3,10 +3,12 @@ Slurm environments are used as they are found."""
 
 from __future__ import annotations
 
+import atexit
 import contextlib
 import os
 import sys
 from collections.abc import Sequence
+from typing import NoReturn
 
 from vgm_cli.errors import FAILED
 
@@ -57,11 +59,17 @@ def relaunched(nproc: int) -> bool:
     return True
 
 
-def leave() -> None:
-    """Leave the group in order: at the interpreter's end its threads may abort the process."""
+def leave(code: int) -> NoReturn:
+    """End one process of several with an exit code, without the interpreter's own end: there, now and then, a thread of
+    the group that still runs aborts a process whose work is done."""
     dist = sys.modules.get("torch.distributed")
-    if dist is not None and dist.is_available() and dist.is_initialized():
+    if code == 0 and dist is not None and dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
+    atexit._run_exitfuncs()
+    with contextlib.suppress(OSError):  # the reader may have left
+        sys.stdout.flush()
+        sys.stderr.flush()
+    os._exit(code)
 
 
 def rank() -> int:
