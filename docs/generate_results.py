@@ -21,6 +21,8 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
+import yaml
+
 TARGET = Path(__file__).with_name("results.md")
 QUALITY = "fid,class-accuracy"
 VAE_BITS = "bits-per-dim:n=256:samples=1,bits-per-dim:n=256:samples=100"
@@ -28,8 +30,8 @@ VAE_BITS = "bits-per-dim:n=256:samples=1,bits-per-dim:n=256:samples=100"
 
 @dataclass
 class Run:
-    """command makes the run ({dir}: where other runs lie, those named in `after`); metrics are measured of n samples
-    ({extra} sampler options), bits of that many held-out images or more; restore are tasks for the run as a prior."""
+    """command makes the run ({dir}: where other runs lie, of which it needs `after`); metrics are of 2,000 samples, bits
+    a likelihood of images that the run left out, where it left any; restore are tasks for the run as a prior."""
 
     name: str
     command: str
@@ -38,7 +40,6 @@ class Run:
     bits: str = ""
     sampled: bool = True
     restore: tuple[str, ...] = ()
-    n: int = 2000
 
 
 RUNS = [  # the longest first, those that others wait for before all
@@ -88,10 +89,10 @@ def measure(run: Run, runs: Path, threads: int) -> dict[str, Any]:
         verb, *rest = run.command.format(dir=runs).split()
         call(verb, *rest, "--out", str(folder), *(["--resume"] if state.exists() else ["--overwrite"]))
     trained, start = json.loads(state.read_text()), time.monotonic()
-    results = call("evaluate", str(folder), "--reference", "mnist5k", "--metrics", run.metrics, "-n", str(run.n))
+    results = call("evaluate", str(folder), "--reference", "mnist5k", "--metrics", run.metrics, "-n", "2000")
     if run.bits:
-        held_out = "\n  split: train\n" in (folder / "config.yaml").read_text()
-        split = ["--split", "test"] if held_out else []
+        config = yaml.safe_load((folder / "config.yaml").read_text())
+        split = ["--split", "test"] if config["data"]["split"] == "train" else []
         results += call("evaluate", str(folder), "--metrics", run.bits, *split)
     speed = 0.0
     if run.sampled:
@@ -288,7 +289,6 @@ def main() -> None:
     parser.add_argument("--runs", type=Path, default=Path("results"))
     parser.add_argument("--only", default="", help="names of runs; those kept from before stay in the tables")
     parser.add_argument("--jobs", type=int, default=min(2, cores), help="runs at a time")
-    parser.add_argument("--threads", type=int, help="of each; default: the cores, shared")
     args = parser.parse_args()
     args.runs.mkdir(parents=True, exist_ok=True)
     only = set(filter(None, args.only.split(",")))
@@ -299,7 +299,7 @@ def main() -> None:
         if run.after in done:
             done[run.after].result()  # submitted earlier, so that a worker has it already
         print(run.name, flush=True)
-        return measure(run, args.runs, args.threads or max(cores // args.jobs, 1))
+        return measure(run, args.runs, max(cores // args.jobs, 1))
 
     with ThreadPoolExecutor(args.jobs) as pool:
         for run in chosen:

@@ -41,7 +41,7 @@ class Component:
         image_channels (before the codec), and of a codec's tokens vocab_size and grid.
     verbs: commands that offer it (objectives: "train", "distill", "finetune-rl"). summary: one line for `vgm ls`.
     denoiser: of models forward(x, t, **cond) and of objectives that train any of these: the result is a denoiser, which
-        every method of distill, restore and finetune-rl takes (`vgm matrix`).
+        distill, restore and finetune-rl take (`vgm matrix`).
     """
 
     kind: str

@@ -40,7 +40,8 @@ def posterior_sampling(
 ) -> tuple[Tensor, Tensor]:
     """DPS ("ps"): x_next - zeta d distance / d x_t, and the distance (B,).
 
-    limited: a step ends where the distance would be 0 if it went on falling as it does (Polyak's step size).
+    limited: a step ends where the distance would be what Gaussian noise leaves (0 of other noise) if it went on falling
+    as it does (Polyak's step size).
     """
     value = distance(operator, x0, y, noise)
     g = gradient(x_t, value)

@@ -118,7 +118,9 @@ def test_a_killed_job_of_two_processes_goes_on(run: Path, vgm, process: type, tm
     assert before >= 6
     code, out, err = process(*args, "--nproc", 2, "--json", "--out", tmp_path / "killed").wait()
     assert code == 0, err
-    assert 0 <= json.loads(out)["made"] - (120 - before) <= 2  # of half a batch, one of each process, both are made again
+    assert (
+        0 <= json.loads(out)["made"] - (120 - before) <= 2
+    )  # of half a batch, one of each process, both are made again
     assert vgm(*args, "--out", tmp_path / "whole")[0] == 0
     whole, killed = (sorted((tmp_path / k).glob("*.png")) for k in ("whole", "killed"))
     assert [f.name for f in whole] == [f.name for f in killed]

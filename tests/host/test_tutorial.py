@@ -1,4 +1,4 @@
-"""The commands of docs/tutorial.md and README.md are run as they stand, with few steps; docs name things that exist."""
+"""The commands of the tutorial and README.md are run as they stand, with few steps; docs name things that exist."""
 
 from __future__ import annotations
 
@@ -52,9 +52,23 @@ def tiny_pairs(args: list[str]) -> list[str]:
     return []
 
 
+def lessons() -> list[Path]:
+    """The tutorial's pages, in its order."""
+    index = ROOT / "docs/tutorial.md"
+    return [
+        index.parent / page for page in re.findall(r"\]\((tutorial/[\w-]+\.md)\)", index.read_text(encoding="utf-8"))
+    ]
+
+
+def test_every_verb_has_its_page() -> None:
+    verbs = ["train", "sample", "evaluate", "distill", "restore", "finetune-rl", "convert"]
+    assert [page.stem for page in lessons()] == verbs
+    assert all(verb in {args[0] for args in commands(page)} for verb, page in zip(verbs, lessons()))
+
+
 def test_the_tutorial_runs(vgm) -> None:
-    """Top to bottom, in one folder, as a reader would."""
-    for args in commands(ROOT / "docs/tutorial.md"):
+    """Page after page, in one folder, as a reader would."""
+    for args in (args for page in lessons() for args in commands(page)):
         code, _, err = vgm(*shortened(args))
         allowed = (0, 3) if args[:2] == ["evaluate", "diff"] else (0,)  # two models measured alike, or told apart
         assert code in allowed, f"vgm {' '.join(shortened(args))}\n{err}"

@@ -493,6 +493,9 @@ def test_limited_steps_end_at_the_measurement() -> None:
     short, value = conditioning.posterior_sampling(operator, x, x.detach(), x + 0.0, y, 0.1, limited=True)
     assert_close((short - x).flatten(1).norm(dim=1), torch.full((2,), 0.1), 1e-4)
     assert (value > 0.1).all()
+    operator, _, y = measured("denoising", 2, 0.2)  # the truth is not nearer to its own measurement than this
+    moved, _ = conditioning.posterior_sampling(operator, x, x.detach(), x + 0.0, y, 1e3, limited=True)
+    assert_close((moved - y).flatten(1).norm(dim=1), torch.full((2,), 0.2 * y[0].numel() ** 0.5), 1e-4)
 
 
 def test_projection_is_the_nearest_image_that_measures_y() -> None:

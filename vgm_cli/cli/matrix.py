@@ -29,7 +29,8 @@ def matrix(
 ) -> None:
     """List which networks and trainings combine, and which of distill, restore and finetune-rl take the result.
 
-    Where they do, every method of the verb takes it. Combinations without a shipped recipe are made by overrides.
+    Single methods may ask for more and say so (of latents, only some restore). Combinations without a shipped recipe
+    are made by overrides.
 
     Examples:
 

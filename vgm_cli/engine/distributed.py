@@ -60,8 +60,8 @@ def relaunched(nproc: int) -> bool:
 
 
 def leave(code: int) -> NoReturn:
-    """End one process of several with an exit code, without the interpreter's own end: there, now and then, a thread of
-    the group that still runs aborts a process whose work is done."""
+    """End one process of several with an exit code, without the interpreter's own end: there native code
+    now and then aborts a process whose work is done (terminate without an exception; its cause is not known)."""
     dist = sys.modules.get("torch.distributed")
     if code == 0 and dist is not None and dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()

@@ -9,5 +9,6 @@ import torch
 
 
 def full_precision(device: torch.device) -> AbstractContextManager[Any]:
-    """No autocast on a device; the meta device, on which costs are counted, has none to switch off."""
-    return nullcontext() if device.type == "meta" else torch.autocast(device.type, enabled=False)
+    """No autocast on a device; some, such as meta, on which costs are counted, have none to switch off."""
+    known = torch.amp.is_autocast_available(device.type)
+    return torch.autocast(device.type, enabled=False) if known else nullcontext()
