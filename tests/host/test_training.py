@@ -3,16 +3,18 @@
 from __future__ import annotations
 
 import json
+import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from vgm_cli import recipe as recipes
-from vgm_cli.engine.trainer import train
+from vgm_cli.engine.trainer import Trainer, train
 from vgm_cli.errors import VgmError
 
 
@@ -113,6 +115,23 @@ def test_signals_save_and_leave(tiny: Path, tmp_path: Path, process: type, numbe
     assert "--resume" in err and "Traceback" not in err
     step = json.loads((run / "checkpoints/last/state.json").read_text())["step"]
     assert step == json.loads((run / "metrics.jsonl").read_text().splitlines()[-1])["step"]
+
+
+def test_a_signal_between_step_and_save_loses_nothing(tiny: Path, tmp_path: Path, monkeypatch) -> None:
+    """It comes while a step is logged, after the decision whether to save: the next step is saved and the last."""
+    log = Trainer._log
+
+    def interrupted(self: Trainer, done: int, *rest: Any) -> Any:
+        if done == 2:
+            os.kill(os.getpid(), signal.SIGINT)
+        return log(self, done, *rest)
+
+    monkeypatch.setattr(Trainer, "_log", interrupted)
+    r = recipes.load(str(tiny), None, ["train.log_every=1", "train.save_every=1000"])
+    with pytest.raises(VgmError, match="stopped after step 3") as stopped:
+        train(r, tmp_path / "run")
+    assert stopped.value.code == 130
+    assert json.loads((tmp_path / "run/checkpoints/last/state.json").read_text())["step"] == 3
 
 
 def test_divergence_stops_with_the_last_good_checkpoint(tiny: Path, tmp_path: Path, vgm) -> None:

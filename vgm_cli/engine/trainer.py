@@ -318,7 +318,7 @@ class Trainer:
         began = mark = time.perf_counter()
         mark_images = self.images
         rate = 0.0
-        index = self.start
+        index, stop = self.start, False
         with Progress(self.recipe.name, until, self.start) as progress:
             for index in range(self.start, until):
                 logs, ok = self.one_step(index, batches)
@@ -328,7 +328,8 @@ class Trainer:
                     counts[k] = counts.get(k, 0) + 1
                 done = index + 1
                 self.images += opts.batch_size
-                last = done == until or guard.signal is not None
+                stop = self._stopped(guard)  # asked once: a signal after this is for the next step
+                last = done == until or stop
                 if done % opts.log_every == 0 or last:
                     now = time.perf_counter()
                     rate = (self.images - mark_images) / max(now - mark, 1e-9)
@@ -350,11 +351,11 @@ class Trainer:
                 if (done % opts.preview_every == 0 or done == until) and opts.preview_n:
                     self.preview(done)
                     mark, mark_images = time.perf_counter(), self.images
-                if self._stopped(guard):
+                if stop:
                     break
         self.seconds += time.perf_counter() - began
         done = index + 1 if until > self.start else self.start
-        if self._stopped(guard):
+        if stop:
             code = 143 if guard.signal == signal.SIGTERM else INTERRUPTED
             raise VgmError(
                 f"stopped after step {done}; everything is saved in {self.run.path}", "--resume goes on", code
