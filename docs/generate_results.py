@@ -246,10 +246,11 @@ only with each other; ± is a standard error. Class accuracy: share of condition
 recognises as their class (it sees about 99 % of held-out digits right). NFE: network evaluations for one image, guidance counted
 twice. images/s: sampling, 200 images. vqgan's FID is of reconstructions, its PSNR {psnr} dB.
 
-bits/dim: 8-bit pixels unless it says otherwise; where densities are continuous, with uniform dequantisation. Exact for glow;
-ELBO and a tighter bound of 100 draws (IWAE) for vae; the probability-flow ODE of 50 images for diffusion and flow models. Models behind a codec have the
-likelihood of its latents or codes ("per latent"), which does not compare with that of pixels. Of held-out digits for vae,
-glow and dps, which are trained without every tenth; of training digits for the others.
+bits/dim: 8-bit pixels unless it says otherwise; where densities are continuous, with uniform dequantisation. Exact for glow, the
+black border that it puts around digits counted in; ELBO and a tighter bound of 100 draws (IWAE) for vae; the probability-flow
+ODE of 50 images for diffusion and flow models. Models behind a codec have the likelihood of its latents or codes ("per latent"),
+which does not compare with that of pixels. Of held-out digits for vae, glow and dps, which are trained without every tenth; of
+training digits for the others.
 
 ## Distillation (`vgm distill`)
 

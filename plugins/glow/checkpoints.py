@@ -183,8 +183,8 @@ def header(config: Mapping[str, Any]) -> dict[str, Any]:
 def forward(network: Any, config: Mapping[str, Any]) -> Tensor:
     """log p of a smooth image and its mirror image, as classes 0 and the last: (2,)."""
     size, channels, classes = config["size"], config["in_channels"], config["num_classes"]
-    line = torch.linspace(-0.4, 0.4, size)
-    x = (line[:, None] * line.cos()).expand(2, channels, size, size)
+    line = torch.linspace(-0.4, 0.4, size + network.margin)
+    x = (line[:, None] * line.cos()).expand(2, channels, -1, -1)
     y = torch.tensor([0, classes - 1]) if classes else None
     out: Tensor = network(torch.stack([x[0], x[1].flip(-1)]), y).log_prob
     return out

@@ -210,6 +210,8 @@ class Glow(nn.Module):
     reverse; top_permutation: of the last level, None for the same. n_bits: bits per pixel value. learn_top: the top
     prior's mean and scale are learned. num_classes: 0 for an unconditional model. classifier: a head that predicts the
     class from the top latent, where there are classes. style: openai | rosinality (parametrisation, see layers.Style).
+    pad: images get a black border up to the next multiple of 2^levels (officially MNIST's, from 28 to 32); samples lose
+    it again, likelihoods count it in.
     VgmError: sizes that do not fit, unknown names, labels missing.
     """
 
@@ -228,12 +230,14 @@ class Glow(nn.Module):
         num_classes: int = 0,
         classifier: bool = False,
         style: Literal["openai", "rosinality"] = "openai",
+        pad: bool = False,
     ):
         super().__init__()
-        if size % 2**levels:
+        self.margin = -size % 2**levels  # width of the border, both sides together
+        if self.margin and not pad:
             raise VgmError(
                 f"{levels} levels halve the image {levels} times: size {size} is no multiple of {2**levels}",
-                f"model.levels={(size & -size).bit_length() - 1} would fit",
+                f"model.levels={(size & -size).bit_length() - 1} or model.pad=true would fit",
                 USAGE,
             )
         if not 1 <= n_bits <= 8:
@@ -256,15 +260,26 @@ class Glow(nn.Module):
     def sample_shape(self) -> tuple[int, int, int]:
         return (self.in_channels, self.size, self.size)
 
+    def padded(self, pixels: Tensor) -> Tensor:
+        """(B, C, h, w) -> (B, C, h + margin, w + margin), black around."""
+        before, after = self.margin // 2, self.margin - self.margin // 2
+        return F.pad(pixels, (before, after, before, after))
+
+    def cropped(self, x: Tensor) -> Tensor:
+        """The inverse of `padded`."""
+        before, (h, w) = self.margin // 2, (side - self.margin for side in x.shape[2:])
+        return x[..., before : before + h, before : before + w]
+
     def latent_shapes(self, shape: Sequence[int] | None = None) -> list[tuple[int, int, int]]:
         """Shapes of the latents of every level for images of shape (C, H, W), the top last."""
         c, h, w = shape or self.sample_shape
+        h, w = h + self.margin, w + self.margin
         shapes = [(c * 2 ** (i + 1), h >> (i + 1), w >> (i + 1)) for i in range(self.levels)]
         top_c, top_h, top_w = shapes[-1]
         return [*shapes[:-1], (2 * top_c, top_h, top_w)]
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Encoding:
-        """x: (B, C, H, W) dequantised in [-0.5, 0.5), y: (B,) labels of a conditional model."""
+        """x: (B, C, H, W) padded and dequantised in [-0.5, 0.5), y: (B,) labels of a conditional model."""
         z, eps, log_priors = [], [], []
         logdet = x.new_zeros(len(x))
         checkpointing = self.checkpointing and self.training
@@ -284,7 +299,7 @@ class Glow(nn.Module):
         return Encoding(z, eps, log_priors, logdet)
 
     def decode(self, latents: Sequence[Tensor], y: Tensor | None = None, normalised: bool = True) -> Tensor:
-        """Latents of every level, the top last -> x (B, C, H, W) about [-0.5, 0.5].
+        """Latents of every level, the top last -> x (B, C, H, W) about [-0.5, 0.5], padding included.
 
         normalised: the latents are eps, to be passed through the priors; else they are z itself.
         """
@@ -323,12 +338,15 @@ class Glow(nn.Module):
     ) -> tuple[Tensor, str]:
         """x: uint8 (B, C, H, W) -> log p of the n_bits image in nats (B,), and how it was had.
 
-        One uniform dequantisation draw per image, so this is a lower bound of log P in expectation. Without labels a
-        class-conditional model is averaged over its classes, which is exact too.
+        One uniform dequantisation draw per image, so this is a lower bound of log P in expectation. A padded image has
+        at most the probability of the image. Without labels a class-conditional model is averaged over its classes,
+        which is exact too.
         """
+        x = self.padded(x)
         u = torch.stack([torch.rand(x.shape[1:], generator=g) for g in generators]).to(x.device)
         z = dequantise(x, u, self.n_bits)
         kind = "exact, uniform dequantisation" + (f", {self.n_bits} bits" if self.n_bits < 8 else "")
+        kind += ", with the border" if self.margin else ""
         if self.num_classes and y is None:
             any_class = torch.zeros(len(x), dtype=torch.long, device=x.device)
             of_classes = self.log_prob_of_classes(self(z, any_class))

@@ -25,12 +25,13 @@ def bits_per_dim(log_prob: Tensor, dims: int, n_bits: int) -> Tensor:
 def flow_loss(
     model: Glow, z: Tensor, y: Tensor | None = None, class_weight: float = 0.0
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Loss of every image (B,) and its parts: z (B, C, H, W) dequantised, y (B,).
+    """Loss of every image (B,) and its parts: z (B, C, H, W) padded and dequantised, y (B,).
 
-    bits_x, and bits_y with error where the model has a classifier: cross-entropy in bits of the class given the top z.
+    bits_x, per pixel value inside the border, and bits_y with error where the model has a classifier: cross-entropy in
+    bits of the class given the top z.
     """
     encoding = model(z, y)
-    bits_x = bits_per_dim(encoding.log_prob, z[0].numel(), model.n_bits)
+    bits_x = bits_per_dim(encoding.log_prob, z[0].numel(), model.n_bits) * (z[0].numel() / model.cropped(z)[0].numel())
     parts = {"bits_x": bits_x}
     if model.classifier is None or y is None or class_weight == 0:
         return bits_x, parts
@@ -54,8 +55,8 @@ class GlowObjective(ObjectiveBase):
         self.class_weight, self.prepare_size = class_weight, prepare_size
 
     def pixels(self, batch: Batch) -> Tensor:
-        """x in [-1, 1] -> 0..255."""
-        return ((batch["x"] + 1) * 127.5).round().clamp(0, 255)
+        """x (B, C, H, W) in [-1, 1] -> 0..255, padded."""
+        return self.model.padded(((batch["x"] + 1) * 127.5).round().clamp(0, 255))
 
     def prepare(self, first_batch: Batch, step: Step) -> None:
         if self.model.initialised:

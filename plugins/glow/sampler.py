@@ -23,7 +23,7 @@ class GlowSampler:
     def __call__(self, model: Glow, request: Request) -> Tensor:
         eps = [self.temperature * request.randn(shape) for shape in model.latent_shapes(request.shape)]
         request.info["nfe"] = 1
-        return to_images(model.decode(eps, request.cond.get("y")), model.n_bits)
+        return to_images(model.cropped(model.decode(eps, request.cond.get("y"))), model.n_bits)
 
 
 def interpolate(a: Sequence[Tensor], b: Sequence[Tensor], alpha: Tensor) -> list[Tensor]:
@@ -59,7 +59,7 @@ class InterpolationSampler:
         a, b = (self.ends(model, request, end, y) for end in (0, 1))
         alpha = torch.tensor([i % self.points / (self.points - 1) for i in request.index], device=request.device)
         request.info["nfe"] = 1 if request.images is None else 3
-        return to_images(model.decode(interpolate(a, b, alpha), y), model.n_bits)
+        return to_images(model.cropped(model.decode(interpolate(a, b, alpha), y)), model.n_bits)
 
     def ends(self, model: Glow, request: Request, end: int, y: Tensor | None) -> list[Tensor]:
         """eps of one end of every item's strip."""
@@ -72,4 +72,5 @@ class InterpolationSampler:
                 "interpolation needs two images for every strip", "--input DATA, -n the number of points", USAGE
             )
         x = request.images[[k % len(request.images) for k in numbers]]
-        return model(dequantise(((x + 1) * 127.5).round(), own.rand(tuple(x.shape[1:])), model.n_bits), y).eps
+        x = model.padded(((x + 1) * 127.5).round())
+        return model(dequantise(x, own.rand(tuple(x.shape[1:])), model.n_bits), y).eps

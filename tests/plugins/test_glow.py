@@ -457,8 +457,9 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
 
 
 def test_wrong_sizes_are_refused() -> None:
-    with pytest.raises(VgmError, match="no multiple of 8"):
+    with pytest.raises(VgmError, match="no multiple of 8") as refused:
         Glow(size=28)
+    assert "model.pad=true" in refused.value.hint
     with pytest.raises(VgmError, match="labels"):
         Glow(**TINY, num_classes=3)(torch.zeros(1, 2, 8, 8))
     with pytest.raises(VgmError, match="permutation"):
@@ -523,9 +524,33 @@ def test_objective_draws_and_initialises_once() -> None:
     assert logs["bits_y"] == 1.0, "a zero-initialised classifier of two classes costs one bit"
 
 
-def request(n: int, items: range | None = None, **kwargs: Any) -> Request:
+@torch.no_grad()
+@pytest.mark.parametrize("size", [6, 5, 8])
+def test_a_border_makes_any_size_fit(size: int) -> None:
+    """Images are coded with it and come without it; its bits are the image's, per pixel of the image."""
+    model = filled(pad=True, size=size, n_bits=5)
+    shape = (2, size, size)
+    assert model.sample_shape == shape and model.latent_shapes() == filled().latent_shapes()
+    pixels = torch.randint(0, 256, (3, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(model.cropped(model.padded(pixels)), pixels)
+    assert model.padded(pixels).sum() == pixels.sum(), "the border is not black"
+    loss, _ = GlowObjective(model).loss("main", {"x": pixels / 127.5 - 1}, Step(0, seed=1))
+    z = dequantise(model.padded(pixels), Step(0, seed=1).rand(3 * 128, "dequantisation").view(3, 2, 8, 8), 5)
+    nats = model(z).log_prob - z[0].numel() * 5 * math.log(2)
+    torch.testing.assert_close(loss, -nats.mean() / (pixels[0].numel() * math.log(2)))
+    found, kind = model.log_likelihood(pixels, generators(range(3)))
+    u = torch.stack([torch.rand(2, 8, 8, generator=g) for g in generators(range(3))])
+    want = model(dequantise(model.padded(pixels), u, 5)).log_prob - 128 * 5 * math.log(2)
+    torch.testing.assert_close(found, want)
+    assert ("border" in kind) == (size < 8)
+    ends = InterpolationSampler(points=2)(model, request(4, shape=shape, images=pixels / 127.5 - 1))
+    assert (to_uint8(ends[1]).int() // 8 - pixels[1].int() // 8).abs().max() <= 1
+    assert GlowSampler()(model, request(2, shape=shape)).shape[1:] == shape
+
+
+def request(n: int, items: range | None = None, shape: tuple[int, int, int] = (2, 8, 8), **kwargs: Any) -> Request:
     items = items or range(n)
-    return Request(shape=(2, 8, 8), generators=generators(items), index=list(items), **kwargs)
+    return Request(shape=shape, generators=generators(items), index=list(items), **kwargs)
 
 
 @torch.no_grad()
@@ -684,7 +709,7 @@ def test_train_sample_and_interpolate(vgm: Any, tiny_dataset: Path, tmp_path: Pa
     assert code == 0, err
     (bits,) = json.loads(out)
     kind = bits["protocol"]["options"]["likelihood"]
-    assert kind == "exact, uniform dequantisation, 5 bits, given the class" and 0 < bits["value"] < 20
+    assert kind == "exact, uniform dequantisation, 5 bits, with the border, given the class" and 0 < bits["value"] < 20
     code, _, err = vgm("sample", run, "-n", 6, "--sampler", "glow-interpolate", "points=3", "--input", tiny_dataset,
                        "--label", "disc", "--out", tmp_path / "b.png")  # fmt: skip
     assert code == 0, err
