@@ -58,6 +58,25 @@ def test_labels_and_guidance(run: Path, vgm, tmp_path: Path) -> None:
     assert plain[0] == 0 and abs(arrays(tmp_path / "d.npz")[0].astype(int) - c).max() <= 1
 
 
+def test_options_without_effect_are_told(run: Path, vgm, tmp_path: Path) -> None:
+    """An interval without guidance, here; with it nothing is said. `vgm evaluate` takes it and says the same."""
+    args = (run, "-n", 4, "--batch-size", 2, "--steps", 2, "--guidance-interval", "0.9,2", "--guidance-scale")
+    sample, measure = ("sample", *args), ("evaluate", *args)
+    told = "--guidance-interval has no effect on the sampler euler"
+    code, _, err = vgm(*sample, 1, "--out", tmp_path / "a.png")
+    assert code == 0 and err.count(told) == 1 and "--steps has" not in err
+    code, _, err = vgm(*sample, 2, "--out", tmp_path / "a.png")
+    assert code == 0 and "no effect" not in err
+    last = ("--metrics", "fid", "--reference", "mnist5k", "--json")
+    code, _, err = vgm(*measure, 1, *last)
+    assert code == 0 and err.count(told) == 1
+    code, part, err = vgm(*measure, 200, *last)
+    assert code == 0 and "no effect" not in err
+    code, whole, _ = vgm(*measure[:-3], "--guidance-scale", 200, *last)
+    (part,), (whole,) = json.loads(part), json.loads(whole)
+    assert part["guidance_interval"] == [0.9, 2] and part["value"] != whole["value"]
+
+
 @pytest.mark.parametrize("kind", ["folder", "npz"])
 def test_an_interrupted_job_goes_on(run: Path, vgm, tmp_path: Path, kind: str) -> None:
     """What was made stays as it is; the rest is added; another setting is refused."""

@@ -87,6 +87,9 @@ def evaluate(
     sampler: Annotated[str | None, typer.Option(help="Another sampler.", autocompletion=complete.samplers)] = None,
     steps: Annotated[int | None, typer.Option(help="Sampler steps.", min=1)] = None,
     guidance_scale: Annotated[float | None, typer.Option(help="1 is no guidance.")] = None,
+    guidance_interval: Annotated[
+        str | None, typer.Option(metavar="LO,HI", help="Guide only where t (0 data, 1 noise) lies between.")
+    ] = None,
     seed: Annotated[int, typer.Option(help="Of the samples and of resampling metrics.")] = 0,
     weights: Annotated[str | None, typer.Option(help="raw, or an average. Default: the first average.")] = None,
     batch_size: BatchSize = 100,
@@ -130,6 +133,7 @@ def evaluate(
         sampler=sampler,
         steps=steps,
         guidance_scale=guidance_scale,
+        guidance_interval=guidance_interval,
         seed=seed,
         weights=weights,
         batch_size=batch_size,

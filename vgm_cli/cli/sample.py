@@ -70,7 +70,7 @@ def sample(
     if relaunched(nproc):
         return
     from vgm_cli.engine import output, ranks
-    from vgm_cli.engine.sampling import open_model, plan_for
+    from vgm_cli.engine.sampling import open_model, plan_for, warn_of_ignored
 
     ranks.join()
     loaded, device = open_model(model, weights)
@@ -91,6 +91,7 @@ def sample(
     target = out or output.default_target(loaded, model, plan)
     with Progress("sampling", n) as progress:
         result = output.write(loaded, plan, target, model, device, progress)
+    warn_of_ignored(result, plan)
     if trace and ui.main:
         result["trace"] = str(output.write_trace(loaded, plan, target, device))
     ui.document(result)

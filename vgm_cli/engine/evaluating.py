@@ -16,7 +16,7 @@ from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine import evaluate as measuring
 from vgm_cli.engine import generate, ranks
 from vgm_cli.engine.measure import save_statistics
-from vgm_cli.engine.sampling import device_for, open_model, plan_for
+from vgm_cli.engine.sampling import device_for, open_model, plan_for, warn_of_ignored
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.images import to_uint8
 from vgm_cli.metrics import features as networks
@@ -42,6 +42,7 @@ class Options:
     sampler: str | None = None
     steps: int | None = None
     guidance_scale: float | None = None
+    guidance_interval: str | None = None
     seed: int = 0
     weights: str | None = None
     batch_size: int = 100
@@ -102,6 +103,8 @@ def evaluate_target(target: str, options: Options, progress: Any = None) -> list
         if gone:
             result["protocol"]["deviations"] = gone
             ui.warn(f"{result['metric']} departs from protocol {protocol.name}: {'; '.join(gone)}")
+    if isinstance(found.pictures, Sampled):
+        warn_of_ignored(found.pictures.info, found.pictures.plan)
     caution(results, options)
     return results
 
@@ -142,6 +145,7 @@ def open_target(target: str, options: Options, protocol: Protocol, sampled: bool
             sampler=options.sampler,
             steps=options.steps,
             guidance_scale=options.guidance_scale,
+            guidance_interval=options.guidance_interval,
             seed=options.seed,
             batch_size=options.batch_size,
             overrides=options.overrides,
@@ -150,7 +154,7 @@ def open_target(target: str, options: Options, protocol: Protocol, sampled: bool
         found.pictures = Sampled(loaded, plan, device, protocol.uint8)
         guided = plan.guidance_scale if plan.labels else None
         found.facts |= {"sampler": plan.sampler, "steps": plan.steps, "guidance_scale": guided}
-        found.facts["precision"] = plan.precision
+        found.facts |= {"guidance_interval": plan.guidance_interval, "precision": plan.precision}
     return found
 
 

@@ -22,11 +22,14 @@ from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.images import save_grid
 from vgm_cli.registry import registry
 
+OPTIONAL = ("steps", "guidance_scale", "guidance_interval")  # of a Request; not every sampler has a use for them
+
 
 @dataclass
 class Plan:
     """What to sample. labels: one per item, or empty for an unconditional network. images: see api.Request; source: the
-    data they were read from. precision: fp32, or bf16 autocast of networks and codec."""
+    data they were read from. precision: fp32, or bf16 autocast of networks and codec. named: those of OPTIONAL that the
+    user gave; `stream` reports which had no effect."""
 
     n: int
     seed: int = 0
@@ -39,9 +42,24 @@ class Plan:
     images: Tensor | None = None
     source: str | None = None
     precision: str = "fp32"
+    named: tuple[str, ...] = ()
 
     def seeds(self, first: int, last: int) -> list[int]:
         return [seed_of("sample", self.seed, i) for i in range(first, last)]
+
+
+class Watched(Request):
+    """A request that remembers which of its optional settings were looked at."""
+
+    def __getattribute__(self, name: str) -> Any:
+        if name in OPTIONAL:
+            object.__getattribute__(self, "__dict__").setdefault("seen", set()).add(name)
+        return object.__getattribute__(self, name)
+
+    def ignored(self, names: Sequence[str]) -> list[str]:
+        """Those of the names that had no effect."""
+        seen = self.__dict__.get("seen", set())
+        return [k for k in names if k not in seen or (k.startswith("guidance") and not self.cond)]
 
 
 def class_labels(n: int, num_classes: int, wanted: Sequence[int] = ()) -> list[int]:
@@ -118,7 +136,7 @@ def stream(
         stop = min(start + plan.batch_size, last)
         labels = plan.labels[start:stop]
         cond = {"y": torch.tensor(labels, device=device)} if labels else {}
-        request = Request(
+        request = Watched(
             shape=shape,
             generators=generators(plan.seeds(start, stop)),
             cond=cond,
@@ -143,6 +161,8 @@ def stream(
             x = z if loaded.codec is None else loaded.codec.decode(z.float() if z.is_floating_point() else z)
         if info is not None:
             info.update(request.info)
+            if ignored := request.ignored(plan.named):
+                info["ignored"] = ignored
         yield x.float(), labels
 
 

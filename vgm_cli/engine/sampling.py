@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 
@@ -12,6 +13,7 @@ from vgm_cli.engine.generate import Plan, class_labels, class_numbers, sampler_n
 from vgm_cli.engine.run import bf16_supported
 from vgm_cli.errors import USAGE, VgmError, unknown
 from vgm_cli.recipe import parse_yaml
+from vgm_cli.ui import ui
 
 
 def device_for() -> torch.device:
@@ -71,6 +73,7 @@ def plan_for(
         except ValueError as e:
             raise VgmError(f"--guidance-interval {guidance_interval} is not LO,HI", "example: 0.1,0.8", USAGE) from e
         interval = (low, high)
+    wishes = {"steps": steps, "guidance_scale": guidance_scale, "guidance_interval": interval}
     return Plan(
         n=n,
         seed=seed,
@@ -83,7 +86,15 @@ def plan_for(
         images=given_images(loaded, images, n) if images is not None else None,
         source=images,
         precision=precision_of(loaded, precision),
+        named=tuple(k for k, v in wishes.items() if v is not None),
     )
+
+
+def warn_of_ignored(info: Mapping[str, Any], plan: Plan) -> None:
+    """Options that the user gave and the sampler has no use for."""
+    for name in info.get("ignored", ()):
+        why = "" if plan.labels or name == "steps" else ": this network has no classes"
+        ui.warn(f"--{name.replace('_', '-')} has no effect on the sampler {plan.sampler['name']}{why}")
 
 
 def given_images(loaded: ckpt.Loaded, data: str, n: int) -> torch.Tensor:
