@@ -533,6 +533,9 @@ def test_a_border_makes_any_size_fit(size: int) -> None:
     assert model.sample_shape == shape and model.latent_shapes() == filled().latent_shapes()
     pixels = torch.randint(0, 256, (3, *shape), dtype=torch.uint8, generator=torch.Generator().manual_seed(0))
     assert torch.equal(model.cropped(model.padded(pixels)), pixels)
+    before = (8 - size) // 2
+    inside = model.padded(pixels)[..., before : before + size, before : before + size]
+    assert torch.equal(inside, pixels), "the image is not in the middle"
     assert model.padded(pixels).sum() == pixels.sum(), "the border is not black"
     loss, _ = GlowObjective(model).loss("main", {"x": pixels / 127.5 - 1}, Step(0, seed=1))
     z = dequantise(model.padded(pixels), Step(0, seed=1).rand(3 * 128, "dequantisation").view(3, 2, 8, 8), 5)
