@@ -467,11 +467,15 @@ def test_one_step_is_the_function_at_pure_noise() -> None:
 
 
 class Quarter:
-    """2 x 2 means as an operator."""
+    """2 x 2 means as an operator that remembers what it was shown."""
 
     name, has_pinv = "quarter", True
 
+    def __init__(self) -> None:
+        self.seen: list[Tensor] = []
+
     def __call__(self, x: Tensor) -> Tensor:
+        self.seen.append(x)
         return F.avg_pool2d(x, 2)
 
     def pinv(self, y: Tensor) -> Tensor:
@@ -487,6 +491,8 @@ def test_editing_agrees_with_what_is_known() -> None:
     request.measurement = F.avg_pool2d(truth, 2)
     with torch.no_grad():
         x = sampler(f, request)
+    want = [(request.measurement - F.avg_pool2d(x0, 2)).flatten(1).norm(dim=1) for x0 in request.operator.seen]
+    assert_close(torch.stack(request.info["residual"]), torch.stack(want), 1e-5, "residuals")
     assert_close(F.avg_pool2d(x, 2), request.measurement, 1e-5, "known part")
     assert not torch.allclose(x[0], truth[0], atol=1e-2) and request.info["nfe"] == 4
     with pytest.raises(VgmError, match="something to agree with"):
