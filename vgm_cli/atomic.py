@@ -13,7 +13,7 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vgm_cli.errors import FAILED, VgmError
+from vgm_cli.errors import FAILED, USAGE, VgmError
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -45,6 +45,15 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temp.unlink(missing_ok=True)
+
+
+def refuse_existing(path: str | os.PathLike[str], overwrite: bool = False) -> None:
+    """VgmError (exit code 2) when `path` is there and may not be replaced; an empty folder may always be filled."""
+    target = Path(path)
+    if overwrite or not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
+        return
+    holds = " and is not empty" if target.is_dir() else ""
+    raise VgmError(f"{target} exists{holds}", "--overwrite replaces it, --out names another place", USAGE)
 
 
 def _failure(path: Path, e: OSError) -> VgmError:
