@@ -23,6 +23,8 @@ from typing import Any
 
 import yaml
 
+from vgm_cli.atomic import dump_json
+
 TARGET = Path(__file__).with_name("results.md")
 QUALITY = "fid,class-accuracy"
 VAE_BITS = "bits-per-dim:n=256:samples=1,bits-per-dim:n=256:samples=100"
@@ -125,7 +127,7 @@ def measure(run: Run, runs: Path, threads: int) -> dict[str, Any]:
         "restored": restored,
         "log": json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1]),
     }
-    kept.write_text(json.dumps(row, indent=2))
+    kept.write_text(dump_json(row, indent=2))
     return row
 
 

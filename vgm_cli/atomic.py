@@ -7,6 +7,7 @@ from __future__ import annotations
 import contextlib
 import errno
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Mapping
@@ -77,11 +78,26 @@ def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
 
 
 def write_text(path: str | os.PathLike[str], text: str) -> None:
-    write_bytes(path, text.encode("utf-8"))
+    """As UTF-8; what has no place in it (parts of file names that are not UTF-8) is written as an escape."""
+    write_bytes(path, text.encode("utf-8", "backslashreplace"))
+
+
+def dump_json(value: Any, indent: int | None = None) -> str:
+    """JSON as RFC 8259 has it, for every file and line that is written: numbers that are not finite become null, what
+    JSON does not know its text."""
+    return json.dumps(_finite(value), indent=indent, default=str, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {k: _finite(v) for k, v in value.items()}
+    return [_finite(v) for v in value] if isinstance(value, list | tuple) else value
 
 
 def write_json(path: str | os.PathLike[str], value: Any) -> None:
-    write_text(path, json.dumps(value, indent=2, default=str) + "\n")
+    write_text(path, dump_json(value, indent=2) + "\n")
 
 
 def save_safetensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:

@@ -3,12 +3,12 @@ JSON lines while training) and never colour. Torch-free."""
 
 from __future__ import annotations
 
-import json
 import os
 import sys
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
+from vgm_cli.atomic import dump_json
 from vgm_cli.errors import VgmError
 
 
@@ -37,12 +37,12 @@ class UI:
     def document(self, value: Any) -> None:
         """The command's one JSON document."""
         if self.main and self.json:
-            print(json.dumps(value, indent=2, default=str), flush=True)
+            print(dump_json(value, indent=2), flush=True)
 
     def event(self, event: str, **fields: Any) -> None:
         """One JSON line of a long job."""
         if self.main and self.json:
-            print(json.dumps({"event": event, **fields}, default=str), flush=True)
+            print(dump_json({"event": event, **fields}), flush=True)
 
     def info(self, text: str) -> None:
         """Progress for people, on stderr."""
@@ -58,7 +58,7 @@ class UI:
         if not self.main and os.environ.get("WORLD_SIZE", "1") != "1":
             return
         if self.json:
-            print(json.dumps({"event": "error", "error": e.message, "hint": e.hint, "code": e.code}), flush=True)
+            print(dump_json({"event": "error", "error": e.message, "hint": e.hint, "code": e.code}), flush=True)
         print(f"error: {e.message}", file=sys.stderr)
         if e.hint:
             print(f"  hint: {e.hint}", file=sys.stderr, flush=True)

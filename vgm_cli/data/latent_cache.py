@@ -160,7 +160,7 @@ class _Build:
             if moments.is_floating_point():
                 shape = (len(x), *self.codec.latent_shape(tuple(x.shape[1:])))
                 sums.add(self.codec.latents(moments.float(), torch.randn(shape, generator=g).to(self.device)))
-        metadata = {"format": "pt", "identity": json.dumps(identity), "sums": sums.dump()}
+        metadata = {"format": "pt", "identity": atomic.dump_json(identity), "sums": sums.dump()}
         if self.dataset.facts.captions:
-            metadata["captions"] = json.dumps(texts)
+            metadata["captions"] = atomic.dump_json(texts)
         atomic.save_safetensors({k: torch.cat(v).contiguous() for k, v in found.items()}, path, metadata)

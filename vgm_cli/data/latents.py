@@ -23,6 +23,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
+from vgm_cli import atomic
 from vgm_cli.data.dataset import Facts
 from vgm_cli.errors import FAILED, USAGE, VgmError
 
@@ -144,7 +145,7 @@ class Sums:
         return {"mean": self.mean.tolist(), "std": (self.m2 / self.n).sqrt().tolist()} if self.n else None
 
     def dump(self) -> str:
-        return json.dumps([self.n, self.mean.tolist(), self.m2.tolist()])
+        return atomic.dump_json([self.n, self.mean.tolist(), self.m2.tolist()])
 
     @classmethod
     def load(cls, text: str) -> Sums:

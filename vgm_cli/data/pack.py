@@ -6,7 +6,6 @@ Images are stored as they are trained on: square, one size, 8 bits, cropped once
 from __future__ import annotations
 
 import io
-import json
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -62,7 +61,7 @@ def write_zip(dataset: Dataset, path: Path, progress: Callable[[int], None]) -> 
             listing["class_names"] = dataset.facts.class_names
         if captions:
             listing["captions"] = captions
-        z.writestr(zipfile.ZipInfo("dataset.json"), json.dumps(listing))
+        z.writestr(zipfile.ZipInfo("dataset.json"), atomic.dump_json(listing))
     return n
 
 

@@ -31,8 +31,8 @@ def write_card(run: Run, recipe: Any, outcome: Any, components: Mapping[str, Any
         "---",
         f"# {recipe.paper} trained with `{recipe.name}`",
         "",
-        f"- Network: `{json.dumps(components.get('model', {}))}`",
-        f"- Objective: `{json.dumps(recipe.config.get('objective'))}`",
+        f"- Network: `{atomic.dump_json(components.get('model', {}))}`",
+        f"- Objective: `{atomic.dump_json(recipe.config.get('objective'))}`",
         f"- Data: {data.get('count', '?')} images, {data.get('image_size')}×{data.get('image_size')}×"
         f"{data.get('image_channels')}, {data.get('num_classes') or 'no'} classes, "
         f"fingerprint {data.get('fingerprint')}",

@@ -70,7 +70,7 @@ class Header:
             "modelspec.title": title or str(self.recipe.get("paper") or self.component.get("name")),
             "modelspec.date": time.strftime("%Y-%m-%d"),
         }
-        return spec | {f"vgm.{k}": json.dumps(v) for k, v in values.items()}
+        return spec | {f"vgm.{k}": atomic.dump_json(v) for k, v in values.items()}
 
     @classmethod
     def parse(cls, metadata: Mapping[str, str], path: Path) -> Header:

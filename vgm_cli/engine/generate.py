@@ -3,7 +3,6 @@ the batch size nor on the number of processes."""
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Iterator, Mapping, Sequence
@@ -231,4 +230,4 @@ def provenance(loaded: Loaded, plan: Plan, target: str) -> dict[str, str]:
         "batch_size": plan.batch_size,
         "sha256": loaded.sha256(),
     }
-    return {"vgm": json.dumps(settings)}
+    return {"vgm": atomic.dump_json(settings)}

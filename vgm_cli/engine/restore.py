@@ -6,7 +6,6 @@ Image i depends on (seed, i) alone: masks, kernels and noise come from one gener
 from __future__ import annotations
 
 import inspect
-import json
 import math
 import os
 import time
@@ -463,7 +462,7 @@ def write(
     """restored/*.png, degraded/*.png, grid.png, measurements.npz, what was drawn, residual.jsonl, results.json."""
     if folder.exists() and not folder.is_dir():
         raise VgmError(f"{folder} is a file", "--out names a folder", USAGE)
-    meta = {"vgm": json.dumps({"version": __version__, "command": "restore", **record}, default=str)}
+    meta = {"vgm": atomic.dump_json({"version": __version__, "command": "restore", **record})}
     names = [f"{i:06d}.png" for i in range(len(inputs))]
     for part, x in (("restored", done.images), ("degraded", done.pictures)):
         for i, image in enumerate(to_uint8(x).permute(0, 2, 3, 1).numpy()):
@@ -477,7 +476,7 @@ def write(
     if done.state:
         atomic.save_safetensors({k: v.contiguous() for k, v in done.state.items()}, folder / "drawn.safetensors", meta)
     lines = [
-        json.dumps({"step": i, "mean": float(row.mean()), "values": [round(float(v), 6) for v in row]})
+        atomic.dump_json({"step": i, "mean": float(row.mean()), "values": [round(float(v), 6) for v in row]})
         for i, row in enumerate(done.curve)
     ]
     atomic.write_text(folder / "residual.jsonl", "".join(line + "\n" for line in lines))

@@ -71,7 +71,7 @@ class Run:
         """Append one JSON line to metrics.jsonl."""
         try:
             with open(self.path / "metrics.jsonl", "a", encoding="utf-8") as f:
-                f.write(json.dumps(row) + "\n")
+                f.write(atomic.dump_json(row) + "\n")
         except OSError as e:
             raise VgmError(f"cannot write {self.path / 'metrics.jsonl'}: {e.strerror}", code=FAILED) from e
 

@@ -67,7 +67,7 @@ def write_statistics(
         tensors |= {"mu_s": spatial.mean, "sigma_s": spatial.cov}
     if pool is not None:
         tensors["pool"] = pool.float()
-    meta = {"format": "pt", "vgm.statistics": json.dumps(dict(facts), default=str), "vgm.n": str(moments.n)}
+    meta = {"format": "pt", "vgm.statistics": atomic.dump_json(facts), "vgm.n": str(moments.n)}
     atomic.save_safetensors({k: v.contiguous() for k, v in tensors.items()}, path, meta)
 
 

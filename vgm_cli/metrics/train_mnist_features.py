@@ -9,7 +9,6 @@ out. Seeded: the same machine and thread count give the same file. About two min
 from __future__ import annotations
 
 import argparse
-import json
 import math
 import time
 from importlib import resources
@@ -125,7 +124,7 @@ def main() -> None:
         "vgm.features": KIND,
         "vgm.dim": str(net.dim),
         "vgm.accuracy": f"{score:.4f}",
-        "vgm.training": json.dumps(facts),
+        "vgm.training": atomic.dump_json(facts),
     }
     state = {k: v.half() if v.is_floating_point() else v for k, v in net.state_dict().items()}
     atomic.save_safetensors({k: v.contiguous() for k, v in state.items()}, args.out, metadata)
