@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import json
 import math
-import os
 import shutil
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Annotated, Any
 
 import typer
 
 from vgm_cli.cli import complete
+from vgm_cli.engine.run import Run, find_runs, is_run
 from vgm_cli.errors import FAILED, USAGE, VgmError
 from vgm_cli.ui import duration, ui
 
-DEPTH = 4  # folders below the given one that are searched
 BARS = "▁▂▃▄▅▆▇█"
 
 
@@ -31,22 +30,6 @@ def register(app: typer.Typer) -> None:
 
 
 # -- reading ---------------------------------------------------------------------------------------------------------
-
-
-def is_run(path: Path) -> bool:
-    return (path / "config.yaml").is_file() and (path / "checkpoints").is_dir()
-
-
-def find_runs(folder: Path) -> Iterator[Path]:
-    """Runs at or below `folder`; what lies inside a run (its own codec) is not listed."""
-    for root, folders, _ in os.walk(folder):
-        path = Path(root)
-        if is_run(path):
-            folders.clear()
-            yield path
-        else:
-            deep = len(path.relative_to(folder).parts) >= DEPTH
-            folders[:] = [] if deep else sorted(f for f in folders if not f.startswith("."))
 
 
 def open_run(path: Path) -> Path:
@@ -89,8 +72,6 @@ def loss_of(row: dict[str, Any]) -> float | None:
 
 def facts_of(run: Path) -> dict[str, Any]:
     """What `vgm runs ls` says of one run."""
-    from vgm_cli.engine.run import Run
-
     config, rows = config_of(run), metrics_of(run)
     last = Run(run).last()
     saved = int(last.name.removeprefix("step-")) if last else 0
@@ -149,8 +130,6 @@ def show(
 
     Next: vgm sample RUN
     """
-    from vgm_cli.engine.run import Run
-
     open_run(run)
     config, rows, facts = config_of(run), metrics_of(run), facts_of(run)
     checkpoints = [str(p) for p in Run(run).checkpoints()]

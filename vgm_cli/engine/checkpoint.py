@@ -21,9 +21,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vgm_cli import __version__, atomic
+from vgm_cli.engine.run import newest
 from vgm_cli.engine.tokens import as_output
 from vgm_cli.errors import FAILED, MISSING_ASSET, USAGE, VgmError
 from vgm_cli.registry import registry
+from vgm_cli.ui import ui
 
 SCHEMA = 1
 ASSETS = Path(str(resources.files("vgm_cli"))) / "assets"
@@ -171,7 +173,8 @@ def file_hash(path: Path) -> str:
 
 
 def resolve(target: str | Path, weights: str | None = None) -> Path:
-    """RUN, RUN/checkpoints/step-N, or a file -> the weights file. weights: "raw", an average's name, None: the first
+    """RUN, RUN/checkpoints/step-N, a file, or a short name of the newest run (engine.run.newest) -> the weights file.
+    weights: "raw", an average's name, None: the first
     average, else raw."""
     path = Path(target)
     if path.is_file():
@@ -180,11 +183,17 @@ def resolve(target: str | Path, weights: str | None = None) -> Path:
         asset = ASSETS / f"{target}.safetensors"
         if asset.is_file():
             return asset
-        raise VgmError(f"no such run or checkpoint: {target}", "`vgm runs ls` shows the runs below ./runs", USAGE)
+        path = newest(target) or path
+        if not path.exists():
+            raise VgmError(f"no such run or checkpoint: {target}", "`vgm runs ls` shows the runs below ./runs", USAGE)
+        ui.info(f"{target}: the newest run is {path}")
     folder = path
     if not (path / "model.safetensors").is_file():
         base = path / "checkpoints" if (path / "checkpoints").is_dir() else path
         steps = sorted(p for p in base.glob("step-*") if p.is_dir() and p.suffix != ".tmp")
+        if not steps and (found := newest(path)) not in (None, path):
+            ui.info(f"{target}: the newest run is {found}")
+            return resolve(str(found), weights)
         if not steps:
             raise VgmError(f"{target} holds no complete checkpoint", "train it, or pass a .safetensors file", USAGE)
         folder = steps[-1]

@@ -206,7 +206,7 @@ def pairs_of(recipe: Recipe) -> dict[str, Tensor]:
         folder.mkdir(parents=True, exist_ok=True)
         atomic.write_json(folder / "settings.json", settings)
         ui.info(f"{len(missing) * SHARD} pairs of the teacher into {folder}")
-        loaded = ckpt.load(teacher["weights"], device="cuda" if torch.cuda.is_available() else "cpu")
+        loaded = ckpt.load(teacher["weights"], device=distributed.pick_device())
         view = ckpt.build_view(loaded.model, {"name": "denoiser", **teacher["view"]})
         with Progress("pairs", len(missing) * SHARD) as progress:
             for done, file in enumerate(missing):

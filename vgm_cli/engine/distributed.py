@@ -8,9 +8,12 @@ import contextlib
 import os
 import sys
 from collections.abc import Sequence
-from typing import NoReturn
+from typing import TYPE_CHECKING, NoReturn
 
-from vgm_cli.errors import FAILED
+from vgm_cli.errors import FAILED, USAGE, VgmError
+
+if TYPE_CHECKING:
+    import torch
 
 
 def launched() -> bool:
@@ -70,6 +73,31 @@ def leave(code: int) -> NoReturn:
         sys.stdout.flush()
         sys.stderr.flush()
     os._exit(code)
+
+
+def pick_device(name: str | None = None) -> torch.device:
+    """What --device means: auto (the default) is the GPU where there is one, else the CPU; cuda, cuda:N,
+    cpu and mps are that or a VgmError."""
+    import torch
+
+    asked = name or "auto"
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    if asked == "auto":
+        asked = "cuda" if gpus else "cpu"
+    kind, colon, number = asked.partition(":")
+    if kind not in ("cpu", "cuda", "mps") or (colon and (kind != "cuda" or not number.isdecimal())):
+        raise VgmError(f"unknown device '{name}'", "auto, cpu, cuda, cuda:N or mps", USAGE)
+    if kind == "mps" and not torch.backends.mps.is_available():
+        raise VgmError("no Apple GPU (mps) is available here", "--device auto takes what is there", USAGE)
+    if kind != "cuda":
+        return torch.device(kind)
+    if not gpus:
+        raise VgmError("no CUDA GPU is available here", "--device auto takes what is there", USAGE)
+    if colon and launched():
+        raise VgmError(f"several processes do not share {asked}", "CUDA_VISIBLE_DEVICES chooses their GPUs", USAGE)
+    if colon and int(number) >= gpus:
+        raise VgmError(f"there is no {asked} here", f"the last is cuda:{gpus - 1}", USAGE)
+    return torch.device(asked)
 
 
 def rank() -> int:

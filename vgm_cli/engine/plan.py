@@ -15,6 +15,7 @@ from vgm_cli.api import Batch, Step
 from vgm_cli.data import open_dataset
 from vgm_cli.engine import build
 from vgm_cli.engine.build import Facts
+from vgm_cli.engine.distributed import pick_device
 from vgm_cli.engine.run import bf16_supported
 from vgm_cli.errors import VgmError
 from vgm_cli.recipe import Recipe
@@ -50,7 +51,7 @@ class RunPlan:
 
 def make_plan(recipe: Recipe, device: torch.device | None = None) -> RunPlan:
     """Build on the meta device, count, then time three steps for real where that is affordable."""
-    device = device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    device = device or pick_device()
     opts = recipe.node("train")
     facts, count = plan_facts(recipe)
     with torch.device("meta"):

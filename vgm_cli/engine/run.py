@@ -16,7 +16,7 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from importlib import metadata
 from pathlib import Path
 from typing import Any
@@ -25,6 +25,39 @@ from vgm_cli import __version__, atomic
 from vgm_cli.errors import FAILED, USAGE, VgmError
 
 PACKAGES = ("torch", "accelerate", "safetensors", "numpy", "pillow", "typer", "rich", "pluggy", "pydantic", "pyyaml")
+
+
+DEPTH = 4  # folders below the given one that are searched for runs
+
+
+def is_run(path: Path) -> bool:
+    return (path / "config.yaml").is_file() and (path / "checkpoints").is_dir()
+
+
+def find_runs(folder: Path) -> Iterator[Path]:
+    """Runs at or below `folder`; what lies inside a run (its own codec) is not listed."""
+    for root, folders, _ in os.walk(folder):
+        path = Path(root)
+        if is_run(path):
+            folders.clear()
+            yield path
+        else:
+            deep = len(path.relative_to(folder).parts) >= DEPTH
+            folders[:] = [] if deep else sorted(f for f in folders if not f.startswith("."))
+
+
+def newest(target: str | Path) -> Path | None:
+    """The run that was saved last among those that a short name means: a folder of runs, `last` (all below ./runs), a
+    paper or PAPER/RECIPE (its runs below ./runs). None where there is none with a checkpoint."""
+    name, folder = str(target), Path(target)
+    if folder.is_dir():
+        found = list(find_runs(folder))
+    else:
+        base = name.replace("/", "-")
+        runs = [(p, p.relative_to("runs").parts[:1]) for p in find_runs(Path("runs"))]
+        found = [p for p, top in runs if name == "last" or top == (base,) or (top and top[0].startswith(f"{base}-"))]
+    saved = [(last.stat().st_mtime, p) for p in found if (last := Run(p).last()) is not None]
+    return max(saved)[1] if saved else None
 
 
 class Run:

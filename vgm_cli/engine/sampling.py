@@ -8,7 +8,7 @@ from typing import Any
 import torch
 
 from vgm_cli.engine import checkpoint as ckpt
-from vgm_cli.engine.distributed import keep_memory
+from vgm_cli.engine.distributed import keep_memory, pick_device
 from vgm_cli.engine.generate import Plan, class_labels, class_numbers, sampler_node
 from vgm_cli.engine.run import bf16_supported
 from vgm_cli.errors import USAGE, VgmError, unknown
@@ -16,13 +16,15 @@ from vgm_cli.recipe import parse_yaml
 from vgm_cli.ui import ui
 
 
-def device_for() -> torch.device:
-    return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+def device_for(name: str | None = None) -> torch.device:
+    return pick_device(name)
 
 
-def open_model(model: str, weights: str | None = None) -> tuple[ckpt.Loaded, torch.device]:
+def open_model(
+    model: str, weights: str | None = None, device_name: str | None = None
+) -> tuple[ckpt.Loaded, torch.device]:
     """A loaded generator on this machine's device; codecs alone cannot be sampled from."""
-    device = device_for()
+    device = pick_device(device_name)
     if device.type == "cpu":
         keep_memory()
     loaded = ckpt.load(model, weights, device)
