@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import io
 import os
 import sys
 
@@ -92,6 +93,9 @@ def explain(e: Exception) -> VgmError:
 
 def main() -> None:
     """Entry point of the console script."""
+    for stream in (sys.stdout, sys.stderr):  # a name that the terminal's encoding lacks is shown, not an error
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     code = run(sys.argv[1:])
     if "RANK" in os.environ:
         from vgm_cli.engine.distributed import leave

@@ -5,11 +5,32 @@ from __future__ import annotations
 
 import os
 import sys
+import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from vgm_cli.atomic import dump_json
 from vgm_cli.errors import VgmError
+
+
+LONGEST = 10_000  # characters of one line; names and captions come from files
+KEPT = "\u200c\u200d"  # the joiners that Persian and emoji are written with
+
+
+def clean(text: Any) -> str:
+    """One line that a terminal only shows: control characters, line breaks, bidirectional controls and bytes that are
+    no text appear as \\x1b, \\n, \\u202e. Text from files could otherwise move the cursor, set titles or pose as ours."""
+    text = str(text)
+    if len(text) > LONGEST:
+        text = f"{text[:LONGEST]}… ({len(text) - LONGEST} more characters)"
+    if text.isascii() and text.isprintable():
+        return text
+    return "".join(shown(c) for c in text)
+
+
+def shown(character: str) -> str:
+    hidden = unicodedata.category(character) in ("Cc", "Cf", "Cs", "Zl", "Zp") and character not in KEPT
+    return character.encode("unicode_escape").decode("ascii") if hidden else character
 
 
 class UI:
@@ -32,7 +53,7 @@ class UI:
     def data(self, text: str) -> None:
         """A result line on stdout."""
         if self.main and not self.json:
-            print(text, flush=True)
+            print(clean(text), flush=True)
 
     def document(self, value: Any) -> None:
         """The command's one JSON document."""
@@ -47,11 +68,11 @@ class UI:
     def info(self, text: str) -> None:
         """Progress for people, on stderr."""
         if self.main and not self.json and not self.quiet:
-            print(text, file=sys.stderr, flush=True)
+            print(clean(text), file=sys.stderr, flush=True)
 
     def warn(self, text: str) -> None:
         if self.main:
-            print(f"warning: {text}", file=sys.stderr, flush=True)
+            print(f"warning: {clean(text)}", file=sys.stderr, flush=True)
 
     def error(self, e: VgmError) -> None:
         """One sentence and a hint on stderr; with --json also an error document on stdout."""
@@ -59,15 +80,15 @@ class UI:
             return
         if self.json:
             print(dump_json({"event": "error", "error": e.message, "hint": e.hint, "code": e.code}), flush=True)
-        print(f"error: {e.message}", file=sys.stderr)
+        print(f"error: {clean(e.message)}", file=sys.stderr)
         if e.hint:
-            print(f"  hint: {e.hint}", file=sys.stderr, flush=True)
+            print(f"  hint: {clean(e.hint)}", file=sys.stderr, flush=True)
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str = "") -> None:
         """A table on stdout; plain tab-separated rows when stdout is a pipe."""
         if self.json or not self.main:
             return
-        rows = [[str(c) for c in r] for r in rows]
+        rows = [[clean(c) for c in r] for r in rows]
         if not sys.stdout.isatty():
             print("\t".join(columns))
             for r in rows:
@@ -75,10 +96,11 @@ class UI:
             return
         from rich.console import Console
         from rich.table import Table
+        from rich.text import Text
 
         table = Table(*columns, title=title or None, title_justify="left", box=None, pad_edge=False)
         for r in rows:
-            table.add_row(*r)
+            table.add_row(*(Text(c) for c in r))  # "[red]" in a name is no markup
         Console().print(table)
 
 
@@ -97,19 +119,19 @@ class Progress:
             from rich.progress import Progress as RichProgress
 
             self.bar = RichProgress(
-                TextColumn("{task.description}"),
+                TextColumn("{task.description}", markup=False),
                 BarColumn(),
                 MofNCompleteColumn(),
                 TimeRemainingColumn(),
-                TextColumn("{task.fields[note]}"),
+                TextColumn("{task.fields[note]}", markup=False),
                 console=Console(stderr=True),
             )
-            self.task = self.bar.add_task(what, total=total, completed=done, note="")
+            self.task = self.bar.add_task(clean(what), total=total, completed=done, note="")
             self.bar.start()
 
     def update(self, done: int, note: str | None = None) -> None:
         if self.bar is not None:
-            self.bar.update(self.task, completed=done, **({"note": note} if note is not None else {}))
+            self.bar.update(self.task, completed=done, **({"note": clean(note)} if note is not None else {}))
 
     def line(self, text: str) -> None:
         if self.bar is None:

@@ -149,7 +149,8 @@ def cat(
     if resolved:
         text = yaml.safe_dump(config, sort_keys=False, allow_unicode=True, default_flow_style=None, width=120)
     ui.document({"name": name, "path": str(path), "config": config, "text": text})
-    ui.data(text.rstrip("\n"))
+    for line in text.splitlines():
+        ui.data(line)
 
 
 def cp(
