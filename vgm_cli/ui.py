@@ -12,7 +12,6 @@ from typing import Any
 from vgm_cli.atomic import dump_json
 from vgm_cli.errors import VgmError
 
-
 LONGEST = 10_000  # characters of one line; names and captions come from files
 KEPT = "\u200c\u200d"  # the joiners that Persian and emoji are written with
 
