@@ -17,8 +17,8 @@ KEPT = "\u200c\u200d"  # the joiners that Persian and emoji are written with
 
 
 def clean(text: Any) -> str:
-    """One line that a terminal only shows: control characters, line breaks, bidirectional controls and bytes that are
-    no text appear as \\x1b, \\n, \\u202e. Text from files could otherwise move the cursor, set titles or pose as ours."""
+    """One line that a terminal only shows. Control characters, line breaks, bidirectional controls and bytes that are
+    no text appear as \\x1b, \\n, \\u202e: text from files could otherwise move the cursor or pose as ours."""
     text = str(text)
     if len(text) > LONGEST:
         text = f"{text[:LONGEST]}… ({len(text) - LONGEST} more characters)"
