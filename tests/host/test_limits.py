@@ -21,9 +21,7 @@ def harmless(text: str) -> bool:
 
 
 def test_clean_shows_what_would_act():
-    assert clean(HOSTILE) == (
-        r"\x1b]0;owned\x07\x1b[2J\x9b31m\u202egnp.exe\u2028x\nerror: spoofed\r\udcff"
-    )
+    assert clean(HOSTILE) == (r"\x1b]0;owned\x07\x1b[2J\x9b31m\u202egnp.exe\u2028x\nerror: spoofed\r\udcff")
     assert clean("plain, ünïcode, 日本語, C:\\names") == "plain, ünïcode, 日本語, C:\\names"
     assert clean("👩\u200d🔬") == "👩\u200d🔬"  # a joined emoji stays whole
     assert len(clean("a" * 10**7)) < LONGEST + 100
