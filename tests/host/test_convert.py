@@ -834,3 +834,40 @@ def test_distance() -> None:
     assert probe.distance(torch.tensor([1.0, 2.0]), torch.tensor([1.0, 4.0])) == 0.5
     assert probe.distance(torch.tensor([1.0]), torch.tensor([float("inf")])) == float("inf")
     assert probe.distance(torch.zeros(2), torch.zeros(3)) == float("inf")
+
+
+# -- values that are none ----------------------------------------------------------------------------------------------
+
+
+def test_all_finite() -> None:
+    """A sum that overflows is no NaN; every type of float is looked at."""
+    assert ckpt.all_finite(torch.full((8,), 60000.0, dtype=torch.float16))
+    assert ckpt.all_finite(torch.full((8,), 3e38)) and ckpt.all_finite(torch.ones(3, dtype=torch.int64))
+    for dtype in (torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.float8_e4m3fn):
+        assert ckpt.all_finite(torch.zeros(4).to(dtype))
+        assert not ckpt.all_finite(torch.tensor([0.0, float("nan")]).to(dtype))
+    assert not ckpt.all_finite(torch.tensor([float("inf"), float("-inf")]))
+
+
+@pytest.mark.parametrize("value", ["nan", "inf"])
+@pytest.mark.parametrize("verb", ["sample", "evaluate", "restore", "train"])
+def test_weights_without_values_are_not_used(verb: str, value: str, vgm: Call) -> None:
+    config = {**SMALL_DIT, "num_classes": 10}
+    state = ours_of("dit", config, {"name": "denoiser", "path": {"name": "linear"}, "prediction": "velocity"})
+    header = ckpt.read_tensors(Path("o.safetensors"))[1]
+    state["blocks.1.mlp.fc2.bias"][3] = float(value)
+    save_file(state, "o.safetensors", header)
+    model = [f"model.{k}={v}" for k, v in SMALL_DIT.items() if k in ("patch_size", "hidden_size", "depth", "num_heads")]
+    args = {
+        "sample": ("sample", "o.safetensors", "-n", 1, "--out", "x.npz"),
+        "evaluate": ("evaluate", "o.safetensors", "-n", 2, "--reference", "mnist5k", "--metrics", "kid"),
+        "restore": ("restore", "--model", "o.safetensors", "--task", "inpainting", "--input", "mnist5k", "-n", 1),
+        "train": ("train", "dit", "model.weights=o.safetensors", *model, "--out", "r"),
+    }[verb]
+    check(vgm(*args), 1, "o.safetensors holds", "NaN" if value == "nan" else "infinite", "blocks.1.mlp.fc2.bias")
+    assert not Path("x.npz").exists()
+
+
+def test_weights_of_another_component_are_named(vgm: Call) -> None:
+    ours_of("dit", SMALL_DIT)
+    check(vgm("train", "adm-unet", "model.weights=o.safetensors", "--out", "r"), 2, "holds a dit, not an adm-unet")

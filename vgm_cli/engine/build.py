@@ -196,14 +196,21 @@ def build_teacher(node: Mapping[str, Any], facts: Facts) -> Any:
 
 
 def initialise(network: nn.Module, node: Mapping[str, Any]) -> nn.Module:
-    """Start from the weights the node names (`weights: RUN|FILE`), strictly."""
+    """Start from the weights the node names (`weights: RUN|FILE`), strictly. VgmError: they are another network's."""
     weights = node.get("weights")
     if not weights or next((p.is_meta for p in network.parameters()), False):
         return network
     path = ckpt.resolve(weights)
-    tensors, _ = ckpt.read_tensors(path)
-    try:
-        network.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in tensors.items()})
-    except RuntimeError as e:
-        raise VgmError(f"{path} does not fit the network: {str(e).splitlines()[-1].strip()}", code=USAGE) from e
+    tensors, metadata = ckpt.read_tensors(path)
+    name = str(node.get("name", type(network).__name__))
+    if "vgm.component" in metadata and (held := ckpt.Header.parse(metadata, path).component["name"]) != name:
+        raise VgmError(f"{path} holds {article(held)}, not {article(name)}", f"`vgm inspect {path}` says more", USAGE)
+    state = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
+    ckpt.check_fit(network, state, path, name, USAGE)
+    ckpt.refuse_non_finite(state, path)
+    network.load_state_dict(state)
     return network
+
+
+def article(name: str) -> str:
+    return f"{'an' if name[:1] in 'aeiou' else 'a'} {name}"

@@ -230,6 +230,7 @@ def load(
     path = resolve(target, weights)
     tensors, metadata = read_tensors(path)
     header = Header.parse(metadata, path)
+    refuse_non_finite(tensors, path)
     model = build_with_weights(header.component, tensors, path)
     model.eval().requires_grad_(False).to(device)
     if dtype is not None:
@@ -244,20 +245,7 @@ def build_with_weights(component: Mapping[str, Any], tensors: Mapping[str, Tenso
     with torch.device("meta"):
         model = registry().build(component.get("kind", "model"), node)
     state = {k: v.float() if v.dtype in (torch.float16, torch.bfloat16) else v for k, v in tensors.items()}
-    want, have = set(model.state_dict()), set(state)
-    if want != have:
-        raise VgmError(
-            f"{path} does not fit {component['name']}: {len(want - have)} tensors missing, "
-            f"{len(have - want)} unexpected",
-            f"first: {sorted(want ^ have)[0]}",
-            FAILED,
-        )
-    for k, v in model.state_dict().items():
-        if v.shape != state[k].shape:
-            raise VgmError(
-                f"{path} does not fit {component['name']}: {k} is {tuple(state[k].shape)}, expected {tuple(v.shape)}",
-                code=FAILED,
-            )
+    check_fit(model, state, path, component["name"])
     model.load_state_dict(state, assign=True)
     lost = [n for n, b in model.named_buffers() if b.is_meta]  # non-persistent buffers are not stored
     if lost:
@@ -265,6 +253,45 @@ def build_with_weights(component: Mapping[str, Any], tensors: Mapping[str, Tenso
         fresh.load_state_dict(state, assign=True)
         return fresh
     return model
+
+
+def check_fit(model: nn.Module, state: Mapping[str, Tensor], path: Path, name: str, code: int = FAILED) -> None:
+    """VgmError: the state is not that of this network, whose component is `name`."""
+    wanted = model.state_dict()
+    missing, unexpected = wanted.keys() - state.keys(), state.keys() - wanted.keys()
+    if missing or unexpected:
+        raise VgmError(
+            f"{path} does not fit {name}: {len(missing)} tensors missing, {len(unexpected)} unexpected",
+            f"first: {sorted(missing | unexpected)[0]}",
+            code,
+        )
+    for k, v in wanted.items():
+        if v.shape != state[k].shape:
+            raise VgmError(
+                f"{path} does not fit {name}: {k} is {tuple(state[k].shape)}, expected {tuple(v.shape)}", code=code
+            )
+
+
+def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
+    """Names of the tensors that hold NaN or infinities, each read once."""
+    return [k for k, v in tensors.items() if not all_finite(v)]
+
+
+def all_finite(v: Tensor) -> bool:
+    if v.is_meta or not (v.is_floating_point() or v.is_complex()):
+        return True
+    if v.element_size() == 1:  # float8 has no arithmetic
+        v = v.float()
+    total = v.sum(dtype=torch.float32 if v.element_size() < 4 else None)
+    return bool(total.isfinite()) or bool(v.isfinite().all())  # a sum of finite values may overflow
+
+
+def refuse_non_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
+    """VgmError: a tensor holds NaN or infinities; a network of them gives black images."""
+    name = next((k for k, v in tensors.items() if not all_finite(v)), None)
+    if name is not None:
+        what = "NaN" if bool(tensors[name].isnan().any()) else "infinite values"
+        raise VgmError(f"{path} holds {what}: {name}", f"`vgm inspect {path}` counts such tensors", FAILED)
 
 
 def build_view(model: nn.Module, view: Mapping[str, Any] | None) -> Any:
@@ -330,5 +357,6 @@ def read_codec(path: Path, device: torch.device | str = "cpu", output: str | Non
     """A frozen codec from its file. output: "tokens" for what a token model sees."""
     tensors, metadata = read_tensors(path)
     header = Header.parse(metadata, path)
+    refuse_non_finite(tensors, path)
     codec = build_with_weights(header.component, tensors, path)
     return as_output(codec.eval().requires_grad_(False).to(device), output)
