@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vgm_cli.diffusion.denoiser import Denoiser, Network, convert
 from vgm_cli.diffusion.path import Time, expand
+from vgm_cli.diffusion.timesteps import karras_levels
 
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0
 
@@ -81,6 +82,5 @@ def level_of(index: Tensor | float, count: int, sigma_min: float, sigma_max: flo
 
     Whole and fractional indices; Karras et al. 2022, eq. 5.
     """
-    i = torch.as_tensor(index, dtype=torch.float64)
-    low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    return (high + i / max(count - 1, 1) * (low - high)) ** rho
+    ramp = torch.as_tensor(index, dtype=torch.float64) / max(count - 1, 1)
+    return karras_levels(ramp, sigma_min, sigma_max, rho)

@@ -18,7 +18,8 @@ from torch import Tensor
 from vgm_cli.api import Request
 from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.diffusion.samplers import GaussianSampler, report
-from vgm_cli.diffusion.solvers import churn, slope
+from vgm_cli.diffusion.solvers.common import slope
+from vgm_cli.diffusion.solvers.k_diffusion import churn
 from vgm_cli.diffusion.timesteps import karras, level_range
 from vgm_cli.errors import USAGE, VgmError
 
@@ -74,22 +75,19 @@ def dpm_2_karras(
     x: Tensor,
     sigmas: Tensor,
     *,
+    s_churn: float = 0.0,
+    s_tmin: float = 0.0,
+    s_tmax: float = inf,
+    s_noise: float = 1.0,
     noise: Callable[[], Tensor] | None = None,
     callback: Callable[[int, Tensor, Tensor | None], None] | None = None,
-    **options: float,
 ) -> Tensor:
     """The official sampler "dpm" of the teachers: second-order steps over the middle in sigma^(1/3), also to level 0.
 
-    sigmas: descending, the last 0. options: s_churn, s_tmin, s_tmax, s_noise of Karras et al. 2022.
+    sigmas: descending, the last 0. s_churn, s_tmin, s_tmax, s_noise: the churn of Karras et al. 2022.
     """
-    churned = (
-        options.get("s_churn", 0.0),
-        options.get("s_tmin", 0.0),
-        options.get("s_tmax", inf),
-        options.get("s_noise", 1.0),
-    )
-    for i, then in enumerate(sigmas[1:]):
-        x, now = churn(x, sigmas, i, noise, churned)
+    for i, (sigma, then) in enumerate(pairwise(sigmas)):
+        x, now = churn(x, sigma, len(sigmas) - 1, noise, s_churn, s_tmin, s_tmax, s_noise)
         middle = ((now ** (1 / 3) + then ** (1 / 3)) / 2) ** 3
         x0 = at(denoise, x, now)
         if callback is not None:

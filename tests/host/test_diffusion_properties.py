@@ -262,12 +262,12 @@ def test_ddim_is_the_flows_euler(times, seed):
     z = torch.randn(2, 3, generator=torch.Generator().manual_seed(seed), dtype=torch.float64)
     velocity = lambda x, t: convert(x0(x, t), x, t, path, "x0", "velocity")
     both = lambda x, i: (x0(x, t[i]), convert(x0(x, t[i]), x, t[i], path, "x0", "eps"))
-    flow = solvers.ode_euler(velocity, z, t)
+    flow = solvers.ODE["euler"][0](velocity, z, t)
     torch.testing.assert_close(solvers.ddim(both, z, path.alpha(t), path.sigma(t)), flow)
     # in VE coordinates it is k-diffusion's Euler
     start = z / path.alpha(t[0])
     levels = path.ve_sigma(t)
-    ve = solvers.euler(
+    ve = solvers.K_DIFFUSION["euler"](
         lambda x, s: x0(x * path.alpha(path.t_of_ve_sigma(s))[:, None], path.t_of_ve_sigma(s)), start, levels
     )
     torch.testing.assert_close(ve, flow)
@@ -564,6 +564,19 @@ def test_dpm_solver_algorithms(algorithm, grid):
     asked = request(64, steps=160 if grid == "uniform" else 40)  # an SDE on uniform times converges slowly
     x = sampler("dpm-solver", algorithm=algorithm, grid=grid)(toy_view("vp-discrete", "eps", "index"), asked)
     assert float(x[asked.cond["y"] == 2].std()) == pytest.approx(0.5, abs=0.15)
+
+
+def test_edm_ablation_is_edm_at_its_defaults():
+    asked = [request(8, steps=10) for _ in range(2)]
+    a, b = (sampler(name)(toy_view("edm", "F", "edm"), r) for name, r in zip(("edm", "edm-ablation"), asked))
+    torch.testing.assert_close(a, b, atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("name", ["ddim", "ddpm"])
+def test_dynamic_clipping_bounds_the_samples(name):
+    view = toy_view("vp-discrete", "eps", "index")
+    loose, held = (sampler(name, clip=clip)(view, request(64, steps=20)) for clip in (False, "dynamic"))
+    assert float(loose.abs().max()) > 1 and float(held.abs().max()) <= 1 + 1e-5
 
 
 def test_sampler_options_are_checked():

@@ -60,7 +60,7 @@ def ddim_is_flow_euler(case):
     def both(z, i):
         return x0_of(z, t[i]), convert(x0_of(z, t[i]), z, t[i], flow, "x0", "eps")
 
-    states = trajectory(solvers.ode_euler, velocity, z, t)
+    states = trajectory(solvers.ODE["euler"][0], velocity, z, t)
     assert_close(torch.stack(states), case.outputs["flow_euler"], RTOL, "flow_euler")
     states = trajectory(solvers.ddim, both, z, flow.alpha(t), flow.sigma(t))
     assert_close(torch.stack(states), case.outputs["ddim_flow"], RTOL, "ddim_flow")

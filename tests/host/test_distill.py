@@ -161,7 +161,7 @@ def test_pairs_are_cached_and_completed(
     assert all(torch.equal(first[k], again[k]) and torch.equal(first[k], more[k][:10]) for k in first)
     loaded = ckpt.load(teacher)
     from vgm_cli.diffusion.guidance import ClassifierFreeGuidance
-    from vgm_cli.diffusion.solvers import ode_heun
+    from vgm_cli.diffusion.solvers.ode import ode_heun
     from vgm_cli.diffusion.timesteps import time_grid
 
     view = ClassifierFreeGuidance(loaded.view, 1.5)  # the teacher's own recipe guides

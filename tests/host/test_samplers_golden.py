@@ -8,6 +8,7 @@ import pytest
 import torch
 
 from vgm_cli.diffusion import edm, solvers, timesteps
+from vgm_cli.diffusion.solvers.common import ancestral_step as ancestral_level
 from vgm_cli.testing.golden import GoldenChecks, assert_close
 
 golden = GoldenChecks("samplers")
@@ -65,9 +66,7 @@ def k_diffusion(case):
 
 @golden.check(source("get_ancestral_step"))
 def ancestral_step(case):
-    pairs = [
-        solvers.ancestral_step(a, b, case.config.get("eta", 1.0)) for a, b in zip(case.inputs["frm"], case.inputs["to"])
-    ]
+    pairs = [ancestral_level(a, b, case.config.get("eta", 1.0)) for a, b in zip(case.inputs["frm"], case.inputs["to"])]
     for name, got in zip(("down", "up"), zip(*pairs)):
         assert_close(torch.stack(got), case.outputs[name], RTOL, name)
 
@@ -128,7 +127,7 @@ def preconditioner(case):
 @golden.check(source("EDMLoss", "VPLoss", "VELoss"))
 def loss(case):
     kind = case.source.split()[-1].removesuffix("Loss").lower()
-    levels = {"edm": edm.edm_levels, "vp": edm.vp_levels, "ve": edm.ve_levels}[kind]
+    levels = {"edm": edm.edm_levels, "vp": edm.vp_training_levels, "ve": edm.ve_levels}[kind]
     sigma = levels(case.inputs["rnd"].flatten(), **options(levels, case.config))
     weight = edm.edm_weight(sigma, case.config.get("sigma_data", 0.5)) if kind == "edm" else 1 / sigma**2
     got = edm.denoising_loss(toy_denoiser, case.inputs["images"], sigma, case.inputs["noise"], weight)
@@ -418,7 +417,7 @@ def heun_discrete(case):
             x0 = pred if s.kind == "x0" else pred * (-sigma / (sigma**2 + 1) ** 0.5) + x / (sigma**2 + 1)
         return x0 if clip is None else clip(x0)
 
-    s.check(solvers.heun(denoise, x, sigmas))
+    s.check(solvers.K_DIFFUSION["heun"](denoise, x, sigmas))
 
 
 @golden.check(source("FlowMatchEulerDiscreteScheduler"))

@@ -20,9 +20,10 @@ from vgm_plugins.consistency.sampling import at, dpm_2_karras, multistep, progre
 from vgm_plugins.consistency.schedules import draw_pairs, lognormal_probabilities, scales, target_ema
 
 from vgm_cli.api import Request, Step, generators
-from vgm_cli.diffusion import solvers, timesteps
+from vgm_cli.diffusion import timesteps
 from vgm_cli.diffusion.denoiser import Denoiser, edm_scales
 from vgm_cli.diffusion.edm import denoising_loss
+from vgm_cli.diffusion.solvers import k_diffusion
 from vgm_cli.errors import VgmError
 from vgm_cli.registry import registry
 from vgm_cli.testing import suites
@@ -201,10 +202,10 @@ def sampling(case: GoldenCase) -> None:
         "onestep": lambda: at(f, x, 80.0),
         "multistep": lambda: multistep(f, x, config["ts"], noise, steps),
         "progdist": lambda: progressive(f, x, steps),
-        "heun": lambda: solvers.heun(f, x, sigmas, noise=noise, **churn),
+        "heun": lambda: k_diffusion.heun(f, x, sigmas, noise=noise, **churn),
         "dpm": lambda: dpm_2_karras(f, x, sigmas, noise=noise, **churn),
-        "ancestral": lambda: solvers.euler_ancestral(f, x, sigmas, noise=noise),
-        "euler": lambda: solvers.euler(f, x, sigmas),
+        "ancestral": lambda: k_diffusion.euler_ancestral(f, x, sigmas, noise=noise),
+        "euler": lambda: k_diffusion.euler(f, x, sigmas),
     }
     assert_close(samplers[kind]().clamp(-1, 1), case.outputs["x"], 1e-5, kind)
 

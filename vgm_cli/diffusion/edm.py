@@ -16,7 +16,8 @@ from torch import Tensor, nn
 
 from vgm_cli.diffusion.denoiser import edm_scales
 from vgm_cli.diffusion.path import expand
-from vgm_cli.diffusion.solvers import iddpm_levels
+from vgm_cli.diffusion.solvers.edm import iddpm_levels
+from vgm_cli.diffusion.timesteps import vp_levels
 
 Scales = tuple[Tensor | float, Tensor, Tensor | float, Tensor]
 
@@ -85,8 +86,7 @@ class VPPrecond(Precond):
     ):
         super().__init__(network)
         self.beta_d, self.beta_min, self.M = beta_d, beta_min, M
-        self.sigma_min = float(vp_levels(torch.tensor(1.0), beta_d, beta_min, epsilon_t))
-        self.sigma_max = float(vp_levels(torch.tensor(0.0), beta_d, beta_min, epsilon_t))
+        self.sigma_min, self.sigma_max = vp_levels(torch.tensor([epsilon_t, 1.0]), beta_d, beta_min).tolist()
 
     def scales(self, sigma: Tensor) -> Scales:
         root = (self.beta_min**2 + 2 * self.beta_d * (1 + sigma**2).log()).sqrt()
@@ -143,10 +143,9 @@ def edm_levels(normal: Tensor, P_mean: float = -1.2, P_std: float = 1.2) -> Tens
     return (normal * P_std + P_mean).exp()
 
 
-def vp_levels(uniform: Tensor, beta_d: float = 19.9, beta_min: float = 0.1, epsilon_t: float = 1e-5) -> Tensor:
+def vp_training_levels(uniform: Tensor, beta_d: float = 19.9, beta_min: float = 0.1, epsilon_t: float = 1e-5) -> Tensor:
     """VP's levels at uniform times in [epsilon_t, 1] from a uniform draw (0 is the noisiest)."""
-    t = 1 + uniform * (epsilon_t - 1)
-    return torch.expm1(0.5 * beta_d * t**2 + beta_min * t).sqrt()
+    return vp_levels(1 + uniform * (epsilon_t - 1), beta_d, beta_min)
 
 
 def ve_levels(uniform: Tensor, sigma_min: float = 0.02, sigma_max: float = 100.0) -> Tensor:

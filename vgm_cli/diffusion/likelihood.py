@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vgm_cli.diffusion.denoiser import Denoiser
-from vgm_cli.diffusion.solvers import ODE, dopri5
+from vgm_cli.diffusion.solvers.ode import ODE, dopri5
 from vgm_cli.diffusion.timesteps import time_grid
 from vgm_cli.errors import unknown
 

@@ -6,6 +6,7 @@ from vgm_cli.hookspecs import Component
 
 SAMPLERS = {
     "ddim": ("DDIMSampler", "DDIM, deterministic (eta 0) to ancestral (eta 1)"),
+    "ddpm": ("DDPMSampler", "DDPM's ancestral sampling, variance fixed_small or fixed_large"),
     "euler": ("EulerSampler", "probability-flow ODE, Euler"),
     "heun": ("ODESampler", "probability-flow ODE, second order; method: euler, midpoint, heun, rk4, dopri5"),
     "dopri5": ("Dopri5Sampler", "probability-flow ODE, adaptive Runge-Kutta 5(4), per image"),
@@ -18,6 +19,7 @@ SAMPLERS = {
     "euler-ancestral": ("EulerAncestralSampler", "ancestral Euler"),
     "k-diffusion": ("KDiffusionSampler", "any k-diffusion solver and schedule by name"),
     "edm": ("EDMSampler", "EDM's Heun, stochastic with S_churn"),
+    "edm-ablation": ("EDMAblationSampler", "EDM's generalised sampler: solver, steps, schedule and scaling by name"),
     "flow-euler": ("FlowEulerSampler", "flow-matching Euler with SD3's shift"),
     "pc": ("PCSampler", "score-SDE predictor-corrector"),
 }

@@ -1,4 +1,4 @@
-"""The samplers that recipes name, for any Denoiser on any path: thin classes around diffusion/solvers.py.
+"""The samplers that recipes name, for any Denoiser on any path: thin classes around diffusion/solvers/.
 
 Called with (view, request). The path decides where sampling starts (pure noise, or just below where the prediction is
 singular) and ends: where sigma(t_min) > 0 the last of the `steps` is the network's estimate of x0. Noise comes from the
@@ -105,8 +105,13 @@ def stops(model: Denoiser, steps: int, grid: str | None, need_alpha: bool = Fals
     return times, alphas, sigmas
 
 
-def clip_of(clip: bool | float) -> Callable[[Tensor], Tensor] | None:
-    """x0 clipped to [-1, 1], or to +-clip."""
+Clip = bool | float | Literal["dynamic"]
+
+
+def clip_of(clip: Clip) -> Callable[[Tensor], Tensor] | None:
+    """x0 clipped to [-1, 1], to +-clip, or to each image's own quantile ("dynamic": Saharia et al. 2022)."""
+    if clip == "dynamic":
+        return solvers.dynamic_threshold
     edge = float(clip)
     return (lambda x0: x0.clamp(-edge, edge)) if edge else None
 
@@ -191,13 +196,13 @@ class SDESampler(GaussianSampler):
 
 @dataclass(kw_only=True)
 class DDIMSampler(GaussianSampler):
-    """DDIM, eta = 0 deterministic to 1 as noisy as DDPM. clip: x0 to [-1, 1], or to +-clip.
+    """DDIM, eta = 0 deterministic to 1 as noisy as DDPM. clip: see clip_of.
 
     grid: None is "trailing" timesteps on discrete paths, uniform in t on the others.
     """
 
     eta: float = 0.0
-    clip: bool | float = False
+    clip: Clip = False
     grid: Grid | None = None
 
     def walk(self, model: Denoiser, request: Request, steps: int) -> Tensor:
@@ -210,6 +215,35 @@ class DDIMSampler(GaussianSampler):
         noise = request.randn if self.eta else None
         keywords: dict[str, Any] = {"clip": clip_of(self.clip), "noise": noise, "callback": report(request, steps)}
         return solvers.ddim(predict, request.randn() * sigmas[0], alphas, sigmas, eta=self.eta, **keywords)
+
+
+@dataclass(kw_only=True)
+class DDPMSampler(GaussianSampler):
+    """DDPM's ancestral sampling. variance: of the noise, fixed_small (the posterior's) or fixed_large (the
+    transition's). clip, grid: as DDIM's."""
+
+    steps: int = 250
+    variance: Literal["fixed_small", "fixed_large"] = "fixed_small"
+    clip: Clip = False
+    grid: Grid | None = None
+
+    def walk(self, model: Denoiser, request: Request, steps: int) -> Tensor:
+        grid = self.grid or ("trailing" if isinstance(model.path, DiscreteVPPath) else None)
+        times, alphas, sigmas = stops(model, steps, grid, need_alpha=True)
+
+        def predict(x: Tensor, i: int) -> tuple[Tensor, Tensor]:
+            return model.predict_both(x, times[i], **request.cond)
+
+        return solvers.ddpm(
+            predict,
+            request.randn() * sigmas[0],
+            alphas,
+            sigmas,
+            variance=self.variance,
+            clip=clip_of(self.clip),
+            noise=request.randn,
+            callback=report(request, steps),
+        )
 
 
 @dataclass(kw_only=True)
@@ -399,7 +433,7 @@ class EDMSampler(GaussianSampler):
         def denoise(x: Tensor, sigma: Tensor) -> Tensor:
             return model.denoise_ve(x, sigma, **request.cond)
 
-        return solvers.edm_heun(
+        return self.solve(
             denoise,
             request.randn(),
             num_steps=steps,
@@ -413,6 +447,28 @@ class EDMSampler(GaussianSampler):
             noise=request.randn,
             callback=report(request, steps),
         )
+
+    def solve(self, denoise: Callable[[Tensor, Tensor], Tensor], latents: Tensor, **keywords: Any) -> Tensor:
+        return solvers.edm_heun(denoise, latents, **keywords)
+
+
+@dataclass(kw_only=True)
+class EDMAblationSampler(EDMSampler):
+    """EDM's generalised sampler (Karras et al. 2022, app. D): any pairing of the choices of table 1.
+
+    solver: euler, or heun of parameter alpha (1: Heun, 0.5: midpoint). discretization: the time steps. schedule:
+    sigma(t). scaling: s(t).
+    """
+
+    solver: Literal["euler", "heun"] = "heun"
+    discretization: Literal["vp", "ve", "iddpm", "edm"] = "edm"
+    schedule: Literal["vp", "ve", "linear"] = "linear"
+    scaling: Literal["vp", "none"] = "none"
+    alpha: float = 1.0
+
+    def solve(self, denoise: Callable[[Tensor, Tensor], Tensor], latents: Tensor, **keywords: Any) -> Tensor:
+        names = ("solver", "discretization", "schedule", "scaling", "alpha")
+        return solvers.edm_ablation(denoise, latents, **{n: getattr(self, n) for n in names}, **keywords)
 
 
 @dataclass(kw_only=True)

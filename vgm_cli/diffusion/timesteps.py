@@ -8,6 +8,7 @@ Levels `sigma` are those of x / alpha (variance-exploding coordinates) unless a 
 from __future__ import annotations
 
 import math
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +17,7 @@ from torch import Tensor
 from vgm_cli.diffusion.path import Path
 from vgm_cli.errors import USAGE, VgmError, unknown
 
+Level = TypeVar("Level", Tensor, np.ndarray)
 SPACINGS = ("leading", "trailing", "linspace")
 
 # -- k-diffusion's noise levels: (n + 1,), the last 0 ----------------------------------------------------------------
@@ -27,8 +29,13 @@ def append_zero(sigmas: Tensor) -> Tensor:
 
 def karras(n: int, sigma_min: float, sigma_max: float, rho: float = 7.0, dtype: torch.dtype = torch.float32) -> Tensor:
     """Polynomial in sigma^(1/rho) (Karras et al. 2022, eq. 5)."""
+    return append_zero(karras_levels(torch.linspace(0, 1, n, dtype=dtype), sigma_min, sigma_max, rho))
+
+
+def karras_levels(ramp: Level, sigma_min: float, sigma_max: float, rho: float = 7.0) -> Level:
+    """The level at fractions `ramp` of the way down, 0 being sigma_max and 1 sigma_min; shaped like ramp."""
     low, high = sigma_min ** (1 / rho), sigma_max ** (1 / rho)
-    return append_zero((high + torch.linspace(0, 1, n, dtype=dtype) * (low - high)) ** rho)
+    return (high + ramp * (low - high)) ** rho
 
 
 def exponential(n: int, sigma_min: float, sigma_max: float, dtype: torch.dtype = torch.float32) -> Tensor:
@@ -48,8 +55,12 @@ def vp(
     n: int, beta_d: float = 19.9, beta_min: float = 0.1, eps_s: float = 1e-3, dtype: torch.dtype = torch.float32
 ) -> Tensor:
     """The levels of the continuous VP process at uniform times from 1 to eps_s."""
-    t = torch.linspace(1, eps_s, n, dtype=dtype)
-    return append_zero(torch.sqrt(torch.exp(beta_d * t**2 / 2 + beta_min * t) - 1))
+    return append_zero(vp_levels(torch.linspace(1, eps_s, n, dtype=dtype), beta_d, beta_min))
+
+
+def vp_levels(t: Tensor, beta_d: float = 19.9, beta_min: float = 0.1) -> Tensor:
+    """sigma / alpha of the continuous VP process at times t in [0, 1]; shaped like t."""
+    return torch.expm1(0.5 * beta_d * t**2 + beta_min * t).sqrt()
 
 
 # -- discrete processes as in diffusers ------------------------------------------------------------------------------
@@ -132,8 +143,7 @@ def _check_count(n: int, steps: int) -> None:
 def respace_sigmas(sigma_min: float, sigma_max: float, n: int, schedule: str) -> np.ndarray:
     """n levels from sigma_max to sigma_min, both included: karras | exponential | beta (float64, descending)."""
     if schedule == "karras":
-        low, high = sigma_min ** (1 / 7.0), sigma_max ** (1 / 7.0)
-        return (high + np.linspace(0, 1, n) * (low - high)) ** 7.0
+        return karras_levels(np.linspace(0, 1, n), sigma_min, sigma_max)
     if schedule == "exponential":
         return np.exp(np.linspace(math.log(sigma_max), math.log(sigma_min), n))
     if schedule == "beta":
