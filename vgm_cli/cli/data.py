@@ -7,7 +7,9 @@ from typing import Annotated, Any
 
 import typer
 
+from vgm_cli import atomic
 from vgm_cli.cli import complete
+from vgm_cli.data.texts import counted, some
 from vgm_cli.errors import USAGE, VgmError, unknown
 from vgm_cli.ui import Progress, ui
 
@@ -18,27 +20,29 @@ Size = Annotated[int | None, typer.Option(help="Pixels per side. Default: as fou
 Channels = Annotated[int | None, typer.Option(help="1 or 3. Default: as found.")]
 Crop = Annotated[str, typer.Option(help="adm | center | resize | none")]
 Split = Annotated[str | None, typer.Option(help="train, val or test, where the set has them.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")]
 LabelKey = Annotated[str | None, typer.Option(help="Column, array or JSON key that holds the labels.")]
 
 
 def register(app: typer.Typer) -> None:
-    group = typer.Typer(no_args_is_help=True, help="Look at data, pack it, encode it for a codec.")
+    group = typer.Typer(invoke_without_command=True, help="Look at data, pack it, encode it for a codec.")
+    group.callback()(help_alone)
     for name, command in (("info", info), ("pack", pack), ("encode", encode), ("grid", grid)):
         group.command(name)(command)
     app.add_typer(group, name="data")
 
 
-def opened(
-    path: str, size: int | None, channels: int | None, crop: str, split: str | None, label_key: str | None
-) -> Any:
+def help_alone(context: typer.Context) -> None:
+    """`vgm data` says what there is."""
+    if context.invoked_subcommand is None:
+        ui.data(context.get_help())
+
+
+def opened(path: str, **how: Any) -> Any:
+    """A set; `how` as in `open_dataset`."""
     from vgm_cli.data import open_dataset
 
-    return open_dataset(path, size=size, channels=channels, crop=crop, split=split, label_key=label_key)
-
-
-def first(names: list[str]) -> str:
-    more = f" and {len(names) - SHOWN} more" if len(names) > SHOWN else ""
-    return ", ".join(names[:SHOWN]) + more
+    return open_dataset(path, **how)
 
 
 # -- info ------------------------------------------------------------------------------------------------------------
@@ -52,7 +56,7 @@ def info(
     split: Split = None,
     label_key: LabelKey = None,
 ) -> None:
-    """Say what training would see: images, sizes, classes, captions, unreadable files.
+    """Say what training would see: images, sizes, classes, captions, and what is left out.
 
     Examples:
 
@@ -62,21 +66,26 @@ def info(
 
     Next: vgm train dit data.path=PATH
     """
-    dataset = opened(path, size, channels, crop, split, label_key)
+    dataset = opened(path, size=size, channels=channels, crop=crop, split=split, label_key=label_key, quiet=True)
     facts = described(dataset)
     ui.document(facts)
     ui.data(f"{facts['root']}: {headline(facts)}")
     if facts["classes"]:
-        ui.data(f"  classes      {len(facts['classes'])}: {first([f'{k} ({n})' for k, n in facts['classes'].items()])}")
+        ui.data(f"  classes      {len(facts['classes'])}: {some([f'{k} ({n})' for k, n in facts['classes'].items()], SHOWN)}")
     else:
         ui.data(f"  classes      none{': ' + facts['unlabelled'] if facts['unlabelled'] else ''}")
     ui.data(f"  captions     {'such as ' + repr(facts['caption']) if facts['captions'] else 'none'}")
     if facts["skipped"]:
-        ui.data(f"  skipped      {len(facts['skipped'])} unreadable: {first(facts['skipped'])}")
+        ui.data(f"  left out     {len(facts['skipped'])} unreadable: {some(facts['skipped'], SHOWN)}")
+    if facts["others"]:
+        shown = some([f"{suffix} ({n:,})" for suffix, n in facts["others"].items()], SHOWN)
+        ui.data(f"  not used     {counted(sum(facts['others'].values()), 'file')}, no pictures: {shown}")
     for key in ("codec", "mirrored", "mean", "std"):
         if key in facts:
             ui.data(f"  {key:<12} {facts[key]}")
     ui.data(f"  fingerprint  {facts['fingerprint']}")
+    for remark in facts["remarks"]:
+        ui.warn(remark)
 
 
 def described(dataset: Any) -> dict[str, Any]:
@@ -97,6 +106,8 @@ def described(dataset: Any) -> dict[str, Any]:
         "captions": f.captions,
         "caption": None,
         "skipped": f.skipped,
+        "others": f.others,
+        "remarks": f.remarks,
         "crop": dataset.crop,
         "fingerprint": dataset.fingerprint(),
     }
@@ -116,9 +127,9 @@ def described(dataset: Any) -> dict[str, Any]:
 
 def headline(facts: dict[str, Any]) -> str:
     if "latent_shape" in facts:
-        return f"{facts['count']:,} latents of {'×'.join(map(str, facts['latent_shape']))} ({facts['kind']})"
+        return f"{counted(facts['count'], 'latent')} of {'×'.join(map(str, facts['latent_shape']))} ({facts['kind']})"
     size = facts["size"]
-    return f"{facts['count']:,} images of {size}×{size}×{facts['channels']} ({facts['kind']}, crop {facts['crop']})"
+    return f"{counted(facts['count'], 'image')} of {size}×{size}×{facts['channels']} ({facts['kind']}, crop {facts['crop']})"
 
 
 # -- pack ------------------------------------------------------------------------------------------------------------
@@ -132,6 +143,7 @@ def pack(
     crop: Crop = "adm",
     split: Split = None,
     label_key: LabelKey = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Crop a set once and store it as one file: EDM's .zip, ADM's .npz or a webdataset .tar.
 
@@ -143,15 +155,17 @@ def pack(
 
     Next: vgm train dit data.path=photos-64.zip
     """
-    from vgm_cli.data.pack import WRITERS
+    from vgm_cli.data import tell_skipped
+    from vgm_cli.data.pack import check_target, refuse_itself
     from vgm_cli.data.pack import pack as write
 
-    if target.suffix.lower() not in WRITERS:
-        raise VgmError(f"{target}: unknown kind of file", f"known: {', '.join(WRITERS)}", USAGE)
+    refuse_itself(target, source)
+    check_target(target, overwrite)
     if crop == "random":
         raise VgmError("random crops differ each time: a packed set has one", "--crop adm", USAGE)
-    dataset = opened(source, size, channels, crop, split, label_key)
+    dataset = opened(source, size=size, channels=channels, crop=crop, split=split, label_key=label_key)
     f = dataset.facts
+    known = len(f.skipped)
     with Progress("packing", f.count) as progress:
         n = write(dataset, target, progress.update)
     ui.document(
@@ -165,13 +179,8 @@ def pack(
         }
     )
     ui.data(str(target))
-    ui.info(f"{n:,} images of {f.size}×{f.size}×{f.channels}, {target.stat().st_size / 1e6:.1f} MB")
-    warn_skipped(f.skipped)
-
-
-def warn_skipped(skipped: list[str]) -> None:
-    if skipped:
-        ui.warn(f"{len(skipped)} unreadable image files were left out: {first(skipped)}")
+    ui.info(f"{counted(n, 'image')} of {f.size}×{f.size}×{f.channels}, {target.stat().st_size / 1e6:.1f} MB")
+    tell_skipped(dataset, known)
 
 
 # -- encode ----------------------------------------------------------------------------------------------------------
@@ -195,10 +204,11 @@ def encode(
     crop: Crop = "adm",
     split: Split = None,
     label_key: LabelKey = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Build a cache that is there again.")] = False,
 ) -> None:
     """Encode every image once for a frozen codec, into a folder that training reads (data.cache_latents=FOLDER).
 
-    A job that was cut off goes on where it stopped. A cache is refused where codec or images differ.
+    A job that was cut off goes on where it stopped. A cache is refused where codec, images or dtype differ.
 
     Examples:
 
@@ -210,6 +220,7 @@ def encode(
 
     Next: vgm train dit data.path=PATH data.cache_latents=cache/
     """
+    from vgm_cli.data import tell_skipped
     from vgm_cli.data.latent_cache import DTYPES, build_cache
     from vgm_cli.engine.sampling import device_for
 
@@ -217,15 +228,18 @@ def encode(
         raise unknown("dtype", dtype, DTYPES)
     device = device_for()
     network, digest = open_codec(codec, device, tokens)
-    dataset = opened(path, size, channels, crop, split, label_key)
+    dataset = opened(path, size=size, channels=channels, crop=crop, split=split, label_key=label_key)
     if not hasattr(dataset, "source"):
         raise VgmError(f"{path} holds latents already", "name the images", USAGE)
-    latents = build_cache(dataset, network, out, digest, hflip=hflip, device=device, dtype=dtype, batch=batch_size)
+    known = len(dataset.facts.skipped)
+    latents = build_cache(
+        dataset, network, out, digest, hflip=hflip, device=device, dtype=dtype, batch=batch_size, overwrite=overwrite
+    )
     facts = described(latents)
     ui.document({"out": str(out), **facts})
     ui.data(str(out))
     ui.info(headline(facts) + (", mirrored too" if latents.mirrored else ""))
-    warn_skipped(latents.facts.skipped)
+    tell_skipped(dataset, known)
 
 
 def open_codec(target: str, device: Any, tokens: bool = False) -> tuple[Any, str]:
@@ -265,6 +279,7 @@ def grid(
     crop: Crop = "adm",
     split: Split = None,
     label_key: LabelKey = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Put some images of a set on one picture, cropped as training sees them; of latents, decoded.
 
@@ -282,7 +297,8 @@ def grid(
 
     if out.suffix.lower() != ".png":
         raise VgmError(f"--out {out} is not a .png", "example: --out images.png", USAGE)
-    dataset = opened(path, size, channels, crop, split, label_key)
+    atomic.refuse_existing(out, overwrite)
+    dataset = opened(path, size=size, channels=channels, crop=crop, split=split, label_key=label_key)
     chosen = choose(dataset, n, label, seed)
     save_grid(pictures(dataset, chosen, codec), out, metadata={"vgm.data": dataset.facts.root})
     f = dataset.facts

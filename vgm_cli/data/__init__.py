@@ -13,12 +13,14 @@ from typing import TYPE_CHECKING, Any
 
 from vgm_cli.data.dataset import Dataset, Facts
 from vgm_cli.data.source import Source, usage
+from vgm_cli.data.texts import counted, some
 from vgm_cli.errors import FAILED, VgmError, nearest
+from vgm_cli.ui import ui
 
 if TYPE_CHECKING:
     from vgm_cli.data.latents import Latents
 
-__all__ = ["FORMATS", "SHIPPED", "Dataset", "Facts", "open_dataset"]
+__all__ = ["FORMATS", "SHIPPED", "Dataset", "Facts", "open_dataset", "tell", "tell_skipped"]
 
 SHIPPED = {
     "mnist5k": "5,000 MNIST digits, 28 × 28 grey, 10 classes (LeCun, Cortes, Burges; CC BY-SA 3.0)",
@@ -36,6 +38,7 @@ def open_dataset(
     labels: bool | None = None,
     label_key: str | None = None,
     split: str | None = None,
+    quiet: bool = False,
 ) -> Dataset | Any:
     """Open a set of images (`Dataset`), or of latents (`vgm_cli.data.latents.Latents`).
 
@@ -43,7 +46,7 @@ def open_dataset(
     name). size, channels: as found if None (rules: dataset.py). crop: adm, center, random, resize, none.
     labels: True refuses a set without. label_key: the column of metadata.jsonl, array of the .npz or key of the .json
     that holds the labels. split: train, val or test, where the set has them; of the shipped sets, test is every tenth
-    image and train the others.
+    image and train the others. What was assumed or left out is told (`tell`), unless quiet.
 
     Raises VgmError: nothing there or unknown kind (exit code 2), labels wanted but missing (2), empty or unreadable
     (1).
@@ -55,7 +58,30 @@ def open_dataset(
     if labels and not dataset.facts.num_classes:
         hint = source.no_labels if isinstance(source, Source) else "these latents were stored without"
         raise usage(f"{dataset.facts.root} has no labels", hint)
+    if not quiet:
+        tell(dataset)
     return dataset
+
+
+def tell(dataset: Any) -> None:
+    """Warn of what was assumed about a set, and of what is not in it."""
+    from vgm_cli.data.files import TEXTS
+
+    f = dataset.facts
+    for remark in f.remarks:
+        ui.warn(remark)
+    others = {suffix: n for suffix, n in f.others.items() if suffix not in TEXTS}
+    if others:
+        shown = some([f"{suffix} ({n:,})" for suffix, n in others.items()])
+        ui.warn(f"{f.root}: {counted(sum(others.values()), 'file')} not used, being no pictures: {shown}")
+    tell_skipped(dataset)
+
+
+def tell_skipped(dataset: Any, after: int = 0) -> None:
+    """Warn of unreadable files, of large sets of those met since `after` were known."""
+    skipped = [str(name) for name in dataset.facts.skipped[after:]]
+    if skipped:
+        ui.warn(f"{dataset.facts.root}: {counted(len(skipped), 'unreadable picture')} left out: {some(skipped)}")
 
 
 def shipped(name: str | None, size: int | None, split: str | None = None) -> Source | None:
@@ -81,20 +107,32 @@ def shipped(name: str | None, size: int | None, split: str | None = None) -> Sou
 def find(path: str, label_key: str | None, split: str | None) -> Source | Latents:
     """The reader that fits what lies at `path`."""
     from vgm_cli.data.arrays import open_npz
-    from vgm_cli.data.files import Folder, Zip
+    from vgm_cli.data.files import Folder, Zip, is_image
     from vgm_cli.data.tars import Tar, expand_braces
 
-    file = Path(path).expanduser()
+    if not path:
+        raise usage("the path of the data is empty", f"known: {FORMATS}; shipped: {', '.join(SHIPPED)}")
+    try:
+        file = Path(path).expanduser()
+    except RuntimeError as e:
+        raise usage(f"{path}: {e}") from e
     suffix = file.suffix.lower()
     try:
+        if split is not None and (suffix in (".tar", ".npz") and not file.is_dir()):
+            raise usage(f"{path} has no splits", "only folders, zips of folders and the shipped sets have them")
         if "{" in path and not file.exists():
             return Tar([Path(p) for p in expand_braces(str(file.absolute()))], str(file.absolute()), label_key)
         if file.is_dir():
             from vgm_cli.data.latents import is_latents, open_latents
 
             shards = sorted(p for p in file.glob("*.tar") if not p.name.startswith("."))
+            if split is not None and (shards or is_latents(file)):
+                raise usage(f"{path} has no splits", "only folders, zips of folders and the shipped sets have them")
             if shards:
-                return Tar(shards, str(file.absolute()), label_key)
+                tar = Tar(shards, str(file.absolute()), label_key)
+                if any(is_image(p.name) for p in file.iterdir()):
+                    tar.remarks.append(f"{file}: only its .tar files are read, the pictures beside them are not")
+                return tar
             return open_latents(file) if is_latents(file) else Folder(file, split, label_key)
         if not file.exists():
             close = nearest(path, SHIPPED)

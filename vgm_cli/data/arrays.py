@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
-from vgm_cli.data.decode import eight_bits
+from vgm_cli.data.decode import eight_bits, pixel_range
 from vgm_cli.data.files import data_offset
 from vgm_cli.data.source import Source, class_indices
 from vgm_cli.errors import FAILED, USAGE, VgmError
@@ -46,13 +46,15 @@ def npz_array(path: str | Path, key: str) -> np.ndarray:
         return archive[key]
 
 
-def as_pixels(a: np.ndarray, where: str) -> np.ndarray:
-    """(N, H, W), (N, H, W, C) or (N, C, H, W) of any usual range -> uint8 (N, H, W, C), C in {1, 3}.
+def as_pixels(a: np.ndarray, where: str, remarks: list[str]) -> np.ndarray:
+    """(N, H, W), (N, H, W, C), (N, C, H, W) or one (H, W, C) of any usual range -> uint8 (N, H, W, C), C in {1, 3}.
 
-    C is where a 1, 3 or 4 stands, looked for at the end first. Floats are taken as [-1, 1] when negative.
+    C is where a 1, 3 or 4 stands, looked for at the end first. The range is that of all values together
+    (`decode.pixel_range`); what is not plain is added to `remarks`. Raises VgmError for NaN, infinity and values of no
+    usual range.
     """
     if a.ndim == 3:
-        a = a[..., None]
+        a = a[None] if a.shape[2] in (3, 4) else a[..., None]
     if a.ndim != 4 or (a.shape[3] not in (1, 3, 4) and a.shape[1] not in (1, 3, 4)):
         shape = tuple(a.shape)
         raise VgmError(
@@ -60,19 +62,42 @@ def as_pixels(a: np.ndarray, where: str) -> np.ndarray:
         )
     if a.shape[3] not in (1, 3, 4):
         a = a.transpose(0, 2, 3, 1)
-    if a.dtype == bool:
-        a = a.astype(np.uint8) * np.uint8(255)
-    elif a.dtype.kind not in "uif":
+    if a.dtype.kind not in "buif":
         raise VgmError(f"{where} holds {a.dtype}, not pixels", "uint8 is best", FAILED)
-    elif a.dtype != np.uint8:
-        if a.dtype.kind == "i" and len(a) and a.min() >= 0 and a.max() <= 255:
-            a = a.astype(np.uint8)
-        else:
-            a = eight_bits((a + 1) / 2 if a.dtype.kind == "f" and a.min(initial=0) < 0 else a)
-    if a.shape[3] == 4:  # composited on white
-        alpha = a[..., 3:].astype(np.float32) / 255
-        a = (a[..., :3] * alpha + 255 * (1 - alpha) + 0.5).astype(np.uint8)
-    return a
+    span = (0.0, 255.0) if not a.size else (0.0, 1.0) if a.dtype == bool else span_of(a, where, remarks)
+    if a.dtype == np.uint8 and a.shape[3] != 4:
+        return a
+    out = np.empty((*a.shape[:3], min(a.shape[3], 3)), np.uint8)
+    step = max(1, 2**24 // max(1, a[:1].size))
+    for first in range(0, len(a), step):  # floats of a large set take eight times its memory
+        part = eight_bits(a[first : first + step], span)
+        if part.shape[3] == 4:  # composited on white
+            alpha = part[..., 3:].astype(np.float32) / 255
+            part = (part[..., :3] * alpha + 255 * (1 - alpha) + 0.5).astype(np.uint8)
+        out[first : first + step] = part
+    return out
+
+
+def span_of(a: np.ndarray, where: str, remarks: list[str]) -> tuple[float, float]:
+    """(black, white) of an array of numbers; says so where that is a guess."""
+    if a.dtype == np.uint8:
+        if a[:1000].max() <= 1 and a.max() <= 1:
+            remarks.append(f"{where}: no value is above 1 of 255, so that all is black; white is 255, or True")
+        return 0, 255
+    low, high = float(a.min()), float(a.max())
+    if not (np.isfinite(low) and np.isfinite(high)):
+        bad = sum(int((~np.isfinite(part)).sum()) for part in a)
+        raise VgmError(f"{where} holds {bad:,} values that are NaN or infinite", "leave those images out", FAILED)
+    try:
+        black, white = pixel_range(low, high, a.dtype.kind == "f")
+    except ValueError as e:
+        raise VgmError(f"{where}: {e}", "scale them to 0..255, [0, 1] or [-1, 1]", FAILED) from e
+    values = f"{where}: {a.dtype} values from {low:.7g} to {high:.7g}"
+    if low < black or high > white:
+        remarks.append(f"{values} were clipped to {black:g}..{white:g}")
+    elif a.dtype.kind != "f":
+        remarks.append(f"{values} were taken as of {black:g}..{white:g}")
+    return black, white
 
 
 class Arrays(Source):
@@ -91,7 +116,7 @@ class Arrays(Source):
         if labels is not None:
             if len(labels) != len(images):
                 raise VgmError(f"{root} has {len(images)} images but {len(labels)} labels", code=FAILED)
-            self.labels, self.class_names = class_indices(labels, root)
+            self.labels, self.class_names = class_indices(labels, root, self.remarks)
 
     def header(self, i: int) -> tuple[int, int, bool]:
         h, w, c = self.images.shape[1:]
@@ -106,6 +131,11 @@ class Arrays(Source):
 
     def read(self, i: int) -> bytes:
         return self.images[i].tobytes()
+
+    checksums = True
+
+    def digest(self, i: int) -> bytes:
+        return b"" if self.stamp else super().digest(i)
 
     def pixels(self) -> np.ndarray | None:
         return self.images
@@ -137,7 +167,10 @@ def open_npz(path: Path, label_key: str | None = None) -> Arrays:
         raise VgmError(
             f"{path} is damaged or holds Python objects: {e}", "write plain arrays (numpy.savez)", FAILED
         ) from e
-    arrays = Arrays(str(path.absolute()), as_pixels(found, f"'{key}' of {path}"), labels)
+    remarks: list[str] = []
+    arrays = Arrays(str(path.absolute()), as_pixels(found, f"'{key}' of {path}", remarks), labels)
+    arrays.remarks[:0] = remarks
+    arrays.files = [str(path)]
     with zipfile.ZipFile(path) as z:
         arrays.stamp = f"{z.getinfo(key + '.npy').CRC:08x}"
     return arrays
@@ -170,5 +203,5 @@ def shapes(count: int = 3000, size: int = 32, seed: int = 0) -> Arrays:
     images = (255 * (1 - inside) + paint * inside + 0.5).astype(np.uint8)
     names = list(COLOURS)
     out = Arrays("shapes", images, kinds, [f"a {names[c]} {SHAPES[k]}" for c, k in zip(colours, kinds)])
-    out.kind, out.class_names = "procedural", list(SHAPES)
+    out.kind, out.class_names, out.stamp = "procedural", list(SHAPES), f"{count} {size} {seed}"
     return out

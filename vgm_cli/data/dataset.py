@@ -11,7 +11,6 @@ images up to VERIFY, of SAMPLE evenly spaced ones beyond.
 
 from __future__ import annotations
 
-import hashlib
 import os
 import random
 from collections import Counter
@@ -24,6 +23,7 @@ import numpy as np
 
 from vgm_cli.data.decode import Unreadable
 from vgm_cli.data.source import Source, usage
+from vgm_cli.data.texts import some
 from vgm_cli.data.transforms import check_crop, crop_to
 from vgm_cli.errors import FAILED, VgmError
 
@@ -43,7 +43,7 @@ T = TypeVar("T")
 class Facts:
     """What the images are. size: pixels per side. skipped: names of unreadable files. labels: (count,) int64 or None.
 
-    kind: folder, zip, tar, npz, procedural, latent-cache, latents-folder; of latents, size and channels are theirs.
+    others: files that are no pictures, by suffix. remarks: sentences on what was assumed or left out. kind: folder, zip, tar, npz, procedural, latent-cache, latents-folder; of latents, size and channels are theirs.
     root: what `open_dataset` opens it by again.
     """
 
@@ -57,6 +57,8 @@ class Facts:
     captions: bool = False
     skipped: list[str] = field(default_factory=list)
     labels: np.ndarray | None = None
+    others: dict[str, int] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
 
 
 class Dataset:
@@ -71,11 +73,18 @@ class Dataset:
             raise usage(f"size={size}: at least one pixel is needed")
         if not len(source):
             hint = "png, jpg, webp, bmp, gif, tiff, ppm are images"
+            if source.others or source.skipped:
+                left = [f"{suffix} ({n})" for suffix, n in source.others.most_common()] + source.skipped
+                hint = f"it holds {some(left, 5)}; {hint}"
             raise VgmError(f"no images in {source.root}: the set is empty", hint, FAILED)
         self.rows = np.arange(len(source))
         skipped = list(source.skipped)
         found_size, found_channels = self._look(skipped)
         self.size, self.channels = size or found_size, channels or found_channels
+        remarks = list(source.remarks)
+        if self.channels != found_channels:
+            turned = "colour pictures are turned grey" if found_channels == 3 else "grey pictures get three equal channels"
+            remarks.append(f"{source.root}: {turned}")
         small = len(self.rows) <= VERIFY and len(self.rows) * self.channels * self.size**2 <= MEMORY
         if small and source.pixels() is None:
             self._decode_all(skipped)
@@ -86,7 +95,7 @@ class Dataset:
         total = 0 if source.labels is None else max(len(names), int(source.labels.max(initial=-1)) + 1)
         self.facts = Facts(
             self.size, self.channels, total, names + [str(i) for i in range(len(names), total)], len(self.rows),
-            source.kind, source.root, source.captioned, skipped, labels,
+            source.kind, source.root, source.captioned, skipped, labels, dict(source.others.most_common()), remarks,
         )  # fmt: skip
 
     # -- opening ----------------------------------------------------------------------------------------------------
@@ -203,7 +212,10 @@ class Dataset:
 
     def caption(self, i: int) -> str | None:
         """None where the image has none, or one that cannot be read."""
-        text = self._try(self.source.caption, int(self.rows[i]))
+        try:
+            text = self._try(self.source.caption, int(self.rows[i]))
+        except VgmError:
+            return None
         return None if isinstance(text, Unreadable) else text
 
     def item(self, i: int, rng: random.Random | None = None) -> Item:
@@ -270,24 +282,19 @@ class Dataset:
 
     # -- identity ---------------------------------------------------------------------------------------------------
 
-    def fingerprint(self, full: bool = False) -> str:
-        """ "COUNT-HASH" of sorted names, byte sizes, labels, size, channels, crop, and the checksums that archives
-        hold; full: of the contents too."""
-        h = hashlib.blake2b(f"{self.size} {self.channels} {self.crop} {self.source.stamp}\n".encode(), digest_size=12)
-        names, labels = self.source.names, self.facts.labels
-        for k in sorted(range(len(self)), key=lambda k: names[self.rows[k]]):
-            row = int(self.rows[k])
-            h.update(f"{names[row]}\0{self.source.sizes[row]}\0{'' if labels is None else labels[k]}\n".encode())
-            if full:
-                h.update(hashlib.blake2b(self.source.read(row)).digest())
-        return f"{len(self)}-{h.hexdigest()}"
+    def fingerprint(self) -> str:
+        """Changes with any name, pixel, label or caption of the set, and with size, channels and crop; neither with
+        where it lies nor with the order in which a file system lists it. See `fingerprint.py`."""
+        from vgm_cli.data import fingerprint
+
+        return fingerprint.of_images(self)
 
     def describe(self) -> dict[str, Any]:
         """For the run's data.json. The model's size, channels and classes are not here: they may differ (codec, labels
         off) and the run writes its own."""
         f = self.facts
         return {"root": f.root, "kind": f.kind, "count": f.count, "image_size": f.size, "image_channels": f.channels,
-                "crop": self.crop, "captions": f.captions, "skipped": len(f.skipped)}  # fmt: skip
+                "crop": self.crop, "captions": f.captions, "class_names": f.class_names, "skipped": len(f.skipped)}  # fmt: skip
 
 
 def to_float(x: Tensor) -> Tensor:

@@ -1,8 +1,8 @@
 """Any image file to 8-bit pixels, by one rule for every kind of file.
 
 Grey, bilevel, palette, CMYK, YCbCr: converted by Pillow (colour profiles are not applied). Transparency: composited on
-white. 16-bit grey: scaled by 1/257, not clipped; 32-bit integers beyond that: from [0, 2^32). Floats: from [0, 1],
-[0, 255] or [0, 65535], the smallest range that holds the image. EXIF orientation: applied. Animations: first frame.
+white. 16-bit grey: scaled by 1/257, not clipped; 32-bit integers beyond that: from [0, 2^32). Floats: from the usual
+range that holds them (`pixel_range`). EXIF orientation: applied. Animations: first frame.
 """
 
 from __future__ import annotations
@@ -15,7 +15,10 @@ import numpy as np
 from PIL import Image, ImageOps
 
 File = str | os.PathLike[str] | BinaryIO
-SUFFIXES = frozenset(".png .jpg .jpeg .webp .bmp .gif .tif .tiff .ppm .pgm .pnm .jp2 .avif".split())
+SUFFIXES = frozenset(
+    ".png .apng .jpg .jpeg .jpe .jfif .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .pfm .jp2 .j2k .jpf .jpx .j2c "
+    ".avif .ico .icns .tga .pcx .sgi .rgb .rgba .bw .ras .qoi .dds .xbm .xpm .psd".split()
+)
 GREY = frozenset(("1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L", "I;16N"))
 ORIENTATION = 0x0112  # EXIF tag; values from 5 on swap width and height
 
@@ -24,14 +27,35 @@ class Unreadable(Exception):
     """An image that cannot be decoded; the text says why."""
 
 
-def eight_bits(a: np.ndarray) -> np.ndarray:
-    """Non-negative numbers of any dtype -> uint8 of the same shape, by the ranges of the module's docstring."""
+def pixel_range(low: float, high: float, floats: bool) -> tuple[float, float]:
+    """(black, white) of pixels whose values go from low to high: the usual range that holds them, give or take.
+
+    Floats: [0, 1], [-1, 1], [0, 255], [0, 65535]; interpolation and sampling overshoot, so that a little more is taken
+    too. Integers: [0, 255], [0, 65535], [0, 2^32). Raises ValueError where none fits.
+    """
+    if floats and low > -2 and high < 2:
+        return (0, 1) if low >= -0.1 else (-1, 1)
+    for top in (255, 65535) if floats else (255, 65535, 2**32 - 1):
+        if high <= (1.5 if floats else 1) * top and low >= (-0.1 * high if floats else 0) and (high > 2 or not floats):
+            return 0, top
+    raise ValueError(f"values from {low:g} to {high:g} are no usual range of pixels")
+
+
+def eight_bits(a: np.ndarray, span: tuple[float, float] | None = None) -> np.ndarray:
+    """Numbers of any dtype -> uint8 of the same shape. span: (black, white), by default that of an image file.
+
+    Raises ValueError for NaN and infinity, and for values of no usual range.
+    """
     if a.dtype == np.uint8:
         return a
-    a, floats = np.nan_to_num(a.astype(np.float64)), a.dtype.kind == "f"
-    ranges = ((1, 255.0), (255, 1.0), (np.inf, 1 / 257)) if floats else ((65535, 1 / 257), (np.inf, 255 / (2**32 - 1)))
-    scale = next(scale for top, scale in ranges if a.max(initial=0) <= top)
-    return (a * scale + 0.5).clip(0, 255).astype(np.uint8)
+    floats = a.dtype.kind == "f"
+    if span is None:
+        low, high = float(a.min(initial=0)), float(a.max(initial=0))
+        if not (np.isfinite(low) and np.isfinite(high)):
+            raise ValueError("some pixels are NaN or infinite")
+        span = pixel_range(low, high if floats else max(high, 256), floats)  # integers of files have 16 bits or more
+    black, white = span
+    return ((a.astype(np.float64) - black) * (255 / (white - black)) + 0.5).clip(0, 255).astype(np.uint8)
 
 
 def _orientation(image: Image.Image) -> int:

@@ -3,30 +3,45 @@
 Class sub-folders in sorted order are the classes; images beside them make the set unlabelled, as in a flat folder.
 train/ val/ test/ folders are splits; classes are counted over all of them, so that their numbers agree. The EDM and
 StyleGAN layout (NVlabs/edm dataset_tool.py) is {"labels": [[name, class], …] | null} in dataset.json, which then
-decides alone; "class_names" and "captions" beside it are an extension of ours. Captions come from metadata.jsonl or
-metadata.csv (file_name, text) beside the images, or from a .txt file with the image's name.
+decides alone; "class_names" and "captions" beside it are an extension of ours. Captions come from metadata.jsonl,
+metadata.csv or metadata.tsv (file_name, text) anywhere in the set, or from a .txt file with the image's name; a flat
+folder takes its classes from their column "label", where every image has one.
+
+An image is what its suffix says, and a file of an unknown suffix whose content says so.
 """
 
 from __future__ import annotations
 
-import csv
 import io
 import os
 import struct
 import zipfile
 import zlib
+from collections import Counter
 from collections.abc import Iterable, Iterator
 from pathlib import Path, PurePosixPath
+from typing import Any
 
-from vgm_cli.data.decode import SUFFIXES, File
-from vgm_cli.data.source import Source, class_indices, no_label, parse_json, usage
+from vgm_cli.data.decode import SUFFIXES, File, Unreadable, read_header
+from vgm_cli.data.source import Source, class_indices, no_label, usage
+from vgm_cli.data.texts import LABEL, Names, Row, counted, decode, is_table, key, parse_json, read_table, some
 from vgm_cli.errors import FAILED, VgmError
 
-SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "test": "test",
-          "testing": "test"}  # fmt: skip
+SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
+          "test": "test", "testing": "test"}  # fmt: skip
+SIDECARS = (".caption", ".txt")  # the last counts
+NO_PICTURES = frozenset(  # known not to be pictures: never opened to see
+    ".txt .caption .json .jsonl .csv .tsv .md .rst .html .htm .xml .yaml .yml .toml .ini .cfg .log .pdf .doc .docx .py "
+    ".ipynb .sh .bat .js .css .npy .npz .pt .pth .ckpt .pkl .safetensors .h5 .hdf5 .mat .parquet .arrow .db .sqlite "
+    ".zip .tar .gz .tgz .bz2 .xz .7z .rar .mp4 .mkv .avi .mov .webm .mp3 .wav .flac .ps .eps .svg .lnk .tmp".split()
+)
+TEXTS = frozenset(".txt .caption .json .jsonl .csv .tsv .md .html .xml .yaml .yml .ini .db".split())  # lie about anywhere
+LOOKED_AT = 1024  # caption files of a large set that are read at opening
+LOOPS = 1000  # times that one folder may be met through links
 
 
 def is_image(name: str) -> bool:
+    """By its suffix alone."""
     return PurePosixPath(name).suffix.lower() in SUFFIXES
 
 
@@ -43,26 +58,69 @@ class Files(Source):
     """Named files below one root. entries: {relative name: bytes}, hidden files left out."""
 
     def arrange(self, entries: dict[str, int], split: str | None, label_key: str | None, base: str = "") -> None:
-        """Choose the split, list its images, find labels and captions. base: a prefix of every name to leave off."""
-        everything = [n for n in entries if n.startswith(base) and is_image(n)]
+        """Choose the split, list its images, find labels and captions. base: a prefix of every image to leave off."""
+        everything = [n for n in sorted(entries) if n.startswith(base) and self.is_picture(n)]
         chosen, others = choose_split([n[len(base) :] for n in everything], split, self.root)
         prefix = base + chosen
-        self.full = sorted(n for n in everything if n.startswith(prefix))
+        self.full = [n for n in everything if n.startswith(prefix)]
         self.names = [n[len(prefix) :] for n in self.full]
         self.sizes = [entries[n] for n in self.full]
-        rows = dict(self.metadata(n for n in entries if n.startswith(prefix)))
-        self.texts = {n: str(t) for n in rows if (t := rows[n].get("text", rows[n].get("caption"))) is not None}
-        self.sidecars = {n: t for n in self.full if (t := str(PurePosixPath(n).with_suffix(".txt"))) in entries}
-        listing = prefix + "dataset.json"
+        self.by_name = Names(everything)
+        rows = self.metadata(sorted(filter(is_table, entries), key=lambda n: (n.count("/"), n)))
+        self.texts = {n: t for n, row in rows.items() if (t := row.text) is not None}
+        self.sidecars = {
+            n: t
+            for n in self.full
+            for suffix in SIDECARS
+            if (t := str(PurePosixPath(n).with_suffix(suffix))) in entries
+        }
+        listing = next((f for p in (prefix, base, "") if (f := p + "dataset.json") in entries), None)
         if label_key is not None:
-            where = f"column '{label_key}' of the metadata of {self.root}"
-            missing = [n for n in self.full if rows.get(n, {}).get(label_key) is None]
-            if missing:
-                raise no_label(where, missing[0])
-            self.labels, self.class_names = class_indices([rows[n][label_key] for n in self.full], where)
-        elif listing not in entries or not self.from_listing(listing, prefix):
+            self.from_column((key(label_key),), rows, f"column '{label_key}' of the metadata of {self.root}")
+        elif listing is None or not self.from_listing(listing, prefix):
             self.from_folders([base + s for s in others] or [prefix], everything)
-        self.captioned = bool(self.texts or self.sidecars)
+            if self.labels is None and rows and all(n in rows and rows[n].get(*LABEL) is not None for n in self.full):
+                self.from_column(LABEL, rows, f"the metadata of {self.root}")
+        if not others:
+            self.look_for_splits(self.names)
+        self.captioned = bool(self.sidecars) or any(n in self.texts for n in self.full)
+        if self.captioned:
+            self.check_captions()
+        known, stems = {*everything, *filter(is_table, entries), listing}, {n.rpartition(".")[0] for n in everything}
+        for n in entries:
+            suffix = PurePosixPath(n).suffix.lower()
+            if n not in known and not (suffix in SIDECARS and n.rpartition(".")[0] in stems):
+                self.others[suffix or "no suffix"] += 1
+
+    def is_picture(self, name: str) -> bool:
+        suffix = PurePosixPath(name).suffix.lower()
+        if suffix in SUFFIXES or suffix in NO_PICTURES:
+            return suffix in SUFFIXES
+        try:
+            read_header(self.open(name))
+            return True
+        except (Unreadable, OSError):
+            return False
+
+    def look_for_splits(self, names: list[str]) -> None:
+        """Says so where folders named like splits are taken for classes, since something lies beside them."""
+        found = sorted(t for t in tops(names) if t.lower() in SPLITS)
+        if len(found) > 1 or (found and any(n.startswith(f"{found[0]}/") and n.count("/") > 1 for n in names)):
+            beside = some(sorted({n if "/" not in n else n.partition("/")[0] + "/" for n in names} - {f"{t}/" for t in found}))
+            best = next((t for t in found if SPLITS[t.lower()] == "train"), found[0])
+            verb = "look like splits" if len(found) > 1 else "looks like a split"
+            self.no_labels = f"{' and '.join(found)} {verb}; split={best} takes one"
+            self.remarks.append(
+                f"{self.root}: {' and '.join(f'{t}/' for t in found)} {verb}, but {beside} lies beside, so that all of "
+                f"it is one set; split={best} takes {best}/ alone"
+            )
+
+    def from_column(self, columns: tuple[str, ...], rows: dict[str, Row], where: str) -> None:
+        """Labels of the metadata's rows."""
+        missing = [n for n in self.full if n not in rows or rows[n].get(*columns) is None]
+        if missing:
+            raise no_label(where, missing[0])
+        self.labels, self.class_names = class_indices([rows[n].get(*columns) for n in self.full], where, self.remarks)
 
     def from_folders(self, prefixes: list[str], everything: list[str]) -> None:
         """Class sub-folders, where every image lies in one."""
@@ -75,50 +133,93 @@ class Files(Source):
             {c for p in prefixes for c in tops(n[len(p) :] for n in everything if n.startswith(p)) if c}
         )
         index = {c: i for i, c in enumerate(self.class_names)}
-        self.labels, _ = class_indices([index[n.partition("/")[0]] for n in self.names], self.root)
+        values = [index[n.partition("/")[0]] for n in self.names]
+        self.labels, _ = class_indices(values, self.root, None, self.class_names)
+        inner = {n.split("/")[1] for n in self.names if n.count("/") > 1}
+        if len(self.class_names) == 1 and len(inner) > 1:
+            one = self.class_names[0]
+            self.remarks.append(f"{self.root}: all images lie in {one}/, one class; {one}/ alone has {len(inner)}")
 
     def from_listing(self, listing: str, prefix: str) -> bool:
         """dataset.json; False when it is some other file of that name."""
         where = f"{listing} in {self.root}"
-        content = parse_json(self.get(listing), where)
+        content = parse_json(self.text(listing), where)
         if not isinstance(content, dict) or "labels" not in content:
             return False
         self.no_labels = "dataset.json holds no labels"
-        self.texts |= {prefix + n: str(t) for n, t in content.get("captions") or []}
+        found = {what: self.listed(content.get(what), what, listing, where) for what in ("labels", "captions")}
+        self.texts |= {n: str(t) for n, t in found["captions"].items()}
         if not content["labels"]:
             return True
-        try:
-            labels = {str(name).replace("\\", "/"): label for name, label in dict(content["labels"]).items()}
-        except (TypeError, ValueError) as e:
-            raise VgmError(f"{where}: 'labels' is not a list of [name, class]", code=FAILED) from e
-        for name in self.names:
-            if name not in labels:
+        names = content.get("class_names") or []
+        if not isinstance(names, list) or len(set(map(str, names))) < len(names):
+            raise VgmError(f"{where}: 'class_names' is not a list of different names", code=FAILED)
+        for full, name in zip(self.full, self.names):
+            if full not in found["labels"]:
                 raise no_label(where, name)
-        self.labels, names = class_indices([labels[n] for n in self.names], where)
-        self.class_names = list(content.get("class_names") or names)
+        labels = [found["labels"][n] for n in self.full]
+        self.labels, own = class_indices(labels, where, self.remarks, names)
+        self.class_names = list(map(str, names)) or own
         return True
 
-    def metadata(self, names: Iterable[str]) -> Iterator[tuple[str, dict]]:
-        """(image name, row) of every metadata.jsonl and metadata.csv; file_name is relative to the file's folder."""
-        for name in names:
-            folder, _, base = name.rpartition("/")
-            if base not in ("metadata.jsonl", "metadata.csv"):
-                continue
-            text = self.get(name).decode("utf-8-sig")
-            if base.endswith(".csv"):
-                rows = list(csv.DictReader(io.StringIO(text)))
-            else:
-                rows = [parse_json(t, f"{name} line {i}") for i, t in enumerate(text.splitlines(), 1) if t.strip()]
-            for row in rows:
-                if not isinstance(row, dict) or "file_name" not in row:
-                    raise VgmError(f"{name} in {self.root}: a row has no file_name", code=FAILED)
-                yield (f"{folder}/" if folder else "") + str(row["file_name"]).removeprefix("./"), row
+    def listed(self, pairs: Any, what: str, listing: str, where: str) -> dict[str, Any]:
+        """{image: value} of a list of [name, value]."""
+        try:
+            values = {str(name): value for name, value in (pairs.items() if isinstance(pairs, dict) else pairs or [])}
+        except (TypeError, ValueError) as e:
+            raise VgmError(f"{where}: '{what}' is not a list of [name, {what[:-1]}]", code=FAILED) from e
+        found = self.by_name.match(list(values), listing.rpartition("/")[0])
+        self.say_lost([n for n, f in zip(values, found) if f is None], len(values), f"{what} of {where}")
+        return {f: v for f, v in zip(found, values.values()) if f is not None}
+
+    def say_lost(self, lost: list[str], of: int, where: str) -> None:
+        if lost:
+            self.remarks.append(f"{where}: {len(lost)} of {of} rows meet no image, such as {some(lost)}")
+
+    def metadata(self, tables: list[str]) -> dict[str, Row]:
+        """{image: its row} of every metadata file, of whichever split; a deeper one counts more."""
+        rows: dict[str, Row] = {}
+        for table in tables:
+            where = f"{table} in {self.root}"
+            found = read_table(table, self.text(table), where)
+            images = self.by_name.match([r.file for r in found], table.rpartition("/")[0])
+            self.say_lost([r.file for r, image in zip(found, images) if image is None], len(found), where)
+            met: dict[str, Row] = {}
+            for row, image in zip(found, images):
+                if image is not None:
+                    met[image] = row
+            twice = sum(image is not None for image in images) - len(met)
+            if twice:
+                self.remarks.append(f"{where}: {counted(twice, 'row')} repeat an image; its last row counts")
+            for image, row in met.items():
+                rows[image] = Row(row.file, {**(rows[image].fields if image in rows else {}), **row.fields})
+        return rows
+
+    def check_captions(self) -> None:
+        """Says which images have none, and reads caption files (some of many) to say which are not UTF-8."""
+        without = [n for f, n in zip(self.full, self.names) if f not in self.texts and f not in self.sidecars]
+        if without:
+            count = f"{len(without)} of {counted(len(self.names), 'image')}"
+            self.remarks.append(f"{self.root}: {count} have no caption, such as {some(without)}")
+        files = list(self.sidecars.values())
+        guessed: list[str] = []
+        for name in files[:: max(1, len(files) // LOOKED_AT)]:
+            decode(self.get(name), f"{name} in {self.root}", guessed)
+        if guessed:
+            self.remarks.append(f"{counted(len(guessed), 'text')} not in UTF-8, read as cp1252: {some(guessed)}")
 
     def caption(self, i: int) -> str | None:
         name = self.full[i]
         if name in self.sidecars:
-            return self.get(self.sidecars[name]).decode("utf-8", "replace").strip()
+            return decode(self.get(self.sidecars[name]), f"{self.sidecars[name]} in {self.root}").strip()
         return self.texts.get(name)
+
+    def text(self, name: str) -> str:
+        """The content of a text file; says so where its encoding is a guess."""
+        guessed: list[str] = []
+        text = decode(self.get(name), f"{name} in {self.root}", guessed)
+        self.remarks += [f"{g} is not UTF-8: read as cp1252" for g in guessed]
+        return text
 
     def read(self, i: int) -> bytes:
         return self.get(self.full[i])
@@ -127,13 +228,20 @@ class Files(Source):
         """The content of one file."""
         raise NotImplementedError
 
+    def open(self, name: str) -> File:
+        """What a decoder opens."""
+        return io.BytesIO(self.get(name))
+
+    def stream(self, i: int) -> File:
+        return self.open(self.full[i])
+
 
 def choose_split(names: list[str], split: str | None, root: str) -> tuple[str, list[str]]:
     """(prefix of the chosen split, prefixes of all splits); ("", []) where there are none.
 
     Without a wish, folders are splits only when every top folder is named like one; train comes first.
     """
-    found = {SPLITS[t.lower()]: t for t in sorted(tops(names)) if t.lower() in SPLITS}
+    found = {SPLITS[t.lower()]: t for t in sorted(tops(names), reverse=True) if t.lower() in SPLITS}
     prefixes = [f"{t}/" for t in found.values()]
     if split is not None:
         wanted = SPLITS.get(split.lower(), split)
@@ -156,43 +264,59 @@ class Folder(Files):
         self.arrange(dict(self.walk()), split, label_key)
 
     def walk(self) -> Iterator[tuple[str, int]]:
-        """(relative name, bytes) of every file; linked folders are followed once."""
-        pending, seen = [("", self.path)], set()
+        """(relative name, bytes) of every file. Linked folders are followed; only a link back up is cut, so that what
+        is found doesn't depend on the order in which the file system lists it."""
+        pending: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(self.path),))]
+        met: Counter[str] = Counter()
         while pending:
-            prefix, folder = pending.pop()
-            real = os.path.realpath(folder)
-            if real in seen:
-                continue
-            seen.add(real)
-            with os.scandir(folder) as entries:
+            prefix, above = pending.pop()
+            met[above[-1]] += 1
+            if met[above[-1]] > LOOPS:
+                raise VgmError(f"{self.root}: links lead to {above[-1]} again and again", "remove them", FAILED)
+            with os.scandir(self.path / prefix) as entries:
                 for e in entries:
                     if hidden(e.name):
                         continue
                     if e.is_dir():
-                        pending.append((f"{prefix}{e.name}/", Path(e.path)))
-                    elif e.is_file() or is_image(e.name):  # a dangling link to an image is named as unreadable later
-                        yield prefix + e.name, e.stat().st_size if e.is_file() else 0
+                        real = os.path.realpath(e.path) if e.is_symlink() else os.path.join(above[-1], e.name)
+                        if real not in above:
+                            pending.append((f"{prefix}{e.name}/", (*above, real)))
+                    elif e.is_file():
+                        yield prefix + e.name, e.stat().st_size
+                    elif is_image(e.name):  # a link to nothing, a pipe
+                        self.skipped.append(prefix + e.name)
 
     def get(self, name: str) -> bytes:
         return (self.path / name).read_bytes()
 
-    def stream(self, i: int) -> File:
-        return self.path / self.full[i]
+    def open(self, name: str) -> File:
+        return self.path / name
 
 
 class Zip(Files):
-    """A zip of PNGs in EDM's layout, or of an image folder; a single folder around everything is left off."""
+    """A zip of PNGs in EDM's layout, or of an image folder; folders around everything are left off."""
 
     kind = "zip"
+    checksums = True
 
     def __init__(self, path: Path, split: str | None = None, label_key: str | None = None) -> None:
         super().__init__(str(path.absolute()))
-        self.path = path
+        self.path, self.files = path, [str(path)]
+        self.members: dict[str, zipfile.ZipInfo] = {}
+        twice = 0
         try:
             with zipfile.ZipFile(path) as z:
-                self.members = {m.filename: m for m in z.infolist() if not m.is_dir() and not hidden(m.filename)}
+                for m in z.infolist():
+                    name = member_name(m)
+                    if name and not name.endswith("/") and not hidden(name):
+                        twice += name in self.members
+                        self.members[name] = m
         except (zipfile.BadZipFile, OSError) as e:
             raise VgmError(f"{path} is not a readable zip file: {e}", "was the copy complete?", FAILED) from e
+        if twice:
+            self.remarks.append(f"{self.root}: {counted(twice, 'name')} stand in it twice; the last file of a name counts")
+        if any(m.flag_bits & 1 for m in self.members.values()):
+            raise VgmError(f"{path} is encrypted", "unpack it with its password and name the folder", FAILED)
         if any(m.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for m in self.members.values()):
             raise VgmError(f"{path} uses a rare compression", "write it stored (zip -0) or deflated", FAILED)
         base, images = "", [n for n in self.members if is_image(n)]
@@ -202,7 +326,6 @@ class Zip(Files):
                 break
             base += top + "/"
         self.arrange({n: m.file_size for n, m in self.members.items()}, split, label_key, base)
-        self.stamp = " ".join(f"{self.members[n].CRC:08x}" for n in self.full)
 
     def get(self, name: str) -> bytes:
         """Read straight from the file, sharing no handle, so that threads and forked workers need no lock."""
@@ -215,8 +338,21 @@ class Zip(Files):
             raise OSError(f"{name} is damaged (checksum)")
         return content
 
-    def stream(self, i: int) -> File:
-        return io.BytesIO(self.read(i))
+    def digest(self, i: int) -> bytes:
+        return self.members[self.full[i]].CRC.to_bytes(4, "big")
+
+
+def member_name(member: zipfile.ZipInfo) -> str:
+    """A zip member's relative name with "/": some writers use backslashes, a leading "./", or UTF-8 without saying so."""
+    name = member.orig_filename.partition("\0")[0]
+    if not member.flag_bits & 0x800:
+        try:
+            name = name.encode("cp437").decode("utf-8")
+        except UnicodeError:
+            pass
+    name = name.replace("\\", "/")
+    tail = "/" if name.endswith("/") else ""
+    return "/".join(p for p in name.split("/") if p not in ("", ".", "..")) + tail
 
 
 def data_offset(f: io.BufferedReader, member: zipfile.ZipInfo) -> int:

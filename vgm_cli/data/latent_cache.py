@@ -16,6 +16,7 @@ from vgm_cli.data.dataset import to_float
 from vgm_cli.data.latents import (
     FORMAT,
     INDEX,
+    OTHER,
     VERSION,
     Latents,
     Sums,
@@ -43,22 +44,28 @@ def build_cache(
     dtype: str | None = None,
     batch: int = 64,
     shard_bytes: int = SHARD,
+    overwrite: bool = False,
 ) -> Latents:
     """Encode every image (with hflip its mirror image too) into a cache; what is there already is kept.
 
     dtype: a name of DTYPES to store floating-point moments in, None as the codec gives them. A build that was cut off
-    goes on at its first missing shard.
+    goes on at its first missing shard. overwrite: a cache in the folder, whole or not, is removed first.
 
-    Raises VgmError when the folder holds another codec's cache, other images', one without mirrored images, or none.
+    Raises VgmError when the folder holds another codec's cache, other images', one of another dtype or without mirrored
+    images, or none.
     """
     folder = Path(folder)
+    if overwrite:
+        remove_cache(folder)
     fingerprint = dataset.fingerprint()
     index = read_index(folder)
     if index is not None:
         check(folder, index, codec_hash, fingerprint)
         latents = open_latents(folder)
+        if dtype is not None and index["dtype"] != dtype and latents.floats:
+            raise VgmError(f"the latent cache {folder} holds {index['dtype']}, not {dtype}", OTHER, USAGE)
         if hflip and not latents.mirrored:
-            hint = "choose another folder, delete this one to build it again, or set data.hflip=false"
+            hint = f"{OTHER}; or data.hflip=false"
             raise VgmError(f"the latent cache {folder} holds no mirrored images", hint, USAGE)
         return latents
     if dataset.crop == "random":
@@ -68,6 +75,12 @@ def build_cache(
         raise VgmError(f"{folder} holds other files", "name a new or empty folder for the latent cache", USAGE)
     build = _Build(dataset, codec, torch.device(device), hflip, DTYPES[dtype] if dtype else None, batch)
     return build.run(folder, codec_hash, fingerprint, shard_bytes)
+
+
+def remove_cache(folder: Path) -> None:
+    """Take a cache out of its folder, the index first, so that no moment leaves a whole one of missing shards."""
+    for path in (folder / INDEX, *folder.glob("latents-?????-of-?????.safetensors")):
+        path.unlink(missing_ok=True)
 
 
 class _Build:
@@ -92,7 +105,7 @@ class _Build:
         names = [f"latents-{i:05d}-of-{total:05d}.safetensors" for i in range(total)]
         for path in shard_files(folder):
             if path.name not in names or json.loads(read_shard(path).metadata.get("identity", "{}")) != identity:
-                hint = "choose another folder, or delete this one"
+                hint = OTHER
                 raise VgmError(f"{folder} holds a half-built latent cache of another kind ({path.name})", hint, USAGE)
         sums = Sums()
         with Progress("encoding", n) as progress:

@@ -10,7 +10,6 @@ Shards are memory-mapped: a batch reads its own rows and nothing else, whatever 
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
@@ -24,8 +23,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from vgm_cli import atomic
+from vgm_cli.data import fingerprint
 from vgm_cli.data.dataset import Facts
+from vgm_cli.data.source import class_indices
 from vgm_cli.errors import FAILED, USAGE, VgmError
+from vgm_cli.ui import ui
 
 INDEX = "latents.json"
 FORMAT, VERSION = "vgm-latents", 1
@@ -200,24 +202,33 @@ class Latents(MemoryLatents):
         self.starts = np.cumsum([0] + [s.shapes[key][0] for s in shards])
         self.opened: dict[tuple[int, str], Tensor] = {}
         labels = np.concatenate([self.tensor(i, "labels").numpy() for i in range(len(shards))]) if labelled else None
+        data, remarks = self.index.get("data", {}), []
+        names = list(data.get("class_names") or [])
+        if labels is not None:
+            labels, _ = class_indices(labels, str(folder), None if names else remarks, names)
         texts = [json.loads(s.metadata["captions"]) for s in shards if "captions" in s.metadata]
         self.captions = [t for part in texts for t in part] if len(texts) == len(shards) else None
         self.memory, self.flipped = None, None
-        data = self.index.get("data", {})
         classes = max(data.get("num_classes", 0), 0 if labels is None else int(labels.max(initial=-1)) + 1)
         size, channels = sides(tuple(self.index.get("latent_shape", self.shape)))
         self.facts = Facts(
             size,
             channels,
             classes,
-            data.get("class_names") or [str(i) for i in range(classes)],
+            names + [str(i) for i in range(len(names), classes)],
             int(self.starts[-1]),
             "latents-folder" if self.drawn else "latent-cache",
             str(folder.absolute()),
             self.captions is not None,
             list(data.get("skipped", [])),
             labels,
+            remarks=remarks,
         )
+
+    @property
+    def floats(self) -> bool:
+        """Moments, not tokens."""
+        return bool(self.tensor(0, self.key).is_floating_point())
 
     @property
     def codec(self) -> str:
@@ -283,20 +294,19 @@ class Latents(MemoryLatents):
             known = sums.result()
         return None if known is None else (torch.tensor(known["mean"]), torch.tensor(known["std"]))
 
-    def fingerprint(self, full: bool = False) -> str:
-        """ "COUNT-HASH" of the codec and the images, or of a foreign folder's file names and sizes."""
-        h = hashlib.blake2b(digest_size=12)
-        if self.index and not full:
-            h.update(f"{self.codec} {self.index['data']['fingerprint']}".encode())
-        for s in self.shards if full or not self.index else []:
-            h.update(s.path.read_bytes() if full else f"{s.path.name} {s.path.stat().st_size}\n".encode())
-        return f"{len(self)}-{h.hexdigest()}"
+    def fingerprint(self) -> str:
+        """Of the latents, and of the codec and the images that they were made from, where known."""
+        if not self.index:
+            return fingerprint.of_files(len(self), [s.path for s in self.shards])
+        made_from = self.index["data"]["fingerprint"], self.codec, self.index["dtype"], self.mirrored
+        return fingerprint.of_cache(len(self), *map(str, made_from))
 
     def describe(self) -> dict[str, Any]:
         """For the run's data.json."""
         f, data = self.facts, self.index.get("data", {})
         shown = {"root": f.root, "kind": f.kind, "count": f.count, "latent_shape": list(self.shape),
-                 "captions": f.captions, "codec": self.codec or None, "skipped": len(f.skipped)}  # fmt: skip
+                 "captions": f.captions, "codec": self.codec or None, "class_names": f.class_names,
+                 "skipped": len(f.skipped)}  # fmt: skip
         return {**shown, **{k: data[k] for k in ("image_size", "image_channels", "crop") if k in data}}
 
 
@@ -361,7 +371,7 @@ def half_built(folder: Path) -> VgmError:
     return VgmError(f"the latent cache {folder} is half built", "the command that began it continues it", FAILED)
 
 
-def open_cache(folder: str | Path, codec_hash: str, fingerprint: str) -> Latents:
+def open_cache(folder: str | Path, codec_hash: str, wanted: str) -> Latents:
     """The cache of these images made by this codec. Raises VgmError when it is another's, or half built."""
     folder = Path(folder)
     if read_index(folder) is None:
@@ -369,20 +379,23 @@ def open_cache(folder: str | Path, codec_hash: str, fingerprint: str) -> Latents
             raise VgmError(f"no latent cache in {folder}", "`vgm data encode` builds one", USAGE)
         raise half_built(folder)
     latents = open_latents(folder)
-    check(folder, latents.index, codec_hash, fingerprint)
+    check(folder, latents.index, codec_hash, wanted)
     return latents
 
 
-def check(folder: Path, index: dict[str, Any], codec_hash: str, fingerprint: str) -> None:
+def check(folder: Path, index: dict[str, Any], codec_hash: str, wanted: str) -> None:
     if index["codec"] != codec_hash:
         raise other_codec(folder, index["codec"], codec_hash)
-    if index["data"]["fingerprint"] != fingerprint:
+    same = fingerprint.same(index["data"]["fingerprint"], wanted)
+    if same is None and index["data"]["fingerprint"].partition("-")[0] == wanted.partition(":")[2].partition("-")[0]:
+        ui.warn(f"the latent cache {folder} is of an older version: that it was made of these images is not checked")
+    elif not same:
         raise VgmError(
             f"the latent cache {folder} was made from other images, or from these cropped otherwise", OTHER, USAGE
         )
 
 
-OTHER = "choose another folder, or delete this one to build it again"
+OTHER = "choose another folder, or build it again: `vgm data encode … --overwrite`"
 
 
 def other_codec(folder: Path, made: str, wanted: str) -> VgmError:

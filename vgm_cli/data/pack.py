@@ -6,6 +6,7 @@ Images are stored as they are trained on: square, one size, 8 bits, cropped once
 from __future__ import annotations
 
 import io
+import os
 import tarfile
 import zipfile
 from collections.abc import Callable, Iterator
@@ -115,13 +116,29 @@ def pack(dataset: Any, path: Path, progress: Callable[[int], None] = lambda done
     progress(done) is called now and then. Raises VgmError for another suffix, for latents, and for a set that would
     replace itself.
     """
-    writer = WRITERS.get(path.suffix.lower())
-    if writer is None:
-        raise VgmError(f"{path}: unknown kind of file", f"known: {', '.join(WRITERS)}", USAGE)
+    check_target(path, overwrite=True)
     if not isinstance(dataset, Dataset):
         raise VgmError(f"{dataset.facts.root} holds latents, not images", "pack the images they were made from", USAGE)
+    for file in dataset.source.files:
+        refuse_itself(path, file)
+    if path.suffix.lower() == ".tar" and os.path.realpath(path.parent) == os.path.realpath(dataset.facts.root):
+        hint = "a folder with .tar files is read as those: name a file outside"
+        raise VgmError(f"{path} would hide the pictures of {dataset.facts.root}", hint, USAGE)
+    return WRITERS[path.suffix.lower()](dataset, path, progress)
+
+
+def check_target(path: Path, overwrite: bool) -> None:
+    """VgmError: a suffix that says no kind of file, a folder, a file that is there (unless `overwrite`)."""
+    if path.suffix.lower() not in WRITERS:
+        raise VgmError(f"{path}: unknown kind of file", f"known: {', '.join(WRITERS)}", USAGE)
     if path.is_dir():
         raise VgmError(f"{path} is a folder", f"name a file inside, such as {path / 'data.zip'}", USAGE)
-    if path.absolute() == Path(dataset.facts.root):
+    atomic.refuse_existing(path, overwrite)
+
+
+def refuse_itself(path: Path, source: str) -> None:
+    """VgmError when both are one file, by whatever names and links."""
+    if os.path.realpath(path) == os.path.realpath(source) or (
+        path.is_file() and os.path.isfile(source) and path.samefile(source)
+    ):
         raise VgmError(f"{path} is the set itself", "name another file", USAGE)
-    return writer(dataset, path, progress)

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
-import json
+from collections import Counter
 from collections.abc import Sequence
 from typing import Any
 
@@ -11,15 +12,19 @@ import numpy as np
 from PIL import Image
 
 from vgm_cli.data.decode import File, load_image, read_header
+from vgm_cli.data.texts import some
 from vgm_cli.errors import FAILED, USAGE, VgmError
+
+CLASSES = 1000  # more than these, and more than images, are no class numbers
 
 
 class Source:
     """A set of images in a fixed order. Subclasses fill the attributes and say how to `read` (or override `image`).
 
     names: one per image, relative, "/"-separated. sizes: bytes of each. labels: (N,) int64 or None. captioned: whether
-    `caption` has something to say. skipped: names left out at opening. no_labels: why labels is None, for the error.
-    stamp: a checksum of the contents, where one is to be had for nothing.
+    `caption` has something to say. skipped: names left out at opening. others: files that are no pictures, by suffix.
+    remarks: sentences on what was assumed or left out. no_labels: why labels is None, for the error. stamp: a checksum
+    of the contents, where one is to be had for nothing. files: the archives that the set is read from.
     """
 
     kind = ""
@@ -32,6 +37,9 @@ class Source:
         self.class_names: list[str] = []
         self.captioned = False
         self.skipped: list[str] = []
+        self.others: Counter[str] = Counter()
+        self.remarks: list[str] = []
+        self.files: list[str] = []
         self.no_labels = "class sub-folders give labels"
         self.stamp = ""
 
@@ -57,19 +65,28 @@ class Source:
     def caption(self, i: int) -> str | None:
         return None
 
+    checksums = False  # whether `digest` costs no reading
+
+    def digest(self, i: int) -> bytes:
+        """A checksum of image i's content."""
+        return hashlib.blake2b(self.read(i), digest_size=16).digest()
+
     def pixels(self) -> np.ndarray | None:
         """All images as uint8 (N, H, W, C) where the set is one array already."""
         return None
 
 
-def class_indices(values: Sequence[Any], where: str) -> tuple[np.ndarray, list[str]]:
+def class_indices(
+    values: Sequence[Any], where: str, remarks: list[str] | None = None, known: Sequence[str] = ()
+) -> tuple[np.ndarray, list[str]]:
     """Labels as found -> (int64 (N,), class names). Integers stay; strings become classes in sorted order.
 
-    Raises VgmError for vectors, negative or fractional numbers.
+    known: names of the classes that numbers stand for. remarks: told of numbers that no image has. Raises VgmError for
+    vectors, negative or fractional numbers, and numbers that cannot be classes: more than CLASSES and than images.
     """
     if len(values) and all(isinstance(v, str) for v in values):
         try:
-            return class_indices([int(v) for v in values], where)
+            return class_indices([int(v) for v in values], where, remarks, known)
         except ValueError:
             names = sorted(set(values))
             index = {name: i for i, name in enumerate(names)}
@@ -87,14 +104,22 @@ def class_indices(values: Sequence[Any], where: str) -> tuple[np.ndarray, list[s
         raise VgmError(
             f"{where}: labels must be class indices 0, 1, 2 …, or names", "drop the labels or renumber", FAILED
         )
-    return array.astype(np.int64), []
-
-
-def parse_json(text: str | bytes, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except ValueError as e:
-        raise VgmError(f"{where} is not valid JSON: {e}", code=FAILED) from e
+    top = array.max(initial=0)
+    if top >= max(CLASSES, len(array), len(known)):
+        raise VgmError(
+            f"{where}: a label is {top:.0f}, which would make {top + 1.0:.0f} classes of {len(array)} images",
+            "number the classes 0, 1, 2 …",
+            FAILED,
+        )
+    indices = array.astype(np.int64)
+    if remarks is not None and len(indices) and not known:
+        found = np.unique(indices)
+        if len(found) <= top:
+            shown = some([str(c) for c in found], 5)
+            remarks.append(
+                f"{where}: labels up to {int(top)} make {int(top) + 1} classes, of which {len(found)} have images: {shown}"
+            )
+    return indices, []
 
 
 def no_label(where: str, name: str) -> VgmError:

@@ -1,24 +1,27 @@
 """webdataset tar shards: the files of a sample share the name before the first dot of the basename.
 
-Fields: jpg/jpeg/png/webp… the image, cls the class (number or name), txt the caption, json {"label", "text" or
+Where names hold dots themselves (img.0001.png, img.0002.png; v1.5-a.jpg, v1.5-a.cls), so that this would make one
+sample of several pictures and none has the short name, they share the name before the last dot. Fields: jpg/jpeg/png/webp… the image, cls the class (number or name), txt the caption, json {"label", "text" or
 "caption"}.
 Local shards are indexed once by offset, so every sample is at hand in any order without unpacking.
 """
 
 from __future__ import annotations
 
-import json
+import io
 import re
 import tarfile
 from pathlib import Path
 from typing import Any
 
-from vgm_cli.data.decode import SUFFIXES
-from vgm_cli.data.files import hidden
+from vgm_cli.data.decode import SUFFIXES, Unreadable, read_header
+from vgm_cli.data.files import LOOKED_AT, NO_PICTURES, hidden, is_image
 from vgm_cli.data.source import Source, class_indices, no_label
+from vgm_cli.data.texts import Row, counted, decode, key, parse_json, some
 from vgm_cli.errors import FAILED, USAGE, VgmError
 
 Span = tuple[int, int, int]  # shard, offset, bytes
+Sample = dict[str, Span]  # by field
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -36,6 +39,33 @@ def expand_braces(pattern: str) -> list[str]:
     return [n for c in choices for n in expand_braces(pattern[: m.start()] + c + pattern[m.end() :])]
 
 
+def samples_of(name: str, fields: dict[str, Span], pictures: list[str]) -> tuple[list[tuple[str, Sample]], list[str]]:
+    """The files that share `name` up to its first dot -> ([(name, {field: span}) of each sample], pictures not used).
+
+    The picture is field "image": x.png of x, with x.mask.png beside it not used; where there is no x.png, every
+    picture x.….png is a sample of its own, with the fields of its name, and those of x.
+    """
+    parts = {f: f.rpartition(".") for f in fields}  # (more of the name, dot, suffix)
+    shared = {f: span for f, span in fields.items() if not parts[f][0] and f not in pictures}
+    plain = next((f for f in pictures if not parts[f][0]), None)
+    if plain is not None:
+        return [(name, {**shared, "image": fields[plain]})], [f"{name}.{f}" for f in pictures if f != plain]
+    found: dict[str, Sample] = {}
+    further = []
+    for f in pictures:
+        if parts[f][0] in found:
+            further.append(f"{name}.{f}")
+        else:
+            found[parts[f][0]] = {**shared, "image": fields[f]}
+    for f, (more, _, suffix) in parts.items():
+        if more in found and f not in pictures:
+            found[more][suffix] = fields[f]
+    return [(f"{name}.{more}", sample) for more, sample in found.items()], further
+
+
+LARGEST = 2**28  # bytes of a field that may be a picture
+
+
 class Tar(Source):
     """One or several uncompressed tar files."""
 
@@ -47,81 +77,114 @@ class Tar(Source):
         missing = [p for p in shards if not p.is_file()]
         if missing:
             raise VgmError(f"no such tar file: {missing[0]}", f"{len(missing)} of {len(shards)} shards missing", USAGE)
+        self.files = [str(p) for p in shards]
         self.samples: list[dict[str, Span]] = []
+        self.further: list[str] = []
+        self.guessed: list[str] = []
         for number, shard in enumerate(shards):
             self.index(number, shard)
+        if self.further:
+            shown = some(self.further)
+            self.remarks.append(f"{root}: {counted(len(self.further), 'further picture')} of samples not used: {shown}")
         if not self.samples and self.skipped:
             hint = "was the copy complete? compressed tar files have to be unpacked once (gunzip)"
             raise VgmError(f"{self.skipped[0]} is not a readable tar file", hint, FAILED)
         self.sizes = [s["image"][2] for s in self.samples]
         self.read_labels(label_key)
-        first = self.samples[0] if self.samples else {}
-        self.captioned = any("txt" in s for s in self.samples) or self.text_of(first) is not None
+        self.captioned = any("txt" in s for s in self.samples) or bool(self.samples and self.caption(0) is not None)
+        if self.captioned:
+            self.check_captions()
 
     def index(self, number: int, shard: Path) -> None:
         """Offsets of every sample with an image; what precedes a damage is kept, the shard is named in `skipped`."""
-        samples: dict[str, dict[str, Span]] = {}
+        groups: dict[str, dict[str, Span]] = {}  # by the name before the first dot
+        twice, links = 0, 0
         end = shard.stat().st_size
         try:
             with tarfile.open(shard, "r:") as tar:
                 for m in tar:
                     tar.members = []  # type: ignore[attr-defined]  # keeps memory flat
-                    folder, _, base = m.name.removeprefix("./").rpartition("/")
-                    key, _, field = base.partition(".")
-                    if not m.isfile() or hidden(m.name.removeprefix("./")) or not field:
+                    name = "/".join(p for p in m.name.replace("\\", "/").split("/") if p not in ("", "."))
+                    folder, slash, base = name.rpartition("/")
+                    start, _, field = base.partition(".")
+                    more, dot, suffix = field.rpartition(".")
+                    field = more + dot + suffix.lower()
+                    links += (m.issym() or m.islnk()) and is_image(name)
+                    if not m.isfile() or hidden(name):
                         continue
                     if m.offset_data + m.size > end:
                         raise tarfile.ReadError("unexpected end of data")
-                    field = field.lower()
-                    kind = field.rpartition(".")[2]
-                    if "." + kind in SUFFIXES:
-                        field = "image" if kind == field else "further image"
-                    samples.setdefault(f"{folder}/{key}" if folder else key, {}).setdefault(
-                        field, (number, m.offset_data, m.size)
-                    )
+                    fields = groups.setdefault(folder + slash + start, {})
+                    twice += field in fields
+                    fields[field] = (number, m.offset_data, m.size)
         except (tarfile.TarError, OSError):
             self.skipped.append(shard.name)
-        for s in samples.values():
-            if "further image" in s:  # x.v2.jpg is the image of x, unless there is an x.jpg
-                s.setdefault("image", s["further image"])
-        found = [(k, s) for k, s in samples.items() if "image" in s]
-        self.names += [f"{shard.name}/{k}" for k, _ in found]
-        self.samples += [s for _, s in found]
+        for name, fields in groups.items():
+            pictures = [f for f in fields if "." + f.rpartition(".")[2] in SUFFIXES]
+            found, further = samples_of(name, fields, pictures or [f for f in fields if self.is_picture(f, fields[f])])
+            self.names += [f"{shard.name}/{k}" for k, _ in found]
+            self.samples += [s for _, s in found]
+            self.further += further
+            for field in fields if not found else ():
+                self.others["." + field.rpartition(".")[2] if field else "no suffix"] += 1
+        if twice:
+            self.remarks.append(f"{shard}: {counted(twice, 'name')} stand in it twice; the last file of a name counts")
+        if links:
+            self.remarks.append(f"{shard}: {counted(links, 'image')} left out: links to other members of the tar")
+
+    def is_picture(self, field: str, span: Span) -> bool:
+        """Of a field that no suffix tells of: what its content says."""
+        suffix = "." + field.rpartition(".")[2]
+        if suffix in NO_PICTURES or suffix in (".cls", ".id") or span[2] > LARGEST:
+            return False
+        try:
+            read_header(io.BytesIO(self.get(span)))
+            return True
+        except Unreadable:
+            return False
 
     def read_labels(self, label_key: str | None) -> None:
         """From `cls`, or from the `json` field's label_key ("label" by default)."""
         self.no_labels = "cls files, or a label in the json files, give labels"
         if not self.samples:
             return
-        where, first = f"tar set {self.root}", self.samples[0]
+        where = f"tar set {self.root}"
         values: list[Any]
         if label_key is None and any("cls" in s for s in self.samples):
-            values = [self.get(s["cls"]).decode().strip() if "cls" in s else None for s in self.samples]
-        elif label_key is not None or self.json_of(first).get("label") is not None:
-            values = [self.json_of(s).get(label_key or "label") for s in self.samples]
+            values = [self.text(s["cls"], n).strip() if "cls" in s else None for s, n in zip(self.samples, self.names)]
+        elif label_key is not None or self.json_of(0).get("label") is not None:
+            values = [self.json_of(i).get(key(label_key or "label")) for i in range(len(self.samples))]
         else:
             return
         for name, value in zip(self.names, values):
             if value is None:
                 raise no_label(where, name)
-        self.labels, self.class_names = class_indices(values, where)
+        self.labels, self.class_names = class_indices(values, where, self.remarks)
 
-    def json_of(self, sample: dict[str, Span]) -> dict[str, Any]:
-        try:
-            content = json.loads(self.get(sample["json"])) if "json" in sample else {}
-        except ValueError:
-            content = {}
-        return content if isinstance(content, dict) else {}
+    def check_captions(self) -> None:
+        """Says which samples have no text file, and which texts are not UTF-8 (of some, where there are many)."""
+        without = [n for n, s in zip(self.names, self.samples) if "txt" not in s and "json" not in s]
+        if without:
+            count = f"{len(without)} of {counted(len(self.names), 'image')}"
+            self.remarks.append(f"{self.root}: {count} have no caption, such as {some(without)}")
+        for i in range(0, len(self.samples), max(1, len(self.samples) // LOOKED_AT)):
+            self.caption(i)
+        if self.guessed:
+            self.remarks.append(f"not in UTF-8, read as cp1252: {some(self.guessed)}")
 
-    def text_of(self, sample: dict[str, Span]) -> str | None:
-        if "txt" in sample:
-            return self.get(sample["txt"]).decode("utf-8", "replace").strip()
-        fields = self.json_of(sample)
-        text = fields.get("text", fields.get("caption"))
-        return None if text is None else str(text)
+    def json_of(self, i: int) -> dict[str, Any]:
+        """The json field of a sample, keys as `texts.key` has them."""
+        sample, where = self.samples[i], f"the json of {self.names[i]}"
+        content = parse_json(self.text(sample["json"], where), where) if "json" in sample else {}
+        return {key(k): v for k, v in content.items()} if isinstance(content, dict) else {}
 
     def caption(self, i: int) -> str | None:
-        return self.text_of(self.samples[i])
+        if "txt" in self.samples[i]:
+            return self.text(self.samples[i]["txt"], f"the text of {self.names[i]}").strip()
+        return Row("", self.json_of(i)).text
+
+    def text(self, span: Span, where: str) -> str:
+        return decode(self.get(span), where, self.guessed)
 
     def read(self, i: int) -> bytes:
         return self.get(self.samples[i]["image"])

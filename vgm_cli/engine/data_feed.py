@@ -6,7 +6,7 @@ the fly. Posterior noise is drawn per step, so caching moments changes nothing t
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -20,6 +20,7 @@ from vgm_cli.data.dataset import to_float
 from vgm_cli.data.latent_cache import build_cache
 from vgm_cli.data.latents import Latents, MemoryLatents, open_cache, to_model
 from vgm_cli.data.loader import Batches
+from vgm_cli.data.texts import some
 from vgm_cli.engine import build
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine.build import Facts
@@ -107,7 +108,6 @@ def open_feed(recipe: Recipe, run: Run, accelerator: Any, micro_size: int) -> Fe
     """Open the data, settle the codec (training the fallback one when the shipped does not fit), encode small sets."""
     data = recipe.node("data")
     dataset = open_dataset(data.path, size=data.size, channels=data.channels, crop=data.crop, split=data.split)
-    report_skipped(dataset)
     labelled = bool(dataset.facts.num_classes) if data.labels is None else data.labels
     if labelled and not dataset.facts.num_classes:
         raise VgmError(
@@ -116,6 +116,9 @@ def open_feed(recipe: Recipe, run: Run, accelerator: Any, micro_size: int) -> Fe
     facts = build.facts_of(dataset, labelled)
     if data.num_classes and data.num_classes != facts.num_classes:
         ui.warn(f"the recipe says {data.num_classes} classes, the data has {facts.num_classes}: the data counts")
+    teacher = (recipe.config.get("teacher") or {}).get("weights")
+    if teacher is not None:
+        compare_classes(facts, ckpt.read_header(ckpt.resolve(teacher)).data, "the teacher")
     feed = Feed(
         data=data,
         dataset=dataset,
@@ -135,6 +138,24 @@ def open_feed(recipe: Recipe, run: Run, accelerator: Any, micro_size: int) -> Fe
     return feed
 
 
+def compare_classes(facts: Facts, known: Mapping[str, Any], whose: str) -> None:
+    """The data's classes against those that another network was trained on (its checkpoint's data).
+
+    VgmError: another number of classes. A warning: other names.
+    """
+    theirs, names = known.get("num_classes") or 0, list(known.get("class_names") or [])
+    if not facts.num_classes or not theirs:
+        return
+    if facts.num_classes != theirs:
+        hint = f"its classes: {some(names, 10)}" if names else "name the data that it was trained on"
+        message = f"the data has {facts.num_classes} classes, {whose} was trained on {theirs}"
+        raise VgmError(message, f"{hint}; data.labels=false trains without", USAGE)
+    if names and facts.class_names and names != facts.class_names:
+        first = next(i for i, (a, b) in enumerate(zip(facts.class_names, names)) if a != b)
+        ours = facts.class_names[first]
+        ui.warn(f"the data's class {first} is {ours}, that of {whose} {names[first]}: labels stand for other things")
+
+
 def use_latents(feed: Feed, node: dict[str, Any] | None, run: Run) -> None:
     """The data are latents already: their codec only scales them and decodes samples."""
     latents = feed.dataset
@@ -149,14 +170,6 @@ def use_latents(feed: Feed, node: dict[str, Any] | None, run: Run) -> None:
     latents.refuse_other(ckpt.codec_key(feed.codec_ref))
     feed.facts = build.facts_behind(feed.facts, feed.codec, latents)
     feed.cache = latents
-
-
-def report_skipped(dataset: Any) -> None:
-    skipped = list(getattr(dataset.facts, "skipped", []) or [])
-    if skipped:
-        shown = ", ".join(str(s) for s in skipped[:3])
-        more = f" and {len(skipped) - 3} more" if len(skipped) > 3 else ""
-        ui.warn(f"{len(skipped)} unreadable image file{'s' * (len(skipped) > 1)} skipped: {shown}{more}")
 
 
 def add_codec(feed: Feed, node: dict[str, Any], recipe: Recipe, run: Run, accelerator: Any) -> None:

@@ -1,0 +1,209 @@
+"""Texts and tables beside images, as people have them: any usual encoding, CSV of any separator, JSON lines, and file
+names as another system or another folder wrote them. Torch-free."""
+
+from __future__ import annotations
+
+import codecs
+import csv
+import io
+import json
+import posixpath
+import re
+import unicodedata
+from collections import defaultdict
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
+from typing import Any
+
+from vgm_cli.errors import FAILED, VgmError
+
+FILE = ("file_name", "filename", "file", "image_file", "image_path", "file_path", "filepath", "path", "image", "img",
+        "name")  # fmt: skip
+TEXT = ("text", "caption", "prompt", "captions", "description")
+LABEL = ("label", "labels", "class", "class_name", "category")
+MARKS = (
+    (codecs.BOM_UTF8, "utf-8-sig"),
+    (codecs.BOM_UTF32_LE, "utf-32"),
+    (codecs.BOM_UTF32_BE, "utf-32"),
+    (codecs.BOM_UTF16_LE, "utf-16"),
+    (codecs.BOM_UTF16_BE, "utf-16"),
+)
+SEPARATORS = ",;\t|"
+
+
+def decode(content: bytes, where: str, guessed: list[str] | None = None) -> str:
+    """By its byte order mark, else UTF-8, or UTF-16 where every other byte is zero, or cp1252.
+
+    guessed: takes `where` when it was cp1252, which nothing in a file says. Raises VgmError for anything else.
+    """
+    encoding = next((e for mark, e in MARKS if content.startswith(mark)), None)
+    if encoding is None and b"\0" in content:
+        encoding = "utf-16-le" if content[1::2].count(0) > content[::2].count(0) else "utf-16-be"
+    for e in (encoding,) if encoding else ("utf-8", "cp1252"):
+        try:
+            text = content.decode(e)
+        except UnicodeDecodeError:
+            continue
+        if e == "cp1252" and guessed is not None:
+            guessed.append(where)
+        return text
+    raise VgmError(f"{where} is text in an unknown encoding", "store it as UTF-8", FAILED)
+
+
+def parse_json(text: str | bytes, where: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError) as e:
+        raise VgmError(f"{where} is not valid JSON: {e}", code=FAILED) from e
+
+
+def some(names: Sequence[str], n: int = 3) -> str:
+    """The first few of `names`, and how many more there are."""
+    return ", ".join(names[:n]) + (f" and {len(names) - n:,} more" if len(names) > n else "")
+
+
+def counted(n: int, thing: str) -> str:
+    """ "1 image", "2,000 images"."""
+    return f"{n:,} {thing}{'s' * (n != 1)}"
+
+
+# -- tables ----------------------------------------------------------------------------------------------------------
+
+
+def is_table(name: str) -> bool:
+    return PurePosixPath(name).name.lower() in ("metadata.jsonl", "metadata.csv", "metadata.tsv")
+
+
+def key(column: Any) -> str:
+    """A column's name in lower case with underscores, so that "File Name" is file_name."""
+    return re.sub(r"[\s-]+", "_", str(column).strip().lower())
+
+
+@dataclass
+class Row:
+    """One row of a table about images. file: as written; fields: by `key`."""
+
+    file: str
+    fields: dict[str, Any]
+
+    def get(self, *columns: str) -> Any:
+        """The first of these columns that says something."""
+        found = (self.fields.get(c) for c in columns)
+        return next((v for v in found if v is not None and v != "" and v != []), None)
+
+    @property
+    def text(self) -> str | None:
+        """The caption; the first of several."""
+        value = self.get(*TEXT)
+        value = value[0] if isinstance(value, list) else value
+        return None if value is None else str(value)
+
+
+def read_table(name: str, text: str, where: str) -> list[Row]:
+    """The rows of a metadata file; `name` says of which kind. Raises VgmError that names the line."""
+    kind = PurePosixPath(name).suffix.lower()
+    rows = read_jsonl(text, where) if kind == ".jsonl" else read_csv(text, where, "\t" if kind == ".tsv" else None)
+    out = []
+    for line, row in rows:
+        fields = {key(k): v for k, v in row.items()}
+        column = next((c for c in FILE if c in fields), None) or next((c for c in fields if c.endswith("_file_name")), None)
+        if column is None or not isinstance(fields[column], (str, int)) or fields[column] == "":
+            hint = f"columns: {', '.join(map(str, row)) or 'none'}; file_name says which image a row is about"
+            raise VgmError(f"{where} line {line}: a row has no file_name", hint, FAILED)
+        out.append(Row(str(fields[column]), fields))
+    return out
+
+
+def read_jsonl(text: str, where: str) -> list[tuple[int, dict]]:
+    """(line number, object) of every line that is not blank; one list of objects is taken too."""
+    if text.lstrip().startswith("["):
+        rows = [(i, row) for i, row in enumerate(parse_json(text, where), 1)]
+    else:  # not splitlines: some of its line ends are allowed in a JSON string
+        lines = enumerate(text.split("\n"), 1)
+        rows = [(i, parse_json(line, f"{where} line {i}")) for i, line in lines if line.strip()]
+    for i, row in rows:
+        if not isinstance(row, dict):
+            raise VgmError(f"{where} line {i} is not a JSON object", '{"file_name": "0.png", "text": "a cat"}', FAILED)
+    return rows
+
+
+def read_csv(text: str, where: str, separator: str | None = None) -> list[tuple[int, dict]]:
+    """(line number, {column: value}); the separator is the commonest of SEPARATORS in the header if not given."""
+    skipped = 0
+    if text[:4].lower() == "sep=":  # Excel's way to name it
+        line, _, text = text.partition("\n")
+        separator, skipped = line[4:5] or None, 1
+    header = text.partition("\n")[0]
+    reader = csv.reader(
+        io.StringIO(text, newline=""), delimiter=separator or max(SEPARATORS, key=header.count), strict=True
+    )
+    rows: list[tuple[int, dict]] = []
+    columns: list[str] = []
+    try:
+        for values in reader:
+            line_number = reader.line_num + skipped
+            while len(values) > len(columns) > 0 and not values[-1].strip():
+                values.pop()
+            if not any(v.strip() for v in values):
+                continue
+            if not columns:
+                columns = values
+            elif len(values) > len(columns):
+                hint = 'a text with a separator in it is quoted: "a cat, sitting"'
+                raise VgmError(f"{where} line {line_number} has more values than columns", hint, FAILED)
+            else:
+                rows.append((line_number, dict(zip(columns, values))))
+    except csv.Error as e:
+        raise VgmError(f"{where} line {reader.line_num + skipped} is not CSV: {e}", code=FAILED) from e
+    return rows
+
+
+# -- names -----------------------------------------------------------------------------------------------------------
+
+
+def tidy(name: str) -> str:
+    """A path as any system writes it -> "/"-separated, relative, in Unicode's composed form."""
+    parts = unicodedata.normalize("NFC", name.strip().replace("\\", "/")).split("/")
+    if re.fullmatch(r"[A-Za-z]:", parts[0]):
+        parts = parts[1:]
+    return "/".join(p for p in parts if p not in ("", "."))
+
+
+class Names:
+    """Finds images by what a table calls them."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self.exact = {tidy(n): n for n in names}
+        self.ends: dict[str, list[str]] | None = None
+
+    def match(self, wanted: Sequence[str], folder: str = "") -> list[str | None]:
+        """The image of every name: relative to the table's folder, else to the root, else by its end.
+
+        One rule holds for a whole table, so that a name of a missing image never finds another one. By the end: as
+        many leading folders as find most images are left off, and what remains has to end one path alone (of those in
+        the table's folder, if several).
+        """
+        names, folder = [tidy(n) for n in wanted], tidy(folder)
+        best = [self.exact.get(posixpath.normpath(posixpath.join(folder, n))) for n in names]
+        if not any(best):
+            best = [self.exact.get(posixpath.normpath(n)) for n in names]
+        if any(best):
+            return best
+        split = [[p for p in n.split("/") if p != ".."] for n in names]
+        for leading in range(min(12, max(map(len, split), default=0))):
+            found = [self.ending("/".join(s[leading:]), folder) for s in split]
+            if sum(f is not None for f in found) > sum(f is not None for f in best):
+                best = found
+        return best
+
+    def ending(self, end: str, folder: str) -> str | None:
+        if self.ends is None:
+            self.ends = defaultdict(list)
+            for path in self.exact:
+                parts = path.split("/")
+                for k in range(len(parts)):
+                    self.ends["/".join(parts[k:])].append(path)
+        hits = self.ends.get(end, []) if end else []
+        hits = [h for h in hits if h.startswith(f"{folder}/")] or hits if folder else hits
+        return self.exact[hits[0]] if len(hits) == 1 else None
