@@ -152,6 +152,16 @@ def human(n: float) -> str:
     return f"{n:.4g}"
 
 
+def some(names: Sequence[str], n: int = 3) -> str:
+    """The first few of `names`, and how many more there are."""
+    return ", ".join(names[:n]) + (f" and {len(names) - n:,} more" if len(names) > n else "")
+
+
+def counted(n: int, thing: str) -> str:
+    """ "1 image", "2,000 images"."""
+    return f"{n:,} {thing}{'s' * (n != 1)}"
+
+
 def duration(seconds: float) -> str:
     """3725 -> '1 h 2 min'."""
     s = int(seconds)

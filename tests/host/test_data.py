@@ -529,7 +529,7 @@ def test_impossible_batches(twelve: Any) -> None:
 def test_the_fingerprint_is_the_sets_own(tmp_path: Path) -> None:
     root = class_folders(tmp_path / "d")
     print_ = open_dataset(root).fingerprint()
-    assert print_ == open_dataset(root).fingerprint() and print_.startswith("12-")
+    assert print_ == open_dataset(root).fingerprint() and print_.startswith("v2:12-")
     assert print_ != open_dataset(root, size=8).fingerprint()
     assert print_ != open_dataset(root, crop="center").fingerprint()
     (root / "cats").rename(root / "zebras")
@@ -548,13 +548,31 @@ def test_archives_with_the_same_names_and_sizes_differ_by_content(tmp_path: Path
         assert a == c != b
 
 
-def test_full_fingerprints_read_the_files(tmp_path: Path) -> None:
-    Image.fromarray(picture(0)).save(tmp_path / "0.bmp")
-    before = open_dataset(tmp_path)
-    quick, full = before.fingerprint(), before.fingerprint(full=True)
-    Image.fromarray(picture(1)).save(tmp_path / "0.bmp")
-    after = open_dataset(tmp_path)
-    assert after.fingerprint() == quick and after.fingerprint(full=True) != full
+@pytest.mark.parametrize("large", [False, True])
+def test_other_pixels_under_the_same_names_and_sizes(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, large: bool
+) -> None:
+    from vgm_cli.data import fingerprint
+
+    if large:  # evenly spaced images are read
+        monkeypatch.setattr(fingerprint, "WHOLE", 0)
+    seen = set()
+    for i in range(2):
+        Image.fromarray(picture(i)).save(tmp_path / "0.bmp")
+        tar(tmp_path / "0.tar", [{"bmp": (tmp_path / "0.bmp").read_bytes()}])
+        (tmp_path / "d").mkdir(exist_ok=True)
+        (tmp_path / "0.bmp").rename(tmp_path / "d/0.bmp")
+        seen |= {open_dataset(tmp_path / name).fingerprint() for name in ("d", "0.tar")}
+    assert len(seen) == 4
+    (tmp_path / "d/0.txt").write_text("a caption")
+    assert open_dataset(tmp_path / "d").fingerprint() not in seen
+
+
+def test_fingerprints_of_another_format_cannot_be_compared() -> None:
+    from vgm_cli.data.fingerprint import same
+
+    assert same("v2:3-a", "v2:3-a") is True and same("v2:3-a", "v2:3-b") is False
+    assert same("3-a", "v2:3-a") is None and same(None, "v2:3-a") is None and same("3-a", "3-a") is None
 
 
 def test_facts_of_subsets_keep_their_classes(tmp_path: Path) -> None:
@@ -641,7 +659,7 @@ def test_packing_writes_all_or_nothing(tmp_path: Path, vgm: Any, monkeypatch: py
         return real(image)
 
     monkeypatch.setattr(pack, "png", full)
-    code, _, err = vgm("data", "pack", root, tmp_path / "x.zip")
+    code, _, err = vgm("data", "pack", root, tmp_path / "x.zip", "--overwrite")
     assert code == 1 and "no space left" in err
     assert (tmp_path / "x.zip").read_bytes() == b"what was there"
     assert sorted(p.name for p in tmp_path.iterdir()) == ["d", "x.zip"]
@@ -668,7 +686,8 @@ def test_grid(tmp_path: Path, vgm: Any) -> None:
     assert np.array_equal(shown, open_dataset(root).item(json.loads(out)["images"][0]["index"])[0])
     for args, words in (
         (("--out", "x.jpg"), "not a .png"),
-        (("--out", "x.png", "--label", "wolves"), "unknown class"),
+        (("--out", "y.png", "--label", "wolves"), "unknown class"),
+        (("--out", "x.png"), "exists"),
     ):
         code, _, err = vgm("data", "grid", root, *args)
         assert code == 2 and words in err

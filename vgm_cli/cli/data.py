@@ -9,9 +9,8 @@ import typer
 
 from vgm_cli import atomic
 from vgm_cli.cli import complete
-from vgm_cli.data.texts import counted, some
 from vgm_cli.errors import USAGE, VgmError, unknown
-from vgm_cli.ui import Progress, ui
+from vgm_cli.ui import Progress, counted, some, ui
 
 SHOWN = 12  # classes and skipped files listed before "and N more"
 
@@ -71,7 +70,8 @@ def info(
     ui.document(facts)
     ui.data(f"{facts['root']}: {headline(facts)}")
     if facts["classes"]:
-        ui.data(f"  classes      {len(facts['classes'])}: {some([f'{k} ({n})' for k, n in facts['classes'].items()], SHOWN)}")
+        counts = [f"{k} ({n})" for k, n in facts["classes"].items()]
+        ui.data(f"  classes      {len(counts)}: {some(counts, SHOWN)}")
     else:
         ui.data(f"  classes      none{': ' + facts['unlabelled'] if facts['unlabelled'] else ''}")
     ui.data(f"  captions     {'such as ' + repr(facts['caption']) if facts['captions'] else 'none'}")
@@ -128,8 +128,8 @@ def described(dataset: Any) -> dict[str, Any]:
 def headline(facts: dict[str, Any]) -> str:
     if "latent_shape" in facts:
         return f"{counted(facts['count'], 'latent')} of {'×'.join(map(str, facts['latent_shape']))} ({facts['kind']})"
-    size = facts["size"]
-    return f"{counted(facts['count'], 'image')} of {size}×{size}×{facts['channels']} ({facts['kind']}, crop {facts['crop']})"
+    shape = f"{facts['size']}×{facts['size']}×{facts['channels']}"
+    return f"{counted(facts['count'], 'image')} of {shape} ({facts['kind']}, crop {facts['crop']})"
 
 
 # -- pack ------------------------------------------------------------------------------------------------------------

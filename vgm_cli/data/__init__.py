@@ -13,9 +13,8 @@ from typing import TYPE_CHECKING, Any
 
 from vgm_cli.data.dataset import Dataset, Facts
 from vgm_cli.data.source import Source, usage
-from vgm_cli.data.texts import counted, some
 from vgm_cli.errors import FAILED, VgmError, nearest
-from vgm_cli.ui import ui
+from vgm_cli.ui import counted, some, ui
 
 if TYPE_CHECKING:
     from vgm_cli.data.latents import Latents

@@ -23,9 +23,9 @@ import numpy as np
 
 from vgm_cli.data.decode import Unreadable
 from vgm_cli.data.source import Source, usage
-from vgm_cli.data.texts import some
 from vgm_cli.data.transforms import check_crop, crop_to
 from vgm_cli.errors import FAILED, VgmError
+from vgm_cli.ui import some
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -43,8 +43,9 @@ T = TypeVar("T")
 class Facts:
     """What the images are. size: pixels per side. skipped: names of unreadable files. labels: (count,) int64 or None.
 
-    others: files that are no pictures, by suffix. remarks: sentences on what was assumed or left out. kind: folder, zip, tar, npz, procedural, latent-cache, latents-folder; of latents, size and channels are theirs.
-    root: what `open_dataset` opens it by again.
+    kind: folder, zip, tar, npz, procedural, latent-cache, latents-folder; of latents, size and channels are theirs.
+    root: what `open_dataset` opens it by again. others: files that are no pictures, by suffix. remarks: sentences on
+    what was assumed or left out.
     """
 
     size: int
@@ -83,7 +84,9 @@ class Dataset:
         self.size, self.channels = size or found_size, channels or found_channels
         remarks = list(source.remarks)
         if self.channels != found_channels:
-            turned = "colour pictures are turned grey" if found_channels == 3 else "grey pictures get three equal channels"
+            turned = (
+                "colour pictures are turned grey" if found_channels == 3 else "grey pictures get three equal channels"
+            )
             remarks.append(f"{source.root}: {turned}")
         small = len(self.rows) <= VERIFY and len(self.rows) * self.channels * self.size**2 <= MEMORY
         if small and source.pixels() is None:
@@ -290,11 +293,12 @@ class Dataset:
         return fingerprint.of_images(self)
 
     def describe(self) -> dict[str, Any]:
-        """For the run's data.json. The model's size, channels and classes are not here: they may differ (codec, labels
-        off) and the run writes its own."""
+        """For the run's data.json. The model's size, channels and number of classes are not here: they may differ
+        (codec, labels off) and the run writes its own."""
         f = self.facts
         return {"root": f.root, "kind": f.kind, "count": f.count, "image_size": f.size, "image_channels": f.channels,
-                "crop": self.crop, "captions": f.captions, "class_names": f.class_names, "skipped": len(f.skipped)}  # fmt: skip
+                "crop": self.crop, "captions": f.captions, "class_names": f.class_names,
+                "skipped": len(f.skipped)}  # fmt: skip
 
 
 def to_float(x: Tensor) -> Tensor:

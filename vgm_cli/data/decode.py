@@ -16,8 +16,8 @@ from PIL import Image, ImageOps
 
 File = str | os.PathLike[str] | BinaryIO
 SUFFIXES = frozenset(
-    ".png .apng .jpg .jpeg .jpe .jfif .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .pfm .jp2 .j2k .jpf .jpx .j2c "
-    ".avif .ico .icns .tga .pcx .sgi .rgb .rgba .bw .ras .qoi .dds .xbm .xpm .psd".split()
+    ".png .apng .jpg .jpeg .jpe .jfif .webp .bmp .dib .gif .tif .tiff .ppm .pgm .pbm .pnm .pfm .jp2 .j2k .jpf .jpx "
+    ".j2c .avif .ico .icns .tga .pcx .sgi .rgb .rgba .bw .ras .qoi .dds .xbm .xpm .psd".split()
 )
 GREY = frozenset(("1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L", "I;16N"))
 ORIENTATION = 0x0112  # EXIF tag; values from 5 on swap width and height

@@ -24,8 +24,9 @@ from typing import Any
 
 from vgm_cli.data.decode import SUFFIXES, File, Unreadable, read_header
 from vgm_cli.data.source import Source, class_indices, no_label, usage
-from vgm_cli.data.texts import LABEL, Names, Row, counted, decode, is_table, key, parse_json, read_table, some
+from vgm_cli.data.texts import LABEL, Names, Row, decode, is_table, key, parse_json, read_table
 from vgm_cli.errors import FAILED, VgmError
+from vgm_cli.ui import counted, some
 
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
           "test": "test", "testing": "test"}  # fmt: skip
@@ -35,7 +36,9 @@ NO_PICTURES = frozenset(  # known not to be pictures: never opened to see
     ".ipynb .sh .bat .js .css .npy .npz .pt .pth .ckpt .pkl .safetensors .h5 .hdf5 .mat .parquet .arrow .db .sqlite "
     ".zip .tar .gz .tgz .bz2 .xz .7z .rar .mp4 .mkv .avi .mov .webm .mp3 .wav .flac .ps .eps .svg .lnk .tmp".split()
 )
-TEXTS = frozenset(".txt .caption .json .jsonl .csv .tsv .md .html .xml .yaml .yml .ini .db".split())  # lie about anywhere
+TEXTS = frozenset(
+    ".txt .caption .json .jsonl .csv .tsv .md .html .xml .yaml .yml .ini .db".split()
+)  # lie about anywhere
 LOOKED_AT = 1024  # caption files of a large set that are read at opening
 LOOPS = 1000  # times that one folder may be met through links
 
@@ -106,13 +109,15 @@ class Files(Source):
         """Says so where folders named like splits are taken for classes, since something lies beside them."""
         found = sorted(t for t in tops(names) if t.lower() in SPLITS)
         if len(found) > 1 or (found and any(n.startswith(f"{found[0]}/") and n.count("/") > 1 for n in names)):
-            beside = some(sorted({n if "/" not in n else n.partition("/")[0] + "/" for n in names} - {f"{t}/" for t in found}))
+            beside = some(
+                sorted({n if "/" not in n else n.partition("/")[0] + "/" for n in names} - {f"{t}/" for t in found})
+            )
             best = next((t for t in found if SPLITS[t.lower()] == "train"), found[0])
             verb = "look like splits" if len(found) > 1 else "looks like a split"
-            self.no_labels = f"{' and '.join(found)} {verb}; split={best} takes one"
+            self.no_labels = f"{' and '.join(found)} {verb}: data.split={best}"
             self.remarks.append(
                 f"{self.root}: {' and '.join(f'{t}/' for t in found)} {verb}, but {beside} lies beside, so that all of "
-                f"it is one set; split={best} takes {best}/ alone"
+                f"it is one set; data.split={best} (--split {best}) takes {best}/ alone"
             )
 
     def from_column(self, columns: tuple[str, ...], rows: dict[str, Row], where: str) -> None:
@@ -314,7 +319,9 @@ class Zip(Files):
         except (zipfile.BadZipFile, OSError) as e:
             raise VgmError(f"{path} is not a readable zip file: {e}", "was the copy complete?", FAILED) from e
         if twice:
-            self.remarks.append(f"{self.root}: {counted(twice, 'name')} stand in it twice; the last file of a name counts")
+            self.remarks.append(
+                f"{self.root}: {counted(twice, 'name')} stand in it twice; the last file of a name counts"
+            )
         if any(m.flag_bits & 1 for m in self.members.values()):
             raise VgmError(f"{path} is encrypted", "unpack it with its password and name the folder", FAILED)
         if any(m.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for m in self.members.values()):
@@ -343,7 +350,7 @@ class Zip(Files):
 
 
 def member_name(member: zipfile.ZipInfo) -> str:
-    """A zip member's relative name with "/": some writers use backslashes, a leading "./", or UTF-8 without saying so."""
+    """A zip member's relative name: some writers use backslashes, a leading "./", or UTF-8 without saying so."""
     name = member.orig_filename.partition("\0")[0]
     if not member.flag_bits & 0x800:
         try:

@@ -202,10 +202,11 @@ class Latents(MemoryLatents):
         self.starts = np.cumsum([0] + [s.shapes[key][0] for s in shards])
         self.opened: dict[tuple[int, str], Tensor] = {}
         labels = np.concatenate([self.tensor(i, "labels").numpy() for i in range(len(shards))]) if labelled else None
-        data, remarks = self.index.get("data", {}), []
+        data = self.index.get("data", {})
+        remarks: list[str] = []
         names = list(data.get("class_names") or [])
         if labels is not None:
-            labels, _ = class_indices(labels, str(folder), None if names else remarks, names)
+            labels, _ = class_indices(labels.tolist(), str(folder), None if names else remarks, names)
         texts = [json.loads(s.metadata["captions"]) for s in shards if "captions" in s.metadata]
         self.captions = [t for part in texts for t in part] if len(texts) == len(shards) else None
         self.memory, self.flipped = None, None

@@ -12,8 +12,8 @@ import numpy as np
 from PIL import Image
 
 from vgm_cli.data.decode import File, load_image, read_header
-from vgm_cli.data.texts import some
 from vgm_cli.errors import FAILED, USAGE, VgmError
+from vgm_cli.ui import some
 
 CLASSES = 1000  # more than these, and more than images, are no class numbers
 
@@ -116,9 +116,8 @@ def class_indices(
         found = np.unique(indices)
         if len(found) <= top:
             shown = some([str(c) for c in found], 5)
-            remarks.append(
-                f"{where}: labels up to {int(top)} make {int(top) + 1} classes, of which {len(found)} have images: {shown}"
-            )
+            made = f"labels up to {int(top)} make {int(top) + 1} classes"
+            remarks.append(f"{where}: {made}, of which {len(found)} have images: {shown}")
     return indices, []
 
 

@@ -1,7 +1,9 @@
 """webdataset tar shards: the files of a sample share the name before the first dot of the basename.
 
 Where names hold dots themselves (img.0001.png, img.0002.png; v1.5-a.jpg, v1.5-a.cls), so that this would make one
-sample of several pictures and none has the short name, they share the name before the last dot. Fields: jpg/jpeg/png/webp… the image, cls the class (number or name), txt the caption, json {"label", "text" or
+sample of several pictures and none has the short name, they share the name before the last dot.
+
+Fields: jpg/jpeg/png/webp… the image, cls the class (number or name), txt the caption, json {"label", "text" or
 "caption"}.
 Local shards are indexed once by offset, so every sample is at hand in any order without unpacking.
 """
@@ -17,8 +19,9 @@ from typing import Any
 from vgm_cli.data.decode import SUFFIXES, Unreadable, read_header
 from vgm_cli.data.files import LOOKED_AT, NO_PICTURES, hidden, is_image
 from vgm_cli.data.source import Source, class_indices, no_label
-from vgm_cli.data.texts import Row, counted, decode, key, parse_json, some
+from vgm_cli.data.texts import Row, decode, key, parse_json
 from vgm_cli.errors import FAILED, USAGE, VgmError
+from vgm_cli.ui import counted, some
 
 Span = tuple[int, int, int]  # shard, offset, bytes
 Sample = dict[str, Span]  # by field

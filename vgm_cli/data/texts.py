@@ -58,16 +58,6 @@ def parse_json(text: str | bytes, where: str) -> Any:
         raise VgmError(f"{where} is not valid JSON: {e}", code=FAILED) from e
 
 
-def some(names: Sequence[str], n: int = 3) -> str:
-    """The first few of `names`, and how many more there are."""
-    return ", ".join(names[:n]) + (f" and {len(names) - n:,} more" if len(names) > n else "")
-
-
-def counted(n: int, thing: str) -> str:
-    """ "1 image", "2,000 images"."""
-    return f"{n:,} {thing}{'s' * (n != 1)}"
-
-
 # -- tables ----------------------------------------------------------------------------------------------------------
 
 
@@ -107,7 +97,8 @@ def read_table(name: str, text: str, where: str) -> list[Row]:
     out = []
     for line, row in rows:
         fields = {key(k): v for k, v in row.items()}
-        column = next((c for c in FILE if c in fields), None) or next((c for c in fields if c.endswith("_file_name")), None)
+        named = [c for c in FILE if c in fields] + [c for c in fields if c.endswith("_file_name")]
+        column = next(iter(named), None)
         if column is None or not isinstance(fields[column], (str, int)) or fields[column] == "":
             hint = f"columns: {', '.join(map(str, row)) or 'none'}; file_name says which image a row is about"
             raise VgmError(f"{where} line {line}: a row has no file_name", hint, FAILED)

@@ -20,14 +20,13 @@ from vgm_cli.data.dataset import to_float
 from vgm_cli.data.latent_cache import build_cache
 from vgm_cli.data.latents import Latents, MemoryLatents, open_cache, to_model
 from vgm_cli.data.loader import Batches
-from vgm_cli.data.texts import some
 from vgm_cli.engine import build
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine.build import Facts
 from vgm_cli.engine.run import Run
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.recipe import Data, Recipe
-from vgm_cli.ui import ui
+from vgm_cli.ui import some, ui
 
 IN_MEMORY = 20_000  # images whose moments are kept in memory
 
