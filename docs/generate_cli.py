@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
+import contextlib
 import inspect
+import io
 import os
-import subprocess
-import sys
 from collections.abc import Iterator
 from pathlib import Path
+from unittest import mock
 
 TARGET = Path(__file__).with_name("cli.md")
 HEAD = (
@@ -31,12 +32,16 @@ def commands() -> Iterator[tuple[str, ...]]:
 
 
 def help_of(words: tuple[str, ...]) -> str:
-    env = {**os.environ, "COLUMNS": "100", "TERMINAL_WIDTH": "100", "NO_COLOR": "1", "TERM": "dumb", "VGM_PLUGINS": ""}
-    code = "import sys; from vgm_cli.__main__ import run; sys.exit(run(sys.argv[1:]))"
-    done = subprocess.run([sys.executable, "-c", code, *words, "--help"], capture_output=True, text=True, env=env)
-    if done.returncode:
-        raise SystemExit(done.stderr)
-    return "\n".join(line.rstrip() for line in done.stdout.strip().splitlines())
+    """The help as a terminal of 100 columns without colours shows it."""
+    from vgm_cli.__main__ import run
+
+    plain = {"COLUMNS": "100", "TERMINAL_WIDTH": "100", "NO_COLOR": "1", "TERM": "dumb"}
+    text = io.StringIO()
+    with mock.patch.dict(os.environ, plain), contextlib.redirect_stdout(text):
+        code = run([*words, "--help"])
+    if code:
+        raise SystemExit(f"vgm {' '.join(words)} --help ended with {code}")
+    return "\n".join(line.rstrip() for line in text.getvalue().strip().splitlines())
 
 
 def document() -> str:
@@ -47,4 +52,5 @@ def document() -> str:
 
 
 if __name__ == "__main__":
+    os.environ["VGM_PLUGINS"] = ""  # third parties' commands are not ours to document
     TARGET.write_text(document(), encoding="utf-8")

@@ -150,3 +150,19 @@ def test_completion_needs_no_torch() -> None:
         "assert 'heun' in c.samplers('h'); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
+
+
+def test_examples_of_every_command_fit_80_columns(vgm) -> None:
+    """A wrapped line looks like a command; what is longer is continued with a backslash or has its comment above."""
+    from vgm_cli.cli import examples
+
+    long = "vgm restore --model RUN --task inpainting mask=box box=0.5 --method ddrm --input photo.png   # a photograph"
+    lines = examples.laid_out(f"Do it.\n\nExamples:\n\n    vgm ls\n\n    {long}\n\nNext: go on").splitlines()
+    assert lines[4:8] == [
+        "    vgm ls",
+        "    # a photograph",
+        "    vgm restore --model RUN --task inpainting mask=box box=0.5 --method ddrm \\",
+        "        --input photo.png",
+    ]
+    text = (Path(__file__).parents[2] / "docs/cli.md").read_text(encoding="utf-8")
+    assert all(len(line) <= 80 for line in text.splitlines() if line.startswith(("  vgm ", "  # ")))

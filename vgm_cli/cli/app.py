@@ -55,6 +55,7 @@ def build_app() -> typer.Typer:
         data,
         distill,
         evaluate,
+        examples,
         finetune_rl,
         info,
         matrix,
@@ -76,4 +77,5 @@ def build_app() -> typer.Typer:
             except Exception as e:
                 ui.warn(f"plugin '{name}' could not add its commands: {e}")
                 r.plugins[name].error = f"vgm_commands: {type(e).__name__}: {e}"
+    examples.tidy(app)
     return app
