@@ -26,6 +26,8 @@ CONFIGS = [
     "subvp",
     "ve",
     "edm",
+    "trig",
+    {"name": "trig", "sigma_data": 1.0},
     "vp-discrete",
     {"name": "vp-discrete", "schedule": "cosine", "steps": 50},
     {"name": "vp-discrete", "schedule": "scaled_linear", "beta_start": 0.00085, "beta_end": 0.012},
@@ -325,7 +327,7 @@ class Toy(nn.Module):
         mean = self.means.double()[y].view(-1, 1, 1, 1)
         z, shape = x.double(), (-1, 1, 1, 1)
         a, s = self.path.alpha(t).view(shape), self.path.sigma(t).view(shape)
-        if self.prediction == "F":  # fed c_in z / alpha
+        if self.prediction in ("F", "trig"):  # fed c_in z / alpha
             z = z * (s**2 + (a * self.path.sigma_data) ** 2).sqrt()
         gain = (a * self.std) ** 2 + s**2
         # both from the posterior mean, so that nothing is divided by alpha or sigma
@@ -353,6 +355,7 @@ VIEWS = [
     ("ve", "eps", "log-sigma"),
     ("edm", "F", "edm"),
     ("edm", "x0", "sigma"),
+    ("trig", "trig", "unit"),
     ("vp-discrete", "eps", "index"),
     ("vp-discrete", "v", "index"),
     ({"name": "shifted", "base": "linear", "shift": 3.0}, "velocity", "unit"),

@@ -3,7 +3,8 @@
 Gao et al. 2024, "Diffusion meets flow matching": with the same alpha and sigma every prediction is an affine function
 of every other. Host convention: t = 0 data, t = 1 noise, z = alpha x0 + sigma eps. Kinds of prediction:
 x0 | eps | score = -eps / sigma | v = alpha eps - sigma x0 | velocity u = alpha' x0 + sigma' eps = dz/dt |
-F (EDM: x0 = c_skip(s) y + c_out(s) F with y = z / alpha, s = sigma / alpha).
+F (EDM: x0 = c_skip(s) y + c_out(s) F with y = z / alpha, s = sigma / alpha) | trig = -F (TrigFlow's F: on its own path
+the velocity over sigma_data; Lu & Song 2025).
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from torch import Tensor
 from vgm_cli.diffusion.path import DiscreteVPPath, LinearPath, Path, Time, as_time, expand, make_path
 from vgm_cli.errors import USAGE, VgmError, unknown
 
-Prediction = Literal["x0", "eps", "score", "v", "velocity", "F"]
+Prediction = Literal["x0", "eps", "score", "v", "velocity", "F", "trig"]
 KINDS: tuple[str, ...] = get_args(Prediction)
 TIMES = ("unit", "reversed", "index", "sigma", "log-sigma", "edm", "logsnr")
 SCALES = ("none", "edm", "ve", "vp")
@@ -50,9 +51,11 @@ def x0_from(kind: str, path: Path, t: Tensor, sigma_data: float) -> Affine:
         d_alpha, d_sigma = path.alpha_prime(t), path.sigma_prime(t)
         w = d_alpha * sigma - alpha * d_sigma
         return -d_sigma / w, sigma / w
-    if kind == "F":
-        c_skip, c_out, _ = edm_scales(sigma / alpha, sigma_data)
-        return c_skip / alpha, c_out
+    if kind in ("F", "trig"):
+        # c_skip / alpha and c_out without dividing by alpha, which is 0 where all is noise
+        norm = (sigma**2 + (alpha * sigma_data) ** 2).sqrt()
+        c_out = sigma * sigma_data / norm
+        return alpha * sigma_data**2 / norm**2, c_out if kind == "F" else -c_out
     raise unknown("prediction", kind, KINDS)
 
 
@@ -84,10 +87,9 @@ def affine(src: str, dst: str, path: Path, t: Tensor, sigma_data: float) -> Affi
         a, b = eps_from(src, path, t, sigma_data)
         return (a, b) if dst == "eps" else (-a / path.sigma(t), -b / path.sigma(t))
     xa, xb = x0_from(src, path, t, sigma_data)
-    if dst == "F":
-        alpha = path.alpha(t)
-        c_skip, c_out, _ = edm_scales(path.sigma(t) / alpha, sigma_data)
-        return (xa - c_skip / alpha) / c_out, xb / c_out
+    if dst in ("F", "trig"):
+        skip, out = x0_from(dst, path, t, sigma_data)
+        return (xa - skip) / out, xb / out
     ea, eb = eps_from(src, path, t, sigma_data)
     if dst == "v":
         cx, ce = -path.sigma(t), path.alpha(t)
@@ -122,7 +124,7 @@ class Denoiser:
     is the derivative in that time, -u | "index" 0..steps - 1 of a discrete path | "sigma" | "log-sigma" |
     "edm" ln(sigma) / 4 (sigma is that of z / alpha) | "logsnr".
     input_scale: what the network is fed: "none" z | "ve" z / alpha | "vp" z / sqrt(alpha^2 + sigma^2) |
-    "edm" c_in z / alpha; None is "edm" for F, else "none".
+    "edm" c_in z / alpha; None is "edm" for F and trig, else "none".
     learned_sigma: the network gives 2C channels, the second half being about the variance (kept aside, see `split`);
     variance: how that half is to be read, for samplers that use it. The attribute nfe counts evaluations of one image.
     VgmError: unknown names, "index" without a discrete path.
@@ -151,7 +153,7 @@ class Denoiser:
         if input_scale is not None and input_scale not in SCALES:
             raise unknown("input scale", input_scale, SCALES)
         self.prediction, self.time, self.time_scale = prediction, time, time_scale
-        self.input_scale = input_scale or ("edm" if prediction == "F" else "none")
+        self.input_scale = input_scale or ("edm" if prediction in ("F", "trig") else "none")
         self.learned_sigma, self.variance = learned_sigma, variance
         self.sigma_data = self.path.sigma_data if sigma_data is None else sigma_data
         self.nfe = 0
@@ -172,7 +174,7 @@ class Denoiser:
         config["time"] = self.time
         optional = {
             "time_scale": (self.time_scale, 1.0),
-            "input_scale": (self.input_scale, "edm" if self.prediction == "F" else "none"),
+            "input_scale": (self.input_scale, "edm" if self.prediction in ("F", "trig") else "none"),
             "learned_sigma": (self.learned_sigma, False),
             "variance": (self.variance, None),
             "sigma_data": (self.sigma_data, self.path.sigma_data),
@@ -246,7 +248,7 @@ class Denoiser:
         return convert(pred, x_t, t, self.path, kind, to, self.sigma_data)
 
     def predict(self, x_t: Tensor, t: Time, to: str = "x0", **cond: Any) -> Tensor:
-        """Quantity `to` (x0, eps, score, v, velocity, F) at x_t (B, C, ...), host time t: (B, C, ...)."""
+        """Quantity `to` (x0, eps, score, v, velocity, F, trig) at x_t (B, C, ...), host time t: (B, C, ...)."""
         return self.interpret(self.raw(x_t, t, **cond), x_t, t, to)
 
     def predict_both(self, x_t: Tensor, t: Time, **cond: Any) -> tuple[Tensor, Tensor]:
@@ -267,7 +269,7 @@ class Denoiser:
     def t_range(self) -> tuple[float, float]:
         """The times between which velocity, x0 and eps are all finite for this path and prediction."""
         low, high, gap = self.path.t_min, self.path.t_max, 1e-3
-        if self.prediction in ("x0", "score", "F") and float(self.path.sigma(low)) == 0:
+        if self.prediction in ("x0", "score", "F", "trig") and float(self.path.sigma(low)) == 0:
             low = low + gap
         if self.prediction in ("eps", "score", "F") and float(self.path.alpha(high)) == 0:
             high = high - gap

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vgm_cli.api import Batch, ObjectiveBase, Step
-from vgm_cli.diffusion.denoiser import Denoiser, affine, edm_scales
+from vgm_cli.diffusion.denoiser import Denoiser, affine, x0_from
 from vgm_cli.diffusion.iddpm import check_null_class, label_condition
 from vgm_cli.diffusion.path import DiscreteVPPath, EDMPath, Path, expand, make_path
 from vgm_cli.errors import USAGE, VgmError, unknown
@@ -39,9 +39,8 @@ def target_of(kind: str, path: Path, x0: Tensor, noise: Tensor, t: Tensor, sigma
         return alpha * noise - sigma * x0
     if kind == "velocity":
         return expand(path.alpha_prime(t), x0) * x0 + expand(path.sigma_prime(t), x0) * noise
-    s = sigma / alpha
-    c_skip, c_out, _ = edm_scales(s, sigma_data)
-    return (x0 - c_skip * (x0 + s * noise)) / c_out
+    skip, out = (expand(c, x0) for c in x0_from(kind, path, t, sigma_data))
+    return (x0 - skip * (alpha * x0 + sigma * noise)) / out
 
 
 def weight_of(weighting: str, model: Denoiser, t: Tensor, sigmoid_bias: float = 2.0) -> Tensor | None:

@@ -171,6 +171,38 @@ class CosinePath(Path):
         return 2 / math.pi * torch.atan(torch.exp(-as_time(l) / 2))
 
 
+class TrigPath(Path):
+    """TrigFlow (Lu & Song 2025, 2410.11081): x_t = cos(t) x0 + sin(t) z, z ~ N(0, sigma_data^2), t in [0, pi / 2].
+
+    A network F of it, x0 = cos(t) x_t - sin(t) sigma_data F(x_t / sigma_data, t), gives velocity / sigma_data: it is a
+    Denoiser of prediction "trig".
+    """
+
+    name = "trig"
+
+    def __init__(self, sigma_data: float = 0.5):
+        self.sigma_data, self.t_max = sigma_data, math.pi / 2
+
+    def options(self) -> dict[str, Any]:
+        return {"sigma_data": self.sigma_data}
+
+    def alpha(self, t: Time) -> Tensor:
+        t = as_time(t)
+        return torch.where(t == self.t_max, torch.zeros_like(t), torch.cos(t))
+
+    def sigma(self, t: Time) -> Tensor:
+        return self.sigma_data * torch.sin(as_time(t))
+
+    def alpha_prime(self, t: Time) -> Tensor:
+        return -torch.sin(as_time(t))
+
+    def sigma_prime(self, t: Time) -> Tensor:
+        return self.sigma_data * torch.cos(as_time(t))
+
+    def t_of_logsnr(self, l: Time) -> Tensor:
+        return torch.atan(torch.exp(-as_time(l) / 2) / self.sigma_data)
+
+
 class VPPath(Path):
     """Variance preserving, beta(t) = beta_min + t (beta_max - beta_min): alpha = e^c, c = -int_0^t beta / 2."""
 
@@ -442,7 +474,8 @@ def softplus(x: Tensor) -> Tensor:
 
 
 PATHS: dict[str, type[Path]] = {
-    c.name: c for c in (LinearPath, CosinePath, VPPath, SubVPPath, VEPath, EDMPath, DiscreteVPPath, ShiftedPath)
+    c.name: c
+    for c in (LinearPath, CosinePath, TrigPath, VPPath, SubVPPath, VEPath, EDMPath, DiscreteVPPath, ShiftedPath)
 }
 
 
