@@ -116,6 +116,7 @@ def test_attention_has_a_forward_mode_here():
     torch.testing.assert_close(fast, slow, rtol=1e-6, atol=1e-8)
 
 
+@pytest.mark.slow
 def test_the_caller_may_be_compiled():
     x, t, v, dt = direction()
     f = labelled(network("sit"))
