@@ -54,6 +54,7 @@ def take_globals(argv: list[str]) -> list[str]:
 
 def run(argv: list[str]) -> int:
     """The whole command; returns the exit code."""
+    rest: list[str] = []
     try:
         rest = take_globals(argv)
         from vgm_cli.cli.app import build_app
@@ -76,19 +77,29 @@ def run(argv: list[str]) -> int:
     except Exception as e:
         if ui.debug:
             raise
-        ui.error(explain(e))
+        ui.error(explain(e, next((a for a in rest if not a.startswith("-")), "")))
         return FAILED
 
 
-def explain(e: Exception) -> VgmError:
-    """An unexpected exception as one sentence."""
+def explain(e: Exception, verb: str = "") -> VgmError:
+    """An unexpected exception as one sentence. verb: the command that met it."""
     text = str(e).strip().splitlines()
     first = text[0] if text else ""
     if isinstance(e, OSError) and e.errno == errno.ENOSPC:
         return VgmError("the disk is full", "what was complete is still there; free space and resume")
-    if type(e).__name__ == "OutOfMemoryError":
-        return VgmError("out of GPU memory", "a smaller train.batch_size, or train.accumulate=2 with the same batch")
+    if out_of_memory(e):
+        lower = "train.accumulate=2 with the same train.batch_size, train.checkpointing=true, or a smaller batch"
+        if verb in ("sample", "evaluate", "restore"):
+            lower = "a smaller --batch-size"
+        return VgmError("out of memory" if isinstance(e, MemoryError) else "out of GPU memory", lower)
     return VgmError(f"{type(e).__name__}: {first}", "--debug shows the traceback; this may be a bug worth reporting")
+
+
+def out_of_memory(e: Exception) -> bool:
+    """Python's own, torch's, and those of the libraries that it calls."""
+    text = str(e)
+    named = isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError"
+    return named or "CUDA error: out of memory" in text or "_STATUS_ALLOC_FAILED" in text
 
 
 def main() -> None:
