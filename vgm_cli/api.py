@@ -41,8 +41,9 @@ class Phase:
 class Step:
     """Position and randomness of one optimisation step; every draw is a function of (seed, index, name).
 
-    Draws are made for the whole global batch and sliced to this process's rows, so that the number of
-    processes does not change what an item sees. index counts from 0. micro/micros: gradient accumulation.
+    Draws are made for the whole global batch and sliced to this process's rows, so that the number of processes does
+    not change what an item sees. They are made on `device` itself: nothing is copied there, nothing waits. index
+    counts from 0. micro/micros: gradient accumulation.
     """
 
     index: int
@@ -58,24 +59,26 @@ class Step:
         """A CPU generator for the draw called `name`; the same on every rank."""
         return torch.Generator().manual_seed(seed_of(self.seed, self.index, name))
 
-    def _rows(self, n: int, draw: Callable[[int], Tensor]) -> Tensor:
+    def _rows(self, n: int, name: str, draw: Callable[..., Tensor]) -> Tensor:
+        """draw(rows of the global batch, generator=, device=), of which this process takes its n."""
         shards = self.world * self.micros
         shard = self.micro * self.world + self.rank
-        return draw(n * shards)[shard * n : (shard + 1) * n].to(self.device)
+        generator = torch.Generator(self.device).manual_seed(seed_of(self.seed, self.index, name))
+        return draw(n * shards, generator=generator, device=self.device)[shard * n : (shard + 1) * n]
 
     def randn(self, shape: Iterable[int], name: str) -> Tensor:
         """Standard normal draw of `shape`, its first dimension being this process's batch."""
         n, *rest = shape
-        return self._rows(n, lambda total: torch.randn(total, *rest, generator=self.generator(name)))
+        return self._rows(n, name, lambda total, **on: torch.randn(total, *rest, **on))
 
     def rand(self, n: int | Iterable[int], name: str) -> Tensor:
         """Uniform draw in [0, 1): (n,), or of a shape whose first dimension is this process's batch."""
         n, *rest = (n,) if isinstance(n, int) else n
-        return self._rows(n, lambda total: torch.rand(total, *rest, generator=self.generator(name)))
+        return self._rows(n, name, lambda total, **on: torch.rand(total, *rest, **on))
 
     def randint(self, high: int, n: int, name: str) -> Tensor:
         """Uniform integers in [0, high): (n,)."""
-        return self._rows(n, lambda total: torch.randint(high, (total,), generator=self.generator(name)))
+        return self._rows(n, name, lambda total, **on: torch.randint(high, (total,), **on))
 
 
 @dataclass
@@ -113,11 +116,17 @@ class Request:
     def randn(self, shape: tuple[int, ...] | None = None) -> Tensor:
         """One standard normal draw per item from that item's own generator: (N, *shape)."""
         shape = self.shape if shape is None else shape
-        return torch.stack([torch.randn(shape, generator=g) for g in self.generators]).to(self.device)
+        return self._there([torch.randn(shape, generator=g) for g in self.generators])
 
     def rand(self, shape: tuple[int, ...] = ()) -> Tensor:
         """One uniform draw per item: (N, *shape)."""
-        return torch.stack([torch.rand(shape, generator=g) for g in self.generators]).to(self.device)
+        return self._there([torch.rand(shape, generator=g) for g in self.generators])
+
+    def _there(self, rows: list[Tensor]) -> Tensor:
+        drawn = torch.stack(rows)
+        if self.device.type == "cuda":  # from page-locked memory neither side waits: the next draw is made meanwhile
+            drawn = drawn.pin_memory()
+        return drawn.to(self.device, non_blocking=True)
 
 
 def generators(seeds: Iterable[int]) -> list[torch.Generator]:
@@ -142,6 +151,7 @@ class ObjectiveBase:
     """Defaults of the optional half of the contract; inherit it or implement the same names."""
 
     networks: Mapping[str, nn.Module]
+    shardable = False  # True: networks are used in `loss` alone, so that train.fsdp may cut their weights into pieces
     prepare_size: int | None = None  # images that `prepare` wants, the same on every process; None: a training batch
 
     def phases(self) -> list[Phase]:

@@ -143,6 +143,8 @@ class DiT(nn.Module):
     blocks in backward.
     """
 
+    repeated = ("blocks",)
+
     def __init__(
         self,
         input_size: int = 32,  # side of x (latents: image size / 8)

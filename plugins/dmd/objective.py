@@ -119,7 +119,8 @@ class DMD(ObjectiveBase):
 
     def at(self, level: Tensor) -> Tensor:
         """Host times (B,) float64 of noise levels (B,)."""
-        return self.levels.to(level.device)[level]
+        self.levels = self.levels.to(level.device)  # copied once
+        return self.levels[level]
 
     # -- the generator's images ---------------------------------------------------------------------------------------
 

@@ -144,7 +144,8 @@ class FlowGRPO(ObjectiveBase):
         cond = {} if y is None else {"y": y}
         if self.scale != 1 and cond:
             denoiser = ClassifierFreeGuidance(denoiser, self.scale, detach=True)
-        return flow_velocity(denoiser, x, self.sigmas.to(x.device)[index], self.max_level, **cond).float()
+        self.sigmas = self.sigmas.to(x.device)  # copied once
+        return flow_velocity(denoiser, x, self.sigmas[index], self.max_level, **cond).float()
 
     def score(self, x: Tensor, x_next: Tensor, index: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probability (B,) of x_next, mean (B, ...) and std (B, 1, ...) of the step, under the policy."""

@@ -123,6 +123,7 @@ class LlamaGen(nn.Module):
     the official code: a condition's queries and keys vanish, and every token sees its value at attention logit 0.
     """
 
+    repeated = ("layers",)
     latent_likelihood = True  # of codes, see vgm_cli/metrics/likelihood.py
 
     def __init__(

@@ -32,6 +32,8 @@ class LlamaGenObjective(ObjectiveBase):
     label_dropout: share of items that see the null condition. text: role, captions -> features and mask (`flan-t5`).
     """
 
+    shardable = True
+
     def __init__(self, model: LlamaGen, text: nn.Module | None = None, label_dropout: float = 0.1):
         self.model, self.text, self.label_dropout = model, text, label_dropout
         self.networks: dict[str, nn.Module] = {"model": model}

@@ -24,6 +24,8 @@ class FlowMatching(ObjectiveBase):
     paper's. label_dropout: share of labels replaced by the null class.
     """
 
+    shardable = True
+
     def __init__(
         self,
         model: nn.Module,

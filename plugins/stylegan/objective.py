@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, Literal
 
 import torch
@@ -162,9 +162,8 @@ class StyleGANObjective(ObjectiveBase):
         if cutoff < model.num_layers:
             other = model.styles(model.map(step.randn((n, model.latent_size), f"{phase} second z"), y))
             ws = torch.cat([ws[:, :cutoff], other[:, cutoff:]], dim=1)
-        seeds = step.randint(2**62, n, f"{phase} noise")
-        known = [0] * n if seeds.is_meta else seeds.tolist()
-        noise = model.random_noise(known, seeds.device) if model.noise_shapes else None
+        seeds = replace(step, device=torch.device("cpu")).randint(2**62, n, f"{phase} noise")  # read without waiting
+        noise = model.random_noise(seeds.tolist(), step.device) if model.noise_shapes else None
         return model.synthesis(ws, noise, lod), ws
 
     def crossover(self, phase: str, step: Step, lod: float) -> int:
@@ -255,7 +254,7 @@ class StyleGANObjective(ObjectiveBase):
             self.path_mean = over_processes(torch.stack(self.new_path_mean).mean(0))
         if self.adaptive and self.real_signs:
             mean = over_processes(torch.stack(self.real_signs).mean(0))
-            self.signs += torch.tensor([float(mean), 1.0])
+            self.signs = self.signs.to(mean.device) + torch.stack([mean.float(), torch.ones_like(mean).float()])
             if (step.index + 1) % self.ada_every == 0:
                 sign, count = self.signs.tolist()
                 self.p = next_probability(self.p, sign / count, self.target, self.batch_size * count, self.kimg)

@@ -20,7 +20,7 @@ from vgm_cli.nets.first_stage import VQModel
 from vgm_cli.nn.attention import causal_attention
 from vgm_cli.nn.kv_cache import KVCache
 
-from .orders import Order, order_of
+from .orders import Order, permutation_on
 
 __all__ = ["GPT", "Decoder", "VQModel", "coordinate_map", "coordinate_tokens"]  # VQModel: the first stage
 
@@ -131,7 +131,7 @@ class GPT(nn.Module):
         return coordinate_map(height, width, device, self.coord_factor)
 
     def permutation(self, device: torch.device) -> Tensor:
-        return order_of(self.order, *self.window).to(device)
+        return permutation_on(self.order, *self.window, device)
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids: (B, T) -> logits (B, T, rows), position i predicts id i + 1."""

@@ -3,6 +3,7 @@ taming/modules/transformer/permuter.py."""
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Literal, get_args
 
 import numpy as np
@@ -35,6 +36,12 @@ def order_of(kind: Order, height: int, width: int) -> Tensor:
             grid[1::2] = grid[1::2, ::-1].copy()  # every other row backwards
         order = grid.ravel()
     return torch.from_numpy(np.ascontiguousarray(order).astype(np.int64))
+
+
+@cache
+def permutation_on(kind: Order, height: int, width: int, device: torch.device) -> Tensor:
+    """order_of, copied to a device once."""
+    return order_of(kind, height, width).to(device)
 
 
 def inverse(order: Tensor) -> Tensor:

@@ -36,7 +36,7 @@ class Batches:
     captions. batch_size: rows per process. drop_last: True (default) lets a batch run on into the next epoch, so that
     all are full and sets smaller than a batch work; False ends each epoch with a short batch. workers: loader
     processes; sets held in memory need none and ignore it. device: where the tensors go (uint8 travels, floats are made
-    there).
+    there; to a GPU from page-locked memory on a stream of their own, beside what the GPU is doing).
     """
 
     def __init__(
@@ -62,6 +62,7 @@ class Batches:
         self.rank, self.world, self.hflip, self.labels, self.drop_last = rank, world, hflip, labels, drop_last
         self.workers = 0 if dataset.memory is not None else workers
         self.device = torch.device(device) if device is not None else torch.device("cpu")
+        self.stream = torch.cuda.Stream(self.device) if self.device.type == "cuda" else None
         self.flip_seed, self.crop_seed = seed_of(seed, "flip"), seed_of(seed, "crop")
         self.orders: dict[int, Tensor] = {}
 
@@ -100,9 +101,26 @@ class Batches:
 
     def finish(self, batch: Batch) -> Batch:
         """To the device, pixels to floats."""
-        out = {k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        if self.stream is None:
+            out = {k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        else:
+            out = self.travel(batch, self.stream)
         if "x" in out and out["x"].dtype == torch.uint8:
             out["x"] = to_float(out["x"])
+        return out
+
+    def travel(self, batch: Batch, stream: torch.cuda.Stream) -> Batch:
+        """To the GPU while it computes: neither it nor the CPU waits for the copy, only what uses the batch does."""
+        now = torch.cuda.current_stream(self.device)
+        with torch.cuda.stream(stream):
+            out = {
+                k: v.pin_memory().to(self.device, non_blocking=True) if isinstance(v, Tensor) else v
+                for k, v in batch.items()
+            }
+        now.wait_stream(stream)
+        for v in out.values():
+            if isinstance(v, Tensor):
+                v.record_stream(now)
         return out
 
     def __iter__(self) -> Iterator[Batch]:

@@ -53,6 +53,8 @@ class IDDPM(ObjectiveBase):
     told t * 1000 / steps. VgmError: the network's channels or classes do not agree.
     """
 
+    shardable = True
+
     def __init__(
         self,
         model: nn.Module,

@@ -104,6 +104,8 @@ class GaussianObjective(ObjectiveBase):
     VgmError: unknown names, a network without a null class.
     """
 
+    shardable = True
+
     def __init__(
         self,
         model: nn.Module,

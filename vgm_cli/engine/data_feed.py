@@ -78,6 +78,7 @@ class Feed:
                 hflip=self.data.hflip,
                 labels=self.labelled,
                 workers=self.data.workers,
+                device=self.device,
             )
         )
 

@@ -15,6 +15,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vgm_cli.engine.sharding import assign, local
+
 
 class EMA:
     """One average of a network's parameters; buffers are copied. config: a decay, or one of the mappings
@@ -69,8 +71,8 @@ class EMA:
             return
         weight = 1 - self.decay()
         live = self.source.state_dict(keep_vars=True)
-        average = [self.average[k] for k in self.names]
-        torch._foreach_lerp_(average, [live[k].detach() for k in self.names], weight)
+        average = [local(self.average[k]) for k in self.names]
+        torch._foreach_lerp_(average, [local(live[k].detach()) for k in self.names], weight)
         for k in self.average.keys() - set(self.names):
             self.average[k].copy_(live[k])
         self.updates += 1
@@ -82,7 +84,7 @@ class EMA:
         if state.keys() != self.average.keys():
             raise ValueError("the EMA's tensors do not fit the network")
         for k, v in state.items():
-            self.average[k].copy_(v)
+            assign(self.average[k], v)
         self.updates = updates
 
 

@@ -187,9 +187,12 @@ class ClassFeed:
 
     def batches(self, start: int = 0, size: int | None = None, shared: bool = False) -> Iterator[Batch]:
         n = size or self.size
-        batch: Batch = {"x": torch.zeros(n, *self.facts.sample_shape), "index": torch.arange(n)}
+        batch: Batch = {
+            "x": torch.zeros(n, *self.facts.sample_shape, device=self.device),
+            "index": torch.arange(n, device=self.device),
+        }
         if self.facts.num_classes:
-            batch["y"] = torch.zeros(n, dtype=torch.long)
+            batch["y"] = torch.zeros(n, dtype=torch.long, device=self.device)
         while True:
             yield dict(batch)
 

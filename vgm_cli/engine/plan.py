@@ -134,9 +134,8 @@ class _MetaStep(Step):
     def generator(self, name: str = "") -> torch.Generator:
         return torch.Generator()
 
-    def _rows(self, n: int, draw: Any) -> torch.Tensor:
-        with torch.device("cpu"):
-            return draw(n).to(self.device)
+    def _rows(self, n: int, name: str, draw: Any) -> torch.Tensor:
+        return draw(n, device=self.device)
 
 
 class Unfollowed(ModuleTracker):

@@ -28,7 +28,7 @@ from torch import Tensor, nn
 
 from vgm_cli import atomic
 from vgm_cli.api import Batch, Phase, Step, seed_of
-from vgm_cli.engine import build, data_feed, generate
+from vgm_cli.engine import build, data_feed, generate, sharding
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine.distributed import keep_memory
 from vgm_cli.engine.ema import EMA
@@ -124,16 +124,10 @@ def make_accelerator(recipe: Recipe, track: str = "jsonl") -> Any:
     if torch.cuda.is_available():
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
-    fsdp = None
-    if opts.fsdp:
-        from accelerate import FullyShardedDataParallelPlugin
-
-        fsdp = FullyShardedDataParallelPlugin(fsdp_version=2)
     return Accelerator(
         mixed_precision=mixed,
         cpu=not torch.cuda.is_available(),
         log_with=log_with,
-        fsdp_plugin=fsdp,
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
 
@@ -258,7 +252,6 @@ class Trainer:
             self.objective.prepare(self._to_model(first, self._step(0)), self._step(0))
         trained = sorted({r for p in self.phases for r in p.trains})
         self.trained = trained
-        self.trainable = {r: [p for p in self.networks[r].parameters() if p.requires_grad] for r in trained}
         for name, network in self.networks.items():
             network.train(name in trained)
         if self.opts.checkpointing:
@@ -269,26 +262,36 @@ class Trainer:
         if should_compile(self.opts, self.device):
             for r in trained:
                 self.networks[r].compile()
+        self.roots: dict[str, Any] = {}
+        members: dict[str, list[str]] = {}
+        for name in dict.fromkeys(p.optimizer for p in self.phases):
+            members[name] = sorted({r for p in self.phases if p.optimizer == name for r in p.trains})
+            self.roots[name] = Root(self.objective, {r: self.networks[r] for r in members[name]})
+        if self.opts.fsdp:
+            sharding.check(self.objective, self.phases)
+        self.sharded = bool(self.opts.fsdp and torch.distributed.is_initialized())  # else there is nobody to share with
+        if self.sharded:
+            for root in self.roots.values():
+                sharding.shard(root, self.device)
+        self.trainable = {r: [p for p in self.networks[r].parameters() if p.requires_grad] for r in trained}
         wanted = self.opts.ema if "model" in trained else []
         self.averages = [EMA(self.networks["model"], c, self.opts.batch_size) for c in wanted]
 
-        self.roots: dict[str, Any] = {}
         self.optimizers: dict[str, Any] = {}
         self.settings: dict[str, Optimizer] = {}
-        for name in dict.fromkeys(p.optimizer for p in self.phases):
-            mine = [p for p in self.phases if p.optimizer == name]
-            members = sorted({r for p in mine for r in p.trains})
+        for name, root in self.roots.items():
             self.settings[name] = self.recipe.optimizer(name)
-            params: list[Any] = [q for r in members for q in self.trainable[r]]
+            params: list[Any] = [q for r in members[name] for q in self.trainable[r]]
             if self.settings[name].decay != "all":
-                params = decay_groups(params, [self.networks[r] for r in members], self.settings[name].decay)
-            root: Any = Root(self.objective, {r: self.networks[r] for r in members})
+                params = decay_groups(params, [self.networks[r] for r in members[name]], self.settings[name].decay)
+            optimizer = make_optimizer(params, self.settings[name], self.device)
             if self.world > 1:
-                partial = any(set(p.trains) != set(members) for p in mine)
+                partial = any(set(p.trains) != set(members[name]) for p in self.phases if p.optimizer == name)
                 self.acc.ddp_handler.find_unused_parameters = partial or getattr(self.objective, "sparse_grads", False)
-            self.roots[name], self.optimizers[name] = self.acc.prepare(
-                root, make_optimizer(params, self.settings[name], self.device)
-            )
+            # torch keeps the step counters of some optimizers on the CPU, where they are read: they stay there
+            self.optimizers[name] = self.acc.prepare_optimizer(optimizer, device_placement=False)
+            if not self.sharded:
+                self.roots[name] = self.acc.prepare_model(root)
 
     def _step(self, index: int, micro: int = 0) -> Step:
         return Step(
@@ -395,7 +398,9 @@ class Trainer:
                 root, optimizer = self.roots[phase.optimizer], self.optimizers[phase.optimizer]
                 for m, (part, step) in enumerate(zip(group, steps)):
                     last = m == len(steps) - 1
-                    with nullcontext() if last or self.world == 1 else self.acc.no_sync(root):
+                    if self.sharded:
+                        sharding.sync_gradients(root, last)
+                    with nullcontext() if last or self.world == 1 or self.sharded else self.acc.no_sync(root):
                         loss, own = root(phase.name, part, step)
                         self.acc.backward(loss * (phase.gain / len(steps)))
                     ok &= torch.isfinite(loss.detach())
@@ -405,7 +410,8 @@ class Trainer:
                         logs[k] = logs[k] + v if k in logs and m else v
                 clip = phase.clip if phase.clip is not None else self.opts.clip
                 if clip is not None:
-                    logs["grad_norm"] = self.acc.clip_grad_norm_(root.parameters(), clip).detach()
+                    norm = self.acc.clip_grad_norm_(root.parameters(), clip).detach()
+                    logs["grad_norm"] = sharding.full(norm)
                 optimizer.step()
                 optimizer.zero_grad(set_to_none=True)
         if hasattr(self.objective, "after_step"):
@@ -503,22 +509,26 @@ class Trainer:
 
     def save(self, done: int, seconds: float) -> None:
         """One complete checkpoint; it gets its name only when every byte is on disk."""
-        if not self.acc.is_main_process:
+        main = self.acc.is_main_process
+        states = {r: sharding.gather(self.networks[r].state_dict(), main) for r in {"model", *self.trained}}
+        averages = {a.name: sharding.gather(a.state_dict(), main) for a in self.averages}
+        tensors: dict[str, Tensor] = {}
+        for name, optimizer in self.optimizers.items():
+            tensors |= sharding.gather(optimizer_tensors(optimizer, f"optimizer.{name}."), main)
+        if not main:
             return
         header = self.header()
         header.step = done
         temp = self.run.begin_checkpoint(done)
-        tensors = self.save_weights(temp, "model", self.networks["model"].state_dict(), header)
-        for average in self.averages:
-            header.weights = average.name
-            tensors |= self.save_weights(temp, average.name, average.state_dict(), header)
+        tensors |= self.save_weights(temp, "model", states["model"], header)
+        for name, state in averages.items():
+            header.weights = name
+            tensors |= self.save_weights(temp, name, state, header)
         for role in self.trained:
             if role != "model":
                 own = self.header(role)
                 own.step = done
-                ckpt.save_network(temp / f"{role}.safetensors", self.networks[role].state_dict(), own)
-        for name, optimizer in self.optimizers.items():
-            tensors |= optimizer_tensors(optimizer, f"optimizer.{name}.")
+                ckpt.save_network(temp / f"{role}.safetensors", states[role], own)
         if hasattr(self.objective, "state_dict"):
             tensors |= {f"objective.{k}": v for k, v in self.objective.state_dict().items()}
         atomic.save_safetensors(
@@ -527,7 +537,7 @@ class Trainer:
             {"format": "pt"},
         )
         scaler = self.acc.scaler.state_dict() if self.acc.scaler is not None else None
-        state = {
+        record = {
             "step": done,
             "images": self.images,
             "seconds": seconds,
@@ -536,7 +546,7 @@ class Trainer:
             "ema_updates": {a.name: a.updates for a in self.averages},
             "scaler": scaler,
         }
-        atomic.write_json(temp / "state.json", state)
+        atomic.write_json(temp / "state.json", record)
         self.run.commit_checkpoint(temp, self.opts.keep)
 
     def save_weights(
@@ -569,7 +579,8 @@ class Trainer:
         tensors, _ = ckpt.read_tensors(folder / "trainer.safetensors")
         for role in self.trained:
             own_state = self.networks[role].state_dict()
-            self.networks[role].load_state_dict(self.whole(own_state, tensors, folder / f"{role}.safetensors"))
+            stored = self.whole(own_state, tensors, folder / f"{role}.safetensors")
+            self.networks[role].load_state_dict({k: sharding.like(own_state.get(k), v) for k, v in stored.items()})
         for average in self.averages:
             weights = self.whole(average.state_dict(), tensors, folder / f"{average.name}.safetensors")
             average.load_state_dict(weights, state["ema_updates"][average.name])
@@ -587,8 +598,8 @@ class Trainer:
 
     def preview(self, done: int) -> None:
         """A grid from the first average with the run's fixed noise and labels, comparable between steps."""
-        if not self.acc.is_main_process or self.recipe.config.get("sampler") is None:
-            return
+        if not self.acc.is_main_process or self.recipe.config.get("sampler") is None or self.sharded:
+            return  # one process alone cannot sample from a sharded network
         model = self.networks["model"]
         rng = torch.random.get_rng_state()
         with ExitStack() as stack:
@@ -683,7 +694,8 @@ def load_optimizer_tensors(optimizer: Any, tensors: Mapping[str, Tensor], prefix
             if (
                 value.shape == like.shape
             ):  # fused kernels read weights and moments in memory order: channels last or not
-                value = torch.empty_like(like, dtype=value.dtype, device=value.device).copy_(value)
+                there = sharding.like(like, value)
+                value = torch.empty_like(like, dtype=value.dtype, device=there.device).copy_(there)
             state.setdefault(int(index), {})[entry] = value
     optimizer.load_state_dict({"state": state, "param_groups": full["param_groups"]})
 

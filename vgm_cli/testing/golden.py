@@ -15,13 +15,16 @@ from typing import Any
 import torch
 from safetensors import safe_open
 from torch import Tensor
+from torch.overrides import TorchFunctionMode
+from torch.utils._pytree import tree_leaves, tree_map
 
 
 class GoldenCase:
-    """One golden file. state/inputs/outputs are dicts without their prefix; half-precision state becomes fp32."""
+    """One golden file. state/inputs/outputs are dicts without their prefix; half-precision state becomes fp32. device:
+    where its checks compute."""
 
-    def __init__(self, path: Path):
-        self.path = path
+    def __init__(self, path: Path, device: torch.device | str = "cpu"):
+        self.path, self.device = path, torch.device(device)
         with safe_open(path, framework="pt") as f:
             meta = f.metadata() or {}
             tensors = {k: f.get_tensor(k) for k in f.keys()}
@@ -39,6 +42,9 @@ class GoldenCase:
             k: v.float() if v.dtype in (torch.float16, torch.bfloat16) else v for k, v in part("state/").items()
         }
         self.inputs = part("in/")
+        if self.device.type != "cpu":
+            self.state = {k: v.to(self.device) for k, v in self.state.items()}
+            self.inputs = {k: v.to(self.device) for k, v in self.inputs.items()}
         self.outputs = part("out/")
 
     def __contains__(self, key: str) -> bool:
@@ -79,7 +85,44 @@ class GoldenChecks:
         if not checks:
             raise AssertionError(f"no check of '{self.paper}' claims {case}: source {case.source!r}")
         for fn in checks:
-            fn(case)
+            if case.device.type == "cpu":
+                fn(case)
+                continue
+            with OnDevice(case.device):
+                fn(case)
+
+
+class OnDevice(TorchFunctionMode):
+    """Checks written for the CPU, on another device: whatever a function of torch takes part in there goes there, what
+    is made anew as well. Random numbers are drawn on the CPU, so that they are the ones the case was made with."""
+
+    def __init__(self, device: torch.device):
+        super().__init__()
+        self.device = device
+
+    def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        kwargs = kwargs or {}
+        name = getattr(func, "__name__", "")
+        if name in ("numpy", "__array__"):
+            return func(args[0].detach().cpu(), *args[1:], **kwargs)
+        if name in ("__get__", "__set__", "cpu", "to", "type", "copy_", "manual_seed", "from_numpy", "set_"):
+            return func(*args, **kwargs)
+        made = func(*self.there(args), **self.there(kwargs)) if self.mixed((args, kwargs)) else func(*args, **kwargs)
+        fresh = isinstance(made, Tensor) and made.device.type == "cpu" and name in CONSTRUCTORS
+        return made.to(self.device) if fresh and kwargs.get("device") is None else made
+
+    def mixed(self, value: Any) -> bool:
+        found = {t.device.type for t in tree_leaves(value) if isinstance(t, Tensor) and t.ndim}
+        return len(found) > 1
+
+    def there(self, value: Any) -> Any:
+        return tree_map(lambda t: t.to(self.device) if isinstance(t, Tensor) and t.ndim else t, value)
+
+
+CONSTRUCTORS = (
+    *("empty", "zeros", "ones", "full", "eye", "arange", "linspace", "logspace", "tensor", "as_tensor", "asarray"),
+    *("rand", "randn", "randint", "randperm", "normal", "tril_indices", "triu_indices", "from_numpy", "hann_window"),
+)
 
 
 def assert_close(got: Tensor, want: Tensor, rtol: float = 1e-5, what: str = "") -> None:

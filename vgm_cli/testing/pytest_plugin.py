@@ -15,6 +15,12 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     parser.addoption(
         "--golden", action="append", default=[], metavar="DIR", help="also run the golden cases below DIR/<paper>/"
     )
+    parser.addoption(
+        "--golden-device",
+        default="cpu",
+        metavar="DEVICE",
+        help="where golden cases compute: cuda, in fp32 without tf32",
+    )
 
 
 def golden_folders(config: pytest.Config) -> list[Path]:
@@ -62,7 +68,12 @@ def golden_case(request: pytest.FixtureRequest) -> Any:
     """The golden file under test, loaded."""
     from vgm_cli.testing.golden import GoldenCase
 
-    return GoldenCase(request.param)
+    device = request.config.getoption("--golden-device")
+    if device != "cpu":
+        import torch
+
+        torch.backends.cuda.matmul.allow_tf32 = torch.backends.cudnn.allow_tf32 = False
+    return GoldenCase(request.param, device)
 
 
 _CLAIMED: pytest.StashKey[dict[str, Any]] = pytest.StashKey()
