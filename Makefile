@@ -6,10 +6,11 @@ PYTHON ?= $(shell for p in python3 python3.13 python3.12 python3.11; do \
 # Without an NVIDIA GPU the CPU-tested torch is pinned; with one, pyproject's range decides.
 CONSTRAINTS := $(shell command -v nvidia-smi >/dev/null 2>&1 && nvidia-smi -L >/dev/null 2>&1 || echo "-c constraints-cpu.txt")
 DEMO ?= demo
+GPU_OUT ?= gpu-results
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-slow bench results docs lint install install-dev install-bench clean
+.PHONY: demo test test-slow bench gpu gpu-wheels results docs lint install install-dev install-bench clean
 
 demo: install
 	$(BIN)/vgm train dit --out $(DEMO)/dit --overwrite
@@ -25,6 +26,14 @@ test-slow: install-dev
 
 bench: install-bench
 	$(BIN)/python -m pytest -m bench -s tests/bench
+
+gpu:
+	PYTHON=$(or $(wildcard $(BIN)/python),$(PYTHON)) bash tests/gpu/run.sh $(GPU_OUT)
+
+gpu-wheels:  # what the GPU machine may lack, for Python 3.12 on Linux
+	$(BIN)/python -m pip download -q --no-deps --only-binary=:all: --python-version 3.12 --implementation cp \
+	  --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d .wheels \
+	  $$($(BIN)/python -m pip freeze | grep -iE '^(pydantic|pydantic_core|annotated-types|typing-inspection|typing_extensions)==')
 
 results: install
 	$(BIN)/python docs/generate_results.py
