@@ -3,17 +3,15 @@ and shapes. Nothing in a file is executed (unpickle.py), and of .safetensors onl
 
 from __future__ import annotations
 
-import json
 import math
-import struct
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vgm_cli.errors import FAILED, USAGE, VgmError
+from vgm_cli import limits
+from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.unpickle import ARRAYS, PICKLES, TORCH_FILES
 
-LONGEST_HEADER = 100_000_000  # bytes; the limit of the safetensors library
 INDEX = ".index.json"
 SMALL = 1 << 18  # elements of a tensor whose values may say something (a mask, a ladder of noise levels)
 TORCH_NAMES = {"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16", "u8": "uint8", "bool": "bool"}
@@ -44,7 +42,7 @@ def safetensors_file(path: Path) -> dict[str, Any]:
     tensors: dict[str, dict[str, Any]] = {}
     metadata: dict[str, str] = {}
     for file in files:
-        own, more = safetensors_header(file)
+        own, more = limits.safetensors_header(file)
         tensors |= own
         metadata |= more
     kind = f"safetensors in {len(files)} shards" if path.name.endswith(INDEX) else "safetensors"
@@ -64,25 +62,6 @@ def shards_of(path: Path) -> list[Path]:
     return named(path)
 
 
-def safetensors_header(path: Path) -> tuple[dict[str, dict[str, Any]], dict[str, str]]:
-    """({tensor: {"dtype", "shape"}}, metadata) of a .safetensors file. VgmError: cut off or not such a file."""
-    size = path.stat().st_size
-    try:
-        with open(path, "rb") as f:
-            (length,) = struct.unpack("<Q", f.read(8))
-            if length > min(LONGEST_HEADER, size - 8):
-                raise ValueError("its header is longer than the file")
-            header = json.loads(f.read(length))
-        metadata = header.pop("__metadata__", {})
-        end = max((t["data_offsets"][1] for t in header.values()), default=0)
-        tensors = {k: {"dtype": t["dtype"].lower(), "shape": list(t["shape"])} for k, t in header.items()}
-    except (OSError, ValueError, struct.error, KeyError, TypeError, AttributeError) as e:
-        raise VgmError(f"{path} is not a readable safetensors file: {e}", "it may be cut off", FAILED) from e
-    if 8 + length + end != size:
-        raise VgmError(f"{path} is cut off: {size} bytes, its header promises {8 + length + end}", code=FAILED)
-    return tensors, metadata
-
-
 def light(files: list[Path], tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The state with its small tensors only; the others are on the meta device."""
     import torch
@@ -94,7 +73,7 @@ def light(files: list[Path], tensors: Mapping[str, Mapping[str, Any]]) -> dict[s
             for k in f.keys():
                 t = tensors[k]
                 dtype = getattr(torch, TORCH_NAMES.get(t["dtype"], "float32"))
-                big = math.prod(t["shape"]) > SMALL
+                big = math.prod(t["shape"]) > SMALL or t["dtype"] not in TORCH_NAMES
                 state[k] = torch.empty(t["shape"], dtype=dtype, device="meta") if big else f.get_tensor(k)
     return state
 
@@ -111,10 +90,8 @@ def own_header(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
     """What a file of ours says of itself; {} for a foreign one."""
     if "vgm.component" not in metadata:
         return {}
-    try:
-        said = {k[4:]: json.loads(v) for k, v in metadata.items() if k.startswith("vgm.")}
-    except ValueError as e:
-        raise VgmError(f"{path}: its header is not JSON", code=FAILED) from e
+    own = {k: v for k, v in metadata.items() if k.startswith("vgm.")}
+    said = {k[4:]: limits.parse_json(v, f"{path}: its header entry {limits.short(k)}") for k, v in own.items()}
     order = ("component", "weights", "step", "images", "view", "codec", "data", "recipe")
     return {k: said[k] for k in order if said.get(k) is not None} | {k: v for k, v in said.items() if k not in order}
 

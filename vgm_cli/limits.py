@@ -1,4 +1,5 @@
-"""How much a file may make this program read, build or show: every ceiling, and the readers that keep to it. Torch-free.
+"""How much a file may make this program read, build or show: every ceiling, and the readers that keep to it.
+Torch-free.
 
 A file comes from anybody. What it claims (lengths, shapes, counts, nesting) is compared with what it holds before
 anything is allocated, and what is read is a regular file: a pipe or a device would never end.
@@ -13,7 +14,6 @@ import stat
 import struct
 import zipfile
 from collections.abc import Iterable, Mapping
-from pathlib import Path
 from typing import Any, BinaryIO
 
 from vgm_cli.errors import FAILED, VgmError
@@ -96,7 +96,7 @@ def check_member(member: zipfile.ZipInfo, where: str) -> None:
 
 
 def read_npz(path: Path_, keys: Iterable[str] | None = None) -> dict[str, Any]:
-    """Arrays of an .npz by name (keys: only these), none of them of objects. VgmError: damaged, or out of proportion."""
+    """Arrays of an .npz by name (keys: only these), none of objects. VgmError: damaged, or out of proportion."""
     size = check_regular(path)
     try:
         with zipfile.ZipFile(path) as z:

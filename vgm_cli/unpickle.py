@@ -334,7 +334,7 @@ class Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
         super().__init__(Stream(f, budget.size), encoding="latin1")
         self.budget, self.names = budget, set[str]()
         self.dispatch = Counted(type(self).dispatch, budget)
-        self.weights: dict[int, tuple[Any, int]] = {}  # of heavy tuples: the tuple, which keeps its id, and its parts
+        self.weights: dict[int, tuple[Any, int]] = {}  # of tuples: itself, so that its id stays its own, and its parts
 
     def find_class(self, module: str, name: str) -> Any:
         full = modern(f"{module} {name}")
@@ -357,24 +357,28 @@ class Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
         self.budget.spend(len(made))
         if weight > self.budget.OPERATIONS:
             raise TooMuch(f"a {type(made).__name__} of more than {self.budget.OPERATIONS:,} parts")
-        if weight > self.budget.LIGHT:
-            self.weights[id(made)] = (made, weight)
+        self.weights[id(made)] = (made, weight)
         return made
 
     def keys(self, keys: Any) -> None:
-        if any(id(k) in self.weights or (type(k) is int and k.bit_length() > 64) for k in keys):
+        light = (None, 1)
+        if any(
+            k.bit_length() > 64 if type(k) is int else self.weights.get(id(k), light)[1] > self.budget.LIGHT
+            for k in keys
+        ):
             raise TooMuch("keys that take too long to look up")
 
     def collector(self, kind: Callable[..., Any]) -> Callable[..., Any]:
         """A collection made of other collections."""
 
         def make(*args: Any) -> Any:
-            for a in args:
-                if not isinstance(a, list | tuple | set | frozenset | dict | deque) and not (kind is deque and a is None):
+            for a in args[:1] if kind is deque else args:  # the other one is its length
+                if not isinstance(a, list | tuple | set | frozenset | dict | deque):
                     raise Refused(f"a {getattr(kind, '__name__', 'size')} of {limits.short(a)}")
-                self.budget.spend(len(a or ()))
-                self.keys(a or ())
-                self.keys(p[0] for p in a or () if kind in (dict, OrderedDict) and isinstance(p, tuple | list) and p)
+                self.budget.spend(len(a))
+                if kind not in (list, tuple, deque, size_of):
+                    self.keys(a)
+                self.keys(p[0] for p in a if kind in (dict, OrderedDict) and isinstance(p, tuple | list) and p)
             made = kind(*args)
             return self.weigh(made) if isinstance(made, tuple | frozenset) else made
 
@@ -658,7 +662,9 @@ def program_of(path: Path) -> io.BytesIO:
     ):
         raise VgmError(f"{path} is not a file of torch.save's", "TorchScript programs hold code", FAILED)
     if any(m.compress_type != zipfile.ZIP_STORED or m.file_size != m.compress_size for m in members):
-        raise VgmError(f"{path} is a compressed archive, which torch.save does not write", "unpack it and zip -0", FAILED)
+        raise VgmError(
+            f"{path} is a compressed archive, which torch.save does not write", "unpack it and zip -0", FAILED
+        )
     return io.BytesIO(torch._C.PyTorchFileReader(str(path)).get_record("data.pkl"))
 
 

@@ -2,10 +2,17 @@
 
 from __future__ import annotations
 
+import io
 import json
+import resource
+import struct
+import time
+import zipfile
+from collections import Counter
 from pathlib import Path
 
 import numpy as np
+import pytest
 from PIL import Image
 
 from vgm_cli.ui import LONGEST, clean
@@ -69,3 +76,211 @@ def test_markup_in_names_is_no_markup(capsys, monkeypatch):
     UI().table(["name"], [["[link=http://x]a[/link][red]b"], ["\x1b[1mc"]])
     out = capsys.readouterr().out
     assert "[link=http://x]a[/link][red]b" in out and r"\x1b[1mc" in out and "\x1b[1mc" not in out
+
+
+# -- pickles -----------------------------------------------------------------------------------------------------------
+
+
+def number(n: int) -> bytes:
+    return b"\x8a" + bytes([len(d := n.to_bytes((n.bit_length() + 8) // 8, "little", signed=True))]) + d
+
+
+def call(name: str, *args: bytes) -> bytes:
+    """GLOBAL, arguments, REDUCE."""
+    module, _, attribute = name.rpartition(".")
+    return f"c{module}\n{attribute}\n(".encode() + b"".join(args) + b"tR"
+
+
+TUPLES = b")q\x00" + b"h\x00\x86q\x00" * 60  # t = (t, t), sixty times
+LISTS = b"]q\x00" + b"0]h\x00ah\x00aq\x00" * 60
+DICTS = b"}q\x00" + b"0}U\x01ah\x00sU\x01bh\x00sq\x00" * 60
+MODULES = (  # a pickled torch module whose two children are the same module, sixty levels deep
+    b"ctorch.nn.modules.linear\nLinear\n)\x81q\x00"
+    + (
+        b"0ctorch.nn.modules.linear\nLinear\n)\x81}(U\x0b_parameters}U\x08_modules}(U\x01ah\x00U\x01bh\x00uub"
+        b"q\x00"
+    ) * 60
+)  # fmt: skip
+PICKLES = {
+    "set of a range": call("builtins.set", call("builtins.range", number(10**9))),
+    "counter": call("collections.Counter", call("builtins.range", number(10**9))),
+    "list of a list of ranges": call("builtins.list", call("builtins.range", number(3 * 10**6))),
+    "bytearray": call("builtins.bytearray", number(4 * 10**9)),
+    "bytes": call("builtins.bytes", number(4 * 10**9)),
+    "old names": call("__builtin__.bytearray", number(4 * 10**9)),
+    "deque": call("collections.deque", call("builtins.range", number(10**9))),
+    "ordered": call("collections.OrderedDict", call("builtins.range", number(10**9))),
+    "default": call("collections.defaultdict", call("builtins.range", number(10**9))),
+    "memo": b"Nr\xff\xff\xff\x7f" + b"j\xff\xff\xff\x7f" * 3,
+    "tuple as a key": b"}" + TUPLES + b"Ns",
+    "tuple in a set": call("builtins.set", b"(" + TUPLES + b"l"),
+    "frozenset": b"\x8f(" + TUPLES + b"\x90",
+    "text of a tree": call("builtins.str", LISTS),
+    "text of a long number": call("builtins.int", b"X" + struct.pack("<I", 10**5) + b"9" * 10**5),
+    "long number": b"\x8b" + struct.pack("<i", 2**31 - 1) + b"\x01" * 100,
+    "decimal number": b"L" + b"9" * 10**6 + b"L\n",
+    "claimed bytes": b"\x8e" + struct.pack("<Q", 10**12) + b"x",
+    "claimed bytearray": b"\x96" + struct.pack("<Q", 10**12) + b"x",
+    "claimed frame": b"\x95" + struct.pack("<Q", 10**12) + b"N",
+    "copies of a text": b"X" + struct.pack("<I", 10**6) + b"a" * 10**6 + b"q\x000"
+    + b"](" + b"c_codecs\nencode\n(h\x00U\x06latin1tR" * 1000 + b"e",
+    "copies of a list": b"(" + b"N" * 10**5 + b"lq\x000](" + b"cbuiltins\nlist\n(h\x00tR" * 1000 + b"e",
+    "arguments": b"(" + b"N" * 10**5 + b"tq\x000](" + b"cargparse\nNamespace\nh\x00R" * 1000 + b"e",
+    "same hash": b"}(" + b"".join(number(k * (2**61 - 1)) + b"N" for k in range(2**10, 2**14)) + b"u",
+    "nested lists": b"]" * 10**5 + b"a" * (10**5 - 1),
+    "nested tuples": b")" + b"\x85" * 10**5,
+    "tree of lists": LISTS,
+    "tree of dictionaries": DICTS,
+    "tree of tuples": TUPLES,
+    "tree of modules": MODULES,
+    "name of a tree": b"ctorch_utils.persistence\n_reconstruct_persistent_obj\n(}(U\x0aclass_name" + LISTS
+    + b"U\x05stateNutR",
+    "persistent tree": LISTS + b"Q",
+    "array without end": b"cnumpy.core.multiarray\n_reconstruct\n(cnumpy\nndarray\n(K\x00tU\x01btR"
+    b"(K\x01(" + number(10**12) + b"tcnumpy\ndtype\n(U\x02f4tR(K\x03U\x01<NNNtb\x89U\x04abcdtb",
+}  # fmt: skip
+
+
+@pytest.mark.parametrize("kind", PICKLES)
+@pytest.mark.parametrize("suffix", ["pkl", "pt"])
+def test_pickles_build_no_more_than_they_hold(vgm, tmp_path, kind, suffix):
+    body = b"\x80\x02" + PICKLES[kind] + b"."
+    path = tmp_path / f"a.{suffix}"
+    path.write_bytes(body)
+    if suffix == "pt":
+        with zipfile.ZipFile(path, "w") as z:
+            z.writestr("a/data.pkl", body)
+            z.writestr("a/version", "3\n")
+    before, start = peak(), time.process_time()
+    code, _, err = vgm("inspect", path)
+    assert code in (1, 2) and err.startswith("error: ") and "may be a bug" not in err and len(err) < 1000, err
+    assert time.process_time() - start < 5 and peak() - before < 200 << 20
+
+
+def peak() -> int:
+    """Bytes of memory that this process has held at most."""
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss << 10
+
+
+def test_an_honest_checkpoint_with_everything_in_it_is_read(tmp_path):
+    import torch
+
+    from vgm_cli.unpickle import load
+
+    state = torch.nn.Linear(4, 4).state_dict()
+    content = {
+        "model": state,
+        "ema": {k: v.clone() for k, v in state.items()},
+        "rng": (3, tuple(range(625)), None),
+        "history": [0.5] * 10_000,
+        "counts": Counter("abc"),
+        "seen": {(0, 1), frozenset({2})},
+        "array": np.arange(6.0).reshape(2, 3),
+        "size": torch.Size([2, 3]),
+        "raw": bytearray(b"abc"),
+        "half": torch.ones(3, dtype=torch.bfloat16),
+    }
+    for legacy in (False, True):
+        torch.save(content, tmp_path / "a.pt", _use_new_zipfile_serialization=not legacy)
+        found = load(tmp_path / "a.pt")
+        assert torch.equal(found["model"]["weight"], state["weight"]) and found["rng"][1] == tuple(range(625))
+        assert found["seen"] == content["seen"] and found["size"] == (2, 3) and found["raw"] == b"abc"
+
+
+def test_tensors_that_repeat_a_few_bytes_are_refused(vgm, tmp_path):
+    import torch
+
+    torch.save({"w": torch.zeros(1).expand(10**6, 10**6)}, tmp_path / "wide.pt")
+    torch.save({"w": torch.zeros(10**6)}, tmp_path / "one.pt")
+    base = torch.zeros(10**6)
+    torch.save({f"w{i}": base[:] for i in range(200)}, tmp_path / "many.pt")
+    assert vgm("inspect", tmp_path / "one.pt")[0] == 0
+    for name in ("wide.pt", "many.pt"):
+        code, _, err = vgm("inspect", tmp_path / name)
+        assert code == 1 and "would build more than" in err
+
+
+def test_packed_archives_of_weights_are_refused(vgm, tmp_path):
+    import torch
+
+    torch.save({"w": torch.zeros(10**6)}, tmp_path / "a.pt")
+    with zipfile.ZipFile(tmp_path / "a.pt") as a, zipfile.ZipFile(tmp_path / "b.pt", "w", zipfile.ZIP_DEFLATED) as b:
+        for name in a.namelist():
+            b.writestr(name, a.read(name))
+    code, _, err = vgm("inspect", tmp_path / "b.pt")
+    assert code == 1 and "compressed" in err
+    with zipfile.ZipFile(tmp_path / "bomb.npz", "w", zipfile.ZIP_DEFLATED) as z, z.open("w.npy", "w") as f:
+        header = io.BytesIO()
+        np.lib.format.write_array_header_1_0(header, {"descr": "<f4", "fortran_order": False, "shape": (50, 10**6)})
+        f.write(header.getvalue())
+        for _ in range(50):
+            f.write(bytes(4 * 10**6))
+    before = peak()
+    for args in (("inspect",), ("convert",), ("data", "info"), ("evaluate",)):
+        more = {"convert": [tmp_path / "x.safetensors"], "evaluate": ["--reference", tmp_path / "bomb.npz"]}
+        code, _, err = vgm(*args, tmp_path / "bomb.npz", *more.get(args[0], []))
+        assert code in (1, 2) and "may be a bug" not in err
+    assert peak() - before < 100 << 20
+
+
+# -- .safetensors ------------------------------------------------------------------------------------------------------
+
+
+def safetensors(path: Path, header: str | bytes | dict, data: int = 16) -> Path:
+    text = json.dumps(header) if isinstance(header, dict) else header
+    raw = text.encode() if isinstance(text, str) else text
+    path.write_bytes(struct.pack("<Q", len(raw)) + raw + bytes(data))
+    return path
+
+
+def entry(dtype="F32", shape=(4,), offsets=(0, 16)) -> dict:
+    return {"dtype": dtype, "shape": list(shape), "data_offsets": list(offsets)}
+
+
+HEADERS = {
+    "dtype": {"a": entry("F1024")},
+    "negative shape": {"a": entry(shape=(-2, -2))},
+    "huge shape": {"a": entry(shape=(10**18, 10**18))},
+    "overflow": {"a": entry(shape=(2**32, 2**32))},
+    "dimensions": {"a": entry(shape=[1] * 10**5 + [4])},
+    "reversed": {"a": entry(offsets=(16, 0))},
+    "negative offsets": {"a": entry(offsets=(-16, 0))},
+    "beyond": {"a": entry(shape=(10**9,), offsets=(0, 4 * 10**9))},
+    "overlap": {"a": entry(), "b": entry()},
+    "gap": {"a": entry(shape=(1,), offsets=(0, 4)), "b": entry(shape=(1,), offsets=(8, 12))},
+    "left over": {"a": entry(shape=(1,), offsets=(0, 4))},
+    "floats": {"a": entry(shape=(4.0,))},
+    "true": {"a": entry(shape=(4, True))},
+    "twice": json.dumps({"a": entry(), "b": entry()}).replace("b", "a", 1),
+    "missing": {"a": {"dtype": "F32"}},
+    "a list": "[1, 2]",
+    "a number": "7",
+    "deep": '{"a":' + "[" * 10**5,
+    "deep and whole": '{"a":' + "[" * 10**5 + "]" * 10**5 + "}",
+    "digits": json.dumps({"a": entry(shape=(7,))}).replace("7", "9" * 10**5),
+    "no text": b"\xff\xfe{}",
+    "metadata": {"__metadata__": {"a": 1}, "b": entry()},
+    "deep metadata": {
+        "__metadata__": {"vgm.component": "[" * 10**5},
+        "b": entry(),
+    },
+}
+
+
+@pytest.mark.parametrize("kind", HEADERS)
+def test_headers_describe_their_file_or_are_refused(vgm, tmp_path, kind):
+    path = safetensors(tmp_path / "a.safetensors", HEADERS[kind])
+    for args in (("inspect", path), ("sample", path), ("convert", path, tmp_path / "x.pt")):
+        code, _, err = vgm(*args)
+        assert code in (1, 2) and "may be a bug" not in err and len(err) < 1000, err
+
+
+def test_headers_longer_than_any_file_needs(vgm, tmp_path):
+    path = tmp_path / "a.safetensors"
+    for length in (2**63, 10**10, 100):
+        path.write_bytes(struct.pack("<Q", length) + b"{}")
+        assert vgm("inspect", path)[0] == 1
+    safetensors(path, b'{"a":' + b" " * (17 << 20) + b"{}}")
+    assert vgm("inspect", path)[0] == 1
+    safetensors(path, {"a": entry(), "__metadata__": {"format": "pt"}})
+    assert vgm("inspect", path)[0] == 0

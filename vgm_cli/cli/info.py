@@ -260,7 +260,8 @@ def inspect(
     Next: vgm convert FILE OUT.safetensors   or   vgm sample FILE
     """
     from vgm_cli.engine.weight_files import locate
-    from vgm_cli.inspection import describe, safetensors_header
+    from vgm_cli.inspection import describe
+    from vgm_cli.limits import safetensors_header
 
     path = locate(file)
     facts = describe(path)

@@ -6,7 +6,6 @@ from __future__ import annotations
 import codecs
 import csv
 import io
-import json
 import posixpath
 import re
 import unicodedata
@@ -17,6 +16,7 @@ from pathlib import PurePosixPath
 from typing import Any
 
 from vgm_cli.errors import FAILED, VgmError
+from vgm_cli.limits import parse_json
 
 FILE = ("file_name", "filename", "file", "image_file", "image_path", "file_path", "filepath", "path", "image", "img",
         "name")  # fmt: skip
@@ -49,13 +49,6 @@ def decode(content: bytes, where: str, guessed: list[str] | None = None) -> str:
             guessed.append(where)
         return text
     raise VgmError(f"{where} is text in an unknown encoding", "store it as UTF-8", FAILED)
-
-
-def parse_json(text: str | bytes, where: str) -> Any:
-    try:
-        return json.loads(text)
-    except (ValueError, RecursionError) as e:
-        raise VgmError(f"{where} is not valid JSON: {e}", code=FAILED) from e
 
 
 # -- tables ----------------------------------------------------------------------------------------------------------

@@ -8,7 +8,6 @@ beside the ModelSpec keys. Nothing is ever unpickled here.
 from __future__ import annotations
 
 import hashlib
-import json
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -20,7 +19,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from vgm_cli import __version__, atomic
+from vgm_cli import __version__, atomic, limits
 from vgm_cli.engine.run import newest
 from vgm_cli.engine.tokens import as_output
 from vgm_cli.errors import FAILED, MISSING_ASSET, USAGE, VgmError
@@ -77,12 +76,8 @@ class Header:
     @classmethod
     def parse(cls, metadata: Mapping[str, str], path: Path) -> Header:
         def get(key: str, default: Any = None) -> Any:
-            try:
-                return json.loads(metadata[f"vgm.{key}"])
-            except KeyError:
-                return default
-            except ValueError as e:
-                raise VgmError(f"{path}: its header entry vgm.{key} is not JSON", code=FAILED) from e
+            text = metadata.get(f"vgm.{key}")
+            return default if text is None else limits.parse_json(text, f"{path}: its header entry vgm.{key}")
 
         component = get("component")
         if not isinstance(component, dict) or "name" not in component:
@@ -121,6 +116,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     if path.name.endswith(".index.json"):
         parts = [read_tensors(p) for p in shards_of(path)]
         return {k: v for tensors, _ in parts for k, v in tensors.items()}, parts[0][1]
+    limits.safetensors_header(path)
     try:
         with safe_open(path, framework="pt") as f:
             return {k: f.get_tensor(k) for k in f.keys()}, dict(f.metadata() or {})
@@ -135,7 +131,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 def shards_of(index: Path) -> list[Path]:
     """Files that STEM.safetensors.index.json names. VgmError: it is no index, or a file is missing."""
     try:
-        names = sorted({str(n) for n in json.loads(index.read_text(encoding="utf-8"))["weight_map"].values()})
+        names = sorted({str(n) for n in limits.parse_json(limits.read_text(index), str(index))["weight_map"].values()})
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
         raise VgmError(f"{index} is not an index of shards", 'it holds {"weight_map": {...}}', FAILED) from e
     files = [index.parent / n for n in names]
@@ -148,16 +144,7 @@ def shards_of(index: Path) -> list[Path]:
 def read_header(path: Path) -> Header:
     if path.name.endswith(".index.json"):
         path = shards_of(path)[0]
-    try:
-        with safe_open(path, framework="pt") as f:
-            metadata = dict(f.metadata() or {})
-    except (SafetensorError, OSError, ValueError) as e:
-        raise VgmError(
-            f"{path} is not a readable safetensors file: {str(e).splitlines()[0]}",
-            "it may be cut off; an official .pt or .ckpt goes through `vgm convert`",
-            FAILED,
-        ) from e
-    return Header.parse(metadata, path)
+    return Header.parse(limits.safetensors_header(path)[1], path)
 
 
 def file_hash(path: Path) -> str:

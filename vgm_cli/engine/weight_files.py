@@ -4,7 +4,6 @@ torch files, pickles and .npz."""
 from __future__ import annotations
 
 import errno
-import json
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
@@ -14,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgm_cli import atomic, unpickle
+from vgm_cli import atomic, limits, unpickle
 from vgm_cli.convert_api import named_shadow
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.errors import FAILED, USAGE, VgmError
@@ -112,8 +111,8 @@ def read_torch(path: Path, trust: bool) -> State:
 
 def read_json(path: Path) -> dict[str, Any]:
     try:
-        found = json.loads(path.read_text(encoding="utf-8"))
-    except (OSError, ValueError):
+        found = limits.parse_json(limits.read_text(path), str(path))
+    except (OSError, ValueError, VgmError):
         return {}
     return found if isinstance(found, dict) else {}
 
