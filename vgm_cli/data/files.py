@@ -66,6 +66,7 @@ class Files(Source):
         chosen, others = choose_split([n[len(base) :] for n in everything], split, self.root)
         prefix = base + chosen
         self.full = [n for n in everything if n.startswith(prefix)]
+        self.skipped = sorted(n for n in self.skipped if n.startswith(prefix))
         self.names = [n[len(prefix) :] for n in self.full]
         self.sizes = [entries[n] for n in self.full]
         self.by_name = Names(everything)

@@ -98,7 +98,7 @@ def write_tar(dataset: Dataset, path: Path, progress: Callable[[int], None]) -> 
             if label is not None:
                 fields["cls"] = str(label).encode()
             if text is not None:
-                fields["txt"] = text.encode()
+                fields["txt"] = text.encode("utf-8", "replace")
             for field, content in fields.items():
                 member = tarfile.TarInfo(f"{n:08d}.{field}")
                 member.size = len(content)

@@ -155,39 +155,50 @@ def tidy(name: str) -> str:
 
 
 class Names:
-    """Finds images by what a table calls them."""
+    """Finds images by what a table calls them; where no other name differs by case alone, case does not matter."""
 
     def __init__(self, names: Iterable[str]) -> None:
         self.exact = {tidy(n): n for n in names}
+        self.folded: dict[str, list[str]] = defaultdict(list)
+        for path in self.exact:
+            self.folded[path.casefold()].append(path)
         self.ends: dict[str, list[str]] | None = None
 
     def match(self, wanted: Sequence[str], folder: str = "") -> list[str | None]:
-        """The image of every name: relative to the table's folder, else to the root, else by its end.
+        """The image of every name: relative to the table's folder, else to the root. Where that finds none of them,
+        one of the two paths may have more leading folders than the other.
 
-        One rule holds for a whole table, so that a name of a missing image never finds another one. By the end: as
-        many leading folders as find most images are left off, and what remains has to end one path alone (of those in
-        the table's folder, if several).
+        One rule holds for a whole table, and no folder is passed over that differs, so that the name of a missing
+        image does not find another one.
         """
         names, folder = [tidy(n) for n in wanted], tidy(folder)
-        best = [self.exact.get(posixpath.normpath(posixpath.join(folder, n))) for n in names]
-        if not any(best):
-            best = [self.exact.get(posixpath.normpath(n)) for n in names]
-        if any(best):
-            return best
-        split = [[p for p in n.split("/") if p != ".."] for n in names]
-        for leading in range(min(12, max(map(len, split), default=0))):
-            found = [self.ending("/".join(s[leading:]), folder) for s in split]
-            if sum(f is not None for f in found) > sum(f is not None for f in best):
+        for start in (folder, ""):
+            found = [self.at(posixpath.normpath(posixpath.join(start, n))) for n in names]
+            if any(found):
+                return found
+        best: list[str | None] = [self.ending(n, folder) for n in names]
+        parts = [[p for p in n.split("/") if p != ".."] for n in names]
+        for leading in range(1, max(map(len, parts), default=0)):
+            ends = ["/".join(p[leading:]) for p in parts]
+            found = [(self.at(posixpath.join(folder, e)) or self.at(e)) if e else None for e in ends]
+            if len(names) - found.count(None) > len(names) - best.count(None):
                 best = found
         return best
 
+    def at(self, path: str) -> str | None:
+        if path in self.exact:
+            return self.exact[path]
+        alike = self.folded.get(path.casefold(), [])
+        return self.exact[alike[0]] if len(alike) == 1 else None
+
     def ending(self, end: str, folder: str) -> str | None:
+        """The only image whose path ends so; of several, the only one in the folder."""
         if self.ends is None:
             self.ends = defaultdict(list)
             for path in self.exact:
-                parts = path.split("/")
+                parts = path.casefold().split("/")
                 for k in range(len(parts)):
                     self.ends["/".join(parts[k:])].append(path)
-        hits = self.ends.get(end, []) if end else []
-        hits = [h for h in hits if h.startswith(f"{folder}/")] or hits if folder else hits
+        hits = self.ends.get(end.casefold(), []) if end else []
+        hits = [h for h in hits if folder and h.startswith(f"{folder}/")] or hits
         return self.exact[hits[0]] if len(hits) == 1 else None
