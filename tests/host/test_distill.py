@@ -9,6 +9,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from PIL import Image
 from safetensors.torch import load_file
 
 from vgm_cli.engine import checkpoint as ckpt
@@ -266,6 +267,21 @@ def test_a_network_without_a_view_is_no_teacher(teachers: Callable[[str, str], P
         engine.load(str(file), None, [], str(tmp_path / "bare.safetensors"))
     known = engine.load("dmd", None, [], str(tmp_path / "bare.safetensors"))  # the recipe's own view is a flow's
     assert known.config["teacher"]["view"]["prediction"] == "velocity"
+
+
+def test_the_datas_classes_are_those_of_the_teacher(
+    vgm: Vgm, teachers: Callable[[str, str], Path], tmp_path: Path
+) -> None:
+    """Another number of classes is refused, another name told."""
+    for folder, names in {"names": [*"012345678", "X"], "number": ["cat", "dog"]}.items():
+        for name in names:
+            (tmp_path / folder / name).mkdir(parents=True)
+            Image.new("L", (28, 28)).save(tmp_path / folder / name / "0.png")
+    words = ("dmd", "--teacher", teachers("dit", "ddpm"), *SHORT, "train.steps=1")
+    code, _, err = vgm("distill", *words, f"data.path={tmp_path / 'number'}", "--out", tmp_path / "a")
+    assert code == USAGE and "the data has 2 classes, the teacher was trained on 10" in err
+    code, _, err = vgm("distill", *words, f"data.path={tmp_path / 'names'}", "--out", tmp_path / "b")
+    assert code == 0 and "the data's class 9 is X, that of the teacher 9" in err
 
 
 @pytest.mark.parametrize("layout", ["edm", "consistency"])

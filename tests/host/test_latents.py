@@ -21,6 +21,7 @@ from vgm_cli.data import latent_cache, open_dataset
 from vgm_cli.data.latent_cache import build_cache
 from vgm_cli.data.latents import INDEX, Latents, MemoryLatents, Sums, is_latents, open_cache, open_latents, to_model
 from vgm_cli.data.loader import Batches
+from vgm_cli.data.pack import pack
 from vgm_cli.errors import VgmError
 
 
@@ -265,6 +266,60 @@ def test_another_codec_or_other_images_are_refused(few: Any, images: Any, tmp_pa
     cropped = open_dataset(tmp_path / "few", crop="center")
     refused("cropped otherwise", 2, build, cropped, tmp_path / "c")
     refused("another codec", 2, open_latents(tmp_path / "c").refuse_other, "codec-2")
+
+
+@pytest.mark.parametrize("kind", ["png", "bmp", "tar", "zip", "npz"])
+def test_other_images_under_the_same_names_are_seen(tmp_path: Path, kind: str) -> None:
+    def made(seed: int) -> Any:
+        image = np.random.default_rng(seed).integers(0, 256, (16, 16, 3), dtype=np.uint8)
+        folder = tmp_path / "d"
+        folder.mkdir(exist_ok=True)
+        Image.fromarray(image).save(folder / ("0.bmp" if kind == "bmp" else "0.png"), compress_level=0)
+        if kind in ("png", "bmp"):
+            return open_dataset(folder)
+        pack(open_dataset(folder), tmp_path / f"x.{kind}")
+        return open_dataset(tmp_path / f"x.{kind}")
+
+    build(made(0), tmp_path / "c")
+    assert len(build(made(0), tmp_path / "c")) == 1
+    other = made(1)
+    refused("made from other images", 2, build, other, tmp_path / "c")
+    refused("made from other images", 2, open_cache, tmp_path / "c", "codec-1", other.fingerprint())
+    again = build(other, tmp_path / "c", overwrite=True)
+    assert torch.allclose(again.gather([0])["moments"], Posterior().encode(other.pixels([0])))
+
+
+def test_another_dtype_of_a_whole_cache(few: Any, tmp_path: Path) -> None:
+    build(few, tmp_path / "c", dtype="float16")
+    refused("holds float16, not float32", 2, build, few, tmp_path / "c", dtype="float32")
+    assert len(build(few, tmp_path / "c")) == len(build(few, tmp_path / "c", dtype="float16")) == 10
+    assert build(few, tmp_path / "c", dtype="float32", overwrite=True).gather([0])["moments"].dtype == torch.float32
+    build(few, tmp_path / "t", Tokens(), dtype="float16")  # says nothing of tokens
+    assert len(build(few, tmp_path / "t", Tokens(), dtype="float32")) == 10
+
+
+def test_overwriting_removes_the_cache_and_nothing_else(few: Any, tmp_path: Path) -> None:
+    build(few, tmp_path / "c")
+    (tmp_path / "c/mine.txt").write_text("mine")
+    build(few, tmp_path / "c", name="codec-2", shard_bytes=8 * ITEM, overwrite=True)
+    assert sorted(p.name for p in (tmp_path / "c").iterdir()) == [
+        "latents-00000-of-00002.safetensors", "latents-00001-of-00002.safetensors", INDEX, "mine.txt"
+    ]  # fmt: skip
+
+
+def test_a_cache_of_an_older_version_is_used_with_a_warning(
+    few: Any, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    build(few, tmp_path / "c")
+    index = json.loads((tmp_path / "c" / INDEX).read_text())
+    for stored in ("10-0123456789abcdef01234567", "9-0123456789abcdef01234567"):
+        index["data"]["fingerprint"] = stored
+        (tmp_path / "c" / INDEX).write_text(json.dumps(index))
+        if stored.startswith("10-"):
+            assert len(open_cache(tmp_path / "c", "codec-1", few.fingerprint())) == 10
+            assert "of an older version" in capsys.readouterr().err
+        else:
+            refused("other images", 2, open_cache, tmp_path / "c", "codec-1", few.fingerprint())
 
 
 def test_what_cannot_become_a_cache(few: Any, tmp_path: Path) -> None:

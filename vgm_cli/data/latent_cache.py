@@ -55,10 +55,8 @@ def build_cache(
     images, or none.
     """
     folder = Path(folder)
-    if overwrite:
-        remove_cache(folder)
     fingerprint = dataset.fingerprint()
-    index = read_index(folder)
+    index = None if overwrite else read_index(folder)
     if index is not None:
         check(folder, index, codec_hash, fingerprint)
         latents = open_latents(folder)
@@ -71,7 +69,10 @@ def build_cache(
     if dataset.crop == "random":
         hint = "data.cache_latents=false, or data.crop=adm"
         raise VgmError("random crops differ each time: their latents cannot be cached", hint, USAGE)
-    if folder.is_dir() and not shard_files(folder) and any(not p.name.startswith(".") for p in folder.iterdir()):
+    if shard_files(folder) or (folder / INDEX).exists():
+        if overwrite:
+            remove_cache(folder)
+    elif folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir()):
         raise VgmError(f"{folder} holds other files", "name a new or empty folder for the latent cache", USAGE)
     build = _Build(dataset, codec, torch.device(device), hflip, DTYPES[dtype] if dtype else None, batch)
     return build.run(folder, codec_hash, fingerprint, shard_bytes)
