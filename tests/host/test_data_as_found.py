@@ -524,6 +524,8 @@ def test_a_change_of_channels_is_told_once(tmp_path: Path, vgm: Any, stored: str
 def test_data_alone_says_what_there_is(vgm: Any) -> None:
     code, out, _ = vgm("data")
     assert code == 0 and "info" in out and "pack" in out
+    rows = json.loads(vgm("ls", "datasets", "--json")[1])
+    assert {"mnist5k", "shapes"} <= {row["name"] for row in rows} and all(row["summary"] for row in rows)
 
 
 def test_one_image_is_not_1_images(tmp_path: Path, vgm: Any) -> None:

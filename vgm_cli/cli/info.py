@@ -119,7 +119,12 @@ def presets_table() -> list[tuple[Any, ...]]:
 def components_table(kind: str) -> list[tuple[Any, ...]]:
     r = registry()
     found = [(name, r.components[kind, name]) for name in r.names(kind)]
-    return [(name, r.owners[kind, name], list(r.presets(c)), c.summary) for name, c in found]
+    rows = [(name, r.owners[kind, name], list(r.presets(c)), c.summary) for name, c in found]
+    if kind == "dataset":
+        from vgm_cli.data import SHIPPED
+
+        rows += [(name, "vgm", [], summary) for name, summary in SHIPPED.items()]
+    return rows
 
 
 # -- cat and cp ------------------------------------------------------------------------------------------------------
