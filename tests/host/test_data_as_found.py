@@ -229,7 +229,7 @@ def test_text_in_any_encoding_or_an_error_that_names_the_file(tmp_path: Path) ->
         ("metadata.csv", 'file_name,text\n0.png,"never closed\n1.png,x', "is not CSV"),
         ("metadata.csv", "0.png,a cat\n1.png,a dog", "no file_name"),
         ("dataset.json", '{"labels": [["0.png"]]}', "not a list of [name, label]"),
-        ("dataset.json", "[" * 100_000, "not valid JSON"),
+        ("dataset.json", "[" * 100_000, "nested too deeply"),
         ("dataset.json", '{"labels": [["0.png", 0], ["1.png", 1]], "class_names": ["a", "a"]}', "different names"),
     ],
 )
