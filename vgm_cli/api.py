@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -113,6 +114,12 @@ class Request:
     def __len__(self) -> int:
         return len(self.generators)
 
+    def drawn_by(self, generators: list[torch.Generator]) -> Request:
+        """The same request with other random streams."""
+        other = copy.copy(self)
+        other.generators = generators
+        return other
+
     def randn(self, shape: tuple[int, ...] | None = None) -> Tensor:
         """One standard normal draw per item from that item's own generator: (N, *shape)."""
         shape = self.shape if shape is None else shape
@@ -196,7 +203,11 @@ class ObjectiveBase:
 
 
 class Sampler(Protocol):
-    """Turns a model (or its view) and a request into samples (N, *shape)."""
+    """Turns a model (or its view) and a request into samples (N, *shape).
+
+    Optional attributes: steps (of a sampler that takes them, when the request names none), grid_columns (pictures per
+    row, of samplers whose items make a table), grid_period (items that stay under one another in a grid).
+    """
 
     def __call__(self, model: Any, request: Request) -> Tensor: ...
 

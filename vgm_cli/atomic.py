@@ -9,7 +9,10 @@ import errno
 import json
 import math
 import os
+import platform
 import re
+import shutil
+import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -30,9 +33,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     Raises VgmError (exit code 1) when the disk is full or the folder cannot be written.
     """
     target = Path(path)
-    temp = target.with_name(f".{target.name}.{os.getpid()}.tmp")
+    temp = beside(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
+        clean(target.parent)
         temp.touch()
         mode = temp.stat().st_mode  # what the umask gives: some writers (safetensors) leave files that only we may read
         yield temp
@@ -46,6 +50,68 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     finally:
         with contextlib.suppress(OSError):
             temp.unlink(missing_ok=True)
+
+
+@contextlib.contextmanager
+def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
+    """Yield a temporary folder to fill; afterwards it takes `path`'s place. On any error what was there is intact; a
+    kill between the two renames leaves nothing under the name, never a mixture."""
+    target = Path(path)
+    temp, old = beside(target), beside(target, "old")
+    try:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        clean(target.parent)
+        temp.mkdir()
+        yield temp
+        sync_folder(temp)
+        if os.path.lexists(target):
+            os.replace(target, old)
+        os.replace(temp, target)
+        sync_folder(target.parent)
+    except OSError as e:
+        raise _failure(target, e) from e
+    finally:
+        for leftover in (temp, old):
+            shutil.rmtree(leftover, ignore_errors=True)
+
+
+def beside(target: Path, kind: str = "tmp") -> Path:
+    """A name for this process alone, hidden and in the same folder."""
+    return target.with_name(f".{target.name}.{_machine()}.{os.getpid()}.{kind}")
+
+
+def _machine() -> str:
+    return f"{zlib.crc32(platform.node().encode('utf-8', 'replace')):08x}"
+
+
+_cleaned: set[tuple[int, str]] = set()
+
+
+def clean(folder: str | os.PathLike[str]) -> None:
+    """Remove what killed processes of this machine left half-written in `folder`; looked for once by each process."""
+    key = (os.getpid(), os.path.realpath(folder))
+    if key in _cleaned or os.name != "posix":
+        return
+    _cleaned.add(key)
+    ours = re.compile(rf"\..+\.{_machine()}\.(\d+)\.(tmp|old)")
+    with contextlib.suppress(OSError):
+        for entry in os.scandir(folder):
+            if (found := ours.fullmatch(entry.name)) and not _alive(int(found[1])):
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path, ignore_errors=True)
+                else:
+                    with contextlib.suppress(OSError):
+                        os.unlink(entry.path)
+
+
+def _alive(pid: int) -> bool:
+    try:
+        os.kill(pid, 0)
+    except ProcessLookupError:
+        return False
+    except (OSError, OverflowError):  # another user's
+        return True
+    return True
 
 
 def refuse_existing(path: str | os.PathLike[str], overwrite: bool = False) -> None:

@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import os
 import sys
+import time
 import unicodedata
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
@@ -107,10 +108,13 @@ ui = UI()
 
 
 class Progress:
-    """Progress of a long loop: a bar on a terminal, otherwise a plain line whenever `line` is called."""
+    """Progress of a long loop: a bar on a terminal, otherwise a plain line whenever `line` is called.
 
-    def __init__(self, what: str, total: int, done: int = 0):
-        self.what, self.total = what, total
+    every: without a terminal, `update` says how far it is once in so many seconds, too.
+    """
+
+    def __init__(self, what: str, total: int, done: int = 0, every: float | None = None):
+        self.what, self.total, self.every, self.told = what, total, every, time.monotonic()
         self.bar: Any = None
         if ui.interactive and ui.main:
             from rich.console import Console
@@ -128,9 +132,19 @@ class Progress:
             self.task = self.bar.add_task(clean(what), total=total, completed=done, note="")
             self.bar.start()
 
-    def update(self, done: int, note: str | None = None) -> None:
+    def update(self, done: float, note: str | None = None) -> None:
         if self.bar is not None:
             self.bar.update(self.task, completed=done, **({"note": clean(note)} if note is not None else {}))
+        elif self.every is not None and time.monotonic() - self.told >= self.every:
+            self.told = time.monotonic()
+            ui.info(f"{self.what} {int(done)}/{self.total}" + (f", {note}" if note else ""))
+
+    def note(self, text: str) -> None:
+        """What is being done now, which moves nothing."""
+        if self.bar is not None:
+            self.bar.update(self.task, note=clean(text))
+        else:
+            ui.info(text)
 
     def line(self, text: str) -> None:
         if self.bar is None:

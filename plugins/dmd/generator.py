@@ -85,11 +85,21 @@ class Generator(Denoiser):
         t = torch.full((len(x0),), self.times[i], dtype=torch.float64, device=x0.device)
         return self.path.add_noise(x0, noise, t)
 
-    def walk(self, x: Tensor, steps: int, noise: Callable[[], Tensor], **cond: Any) -> list[Tensor]:
-        """The images of the first `steps` steps from the first step's input x (B, ...); noise() between two of them."""
+    def walk(
+        self,
+        x: Tensor,
+        steps: int,
+        noise: Callable[[], Tensor],
+        tell: Callable[[int, Tensor], None] | None = None,
+        **cond: Any,
+    ) -> list[Tensor]:
+        """The images of the first `steps` steps from the first step's input x (B, ...); noise() between two of them.
+        tell(i, image): called after every step."""
         images: list[Tensor] = []
         for i in range(steps):
             images.append(self.generate(x if i == 0 else self.renoise(images[-1], i, noise()), i, **cond))
+            if tell is not None:
+                tell(i, images[-1])
         return images
 
 
@@ -109,9 +119,9 @@ class GeneratorSampler:
         times = trained if steps is None or steps <= len(trained) else denoising_times(view, steps)
         generator = Generator(view.network, view, times)
         wanted = steps or len(times)
-        images = generator.walk(request.randn() * generator.noise_scale(), wanted, request.randn, **request.cond)
-        if request.callback is not None:
-            for i, x0 in enumerate(images):
-                request.callback(i, wanted, x0, x0)
+        watch = request.callback
+        tell = None if watch is None else lambda i, x0: watch(i, wanted, x0, x0)
+        noise = request.randn() * generator.noise_scale()
+        images = generator.walk(noise, wanted, request.randn, tell, **request.cond)
         request.info["nfe"] = generator.nfe
         return images[-1].float()

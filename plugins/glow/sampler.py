@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 
 import torch
 from torch import Tensor
@@ -53,6 +52,7 @@ class InterpolationSampler:
         if points < 2:
             raise VgmError(f"points={points}: a line has at least 2", code=USAGE)
         self.points, self.temperature, self.seed = points, temperature, seed
+        self.grid_columns = points
 
     def __call__(self, model: Glow, request: Request) -> Tensor:
         y = request.cond.get("y")
@@ -64,7 +64,7 @@ class InterpolationSampler:
     def ends(self, model: Glow, request: Request, end: int, y: Tensor | None) -> list[Tensor]:
         """eps of one end of every item's strip."""
         numbers = [2 * (i // self.points) + end for i in request.index]
-        own = replace(request, generators=generators(seed_of("glow-interpolate", self.seed, k) for k in numbers))
+        own = request.drawn_by(generators(seed_of("glow-interpolate", self.seed, k) for k in numbers))
         if request.images is None:
             return [self.temperature * own.randn(shape) for shape in model.latent_shapes(request.shape)]
         if len(request.images) < 2:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import math
-from dataclasses import replace
 from typing import Literal
 
 import torch
@@ -63,7 +62,8 @@ class StyleMixingSampler:
     `layers` the column's. The first item is left grey.
 
     columns: of the table, without the left one, so that items 0 to columns are the top row. layers: see layer_range.
-    Sources depend on (seed, their number) alone. A label is its item's: give one label, or one per column.
+    Sources depend on (seed, their number) alone. A label is its item's: give one label, or one per column, the left one
+    included.
     """
 
     def __init__(
@@ -78,6 +78,7 @@ class StyleMixingSampler:
         if columns < 1:
             raise VgmError(f"columns={columns}: a table has at least 1", code=USAGE)
         self.columns, self.layers, self.seed = columns, str(layers), seed
+        self.grid_columns = columns + 1
         self.psi, self.cutoff, self.noise = truncation_psi, truncation_cutoff, noise
 
     def __call__(self, model: StyleGenerator, request: Request) -> Tensor:
@@ -98,5 +99,5 @@ class StyleMixingSampler:
     def styles(
         self, model: StyleGenerator, request: Request, side: str, numbers: list[int], y: Tensor | None
     ) -> Tensor:
-        own = replace(request, generators=generators(seed_of("style mixing", self.seed, side, k) for k in numbers))
+        own = request.drawn_by(generators(seed_of("style mixing", self.seed, side, k) for k in numbers))
         return model.styles(model.map(own.randn((model.latent_size,)), y), self.psi, self.cutoff)

@@ -35,6 +35,7 @@ class ReconstructionSampler:
 
     def __init__(self, pairs: bool = True, noise: bool = False):
         self.pairs, self.noise = pairs, noise
+        self.grid_period = 2 if pairs else 0
 
     def __call__(self, model: VAE, request: Request) -> Tensor:
         if request.images is None:
@@ -60,7 +61,7 @@ class ManifoldSampler:
     """The latent plane: item i is point i of a side x side grid on the unit square, rows first. VgmError: not 2-D."""
 
     def __init__(self, side: int = 8):
-        self.side = side
+        self.side = self.grid_columns = side
 
     def __call__(self, model: VAE, request: Request) -> Tensor:
         if model.latent_dim != 2:

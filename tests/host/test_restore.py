@@ -119,8 +119,13 @@ def test_writes_images_figures_and_records(vgm: Cli, priors: dict[str, Path], tm
     lines = [json.loads(line) for line in (tmp_path / "r/residual.jsonl").read_text().splitlines()]
     assert [line["step"] for line in lines] == [0, 1, 2, 3] and all(len(line["values"]) == 5 for line in lines)
     assert lines[-1]["mean"] == pytest.approx(found["residual_curve"][-1], rel=1e-4)
-    # (degraded, restored, truth) side by side, four items to a row
-    assert Image.open(tmp_path / "r/grid.png").size == (2 + 12 * 30, 2 + 2 * 30)
+    grid = np.asarray(Image.open(tmp_path / "r/grid.png"))  # named rows of three items, and of the other two
+    assert grid.shape[0] == 2 + 6 * 86 + 8 and 3 * 86 < grid.shape[1] < 3 * 86 + 100
+    left = grid.shape[1] - 3 * 86
+    for row, part in enumerate(("degraded", "restored")):
+        assert (grid[2 + row * 86 :, left:][:84:3, :84:3] == pixels(tmp_path / "r" / part)[0]).all(), part
+    assert (grid[2 + 2 * 86 :, left:][:84:3, :84:3] == truth[0, 0].numpy() * 255).all()
+    assert (grid[:, : left - 2] < 100).any(), "names stand at the left"
     told = json.loads(read_png_metadata(tmp_path / "r/restored/000001.png")["vgm"])
     assert told["command"] == "restore" and told["model"] == str(priors["flow"]) and told["seed"] == 3
     code, _, err = vgm("rerun", tmp_path / "r/restored/000001.png")
@@ -179,7 +184,8 @@ def test_degraded_pictures_without_a_truth(vgm: Cli, priors: dict[str, Path], tm
     assert [i["name"] for i in found["images"]] == ["0", "1", "2"] and "gain" not in found and "dB" not in err
     assert "psnr" not in found["restored"] and found["restored"]["residual"] > 0
     assert pixels(tmp_path / "r/restored").shape == (3, 28, 28) and "-" in out
-    assert Image.open(tmp_path / "r/grid.png").size == (2 + 6 * 30, 2 + 30), "degraded and restored"
+    width, height = Image.open(tmp_path / "r/grid.png").size
+    assert height == 2 + 2 * 86 and width > 3 * 86, "degraded above restored"
     code, _, err = vgm(*args, "--input", folder / "1.png", "--out", tmp_path / "one")
     assert code == 0 and results(tmp_path / "one")["n"] == 1, err
 
@@ -284,8 +290,10 @@ def test_the_default_folder_lies_in_the_run(vgm: Cli, priors: dict[str, Path], t
     (run / "model.safetensors").write_bytes(priors["flow"].read_bytes())
     args = ("--task", "denoising", "--input", "mnist5k", "-n", 1, "--steps", 1)
     code, out, _ = vgm("restore", "--model", tmp_path / "run", *args)
-    assert code == 0 and (tmp_path / "run/restored/denoising-dps-seed0/results.json").is_file()
-    assert out.strip().endswith("denoising-dps-seed0")
+    assert code == 0 and (tmp_path / "run/restored/denoising-dps-1steps-seed0/results.json").is_file()
+    assert out.strip().endswith("denoising-dps-1steps-seed0")
+    code, out, _ = vgm("restore", "--model", tmp_path / "run", *args)
+    assert code == 0 and out.strip().endswith("denoising-dps-1steps-seed0_2")
 
 
 def test_perceptual_distances_are_measured_on_request() -> None:
@@ -372,6 +380,65 @@ def test_an_output_that_is_a_file(vgm: Cli, priors: dict[str, Path], tmp_path: P
     args = ("--task", "denoising", "--input", "mnist5k", "-n", 1, "--steps", 1, "--out", tmp_path / "out")
     code, _, err = vgm("restore", "--model", priors["flow"], *args)
     assert code == 2 and "is a file" in err and (tmp_path / "out").read_text() == "mine"
+
+
+def test_an_earlier_restoration_is_replaced_only_when_asked(
+    vgm: Cli, priors: dict[str, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Neither mixed nor lost: refused, replaced as a whole, and whole after an error or Ctrl-C in the middle."""
+    common = ("restore", "--model", priors["flow"], "--input", "mnist5k", "--steps", 1, "--out", tmp_path / "r")
+    assert vgm(*common, "--task", "denoising", "-n", 3)[0] == 0
+    before = {p.relative_to(tmp_path): p.read_bytes() for p in (tmp_path / "r").rglob("*") if p.is_file()}
+    left = lambda: {p.relative_to(tmp_path): p.read_bytes() for p in (tmp_path / "r").rglob("*") if p.is_file()}
+    other = (*common, "--task", "inpainting", "mask=random", "-n", 1)
+    code, _, err = vgm(*other)
+    assert code == 2 and "--overwrite" in err and left() == before
+    real, calls = engine.save_png, []
+
+    def stopped(*args: Any) -> None:
+        calls.append(args)
+        if len(calls) == 2:
+            raise KeyboardInterrupt
+        real(*args)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(engine, "save_png", stopped)
+        code, _, err = vgm(*other, "--overwrite")
+    assert code == 130 and "nothing is written" in err and left() == before
+    assert [p.name for p in tmp_path.iterdir() if p.name.endswith((".tmp", ".old"))] == []
+    assert vgm(*other, "--overwrite")[0] == 0
+    assert (
+        results(tmp_path / "r")["task"]["name"] == "inpainting" and len(list((tmp_path / "r/restored").iterdir())) == 1
+    )
+    (tmp_path / "r/notes.txt").write_text("mine")
+    code, _, err = vgm(*other, "--overwrite")
+    assert code == 2 and "notes.txt" in err and (tmp_path / "r/notes.txt").exists()
+
+
+def test_restorations_that_are_not_finite_are_told(vgm: Cli, priors: dict[str, Path], tmp_path: Path) -> None:
+    args = ("--task", "super-resolution", "scale=2", "--input", "mnist5k", "-n", 2, "--steps", 3)
+    code, out, err = vgm("restore", "--model", priors["flow"], *args, "zeta=1e30", "--out", tmp_path / "r")
+    assert code == 1 and "NaN or infinity" in err and "PSNR" not in out and not (tmp_path / "r").exists()
+
+
+def test_the_noise_that_is_assumed_is_told(vgm: Cli, priors: dict[str, Path], tmp_path: Path) -> None:
+    args = (
+        "restore",
+        "--model",
+        priors["flow"],
+        "--task",
+        "denoising",
+        "--input",
+        digits(tmp_path / "d", 1),
+        "--steps",
+        1,
+    )
+    code, _, err = vgm(*args, "--out", tmp_path / "a")
+    assert code == 0 and "gaussian noise, sigma=0.05" in err and "1 image in" in err
+    code, _, err = vgm(*args, "--degraded", "--out", tmp_path / "b")
+    assert code == 0 and "free of noise" in err
+    code, _, err = vgm(*args, "--noise", "none", "--out", tmp_path / "c")
+    assert code == 0 and "noise" not in err
 
 
 def test_ambiguous_words_are_refused() -> None:

@@ -48,6 +48,8 @@ def restore(
         str | None, typer.Option("--input", help="An image, a folder, an .npz, or a shipped set (mnist5k).")
     ] = None,
     out: Annotated[Path | None, typer.Option(help="A folder. Default: restored/ in the run.")] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier restoration.")] = False,
+    device: Annotated[str, typer.Option(help="auto | cpu | cuda | cuda:N | mps.")] = "auto",
     method: Annotated[
         str, typer.Option(help="dps, mcg, projection, ddrm, pigdm, diffpir, consistency-edit.", autocompletion=methods)
     ] = "dps",
@@ -94,7 +96,7 @@ def restore(
     """
     from vgm_cli.engine import restore as engine
     from vgm_cli.engine.sampling import open_model
-    from vgm_cli.errors import USAGE, VgmError
+    from vgm_cli.errors import INTERRUPTED, USAGE, VgmError
 
     if model is None:
         raise engine.no_model()
@@ -103,28 +105,38 @@ def restore(
     if truth is not None and degrade:
         raise VgmError("--truth belongs to --degraded: without it the input is the truth", code=USAGE)
     settings = engine.settings_for(task, method, noise or ("gaussian" if degrade else "none"), overrides or [])
-    loaded, device = open_model(model, weights)
-    results = engine.run(
-        loaded,
-        model,
-        source,
-        settings,
-        degrade=degrade,
-        truth=truth,
-        n=n,
-        split=split,
-        label=label,
-        seed=seed,
-        steps=steps,
-        tries=tries,
-        batch_size=batch_size,
-        lpips=lpips,
-        out=out,
-        device=device,
-    )
+    if out is not None:
+        engine.check_folder(out, overwrite)
+    loaded, where = open_model(model, weights, device)
+    if noise is None:
+        ui.info(engine.assumed(settings, degrade))
+    try:
+        results = engine.run(
+            loaded,
+            model,
+            source,
+            settings,
+            degrade=degrade,
+            truth=truth,
+            n=n,
+            split=split,
+            label=label,
+            seed=seed,
+            steps=steps,
+            tries=tries,
+            batch_size=batch_size,
+            lpips=lpips,
+            out=out,
+            overwrite=overwrite,
+            device=where,
+        )
+    except KeyboardInterrupt as e:
+        text = "interrupted: nothing is written, what was there is unchanged"
+        raise VgmError(text, "a folder of results is made at its end; -n takes fewer images", INTERRUPTED) from e
     ui.document(results)
     ui.table(["", "PSNR", "SSIM", "LPIPS", "residual"], engine.summary(results))
     if "gain" in results:
         ui.info(f"{results['gain']:+.2f} dB PSNR over the baseline")
-    ui.info(f"{results['n']} images in {results['seconds']:.1f} s ({results['nfe']} network evaluations each)")
+    count = f"{results['n']} image{'s' * (results['n'] > 1)}"
+    ui.info(f"{count} in {results['seconds']:.1f} s ({results['nfe']} network evaluations each)")
     ui.data(results["out"])

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
 
@@ -18,12 +18,17 @@ def register(app: typer.Typer) -> None:
 
 def sample(
     model: Annotated[
-        str, typer.Argument(help="A run, a checkpoint folder or a .safetensors file.", autocompletion=complete.runs)
-    ],
+        str | None,
+        typer.Argument(
+            help="A run, a checkpoint folder or a .safetensors file; the newest run of a paper (dit), of a folder of "
+            "runs, or of all (last). Default: last.",
+            autocompletion=complete.runs,
+        ),
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Keywords of the sampler: eta=0.5 …")
     ] = None,
-    n: Annotated[int, typer.Option("-n", help="How many images.", min=1)] = 64,
+    n: Annotated[int | None, typer.Option("-n", help="How many images. Default: 64.", min=1)] = None,
     label: Annotated[str, typer.Option(help="Classes, numbers or names: 3,7. Default: all in turn.")] = "",
     sampler: Annotated[
         str | None, typer.Option(help="Another sampler than the recipe's.", autocompletion=complete.samplers)
@@ -49,13 +54,17 @@ def sample(
         bool, typer.Option("--trace", help="Also NAME-trace.png: x_t and the estimate of x_0, step by step.")
     ] = False,
     nproc: Annotated[int, typer.Option(help="Processes on this machine; the images do not depend on it.", min=1)] = 1,
+    device: Annotated[str, typer.Option(help="auto | cpu | cuda | cuda:N | mps.")] = "auto",
     out: Annotated[
         Path | None, typer.Option(help="grid.png, a folder (one PNG each), or x.npz (ADM layout). Default: in the run.")
     ] = None,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
 ) -> None:
     """Sample images from a trained model.
 
     Examples:
+
+        vgm sample                                          # the newest run
 
         vgm sample runs/dit-mnist/20260101-120000
 
@@ -69,14 +78,25 @@ def sample(
 
     if relaunched(nproc):
         return
-    from vgm_cli.engine import output, ranks
-    from vgm_cli.engine.sampling import open_model, plan_for, warn_of_ignored
+    from vgm_cli.engine import generate, output, ranks
+    from vgm_cli.engine.run import newest
+    from vgm_cli.engine.sampling import named, open_model, plan_for, warn_of_ignored
+    from vgm_cli.errors import INTERRUPTED, USAGE, VgmError
+    from vgm_cli.images import save_png
 
+    words = list(overrides or [])
+    if model is not None and "=" in model and not Path(model).exists():
+        words.insert(0, model)
+        model = None
+    if model is None and newest("last") is None:
+        hint = "name a run or a file; vgm train dit makes one"
+        raise VgmError("no model is named, and there is no run below ./runs", hint, USAGE)
+    model = model or "last"
     ranks.join()
-    loaded, device = open_model(model, weights)
+    loaded, where = open_model(model, weights, device)
     plan = plan_for(
         loaded,
-        n=n,
+        n=n or 64,
         label=label,
         sampler=sampler,
         steps=steps,
@@ -84,31 +104,52 @@ def sample(
         guidance_interval=guidance_interval,
         seed=seed,
         batch_size=batch_size,
-        overrides=overrides or [],
+        overrides=words,
         images=images,
         precision=precision,
     )
-    target = out or output.default_target(loaded, model, plan)
-    with Progress("sampling", n) as progress:
-        result = output.write(loaded, plan, target, model, device, progress)
+    target = out or ranks.from_main(output.default_target(loaded, plan, where))
+    plan = output.fitted(plan, target, where, n is not None)
+    meta = generate.provenance(loaded, plan, named(loaded, model), where)
+    output.check_target(target, meta, plan, overwrite, trace)
+    try:
+        strips = output.trace(loaded, plan, where) if trace and ui.main else None
+        with Progress("sampling", plan.n, every=10) as progress:
+            result = output.write(loaded, plan, target, meta, where, progress, overwrite)
+    except KeyboardInterrupt as e:
+        raise VgmError(f"interrupted: {(kept := output.kept(target, plan))[0]}", kept[1], INTERRUPTED) from e
     warn_of_ignored(result, plan)
-    if trace and ui.main:
-        result["trace"] = str(output.write_trace(loaded, plan, target, device))
+    if strips is not None:
+        save_png(strips, output.trace_of(target), {"vgm.trace": meta["vgm"]})
+        result["trace"] = str(output.trace_of(target))
     ui.document(result)
     ui.data(str(target))
     if trace:
         ui.data(result.get("trace", ""))
-    ui.info(
-        f"{n} images in {result['seconds']:.1f} s "
-        f"({result['images_per_second']:.1f} img/s, {result.get('nfe', '?')} NFE)"
-    )
+    ui.info(told(result))
     if loaded.header.weights == "raw":
         ui.info("these are raw weights; averages usually look better")
 
 
+def told(result: dict[str, Any]) -> str:
+    """How long it took."""
+    n, made = result["n"], result["made"]
+    if not made:
+        return "the image was there" if n == 1 else f"all {n} images were there"
+    nfe = f", {result['nfe']} NFE" if "nfe" in result else ""
+    rest = f"; {n - made} were there" if made < n else ""
+    speed = f"{result['images_per_second']:.3g} img/s"
+    return f"{made} image{'s' * (made > 1)} in {result['seconds']:.1f} s ({speed}{nfe}){rest}"
+
+
 def rerun(
     image: Annotated[Path, typer.Argument(help="A PNG of `vgm sample`: it remembers how it was made.")],
-    out: Annotated[Path | None, typer.Option(help="Default: NAME-again.png beside it.")] = None,
+    out: Annotated[
+        Path | None,
+        typer.Option(help="Default: FOLDER-again/ for one of a folder of samples, else NAME-again.png here."),
+    ] = None,
+    device: Annotated[str, typer.Option(help="auto | cpu | cuda | cuda:N | mps.")] = "auto",
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
 ) -> None:
     """Make the same image again. Exit code 3 if a pixel differs (other hardware, other versions).
 
@@ -119,12 +160,14 @@ def rerun(
     Next: vgm sample RUN
     """
     from vgm_cli.engine.output import rerun as again
-    from vgm_cli.engine.sampling import device_for
-    from vgm_cli.errors import CHECK_FAILED, VgmError
+    from vgm_cli.errors import CHECK_FAILED, INTERRUPTED, VgmError
 
-    result = again(image, out, device_for())
+    try:
+        result = again(image, out, device, overwrite)
+    except KeyboardInterrupt as e:
+        raise VgmError("interrupted: nothing is written", code=INTERRUPTED) from e
     ui.document(result)
     ui.data(result["again"])
     if not result["identical"]:
         raise VgmError(f"not the same image: pixels differ by up to {result['largest_difference']}", code=CHECK_FAILED)
-    ui.info("identical")
+    ui.info("identical; both are there")

@@ -157,6 +157,7 @@ class Denoiser:
         self.learned_sigma, self.variance = learned_sigma, variance
         self.sigma_data = self.path.sigma_data if sigma_data is None else sigma_data
         self.nfe = 0
+        self.asked_at: Tensor | None = None  # times (B,) of the latest evaluation
 
     @classmethod
     def from_config(cls, network: Network, config: Mapping[str, Any]) -> Denoiser:
@@ -224,6 +225,7 @@ class Denoiser:
         """The network's own output at x_t (B, C, ...), t (B,) or a number: (B, C, ...), or (B, 2C, ...)."""
         t = self.batch_time(x_t, t)
         self.nfe += 1
+        self.asked_at = t
         return self.network(self.input_of(x_t, t), self.time_argument(t), **cond)
 
     def split(self, output: Tensor, x_t: Tensor) -> tuple[Tensor, Tensor | None]:

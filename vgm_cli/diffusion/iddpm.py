@@ -245,6 +245,7 @@ class DDPMSampler:
         loop = process.sample_loop(model, x, request.randn, self.sampler, self.eta, self.clip_denoised, cond_fn=cond_fn)
         for i, (x, x0) in enumerate(loop):
             if request.callback is not None:
+                view.asked_at = torch.tensor([(process.timestep_map[-1 - i] + 1) / process.original_steps])
                 request.callback(i, process.steps, x, x0)
         request.info["nfe"] = nfe
         return x

@@ -152,9 +152,8 @@ def open_target(target: str, options: Options, protocol: Protocol, sampled: bool
             precision=options.precision,
         )
         found.pictures = Sampled(loaded, plan, device, protocol.uint8)
-        guided = plan.guidance_scale if plan.labels else None
-        found.facts |= {"sampler": plan.sampler, "steps": plan.steps, "guidance_scale": guided}
-        found.facts |= {"guidance_interval": plan.guidance_interval, "precision": plan.precision}
+        found.facts |= {k: v for k, v in plan.settings(device).items() if k != "asked"}
+        found.facts["precision"] = plan.precision
     return found
 
 

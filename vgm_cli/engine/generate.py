@@ -5,9 +5,9 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -16,12 +16,14 @@ from torch import Tensor
 
 from vgm_cli import atomic
 from vgm_cli.api import Request, generators, seed_of
+from vgm_cli.data.latents import to_model
 from vgm_cli.engine.checkpoint import Loaded, load
-from vgm_cli.errors import USAGE, VgmError
-from vgm_cli.images import save_grid
+from vgm_cli.errors import FAILED, USAGE, VgmError
+from vgm_cli.images import Layout, compared, layout_of, save_grid, save_png
 from vgm_cli.registry import registry
+from vgm_cli.ui import Progress, ui
 
-OPTIONAL = ("steps", "guidance_scale", "guidance_interval")  # of a Request; not every sampler has a use for them
+OPTIONAL = ("steps", "guidance_scale", "guidance_interval", "images")  # of a Request; not every sampler uses them
 
 
 @dataclass
@@ -42,6 +44,36 @@ class Plan:
     source: str | None = None
     precision: str = "fp32"
     named: tuple[str, ...] = ()
+    built: Any = field(default=None, repr=False, compare=False)
+
+    def build(self, device: torch.device | str) -> Any:
+        """The sampler, made once."""
+        if self.built is None:
+            self.built = build_sampler(self.sampler, device)
+        return self.built
+
+    def first(self, n: int) -> Plan:
+        """Of the first n items alone."""
+        return replace(self, n=min(n, self.n), labels=self.labels[:n])
+
+    def period(self) -> int:
+        """After how many items the labels come again; 0 without labels, n where none does."""
+        return next((k for k in range(1, self.n) if self.labels[k:] == self.labels[:-k]), self.n) if self.labels else 0
+
+    def settings(self, device: torch.device | str) -> dict[str, Any]:
+        """Sampler, steps and guidance as they count: steps of a sampler that takes none, guidance without labels, and
+        an interval without guidance are None. asked: what the user named."""
+        sampler, steps = self.build(device), None
+        if hasattr(sampler, "steps"):
+            steps = sampler.steps if self.steps is None else self.steps
+        scale = self.guidance_scale if self.labels else None
+        return {
+            "sampler": {**self.sampler, "steps": steps} if "steps" in self.sampler else self.sampler,
+            "steps": steps,
+            "guidance_scale": scale,
+            "guidance_interval": None if scale in (None, 1) else self.guidance_interval,
+            "asked": list(self.named),
+        }
 
     def seeds(self, first: int, last: int) -> list[int]:
         return [seed_of("sample", self.seed, i) for i in range(first, last)]
@@ -124,9 +156,11 @@ def stream(
     last: int | None = None,
     callback: Any = None,
     info: dict[str, Any] | None = None,
+    progress: Progress | None = None,
 ) -> Iterator[tuple[Tensor, list[int]]]:
-    """Batches of images (B, C, H, W) about [-1, 1] with their labels, items first..last of the plan."""
-    sampler = build_sampler(plan.sampler, device)
+    """Batches of images (B, C, H, W) about [-1, 1] with their labels, items first..last of the plan. progress: told of
+    every step that the sampler tells of, in images. VgmError: samples that are not finite."""
+    sampler = plan.build(device)
     shape = tuple(loaded.header.data.get("sample_shape") or ())
     if not shape:
         raise VgmError(f"{loaded.path} does not say the shape of a sample", code=USAGE)
@@ -143,7 +177,7 @@ def stream(
             guidance_scale=plan.guidance_scale if labels else None,
             guidance_interval=plan.guidance_interval,
             device=torch.device(device),
-            callback=callback,
+            callback=each_step(callback, progress, start, stop - start),
             index=list(range(start, stop)),
             images=plan.images,
             codec=loaded.codec,
@@ -158,11 +192,41 @@ def stream(
                 text = f"the sampler {name} asks for '{e.name}', which {network} does not have"
                 raise VgmError(text, "`vgm ls samplers` shows others", USAGE) from e
             x = z if loaded.codec is None else loaded.codec.decode(z.float() if z.is_floating_point() else z)
+        refuse_non_finite(x, start)
+        if progress is not None:
+            progress.update(stop, "")
         if info is not None:
             info.update(request.info)
             if ignored := request.ignored(plan.named):
                 info["ignored"] = ignored
         yield x.float(), labels
+
+
+Callback = Callable[[int, int, Tensor, Tensor | None], None]
+
+
+def each_step(callback: Callback | None, progress: Progress | None, done: int, size: int) -> Callback | None:
+    """A request's callback that also moves the progress, of `done` items before these `size`."""
+    if progress is None:
+        return callback
+
+    def tell(i: int, total: int, x: Tensor, x0: Tensor | None) -> None:
+        at = min(i + 1, total)  # adaptive solvers take as many as they need
+        progress.update(done + size * at / max(total, 1), f"step {at}/{total}")
+        if callback is not None:
+            callback(i, total, x, x0)
+
+    return tell
+
+
+def refuse_non_finite(x: Tensor, first: int = 0, hint: str = "") -> None:
+    """VgmError (exit code 1): images (B, ...) of which some hold NaN or infinity; the first is number `first`."""
+    good = torch.isfinite(x).flatten(1).all(1)
+    if not bool(good.all()):
+        bad = (~good).nonzero().flatten().tolist()
+        hint = hint or "weights that are not finite, or a sampler, a guidance or a precision that they do not stand"
+        more = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        raise VgmError(f"image {first + bad[0]}{more} came out as NaN or infinity, and is not written", hint, FAILED)
 
 
 def sample(
@@ -174,42 +238,76 @@ def sample(
 ) -> tuple[Tensor, list[int]]:
     """All images of a plan at once: (N, C, H, W), labels."""
     images, labels = [], []
-    for x, y in stream(loaded, plan, device, info=info):
+    for x, y in stream(loaded, plan, device, info=info, progress=progress):
         images.append(x.cpu())
         labels += y
-        if progress is not None:
-            progress.update(sum(len(i) for i in images))
     return torch.cat(images), labels
 
 
-def preview(loaded: Loaded, recipe: Any, path: Path, n: int, device: torch.device) -> None:
-    """A run's grid: fixed seeds, classes in columns, side-car JSON with labels and settings."""
-    config = recipe.config
-    if loaded.header.component.get("kind") == "codec" or config.get("sampler") is None:
+# -- pictures of a run -----------------------------------------------------------------------------------------------
+
+
+def preview(loaded: Loaded, recipe: Any, path: Path, n: int, device: torch.device, feed: Any = None) -> None:
+    """A run's picture at one step, and a side-car JSON: samples of fixed seeds and labels; of a codec, which draws
+    nothing, training images above their reconstructions. Samples that are not finite are told of, not shown."""
+    config, began = recipe.config, time.perf_counter()
+    if config.get("sampler") is None:
+        if loaded.header.is_codec and feed is not None:
+            reconstructions(loaded.model, real_images(feed, n), path, device)
         return
     labels = class_labels(n, loaded.header.data.get("num_classes") or 0)
     plan = Plan(n=n, seed=0, labels=labels, sampler=sampler_node(config), guidance_scale=config.get("guidance_scale"))
-    began = time.perf_counter()
-    x, _ = sample(loaded, plan, device)
-    save_grid(x, path, nrow=grid_columns(n, loaded.header.data.get("num_classes") or 0))
-    atomic.write_json(
-        path.with_suffix(".json"),
-        {
-            "labels": labels,
-            "sampler": plan.sampler,
-            "guidance_scale": plan.guidance_scale,
-            "seed": 0,
-            "seconds": round(time.perf_counter() - began, 2),
-        },
+    try:
+        x, _ = sample(loaded, plan, device)
+    except VgmError as e:
+        if e.code != FAILED:
+            raise
+        ui.warn(f"no preview: {e.message}")
+        return
+    save_grid(x, path, layout=layout(plan, x, device))
+    facts = {k: v for k, v in plan.settings(device).items() if k != "asked"}
+    seconds = round(time.perf_counter() - began, 2)
+    atomic.write_json(path.with_suffix(".json"), {"labels": labels, **facts, "seed": 0, "seconds": seconds})
+
+
+@torch.no_grad()
+def reconstructions(codec: Any, x: Tensor, path: Path, device: torch.device) -> None:
+    """Images (N, C, H, W) above what the codec makes of them, from the mode of its posterior."""
+    again = torch.cat(
+        [codec.decode(codec.latents(codec.encode(part.to(device)))).float().cpu() for part in x.split(16)]
     )
+    mse = float(((again.clamp(-1, 1) - x) ** 2).mean()) / 4
+    save_png(compared({"input": x, "output": again}), path)
+    psnr = round(-10 * math.log10(mse), 2) if mse > 0 and math.isfinite(mse) else None
+    atomic.write_json(path.with_suffix(".json"), {"n": len(x), "psnr": psnr})
 
 
-def grid_columns(n: int, num_classes: int) -> int:
-    """One class per column where they fit, else a square."""
-    return num_classes if 2 <= num_classes <= 20 and n >= num_classes else math.ceil(math.sqrt(n))
+@torch.no_grad()
+def real_images(feed: Any, n: int) -> Tensor:
+    """n images spread over what a run trains on, as its model sees them: (N, C, H, W) in [-1, 1], on the CPU."""
+    n = min(n, len(feed.dataset))
+    chosen = [i * len(feed.dataset) // n for i in range(n)]
+    if hasattr(feed.dataset, "source"):
+        return feed.dataset.pixels(chosen)  # type: ignore[no-any-return]
+    moments = feed.dataset.gather(chosen)["moments"].to(feed.device)
+    return feed.codec.decode(to_model(feed.codec, moments, drawn=feed.drawn)).float().cpu()  # type: ignore[no-any-return]
 
 
-def provenance(loaded: Loaded, plan: Plan, target: str) -> dict[str, str]:
+def reals(feed: Any, path: Path, n: int) -> None:
+    """A grid of training images, to hold samples against."""
+    if n:
+        save_grid(real_images(feed, n), path)
+
+
+def layout(plan: Plan, x: Tensor, device: torch.device | str) -> Layout:
+    """Of a grid of a plan's images: the sampler's own columns where it makes a table, else near a square with classes,
+    or what the sampler keeps together, under one another."""
+    sampler = plan.build(device)
+    period = getattr(sampler, "grid_period", 0) or plan.period()
+    return layout_of(x, getattr(sampler, "grid_columns", None), period)
+
+
+def provenance(loaded: Loaded, plan: Plan, target: str, device: torch.device | str = "cpu") -> dict[str, str]:
     """What a PNG remembers of how it was made."""
     from vgm_cli import __version__
 
@@ -221,10 +319,7 @@ def provenance(loaded: Loaded, plan: Plan, target: str) -> dict[str, str]:
         "n": plan.n,
         "seed": plan.seed,
         "labels": plan.labels,
-        "sampler": plan.sampler,
-        "steps": plan.steps,
-        "guidance_scale": plan.guidance_scale,
-        "guidance_interval": plan.guidance_interval,
+        **plan.settings(device),
         "input": plan.source,
         "precision": plan.precision,
         "batch_size": plan.batch_size,

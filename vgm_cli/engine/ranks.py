@@ -11,6 +11,7 @@ import torch
 import torch.distributed as dist
 
 from vgm_cli.engine.distributed import launched
+from vgm_cli.errors import VgmError
 
 T = TypeVar("T")
 R = TypeVar("R")
@@ -62,3 +63,16 @@ def from_main(value: T) -> T:
     box: list[Any] = [value]
     dist.broadcast_object_list(box)
     return box[0]
+
+
+def on_main(work: Callable[[], None]) -> None:
+    """Done by the first process alone; what it refuses (VgmError) every process refuses."""
+    refused: tuple[str, str, int] | None = None
+    if rank_world()[0] == 0:
+        try:
+            work()
+        except VgmError as e:
+            refused = (e.message, e.hint, e.code)
+    refused = from_main(refused)
+    if refused is not None:
+        raise VgmError(*refused)

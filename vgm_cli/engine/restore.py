@@ -25,9 +25,11 @@ from vgm_cli.data.decode import SUFFIXES, Unreadable, load_image
 from vgm_cli.data.transforms import crop_to
 from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.engine.checkpoint import Loaded
-from vgm_cli.engine.generate import class_labels, class_numbers
+from vgm_cli.engine.generate import class_labels, class_numbers, each_step, refuse_non_finite
+from vgm_cli.engine.output import free_name
+from vgm_cli.engine.sampling import named
 from vgm_cli.errors import FAILED, USAGE, VgmError, unknown
-from vgm_cli.images import make_grid, save_png, to_uint8
+from vgm_cli.images import compared, save_png, to_uint8
 from vgm_cli.metrics.image import WINDOW, load_lpips, psnr, ssim
 from vgm_cli.operators.base import Operator
 from vgm_cli.operators.latent import Decoded
@@ -330,7 +332,7 @@ def restore(
         best: dict[str, Any] = {}
         for k in range(tries):
             done = start * tries + k * (stop - start)
-            tell = follow(progress, done, stop - start)
+            tell = each_step(None, progress, done, stop - start)
             request = Request(
                 shape=latent,
                 generators=generators(seed_of("restore", seed, i, k) for i in range(start, stop)),
@@ -344,6 +346,7 @@ def restore(
             with torch.no_grad():
                 x = method(loaded.view, request)
                 x = (loaded.codec.decode(x.float()) if loaded.codec is not None else x).float()
+                refuse_non_finite(x, start, f"a gentler {settings.method['name']}, or weights that are finite")
                 residual = (y - operator(x)).flatten(1).norm(dim=1)
             keep_best(best, x.cpu(), residual.cpu(), request.info)
         with torch.no_grad():
@@ -362,12 +365,6 @@ def restore(
     curve = torch.cat([b["curve"] for b in batches], dim=1)
     state = {k: torch.cat([b["state"][k] for b in batches]) for k in batches[0]["state"]}
     return Restored(**joined, baseline=baseline, curve=curve, state=state, info={"nfe": batches[0].get("nfe")})
-
-
-def follow(progress: Any, done: int, size: int) -> Callable[[int, int, Tensor, Tensor | None], None] | None:
-    if progress is None:
-        return None
-    return lambda i, total, x, x0: progress.update(done + size * (i + 1) // total)
 
 
 def condition(
@@ -450,27 +447,57 @@ def perceptual_from(files: str | None) -> Perceptual | None:
 # -- records ---------------------------------------------------------------------------------------------------------
 
 
-def default_folder(loaded: Loaded, task: str, method: str, seed: int) -> Path:
-    """restored/ of the run, or of the working folder."""
+WRITTEN = (
+    "restored",
+    "degraded",
+    "grid.png",
+    "measurements.npz",
+    "drawn.safetensors",
+    "residual.jsonl",
+    "results.json",
+)
+
+
+def default_folder(loaded: Loaded, settings: Settings, seed: int, steps: int | None) -> Path:
+    """In restored/ of the run, or of the working folder, named by how it is made; a number where the name is taken."""
     run = next((p for p in loaded.path.resolve().parents if (p / "config.yaml").exists()), None)
-    return (run or Path.cwd()) / "restored" / f"{task}-{method}-seed{seed}"
+    made = [settings.task["name"], settings.method["name"], *([f"{steps}steps"] if steps else []), f"seed{seed}"]
+    return free_name((run or Path.cwd()) / "restored" / "-".join(made))
+
+
+def check_folder(folder: Path, overwrite: bool) -> None:
+    """VgmError: something is there that may not be replaced, or that no restoration wrote."""
+    if folder.exists() and not folder.is_dir():
+        raise VgmError(f"{folder} is a file", "--out names a folder", USAGE)
+    atomic.refuse_existing(folder, overwrite)
+    others = sorted(p.name for p in folder.iterdir() if p.name not in WRITTEN) if folder.is_dir() else []
+    if others:
+        text = f"{folder} holds what vgm restore did not write ({', '.join(others[:3])}), so --overwrite leaves it"
+        raise VgmError(text, "choose another --out", USAGE)
 
 
 def write(
     folder: Path, done: Restored, inputs: Inputs, record: dict[str, Any], measures: Mapping[str, Any]
 ) -> dict[str, Any]:
-    """restored/*.png, degraded/*.png, grid.png, measurements.npz, what was drawn, residual.jsonl, results.json."""
-    if folder.exists() and not folder.is_dir():
-        raise VgmError(f"{folder} is a file", "--out names a folder", USAGE)
+    """restored/*.png, degraded/*.png, grid.png, measurements.npz, what was drawn, residual.jsonl, results.json: the
+    whole folder takes its name at the end."""
+    results = {**record, **measures, "residual_curve": [float(r.mean()) for r in done.curve], "out": str(folder)}
+    with atomic.replacing_folder(folder) as temp:
+        write_records(temp, done, inputs, record)
+        atomic.write_json(temp / "results.json", results)
+    return results
+
+
+def write_records(folder: Path, done: Restored, inputs: Inputs, record: dict[str, Any]) -> None:
     meta = {"vgm": atomic.dump_json({"version": __version__, "command": "restore", **record})}
     names = [f"{i:06d}.png" for i in range(len(inputs))]
     for part, x in (("restored", done.images), ("degraded", done.pictures)):
         for i, image in enumerate(to_uint8(x).permute(0, 2, 3, 1).numpy()):
             save_png(image, folder / part / names[i], {**meta, "vgm.item": str(i)})
-    columns = [done.pictures, done.images, *([inputs.truth] if inputs.truth is not None else [])]
-    shown = min(len(inputs), GRID_ITEMS)
-    grid = torch.stack([c[:shown] for c in columns], dim=1).flatten(0, 1)  # degraded, restored, truth, degraded, …
-    save_png(make_grid(grid, len(columns) * min(shown, 4)), folder / "grid.png", meta)
+    rows = {"degraded": done.pictures, "restored": done.images}
+    if inputs.truth is not None:
+        rows["truth"] = inputs.truth
+    save_png(compared(rows, GRID_ITEMS), folder / "grid.png", meta)
     with atomic.replacing(folder / "measurements.npz") as temp, open(temp, "wb") as f:
         np.savez(f, y=done.measured.numpy())
     if done.state:
@@ -480,9 +507,6 @@ def write(
         for i, row in enumerate(done.curve)
     ]
     atomic.write_text(folder / "residual.jsonl", "".join(line + "\n" for line in lines))
-    results = {**record, **measures, "residual_curve": [float(r.mean()) for r in done.curve], "out": str(folder)}
-    atomic.write_json(folder / "results.json", results)
-    return results
 
 
 def run(
@@ -502,11 +526,14 @@ def run(
     batch_size: int = 64,
     lpips: str | None = None,
     out: Path | None = None,
+    overwrite: bool = False,
     device: torch.device | str = "cpu",
 ) -> dict[str, Any]:
     """All of `vgm restore` but the printing: what was found, as results.json has it."""
     began = time.perf_counter()
     shape = check_model(loaded, model)
+    folder = out or default_folder(loaded, settings, seed, steps)
+    check_folder(folder, overwrite)
     perceptual = perceptual_from(lpips)
     if degrade:
         inputs = open_truth(source, shape, n, split)
@@ -526,7 +553,7 @@ def run(
                 raise VgmError(f"{truth} has {len(known)} images, {source} has {len(inputs)}", code=USAGE)
             inputs.truth, inputs.labels = known.truth, known.labels
     labels = labels_for(loaded, label, len(inputs), inputs.labels)
-    with Progress("restoring", len(inputs) * tries) as progress:
+    with Progress("restoring", len(inputs) * tries, every=10) as progress:
         done = restore(
             loaded,
             inputs,
@@ -539,9 +566,8 @@ def run(
             device=device,
             progress=progress,
         )
-    folder = out or default_folder(loaded, settings.task["name"], settings.method["name"], seed)
     record = {
-        "model": model,
+        "model": named(loaded, model),
         "weights": loaded.header.weights,
         "step": loaded.header.step,
         "task": settings.task,
@@ -559,6 +585,14 @@ def run(
         "seconds": round(time.perf_counter() - began, 2),
     }
     return write(folder, done, inputs, record, figures(done, inputs, perceptual))
+
+
+def assumed(settings: Settings, degrade: bool) -> str:
+    """What --noise left out means here."""
+    own = f"{settings.noise_node['name']} noise, sigma={settings.noise.sigma:g}"
+    if degrade:
+        return f"added to the degraded images: {own} (--noise none, sigma=…)"
+    return "the input is taken to be free of noise (--noise gaussian sigma=… says otherwise)"
 
 
 def no_model() -> VgmError:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -75,8 +76,8 @@ def plan_for(
         except ValueError as e:
             raise VgmError(f"--guidance-interval {guidance_interval} is not LO,HI", "example: 0.1,0.8", USAGE) from e
         interval = (low, high)
-    wishes = {"steps": steps, "guidance_scale": guidance_scale, "guidance_interval": interval}
-    return Plan(
+    wishes = {"steps": steps, "guidance_scale": guidance_scale, "guidance_interval": interval, "images": images}
+    plan = Plan(
         n=n,
         seed=seed,
         labels=class_labels(n, loaded.header.data.get("num_classes") or 0, wanted),
@@ -90,13 +91,27 @@ def plan_for(
         precision=precision_of(loaded, precision),
         named=tuple(k for k, v in wishes.items() if v is not None),
     )
+    device = next(loaded.model.parameters()).device
+    if hasattr(plan.build(device), "steps") and steps is not None:
+        plan.sampler["steps"] = steps  # one truth in every record
+    return plan
 
 
 def warn_of_ignored(info: Mapping[str, Any], plan: Plan) -> None:
     """Options that the user gave and the sampler has no use for."""
     for name in info.get("ignored", ()):
-        why = "" if plan.labels or name == "steps" else ": this network has no classes"
-        ui.warn(f"--{name.replace('_', '-')} has no effect on the sampler {plan.sampler['name']}{why}")
+        why = "" if plan.labels or not name.startswith("guidance") else ": this network has no classes"
+        option = "input" if name == "images" else name.replace("_", "-")
+        ui.warn(f"--{option} has no effect on the sampler {plan.sampler['name']}{why}")
+
+
+def named(loaded: ckpt.Loaded, model: str) -> str:
+    """What was loaded, by a name that means the same tomorrow: `last` or a folder of runs becomes the run."""
+    path = Path(model)
+    whole = path.is_file() or (path / "checkpoints").is_dir() or (path / "model.safetensors").is_file()
+    if whole or loaded.path.parent == ckpt.ASSETS:
+        return model
+    return str(next((p.parent for p in loaded.path.parents if p.name == "checkpoints"), loaded.path))
 
 
 def given_images(loaded: ckpt.Loaded, data: str, n: int) -> torch.Tensor:

@@ -318,6 +318,8 @@ class Trainer:
         counts: dict[str, int] = {}
         finite = torch.ones((), dtype=torch.bool, device=self.device)
         self._announce(until)
+        if self.start == 0 and self.acc.is_main_process:
+            generate.reals(self.feed, self.run.path / "samples" / "reals.png", opts.preview_n)
         began = mark = time.perf_counter()
         mark_images = self.images
         rate = 0.0
@@ -352,7 +354,7 @@ class Trainer:
                     self._stop_if_diverged(finite, done)
                     self.save(done, self.seconds + time.perf_counter() - began)
                 if (done % opts.preview_every == 0 or done == until) and opts.preview_n:
-                    self.preview(done)
+                    self.preview(done, progress)
                     mark, mark_images = time.perf_counter(), self.images
                 if stop:
                     break
@@ -596,10 +598,14 @@ class Trainer:
             self.run.rewind_log(self.start)
         ui.info(f"resuming from step {self.start}")
 
-    def preview(self, done: int) -> None:
-        """A grid from the first average with the run's fixed noise and labels, comparable between steps."""
-        if not self.acc.is_main_process or self.recipe.config.get("sampler") is None or self.sharded:
+    def preview(self, done: int, progress: Progress) -> None:
+        """A grid from the first average with the run's fixed noise and labels, comparable between steps; of a codec,
+        reconstructions."""
+        if not self.acc.is_main_process or self.sharded:
             return  # one process alone cannot sample from a sharded network
+        if not (self.recipe.config.get("sampler") or self.header().is_codec):
+            return
+        progress.note(f"preview of {self.opts.preview_n} images")
         model = self.networks["model"]
         rng = torch.random.get_rng_state()
         with ExitStack() as stack:
@@ -625,7 +631,9 @@ class Trainer:
                     self.run.path / "samples" / f"step-{done:06d}.png",
                     self.opts.preview_n,
                     self.device,
+                    self.feed,
                 )
+        progress.update(done, "")
         torch.random.set_rng_state(rng)
 
 
