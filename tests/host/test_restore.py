@@ -253,7 +253,7 @@ def test_the_table_has_perceptual_distances(
     assert found["images"][1]["lpips"] > 0 and found["images"][1]["baseline_lpips"] > 0
     monkeypatch.setenv("VGM_LPIPS_VGG", str(vgg))
     monkeypatch.setenv("VGM_LPIPS_HEADS", str(heads))
-    assert vgm("restore", "--model", priors["flow"], *args)[0] == 0
+    assert vgm("restore", "--model", priors["flow"], *args, "--overwrite")[0] == 0
     assert results(tmp_path / "r")["restored"]["lpips"] == found["restored"]["lpips"]
 
 

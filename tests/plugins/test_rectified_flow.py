@@ -654,7 +654,7 @@ def test_from_the_command_line(tmp_path: Path, vgm: Any) -> None:
     code, _, err = vgm("train", "rectified-flow", *SHRUNK, *SHORT, "--out", run)
     assert code == 0, err
     for own in (["steps=2"], ["method=rk45", "ode_tol=1e-2"], ["steps=2", "sigma_var=0.3", "sde=exact"]):
-        code, _, err = vgm("sample", run, *own, "-n", 4, "--out", tmp_path / "grid.png")
+        code, _, err = vgm("sample", run, *own, "-n", 4, "--out", tmp_path / "grid.png", "--overwrite")
         assert code == 0 and (tmp_path / "grid.png").stat().st_size > 0, err
     code, out, err = vgm("evaluate", run, "--metrics", "straightness:steps=5", "-n", 6)
     assert code == 0, err
@@ -667,7 +667,7 @@ def test_from_the_command_line(tmp_path: Path, vgm: Any) -> None:
     assert list((tmp_path / "cache").glob("*/*.safetensors"))
     code, _, err = vgm("distill", "rectified-flow", "--teacher", straight, *common, "--out", one)
     assert code == 0, err
-    code, _, err = vgm("sample", one, "-n", 4, "--out", tmp_path / "grid.png")
+    code, _, err = vgm("sample", one, "-n", 4, "--out", tmp_path / "grid.png", "--overwrite")
     assert code == 0 and "1 NFE" in err, err
     code, _, err = vgm("train", "rectified-flow", "--recipe", "mnist-reflow", *SHORT, "--out", tmp_path / "no")
     assert code != 0 and "teacher" in err
