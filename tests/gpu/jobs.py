@@ -194,7 +194,7 @@ def tiny(dry: bool = False) -> list[str]:
     from vgm_cli import recipe as recipes
 
     names = [n for n in sorted(recipes.shipped()) if n.split("/")[1].startswith(("mnist", "small"))]
-    return ["sit/mnist", "stylegan/mnist"] if dry else names
+    return ["sit/mnist"] if dry else names
 
 
 def load(name: str, *more: str) -> Any:
@@ -359,11 +359,13 @@ def networks(job: Job) -> None:
         outputs: dict[str, list[Any]] = {}
 
         def forward(bf16: bool) -> list[Any]:
-            kept: list[Any] = []
-            hooks = [
-                network.register_forward_hook(lambda m, i, o: kept.extend(tensors(o)))
-                for network in made.networks.values()
-            ]
+            kept: list[Any] = []  # of whole networks
+            inner: list[Any] = []  # of their layers, for objectives that call other methods than forward
+            hooks = []
+            for network in made.networks.values():
+                for m in network.modules():
+                    into = kept if m is network else inner
+                    hooks.append(m.register_forward_hook(lambda m, i, o, into=into: into.extend(tensors(o))))
             torch.manual_seed(0)
             step = Step(3, device=job.device)
             with torch.no_grad(), torch.autocast(job.device.type, torch.bfloat16, enabled=bf16):
@@ -376,7 +378,7 @@ def networks(job: Job) -> None:
                     made.objective.loss(phase.name, part, step)
             for hook in hooks:
                 hook.remove()
-            return kept
+            return kept or inner[::-1]
 
         outputs["fp32"], outputs["bf16"] = forward(False), forward(True)
         first = next((i for i, t in enumerate(outputs["fp32"]) if t.is_floating_point() and t.numel() > 8), None)

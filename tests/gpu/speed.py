@@ -13,7 +13,8 @@ import os
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
 
@@ -93,18 +94,22 @@ def ceilings(job: Job) -> dict[str, float]:
 # -- our trainer ------------------------------------------------------------------------------------------------------
 
 
-def built_on(device: torch.device) -> Any:
+@contextmanager
+def built_on(device: torch.device) -> Iterator[None]:
     """Weights are drawn on the card: drawing 700 M of them on the CPU would take longer than the measurement."""
     from vgm_cli.engine import build
 
-    original = build.build_objective
+    original = build.build_component
 
-    def made(*args: Any, **kwargs: Any) -> Any:
-        with torch.device(device):
-            return original(*args, **kwargs)
+    def made(kind: str, *args: Any, **kwargs: Any) -> Any:
+        with torch.device(device) if kind == "model" else nullcontext():
+            return original(kind, *args, **kwargs)
 
-    build.build_objective = made  # type: ignore[assignment]
-    return original
+    build.build_component = made
+    try:
+        yield
+    finally:
+        build.build_component = original
 
 
 def latents_of(shape: tuple[int, ...], classes: int, vocab: int = 0, n: int = 512) -> Any:
@@ -224,8 +229,9 @@ def waits(step: Callable[[], Any]) -> tuple[Counter[str], dict[str, Any]]:
             counts[event.name] += 1
         if "Memcpy DtoH" in event.name or "Memcpy HtoD" in event.name:
             counts[event.name] += 1
-        if str(getattr(event, "device_type", "")).endswith("CUDA"):
-            busy += event.device_time_total if hasattr(event, "device_time_total") else event.cuda_time_total
+        kernel = str(getattr(event, "device_type", "")).endswith("CUDA")
+        if kernel and not getattr(event, "is_user_annotation", False):
+            busy += event.time_range.elapsed_us()
     return found, {"busy": busy / 1e6 / wall, **{k: v / steps for k, v in counts.items()}}
 
 
@@ -356,23 +362,17 @@ def training(
     without it the plain loop calls the objective. cycle: steps after which phases repeat."""
     ceiling = ceilings(job)["bf16_tflops"]
     opts = recipe.node("train")
-    original = built_on(job.device) if not job.dry else None
     steps, warm = (cycle, cycle) if job.dry else (max(steps, cycle), max(warm, cycle))
-    try:
-        gib()
-        began = time.time()
+    gib()
+    began = time.time()
+    with built_on(job.device):
         made = trainer_of(recipe, open_feed)
-        step = stepping(made)
-        for _ in range(warm):
-            step()
-        sync()
-        ready = time.time() - began
-        ours = timed(step, steps, 1 if job.dry else 2)
-    finally:
-        if original is not None:
-            from vgm_cli.engine import build
-
-            build.build_objective = original  # type: ignore[assignment]
+    step = stepping(made)
+    for _ in range(warm):
+        step()
+    sync()
+    ready = time.time() - began
+    ours = timed(step, steps, 1 if job.dry else 2)
     peak_memory = gib()
     images = opts.batch_size
     try:
@@ -477,17 +477,12 @@ def warm(job: Job) -> None:
         ("LlamaGen-XL", llama_recipe(job), token_feed(job)),
     ):
         began = time.time()
-        original = built_on(job.device)
-        try:
+        with built_on(job.device):
             made = trainer_of(recipe, feed)
-            step = stepping(made)
-            step()
-            step()
-            sync()
-        finally:
-            from vgm_cli.engine import build
-
-            build.build_objective = original  # type: ignore[assignment]
+        step = stepping(made)
+        step()
+        step()
+        sync()
         job.row(f"{what} compiled", seconds=time.time() - began, gib=gib())
         del made, step
         torch._dynamo.reset()

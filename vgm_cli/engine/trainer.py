@@ -403,7 +403,8 @@ class Trainer:
                     if self.sharded:
                         sharding.sync_gradients(root, last)
                     with nullcontext() if last or self.world == 1 or self.sharded else self.acc.no_sync(root):
-                        loss, own = root(phase.name, part, step)
+                        with self.acc.autocast() if self.sharded else nullcontext():  # else the root's wrapper does
+                            loss, own = root(phase.name, part, step)
                         self.acc.backward(loss * (phase.gain / len(steps)))
                     ok &= torch.isfinite(loss.detach())
                     key = "loss" if len(self.phases) == 1 else f"{phase.name}/loss"

@@ -1,0 +1,258 @@
+"""What a GPU would show, on a machine without one: the script of `make gpu` in a dry run, training and sampling on a
+pretended device, sharding over two CPU processes, and the sentence for a full memory."""
+
+from __future__ import annotations
+
+import json
+import os
+import subprocess
+import sys
+from collections import Counter
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from vgm_cli import recipe as recipes
+from vgm_cli.api import Request, generators
+from vgm_cli.engine import trainer as trainers
+from vgm_cli.testing.golden import GoldenCase
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "tests" / "gpu"))
+
+import pretend
+
+needs_pretend = pytest.mark.skipif(not pretend.available(), reason="this torch has no devices written in Python")
+
+
+def test_the_script_runs_dry(tmp_path: Path) -> None:
+    """Every timed check and some of the others, tiny and on the CPU: all parts of the report are there."""
+    checks = "peak,dit,sit,dit-sampling,stylegan2,sampling,networks,compile-0,memory"
+    command = ["bash", str(ROOT / "tests/gpu/run.sh"), str(tmp_path / "out"), "--dry-run", "--only", checks]
+    found = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHON": sys.executable})
+    assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
+    report = json.loads((tmp_path / "out/gpu.json").read_text())
+    assert report["dry_run"] and list(report["checks"]) == checks.split(",")
+    assert {c["status"] for c in report["checks"].values()} == {"ok"}
+    rows = {r["what"]: r for c in report["checks"].values() for r in c["rows"]}
+    assert rows["DiT-XL/2 256: plain"]["ours_over_plain"] > 0 and rows["DiT-XL/2 256: ours"]["mfu"] > 0
+    assert rows["sit/mnist"] and "says" in rows["vgm train out of memory"]
+    last = found.stdout.strip().splitlines()
+    assert any("DiT-XL/2 256: ours" in line for line in last) and (tmp_path / "out/log.txt").is_file()
+
+
+def test_the_script_refuses_unknown_checks(tmp_path: Path) -> None:
+    command = [sys.executable, str(ROOT / "tests/gpu/run.py"), str(tmp_path), "--only", "pek"]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert found.returncode == 2 and "no such check: pek" in found.stderr
+
+
+# -- the pretended device ---------------------------------------------------------------------------------------------
+
+
+@pytest.fixture
+def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[pretend.Pretend]:
+    """Inside, whatever asks accelerate for a device gets the pretended one."""
+    from accelerate.state import AcceleratorState, PartialState
+
+    with pretend.Pretend() as mode:
+        make = trainers.make_accelerator
+
+        def made(recipe: Any, track: str = "jsonl") -> Any:
+            AcceleratorState._reset_state(True)
+            accelerator = make(recipe, track)
+            for state in (PartialState, AcceleratorState):
+                state._shared_state["device"] = mode.device
+            return accelerator
+
+        monkeypatch.setattr(trainers, "make_accelerator", made)
+        yield mode
+    AcceleratorState._reset_state(True)
+
+
+@needs_pretend
+def test_the_pretended_device_has_a_cards_rules() -> None:
+    with pretend.Pretend() as mode:
+        layer = torch.nn.Linear(3, 2).to(mode.device)
+        with pytest.raises(RuntimeError, match="same device"):
+            layer(torch.ones(1, 3))
+        with pytest.raises(RuntimeError, match="generator"):
+            torch.randn(2, generator=torch.Generator(), device=mode.device)
+        with pytest.raises(TypeError, match="numpy"):
+            np.asarray(layer.weight.detach())
+        mode.waits.clear()
+        out = layer(torch.ones(1, 3, device=mode.device)).sum()
+        out.backward()
+        assert not mode.waits
+        assert float(out) == float(out.detach().cpu())
+        assert sum(mode.waits.values()) == 3  # two values read, one copied back
+    assert torch.ones(1).device.type == "cpu"
+
+
+@pytest.fixture(scope="module")
+def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    from vgm_cli.data import open_dataset
+
+    path = tmp_path_factory.mktemp("digits") / "digits.npz"
+    found = open_dataset("mnist5k").gather(range(16))
+    np.savez(path, images=found["x"].permute(0, 2, 3, 1).numpy(), labels=found["y"].numpy())
+    return path
+
+
+# what a step may wait for: a recipe's name, and where
+KNOWN = {
+    "flow-grpo/mnist-fast": ("vgm_cli/rewards/", "plugins/flow_grpo/"),  # what is trained on depends on the rewards
+    "vae/mnist-bernoulli": (),
+}
+EVERY = [n for n in sorted(recipes.shipped()) if n.split("/")[1].startswith(("mnist", "small"))]
+ONCE = [  # one of each objective; the others run with -m slow
+    *(
+        "adm-unet/mnist-classifier",
+        "consistency/mnist-cd",
+        "dit/mnist",
+        "dmd/mnist",
+        "flow-grpo/mnist-fast",
+        "glow/mnist",
+    ),
+    *("ldm/small-codec", "llamagen/mnist", "rectified-flow/mnist-reflow", "sit/mnist", "stylegan/mnist-ada"),
+    *("vae/mnist-bernoulli", "vqgan/mnist-prior", "vqgan/small-tokenizer"),
+]
+
+
+@needs_pretend
+@pytest.mark.parametrize("name", [n if n in ONCE else pytest.param(n, marks=pytest.mark.slow) for n in EVERY])
+def test_trains_on_a_device_without_waiting(
+    name: str, tmp_path: Path, digits: Path, pretended: pretend.Pretend, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Nothing mixes devices, and once under way no step makes the CPU wait but where it has to."""
+    steady: Counter[str] = Counter()
+    one_step = trainers.Trainer.one_step
+
+    def watched(self: Any, index: int, batches: Any) -> Any:
+        pretended.waits.clear()
+        out = one_step(self, index, batches)
+        if index == 2:
+            steady.update(pretended.waits)
+        return out
+
+    monkeypatch.setattr(trainers.Trainer, "one_step", watched)
+    batch = 12 if name.startswith("flow-grpo") else 4
+    own = ["train.steps=3", f"train.batch_size={batch}", "train.preview_n=0", "train.log_every=3", "train.ema=[0.9]"]
+    recipe = recipes.load(name, None, [*own, "train.precision=fp32", f"data.path={digits}"])
+    roles = None
+    if recipe.config.get("pairs"):
+        roles = {"pairs": {"z": torch.randn(8, 1, 28, 28), "x": torch.randn(8, 1, 28, 28), "y": torch.arange(8)}}
+    trainers.train(recipe, tmp_path / "run", quiet_end=True, roles=roles)
+    waits = {k: n for k, n in steady.items() if not any(place in k for place in KNOWN.get(name, ()))}
+    assert not waits
+
+
+@needs_pretend
+@pytest.mark.parametrize("name", ["dit/mnist", "sit/mnist", "consistency/mnist", "llamagen/mnist", "stylegan/mnist"])
+def test_samples_on_a_device_are_those_of_the_cpu(name: str, pretended: pretend.Pretend) -> None:
+    import jobs
+
+    from vgm_cli.engine import checkpoint as ckpt
+    from vgm_cli.registry import registry
+
+    recipe, made, facts = jobs.built(name, "cpu")
+    found = []
+    for device in (torch.device("cpu"), pretended.device):
+        network = made.networks["model"].eval().to(device)
+        view = ckpt.build_view(network, made.objective.view())
+        request = Request(
+            shape=facts.sample_shape,
+            generators=generators(range(2)),
+            cond={"y": torch.arange(2).to(device)},
+            steps=2,
+            guidance_scale=recipe.config.get("guidance_scale"),
+            device=device,
+            codec=made.codec,
+        )
+        with torch.no_grad():
+            x = registry().build(
+                "sampler",
+                {**recipe.config["sampler"], "steps": 2}
+                if "steps" in recipe.config["sampler"]
+                else dict(recipe.config["sampler"]),
+            )(view, request)
+        assert x.device.type == device.type
+        found.append(x.cpu())
+    assert torch.equal(found[0], found[1])
+
+
+@needs_pretend
+@pytest.mark.parametrize("paper", ["dit", "adm-unet", "llamagen", "glow"])
+def test_golden_cases_compute_where_they_are_told(paper: str) -> None:
+    """--golden-device: the check passes there, and the network was there."""
+    import importlib
+
+    sys.path.insert(0, str(ROOT / "tests" / "plugins"))
+    checks = importlib.import_module(f"test_{paper.replace('-', '_')}").golden
+    path = sorted((ROOT / "tests/golden" / paper).glob("*.safetensors"), key=lambda p: p.stat().st_size)[0]
+    with pretend.Pretend() as mode:
+        case = GoldenCase(path, mode.device)
+        assert all(t.device.type == pretend.NAME for t in (*case.inputs.values(), *case.state.values()))
+        checks.run(case)
+
+
+# -- sharding ---------------------------------------------------------------------------------------------------------
+
+
+def test_sharded_over_two_processes_equals_one(tiny: Path, tmp_path: Path, process: type) -> None:
+    """FSDP2: 4 steps and a resume in two processes leave the weights, averages and moments of one unsharded process."""
+    one = process("train", tiny, "--out", tmp_path / "one", "train.clip=1.0").wait()
+    fsdp = ["train", tiny, "--out", tmp_path / "two", "--nproc", 2, "train.fsdp=true", "train.clip=1.0"]
+    first = process(*fsdp, "--stop-after", 4).wait()
+    second = process(*fsdp, "--resume").wait()
+    assert one[0] == first[0] == second[0] == 0, one[2] + first[2] + second[2]
+    assert "resuming from step 4" in second[2]
+    for file in ("model", "ema-0.9", "trainer"):
+        a, b = (load_file(tmp_path / r / "checkpoints/step-00000008" / f"{file}.safetensors") for r in ("one", "two"))
+        assert a.keys() == b.keys()
+        for k in a:
+            torch.testing.assert_close(a[k], b[k], rtol=1e-4, atol=2e-6)
+
+
+def test_sharding_refuses_objectives_that_need_whole_networks(vgm: Any, digits: Path, tmp_path: Path) -> None:
+    code, _, err = vgm("train", "glow", "train.fsdp=true", f"data.path={digits}", "--out", tmp_path / "run")
+    assert code == 2 and "train.fsdp=true does not go with the objective GlowObjective" in err
+
+
+# -- memory -----------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "problem",
+    [
+        torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB. GPU 0 has a total capacity of 79 GiB"),
+        RuntimeError("CUDA error: out of memory\nCUDA kernel errors might be asynchronously reported"),
+        RuntimeError("cuDNN error: CUDNN_STATUS_ALLOC_FAILED"),
+    ],
+)
+@pytest.mark.parametrize(
+    ("command", "lower"),
+    [
+        (["train", "sit", "--out", "run"], "train.accumulate=2"),
+        (["sample", "mnist-codec", "-n", "4"], "--batch-size"),
+        (["evaluate", "mnist-codec", "--metrics", "psnr"], "--batch-size"),
+    ],
+)
+def test_out_of_memory_is_one_sentence(
+    vgm: Any, monkeypatch: pytest.MonkeyPatch, problem: Exception, command: list[str], lower: str
+) -> None:
+    from vgm_cli.engine import checkpoint, trainer
+
+    def full(*args: Any, **kwargs: Any) -> Any:
+        raise problem
+
+    monkeypatch.setattr(trainer, "train", full)
+    monkeypatch.setattr(checkpoint, "read_tensors", full)
+    code, _, err = vgm(*command)
+    assert code == 1 and "out of GPU memory" in err and lower in err
+    assert "Traceback" not in err and "bug" not in err
