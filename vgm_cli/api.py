@@ -5,7 +5,7 @@ from __future__ import annotations
 import copy
 import hashlib
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -19,6 +19,11 @@ def seed_of(*parts: object) -> int:
     """A 63-bit seed that depends on every part, the same on every machine."""
     digest = hashlib.blake2b(repr(parts).encode(), digest_size=8).digest()
     return int.from_bytes(digest, "little") & (2**63 - 1)
+
+
+def send(tensor: Tensor, device: torch.device) -> Tensor:
+    """A tensor of the CPU, on a device: to a GPU from page-locked memory, so that neither side waits."""
+    return (tensor.pin_memory() if device.type == "cuda" else tensor).to(device, non_blocking=True)
 
 
 @dataclass(frozen=True)
@@ -66,6 +71,10 @@ class Step:
         shard = self.micro * self.world + self.rank
         generator = torch.Generator(self.device).manual_seed(seed_of(self.seed, self.index, name))
         return draw(n * shards, generator=generator, device=self.device)[shard * n : (shard + 1) * n]
+
+    def on_cpu(self) -> Step:
+        """The same step, its draws made on the CPU: for numbers that the CPU reads, so that it need not wait."""
+        return replace(self, device=torch.device("cpu"))
 
     def randn(self, shape: Iterable[int], name: str) -> Tensor:
         """Standard normal draw of `shape`, its first dimension being this process's batch."""
@@ -123,17 +132,11 @@ class Request:
     def randn(self, shape: tuple[int, ...] | None = None) -> Tensor:
         """One standard normal draw per item from that item's own generator: (N, *shape)."""
         shape = self.shape if shape is None else shape
-        return self._there([torch.randn(shape, generator=g) for g in self.generators])
+        return send(torch.stack([torch.randn(shape, generator=g) for g in self.generators]), self.device)
 
     def rand(self, shape: tuple[int, ...] = ()) -> Tensor:
         """One uniform draw per item: (N, *shape)."""
-        return self._there([torch.rand(shape, generator=g) for g in self.generators])
-
-    def _there(self, rows: list[Tensor]) -> Tensor:
-        drawn = torch.stack(rows)
-        if self.device.type == "cuda":  # from page-locked memory neither side waits: the next draw is made meanwhile
-            drawn = drawn.pin_memory()
-        return drawn.to(self.device, non_blocking=True)
+        return send(torch.stack([torch.rand(shape, generator=g) for g in self.generators]), self.device)
 
 
 def generators(seeds: Iterable[int]) -> list[torch.Generator]:

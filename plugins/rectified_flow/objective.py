@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vgm_cli.api import Batch, ObjectiveBase, Step
+from vgm_cli.api import Batch, ObjectiveBase, Step, send
 from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.diffusion.guidance import ClassifierFreeGuidance
 from vgm_cli.diffusion.iddpm import check_null_class, label_condition
@@ -142,11 +142,11 @@ class Reflow(RectifiedFlow):
         if self.pairs is None:
             z0 = step.randn(x.shape, "noise") * self.noise_scale
             return [{**batch, "z0": z0, "x": self.generate(z0, batch.get("y"))}]
-        z0, x1, y = self.pairs.take(step.randint(len(self.pairs), len(x), "pair"))
+        z0, x1, y = self.pairs.take(step.on_cpu().randint(len(self.pairs), len(x), "pair"))
         if x1.shape[1:] != x.shape[1:]:
             raise VgmError(f"the pairs are {tuple(x1.shape[1:])}, the data {tuple(x.shape[1:])}", code=USAGE)
-        pair = {"z0": z0.to(x.device), "x": x1.to(x.device)}
-        return [pair if y is None else {**pair, "y": y.to(x.device)}]
+        pair = {"z0": send(z0, x.device), "x": send(x1, x.device)}
+        return [pair if y is None else {**pair, "y": send(y, x.device)}]
 
     @torch.no_grad()
     def generate(self, z0: Tensor, y: Tensor | None) -> Tensor:

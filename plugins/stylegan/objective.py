@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from typing import Any, Literal
 
 import torch
@@ -162,7 +162,7 @@ class StyleGANObjective(ObjectiveBase):
         if cutoff < model.num_layers:
             other = model.styles(model.map(step.randn((n, model.latent_size), f"{phase} second z"), y))
             ws = torch.cat([ws[:, :cutoff], other[:, cutoff:]], dim=1)
-        seeds = replace(step, device=torch.device("cpu")).randint(2**62, n, f"{phase} noise")  # read without waiting
+        seeds = step.on_cpu().randint(2**62, n, f"{phase} noise")
         noise = model.random_noise(seeds.tolist(), step.device) if model.noise_shapes else None
         return model.synthesis(ws, noise, lod), ws
 

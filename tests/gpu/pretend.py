@@ -114,11 +114,12 @@ class PretendTensor(Tensor):
 class _Generator(torch.Generator):
     """A generator of the CPU that fills tensors of the device it was made for."""
 
-    pretended = False
+    made: dict[int, torch.Generator] = {}  # those of the device, by their address: operators see another wrapper
 
     def __new__(cls, device: Any = "cpu") -> _Generator:
         out = super().__new__(cls, "cpu" if _pretended(device) else device)
-        out.pretended = _pretended(device)
+        if _pretended(device):
+            cls.made[out._cdata] = out
         return out
 
     def __init__(self, device: Any = "cpu"):
@@ -144,10 +145,10 @@ def compute(func: Any, args: Any, kwargs: dict[str, Any], seen: Counter[str] | N
         raise RuntimeError(
             f"Expected all tensors to be on the same device, {name} got {NAME} and cpu {tuple(wrong[0].shape)} ({where()})"
         )
-    if generator is not None and here != getattr(generator, "pretended", False):
+    if generator is not None and here != (generator._cdata in _Generator.made):
         kinds = (NAME, "cpu") if here else ("cpu", NAME)
         raise RuntimeError(f"Expected a '{kinds[0]}' device type for generator but found '{kinds[1]}' ({where()})")
-    if seen is not None and here:
+    if seen is not None and (here or mine):
         note(func, name, args, kwargs, seen)
     if device is not None:
         kwargs = {**kwargs, "device": torch.device("cpu")}
@@ -230,6 +231,7 @@ class Pretend(TorchDispatchMode):
     def __exit__(self, *exc: Any) -> None:
         self.made.__exit__(*exc)
         torch.Generator = self.generator  # type: ignore[misc]
+        _Generator.made.clear()
         self.entered.remove(self)
         super().__exit__(*exc)
         torch.__future__.set_swap_module_params_on_conversion(self.before)

@@ -250,7 +250,7 @@ def plain_training(
     average = [p.detach().clone() for p in params] if ema else []
 
     def step() -> None:
-        with torch.autocast(device.type, torch.bfloat16):
+        with torch.autocast(device.type, torch.bfloat16, enabled=device.type == "cuda"):
             value = loss(network)
         value.backward()
         if clip is not None:
@@ -538,7 +538,14 @@ def adm(job: Job) -> None:
 
 def stylegan2(job: Job) -> None:
     side = 32 if job.dry else 256
-    small = ("model.preset=auto", "roles.discriminator.preset=auto", "model.size=32", "roles.discriminator.size=32")
+    small = (
+        "model.preset=auto",
+        "roles.discriminator.preset=auto",
+        "model.size=32",
+        "roles.discriminator.size=32",
+        "model.channel_max=16",
+        "roles.discriminator.channel_max=16",
+    )
     data = (f"data.path={images(side, 128, 0)}", f"data.size={side}", "data.workers=0")
     recipe = large(job, "stylegan/stylegan2-ada-256", "train.compile=off", *data, batch=32, small=small)
     training(job, "StyleGAN2-256", recipe, steps=16, cycle=4 if job.dry else 16)

@@ -20,7 +20,7 @@ from safetensors.torch import load_file
 from vgm_cli import recipe as recipes
 from vgm_cli.api import Request, generators
 from vgm_cli.engine import trainer as trainers
-from vgm_cli.testing.golden import GoldenCase
+from vgm_cli.testing.golden import GoldenCase, assert_close
 
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "gpu"))
@@ -90,7 +90,7 @@ def test_the_pretended_device_has_a_cards_rules() -> None:
         out.backward()
         assert not mode.waits
         assert float(out) == float(out.detach().cpu())
-        assert sum(mode.waits.values()) == 3  # two values read, one copied back
+        assert sum(mode.waits.values()) == 2  # a value read, a tensor copied back
     assert torch.ones(1).device.type == "cpu"
 
 
@@ -107,7 +107,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 # what a step may wait for: a recipe's name, and where
 KNOWN = {
     "flow-grpo/mnist-fast": ("vgm_cli/rewards/", "plugins/flow_grpo/"),  # what is trained on depends on the rewards
-    "vae/mnist-bernoulli": (),
+    "vqgan/small-tokenizer": ("vgm_cli/losses/first_stage.py",),  # how much of the codebook was used lately
 }
 EVERY = [n for n in sorted(recipes.shipped()) if n.split("/")[1].startswith(("mnist", "small"))]
 ONCE = [  # one of each objective; the others run with -m slow
@@ -183,7 +183,7 @@ def test_samples_on_a_device_are_those_of_the_cpu(name: str, pretended: pretend.
             )(view, request)
         assert x.device.type == device.type
         found.append(x.cpu())
-    assert torch.equal(found[0], found[1])
+    assert_close(found[1], found[0], 1e-3)  # attention goes another way there
 
 
 @needs_pretend
@@ -205,18 +205,34 @@ def test_golden_cases_compute_where_they_are_told(paper: str) -> None:
 
 
 def test_sharded_over_two_processes_equals_one(tiny: Path, tmp_path: Path, process: type) -> None:
-    """FSDP2: 4 steps and a resume in two processes leave the weights, averages and moments of one unsharded process."""
-    one = process("train", tiny, "--out", tmp_path / "one", "train.clip=1.0").wait()
-    fsdp = ["train", tiny, "--out", tmp_path / "two", "--nproc", 2, "train.fsdp=true", "train.clip=1.0"]
-    first = process(*fsdp, "--stop-after", 4).wait()
-    second = process(*fsdp, "--resume").wait()
-    assert one[0] == first[0] == second[0] == 0, one[2] + first[2] + second[2]
-    assert "resuming from step 4" in second[2]
+    """FSDP2: 4 steps in two processes, and 4 more that go on from there unsharded in one, leave the weights, averages
+    and moments of 8 unsharded steps."""
+    sharded = process(
+        *(
+            "train",
+            tiny,
+            "--out",
+            tmp_path / "two",
+            "--nproc",
+            2,
+            "--stop-after",
+            4,
+            "train.fsdp=true",
+            "train.clip=1.0",
+        )
+    ).wait()
+    assert sharded[0] == 0, sharded[2]
+    whole = recipes.load(str(tiny), None, ["train.clip=1.0", "train.fsdp=true"])
+    trainers.train(whole, tmp_path / "two", resume=True)
+    trainers.train(whole, tmp_path / "one")
     for file in ("model", "ema-0.9", "trainer"):
-        a, b = (load_file(tmp_path / r / "checkpoints/step-00000008" / f"{file}.safetensors") for r in ("one", "two"))
-        assert a.keys() == b.keys()
-        for k in a:
-            torch.testing.assert_close(a[k], b[k], rtol=1e-4, atol=2e-6)
+        for step in (4, 8):
+            a, b = (
+                load_file(tmp_path / r / f"checkpoints/step-{step:08d}" / f"{file}.safetensors") for r in ("one", "two")
+            )
+            assert a.keys() == b.keys()
+            for k in a:
+                torch.testing.assert_close(a[k], b[k], rtol=1e-4, atol=2e-6)
 
 
 def test_sharding_refuses_objectives_that_need_whole_networks(vgm: Any, digits: Path, tmp_path: Path) -> None:
