@@ -6,9 +6,10 @@ import errno
 import io
 import os
 import sys
+from typing import Any
 
 from vgm_cli.errors import FAILED, INTERRUPTED, USAGE, VgmError
-from vgm_cli.ui import ui
+from vgm_cli.ui import mute, ui
 
 _FLAGS = ("--json", "--quiet", "--debug")
 
@@ -59,15 +60,14 @@ def run(argv: list[str]) -> int:
         rest = take_globals(argv)
         from vgm_cli.cli.app import build_app
 
-        build_app()(args=rest, prog_name="vgm")
-        return 0
+        return invoke(build_app(), rest)
     except SystemExit as e:
         return e.code if isinstance(e.code, int) else (0 if e.code is None else FAILED)
     except KeyboardInterrupt:
-        print("interrupted", file=sys.stderr)
+        ui.error(VgmError("interrupted", code=INTERRUPTED))
         return INTERRUPTED
     except BrokenPipeError:
-        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())  # the reader left: not an error
+        mute(sys.stdout)  # the reader left: not an error
         return 0
     except VgmError as e:
         if ui.debug:
@@ -79,6 +79,43 @@ def run(argv: list[str]) -> int:
             raise
         ui.error(explain(e, next((a for a in rest if not a.startswith("-")), "")))
         return FAILED
+
+
+def invoke(app: Any, args: list[str]) -> int:
+    """Parse and run. What the parser refuses is shown as it shows it, and with --json also as an error on stdout."""
+    import typer
+
+    if "_VGM_COMPLETE" in os.environ:
+        app(args=args, prog_name="vgm")  # answers the shell and exits
+    command = typer.main.get_command(app)
+    try:
+        with command.make_context("vgm", args) as context:
+            command.invoke(context)
+        return 0
+    except typer.Exit as e:
+        return int(e.exit_code)
+    except typer.Abort:
+        raise VgmError("aborted") from None
+    except EOFError:
+        raise VgmError("nobody answered") from None
+    except Exception as e:
+        if not hasattr(e, "format_message"):
+            raise
+        show_refusal(e)
+        return int(getattr(e, "exit_code", USAGE))
+
+
+def show_refusal(e: Any) -> None:
+    """A usage error of the parser."""
+    if ui.json:
+        ui.event("error", error=e.format_message(), hint="--help shows what there is", code=int(e.exit_code))
+    if ui.main:
+        try:
+            from typer.rich_utils import rich_format_error
+        except ImportError:
+            e.show()
+        else:
+            rich_format_error(e)
 
 
 def explain(e: Exception, verb: str = "") -> VgmError:
@@ -108,6 +145,12 @@ def main() -> None:
         if isinstance(stream, io.TextIOWrapper):
             stream.reconfigure(errors="backslashreplace")
     code = run(sys.argv[1:])
+    for stream in (sys.stdout, sys.stderr):  # not at the interpreter's end, where a full disk is a traceback
+        try:
+            stream.flush()
+        except (OSError, ValueError) as e:
+            mute(stream)
+            code = code if stream is sys.stderr or isinstance(e, BrokenPipeError) else code or FAILED
     if "RANK" in os.environ:
         from vgm_cli.engine.distributed import leave
 

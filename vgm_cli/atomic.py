@@ -46,7 +46,7 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temp, target)
         sync_folder(target.parent)
     except OSError as e:
-        raise _failure(target, e) from e
+        raise failure(target, e) from e
     finally:
         with contextlib.suppress(OSError):
             temp.unlink(missing_ok=True)
@@ -69,7 +69,7 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         os.replace(temp, target)
         sync_folder(target.parent)
     except OSError as e:
-        raise _failure(target, e) from e
+        raise failure(target, e) from e
     finally:
         for leftover in (temp, old):
             shutil.rmtree(leftover, ignore_errors=True)
@@ -123,7 +123,8 @@ def refuse_existing(path: str | os.PathLike[str], overwrite: bool = False) -> No
     raise VgmError(f"{target} exists{holds}", "--overwrite replaces it, --out names another place", USAGE)
 
 
-def _failure(path: Path, e: OSError) -> VgmError:
+def failure(path: Path, e: OSError) -> VgmError:
+    """A write that the system refused, as one sentence."""
     reason = "no space left on device" if e.errno in FULL else e.strerror or str(e)
     return VgmError(f"cannot write {path}: {reason}", "what was there before is unchanged", FAILED)
 
@@ -136,6 +137,15 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
             os.fsync(fd)
         finally:
             os.close(fd)
+
+
+def plain(path: str | os.PathLike[str]) -> bool:
+    """Is the name UTF-8? safetensors opens no other."""
+    try:
+        os.fspath(path).encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:
@@ -169,11 +179,14 @@ def write_json(path: str | os.PathLike[str], value: Any) -> None:
 def save_safetensors(tensors: Mapping[str, Tensor], path: str | os.PathLike[str], metadata: Mapping[str, str]) -> None:
     """tensors: contiguous, on any device; metadata: flat strings."""
     from safetensors import SafetensorError
-    from safetensors.torch import save_file
+    from safetensors.torch import save, save_file
 
     with replacing(path) as temp:
         try:
-            save_file(dict(tensors), temp, dict(metadata))
+            if plain(temp):
+                save_file(dict(tensors), temp, dict(metadata))
+            else:
+                temp.write_bytes(save(dict(tensors), dict(metadata)))
         except SafetensorError as e:
             number = re.search(r"os error (\d+)", str(e))  # safetensors keeps the system's error in its text only
             raise OSError(int(number[1]) if number else errno.EIO, str(e)) from e

@@ -74,7 +74,7 @@ class Train:
     seed: int = 0
     log_every: int = 50
     save_every: int = 1000
-    keep: int = 2  # checkpoints kept besides the last
+    keep: int = 3  # checkpoints kept, the newest among them
     preview_every: int = 1000
     preview_n: int = 64
     fsdp: bool = False  # shard weights and optimizer over GPUs (FSDP2)

@@ -3,6 +3,7 @@ JSON lines while training) and never colour. Torch-free."""
 
 from __future__ import annotations
 
+import contextlib
 import os
 import sys
 import time
@@ -11,7 +12,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from vgm_cli.atomic import dump_json
-from vgm_cli.errors import VgmError
+from vgm_cli.errors import FAILED, VgmError
 
 LONGEST = 10_000  # characters of one line; names and captions come from files
 KEPT = "\u200c\u200d"  # the joiners that Persian and emoji are written with
@@ -39,7 +40,28 @@ class UI:
     def __init__(self) -> None:
         self.json = False
         self.quiet = False
+        self.lasting = False  # a long job goes on when nobody reads what it says
         self.debug = os.environ.get("VGM_DEBUG", "") not in ("", "0")
+
+    def _print(self, text: str, stream: Any = None) -> None:
+        """A line on stdout or another stream. Nothing is lost with stderr. When stdout's reader leaves, the command
+        ends without an error; when stdout takes no more, with one; a lasting job goes on in both cases."""
+        stream = stream or sys.stdout
+        try:
+            print(text, file=stream, flush=True)
+        except UnicodeEncodeError:
+            self._print(text.encode(stream.encoding or "ascii", "backslashreplace").decode("ascii", "replace"), stream)
+        except (OSError, ValueError) as e:  # ValueError: the stream is closed
+            mute(stream)
+            if stream is sys.stderr:
+                return
+            reason = (e.strerror if isinstance(e, OSError) else None) or str(e)
+            if self.lasting:
+                self.warn(f"standard output is lost ({reason}): going on without it")
+            elif isinstance(e, BrokenPipeError):
+                raise SystemExit(0) from None
+            else:
+                raise VgmError(f"cannot write to standard output: {reason}", code=FAILED) from e
 
     @property
     def main(self) -> bool:
@@ -53,36 +75,37 @@ class UI:
     def data(self, text: str) -> None:
         """A result line on stdout."""
         if self.main and not self.json:
-            print(clean(text), flush=True)
+            self._print(clean(text))
 
     def document(self, value: Any) -> None:
         """The command's one JSON document."""
         if self.main and self.json:
-            print(dump_json(value, indent=2), flush=True)
+            self._print(dump_json(value, indent=2))
 
     def event(self, event: str, **fields: Any) -> None:
         """One JSON line of a long job."""
         if self.main and self.json:
-            print(dump_json({"event": event, **fields}), flush=True)
+            self._print(dump_json({"event": event, **fields}))
 
     def info(self, text: str) -> None:
         """Progress for people, on stderr."""
         if self.main and not self.json and not self.quiet:
-            print(clean(text), file=sys.stderr, flush=True)
+            self._print(clean(text), sys.stderr)
 
     def warn(self, text: str) -> None:
         if self.main:
-            print(f"warning: {clean(text)}", file=sys.stderr, flush=True)
+            self._print(f"warning: {clean(text)}", sys.stderr)
 
     def error(self, e: VgmError) -> None:
         """One sentence and a hint on stderr; with --json also an error document on stdout."""
         if not self.main and os.environ.get("WORLD_SIZE", "1") != "1":
             return
         if self.json:
-            print(dump_json({"event": "error", "error": e.message, "hint": e.hint, "code": e.code}), flush=True)
-        print(f"error: {clean(e.message)}", file=sys.stderr)
+            with contextlib.suppress(VgmError, SystemExit):  # stdout itself may be what failed
+                self.event("error", error=e.message, hint=e.hint, code=e.code)
+        self._print(f"error: {clean(e.message)}", sys.stderr)
         if e.hint:
-            print(f"  hint: {clean(e.hint)}", file=sys.stderr, flush=True)
+            self._print(f"  hint: {clean(e.hint)}", sys.stderr)
 
     def table(self, columns: Sequence[str], rows: Iterable[Sequence[Any]], title: str = "") -> None:
         """A table on stdout; plain tab-separated rows when stdout is a pipe."""
@@ -90,9 +113,8 @@ class UI:
             return
         rows = [[clean(c) for c in r] for r in rows]
         if not sys.stdout.isatty():
-            print("\t".join(columns))
-            for r in rows:
-                print("\t".join(r))
+            for r in (columns, *rows):
+                self._print("\t".join(r))
             return
         from rich.console import Console
         from rich.table import Table
@@ -102,6 +124,14 @@ class UI:
         for r in rows:
             table.add_row(*(Text(c) for c in r))  # "[red]" in a name is no markup
         Console().print(table)
+
+
+def mute(stream: Any) -> None:
+    """Send what is still to come, buffers at the process's end included, nowhere."""
+    with contextlib.suppress(OSError, ValueError, AttributeError):
+        nowhere = os.open(os.devnull, os.O_WRONLY)
+        os.dup2(nowhere, stream.fileno())
+        os.close(nowhere)
 
 
 ui = UI()

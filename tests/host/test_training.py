@@ -234,6 +234,8 @@ def test_own_images_train_with_no_other_option(tmp_path: Path, vgm, size: int, c
     code, _, err = vgm(*own, "--out", tmp_path / "run")
     assert code == 0, err
     assert "training one first" in err
+    for name in ("metrics.jsonl", "card.md", "samples/step-000004.png" if codec == "short" else "config.yaml"):
+        assert (tmp_path / "run/codec" / name).is_file(), name
     six = ("-n", 6, "--label", "owls", "--steps", 2, "--out", tmp_path / "x.png")
     code, _, err = vgm("sample", tmp_path / "run", *six)
     assert code == 0, err

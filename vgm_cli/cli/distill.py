@@ -57,6 +57,12 @@ def distill(
     help_config: Annotated[
         bool, typer.Option("--help-config", help="Every key with type and default.", rich_help_panel=RUN)
     ] = False,
+    device: Annotated[
+        str,
+        typer.Option(
+            help="auto | cpu | cuda | cuda:N | mps. auto: the GPU, if there is one.", rich_help_panel=HARDWARE
+        ),
+    ] = "auto",
     nproc: Annotated[int, typer.Option(help="Processes on this machine.", rich_help_panel=HARDWARE)] = 1,
     nnodes: Annotated[int, typer.Option(help="Machines.", rich_help_panel=HARDWARE)] = 1,
     rdzv: Annotated[
@@ -85,10 +91,10 @@ def distill(
     """
     from vgm_cli import recipe as recipes
     from vgm_cli.engine import distill as engine
-    from vgm_cli.errors import USAGE, VgmError, unknown
+    from vgm_cli.engine import tracking
+    from vgm_cli.errors import USAGE, VgmError
 
-    if track not in ("jsonl", "none", "tensorboard", "wandb", "trackio"):
-        raise unknown("tracker", track, ("jsonl", "none", "tensorboard", "wandb", "trackio"))
+    tracking.check(track)
     if teacher is None and resume and out is not None:
         teacher = engine.resumed(out)[0]
     assignments = [*(overrides or []), *([] if seed is None else [f"train.seed={seed}"])]
@@ -114,4 +120,4 @@ def distill(
 
         show_plan(make_plan(resolved))
         return
-    engine.run(resolved, out, resume=resume, overwrite=overwrite, stop_after=stop_after, track=track)
+    engine.run(resolved, out, resume=resume, overwrite=overwrite, stop_after=stop_after, track=track, device=device)

@@ -61,6 +61,12 @@ def finetune_rl(
     help_config: Annotated[
         bool, typer.Option("--help-config", help="Every key with type and default.", rich_help_panel=RUN)
     ] = False,
+    device: Annotated[
+        str,
+        typer.Option(
+            help="auto | cpu | cuda | cuda:N | mps. auto: the GPU, if there is one.", rich_help_panel=HARDWARE
+        ),
+    ] = "auto",
     nproc: Annotated[int, typer.Option(help="Processes on this machine.", rich_help_panel=HARDWARE)] = 1,
     nnodes: Annotated[int, typer.Option(help="Machines.", rich_help_panel=HARDWARE)] = 1,
     rdzv: Annotated[
@@ -90,10 +96,10 @@ def finetune_rl(
     """
     from vgm_cli import recipe as recipes
     from vgm_cli.engine import finetune_rl as engine
-    from vgm_cli.errors import USAGE, VgmError, unknown
+    from vgm_cli.engine import tracking
+    from vgm_cli.errors import USAGE, VgmError
 
-    if track not in ("jsonl", "none", "tensorboard", "wandb", "trackio"):
-        raise unknown("tracker", track, ("jsonl", "none", "tensorboard", "wandb", "trackio"))
+    tracking.check(track)
     assignments = [*(overrides or []), *([] if seed is None else [f"train.seed={seed}"])]
     resolved = engine.load(method, recipe, assignments, model, weights, reward or [])
     if help_config:
@@ -112,4 +118,4 @@ def finetune_rl(
     if (nproc > 1 or nnodes > 1) and not distributed.launched():
         raise typer.Exit(distributed.relaunch(nproc, nnodes, rdzv, distributed.default_argv()))
     recipes.check_components(resolved)
-    engine.run(resolved, out, resume=resume, overwrite=overwrite, stop_after=stop_after, track=track)
+    engine.run(resolved, out, resume=resume, overwrite=overwrite, stop_after=stop_after, track=track, device=device)

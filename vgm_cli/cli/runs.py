@@ -14,7 +14,7 @@ from typing import Annotated, Any
 import typer
 
 from vgm_cli.cli import complete
-from vgm_cli.engine.run import Run, find_runs, is_run
+from vgm_cli.engine.run import Run, find_runs, is_failed, is_run
 from vgm_cli.errors import FAILED, USAGE, VgmError
 from vgm_cli.ui import duration, ui
 
@@ -22,7 +22,8 @@ BARS = "▁▂▃▄▅▆▇█"
 
 
 def register(app: typer.Typer) -> None:
-    group = typer.Typer(no_args_is_help=True, help="List, show and remove runs.")
+    group = typer.Typer(invoke_without_command=True, help="List, show and remove runs; alone: list.")
+    group.callback()(alone)
     group.command("ls")(ls)
     group.command("show")(show)
     group.command("rm")(rm)
@@ -78,10 +79,12 @@ def facts_of(run: Path) -> dict[str, Any]:
     changed = max(
         p.stat().st_mtime for p in (run, run / "config.yaml", run / "metrics.jsonl", run / "checkpoints") if p.exists()
     )
+    train = config.get("train")
+    at = rows[-1].get("step") if rows else 0
     return {
         "paper": config.get("paper", "?"),
-        "step": max(saved, int(rows[-1].get("step", 0)) if rows else 0),
-        "steps": (config.get("train") or {}).get("steps"),
+        "step": max(saved, at if isinstance(at, int) else 0),
+        "steps": train.get("steps") if isinstance(train, dict) else None,
         "saved": saved,
         "loss": loss_of(rows[-1]) if rows else None,
         "age_seconds": round(max(0.0, time.time() - changed)),
@@ -92,8 +95,15 @@ def facts_of(run: Path) -> dict[str, Any]:
 # -- commands --------------------------------------------------------------------------------------------------------
 
 
+def alone(context: typer.Context) -> None:
+    """List, show and remove runs; alone: list those below ./runs."""
+    if context.invoked_subcommand is None:
+        ls()
+
+
 def ls(
     folder: Annotated[Path, typer.Argument(help="Where to look, up to four folders deep.")] = Path("runs"),
+    every: Annotated[bool, typer.Option("--all", help="Also what starts that failed have left.")] = False,
 ) -> None:
     """List runs, the newest first.
 
@@ -103,11 +113,13 @@ def ls(
 
         vgm runs ls /data/experiments --json
 
+        vgm runs ls --all                               # with starts that failed; `vgm runs rm` takes them too
+
     Next: vgm runs show RUN
     """
     if not folder.is_dir() and folder != Path("runs"):
         raise VgmError(f"no such folder: {folder}", code=USAGE)
-    found = sorted((facts_of(r) for r in find_runs(folder)), key=lambda f: f["age_seconds"])
+    found = sorted((facts_of(r) for r in find_runs(folder, failed=every)), key=lambda f: f["age_seconds"])
     ui.document(found)
     if not found:
         ui.info(f"no runs below {folder}; `vgm train dit` makes one")
@@ -137,7 +149,8 @@ def show(
     losses = [v for r in rows if (v := loss_of(r)) is not None]
     last = rows[-1] if rows else {}
     preview = str(previews[-1]) if previews else None
-    command = (run / "command.txt").read_text(encoding="utf-8").strip() if (run / "command.txt").is_file() else ""
+    file = run / "command.txt"
+    command = file.read_text(encoding="utf-8", errors="replace").strip() if file.is_file() else ""
     ui.document(
         {
             **facts,
@@ -166,15 +179,15 @@ def show(
         ui.data(f"  checkpoint   {checkpoint}")
     if preview:
         ui.data(f"  preview      {preview}")
-    if command:
-        ui.data(f"  command      {command}")
+    for line in command.splitlines():
+        ui.data(f"  command      {line}")
 
 
 def rm(
     runs: Annotated[list[Path], typer.Argument(help="Run directories.", autocompletion=complete.runs)],
     yes: Annotated[bool, typer.Option("--yes", "-y", help="Do not ask.")] = False,
 ) -> None:
-    """Remove runs with everything in them. A directory that is not a run is refused.
+    """Remove runs with everything in them, and what starts that failed have left. Other directories are refused.
 
     Examples:
 
@@ -185,7 +198,8 @@ def rm(
     Next: vgm runs ls
     """
     for run in runs:  # all are looked at before the first is removed
-        open_run(run)
+        if not is_failed(run):
+            open_run(run)
         if run.is_symlink():
             raise VgmError(f"{run} is a link, not the run itself", f"the run: {run.resolve()}", USAGE)
     if not yes:
@@ -198,7 +212,9 @@ def rm(
             raise VgmError("nothing was removed", "--yes removes without asking", FAILED)
     for run in runs:
         try:
-            shutil.rmtree(run)
+            with Run(run) as removed:
+                removed.lock()
+                shutil.rmtree(run)
         except OSError as e:
             raise VgmError(f"cannot remove {run}: {e.strerror}", code=FAILED) from e
         ui.data(str(run))

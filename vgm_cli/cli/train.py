@@ -57,6 +57,12 @@ def train(
     help_config: Annotated[
         bool, typer.Option("--help-config", help="Every key with type and default.", rich_help_panel=RUN)
     ] = False,
+    device: Annotated[
+        str,
+        typer.Option(
+            help="auto | cpu | cuda | cuda:N | mps. auto: the GPU, if there is one.", rich_help_panel=HARDWARE
+        ),
+    ] = "auto",
     nproc: Annotated[int, typer.Option(help="Processes on this machine.", rich_help_panel=HARDWARE)] = 1,
     nnodes: Annotated[int, typer.Option(help="Machines.", rich_help_panel=HARDWARE)] = 1,
     rdzv: Annotated[
@@ -84,12 +90,10 @@ def train(
     Next: vgm sample RUN
     """
     from vgm_cli import recipe as recipes
+    from vgm_cli.engine import tracking
     from vgm_cli.errors import USAGE, VgmError
 
-    if track not in ("jsonl", "none", "tensorboard", "wandb", "trackio"):
-        from vgm_cli.errors import unknown
-
-        raise unknown("tracker", track, ("jsonl", "none", "tensorboard", "wandb", "trackio"))
+    tracking.check(track)
     assignments = list(overrides or [])
     if seed is not None:
         assignments.append(f"train.seed={seed}")
@@ -122,7 +126,7 @@ def train(
         return
     from vgm_cli.engine.trainer import train as run
 
-    run(resolved, out, resume=resume, overwrite=overwrite, stop_after=stop_after, track=track)
+    run(resolved, out, resume=resume, overwrite=overwrite, stop_after=stop_after, track=track, device=device)
 
 
 def show_config(resolved: object) -> None:

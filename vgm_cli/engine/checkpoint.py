@@ -20,7 +20,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vgm_cli import __version__, atomic, limits
-from vgm_cli.engine.run import newest
+from vgm_cli.engine.run import complete, newest
 from vgm_cli.engine.tokens import as_output
 from vgm_cli.errors import FAILED, MISSING_ASSET, USAGE, VgmError
 from vgm_cli.registry import registry
@@ -161,8 +161,7 @@ def file_hash(path: Path) -> str:
 
 def resolve(target: str | Path, weights: str | None = None) -> Path:
     """RUN, RUN/checkpoints/step-N, a file, or a short name of the newest run (engine.run.newest) -> the weights file.
-    weights: "raw", an average's name, None: the first
-    average, else raw."""
+    weights: "raw", an average's name, None: the first average, else raw."""
     path = Path(target)
     if path.is_file():
         return path
@@ -177,7 +176,7 @@ def resolve(target: str | Path, weights: str | None = None) -> Path:
     folder = path
     if not (path / "model.safetensors").is_file():
         base = path / "checkpoints" if (path / "checkpoints").is_dir() else path
-        steps = sorted(p for p in base.glob("step-*") if p.is_dir() and p.suffix != ".tmp")
+        steps = complete(base)
         if not steps and (found := newest(path)) not in (None, path):
             ui.info(f"{target}: the newest run is {found}")
             return resolve(str(found), weights)

@@ -176,17 +176,19 @@ def add_codec(feed: Feed, node: dict[str, Any], recipe: Recipe, run: Run, accele
     """Choose or train the codec, then cache what it makes of a small set."""
     sample = next(iter(Batches(feed.dataset, min(64, feed.count), seed=0, labels=False)))["x"]
     own = run.path / "codec"
-    trained = ckpt.resolve(own) if own.exists() and Run(own).last() else None
     path = build.find_codec(node, feed.facts, sample, None)
     if path is None:
-        if trained is None:
+        if accelerator.is_main_process:
+            run.clear()
+        accelerator.wait_for_everyone()
+        if Run(own).last() is None:
             ui.info(
                 f"no shipped codec fits {feed.facts.image_size}×{feed.facts.image_size}×{feed.facts.image_channels} "
                 f"images: training one first (recipe {node['fallback']})"
             )
         from vgm_cli.engine.trainer import train_codec
 
-        path = train_codec(node["fallback"], recipe, own)
+        path = train_codec(node["fallback"], recipe, own, accelerator.device.type)
         accelerator.wait_for_everyone()
     feed.codec = ckpt.read_codec(path, feed.device, node.get("output"))
     feed.codec_ref = ckpt.codec_reference(path, run.path, node.get("output"))

@@ -159,6 +159,7 @@ def run(
     overwrite: bool = False,
     stop_after: int | None = None,
     track: str = "jsonl",
+    device: str | None = None,
 ) -> trainer.Outcome:
     """Make the pairs that the recipe asks for, then train."""
     node = recipe.config.get("teacher") or {}
@@ -170,7 +171,14 @@ def run(
     if recipe.config.get("pairs"):
         roles["pairs"] = shared_pairs(recipe)
     return trainer.train(
-        recipe, out, resume=resume, overwrite=overwrite, stop_after=stop_after, track=track, roles=roles
+        recipe,
+        out,
+        resume=resume,
+        overwrite=overwrite,
+        stop_after=stop_after,
+        track=track,
+        roles=roles,
+        device=device,
     )
 
 

@@ -32,20 +32,25 @@ def adopt_slurm() -> None:
 
 
 def relaunch(nproc: int, nnodes: int, rdzv: str | None, argv: Sequence[str]) -> int:
-    """Run `python -m vgm_cli argv` in nproc processes and return the first failing exit code, or 0."""
+    """Run `python -m vgm_cli argv` in nproc processes and return the first failing exit code, or 0. A signal to this
+    process goes to all of them; they have ten minutes to save, and the code is 128 + signal."""
+    from torch.distributed.elastic.multiprocessing.api import SignalException
     from torch.distributed.elastic.multiprocessing.errors import ChildFailedError
     from torch.distributed.run import main as torchrun
 
     cores = os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc)))
+    os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads of two processes starve each other
     where = ["--rdzv-backend", "c10d", "--rdzv-endpoint", rdzv] if rdzv else ["--standalone"]
     args = ["--nproc-per-node", str(nproc), "--nnodes", str(nnodes), *where, "-m", "vgm_cli", *argv]
     try:
         torchrun(args)
     except ChildFailedError as e:
-        codes = [f.exitcode for f in e.failures.values()]
+        codes = [f.exitcode if f.exitcode >= 0 else 128 - f.exitcode for f in e.failures.values()]
         return next((c for c in codes if c > 0), FAILED)
+    except SignalException as e:
+        return 128 + int(e.sigval)
     except SystemExit as e:
         return int(e.code or 0)
     return 0

@@ -121,6 +121,7 @@ def run(
     overwrite: bool = False,
     stop_after: int | None = None,
     track: str = "jsonl",
+    device: str | None = None,
 ) -> trainer.Outcome:
     """Train the policy on its own images; beside the checkpoints, adapters are left as files of their own."""
     node = recipe.config.get("teacher") or {}
@@ -143,6 +144,7 @@ def run(
         overwrite=overwrite,
         stop_after=stop_after,
         track=track,
+        device=device,
         roles={"codec": codec},
         open_feed=feed,
     )

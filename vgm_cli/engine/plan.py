@@ -84,7 +84,7 @@ def make_plan(recipe: Recipe, device: torch.device | None = None) -> RunPlan:
         seconds_per_step=seconds,
         timed=how,
         total_seconds=seconds * opts.steps if seconds else None,
-        disk={"one checkpoint": one, f"kept ({opts.keep + 1})": one * (opts.keep + 1)},
+        disk={"one checkpoint": one, f"kept ({max(opts.keep, 1)})": one * max(opts.keep, 1)},
     )
 
 

@@ -13,9 +13,12 @@ are bit-identical to 2k steps on a CPU, and the number of processes does not cha
 
 from __future__ import annotations
 
+import hashlib
 import json
 import math
+import os
 import signal
+import threading
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
@@ -28,16 +31,20 @@ from torch import Tensor, nn
 
 from vgm_cli import atomic
 from vgm_cli.api import Batch, Phase, Step, seed_of
-from vgm_cli.engine import build, data_feed, generate, sharding
+from vgm_cli.engine import build, data_feed, generate, sharding, tracking
 from vgm_cli.engine import checkpoint as ckpt
-from vgm_cli.engine.distributed import keep_memory
+from vgm_cli.engine.distributed import keep_memory, pick_device
 from vgm_cli.engine.ema import EMA
-from vgm_cli.engine.run import Run, bf16_supported
+from vgm_cli.engine.run import Run, bf16_supported, read_record
 from vgm_cli.errors import DIVERGED, FAILED, INTERRUPTED, USAGE, VgmError
-from vgm_cli.recipe import TORCH_OPTIMIZERS, Optimizer, Recipe, load
+from vgm_cli.recipe import TORCH_OPTIMIZERS, Optimizer, Recipe, load, parse_yaml
 from vgm_cli.registry import registry
 from vgm_cli.ui import Progress, duration, flat, ui
 
+GO_ON = "--resume goes on"
+OLDER = "remove the checkpoint to resume from the one before"
+NEW_RUN = "put back what was there; a new run may begin from the old weights: model.weights=RUN"
+MOMENTS = ("exp_avg", "exp_avg_sq", "max_exp_avg_sq", "momentum_buffer", "square_avg", "sum", "exp_inf")
 MAY_CHANGE = ("steps", "log_every", "save_every", "keep", "preview_every", "preview_n", "compile")  # on resume
 
 
@@ -77,93 +84,105 @@ def train(
     roles: Mapping[str, Any] | None = None,
     open_feed: Callable[..., Any] = data_feed.open_feed,
     quiet_end: bool = False,
+    device: str | None = None,
 ) -> Outcome:
     """Run a recipe to its last step (or `stop_after`) and leave a run directory behind.
 
     roles: what the objective is given besides the recipe's networks. open_feed: makes the batches, from the recipe's
-    data unless the caller knows better (see data_feed.open_feed).
+    data unless the caller knows better (see data_feed.open_feed). device: see distributed.pick_device.
 
-    Raises VgmError with code 5 when the loss is not finite (the last good checkpoint stays), 130/143 after saving on
-    SIGINT/SIGTERM, 2 for configuration mistakes.
+    Raises VgmError with code 5 when the loss is not finite (the last good checkpoint stays), 128 + signal after saving
+    on SIGHUP, SIGINT or SIGTERM, 2 for configuration mistakes.
     """
-    accelerator = make_accelerator(recipe, track)
+    accelerator = make_accelerator(recipe, track, device)
     if accelerator.device.type == "cpu":
         keep_memory()
     opts = recipe.node("train")
-    run = open_run(recipe, out, resume, overwrite, accelerator)
-    with Guard() as guard:
+    with open_run(recipe, out, resume, overwrite, accelerator) as run, Guard() as guard:
         trainer = Trainer(recipe, run, accelerator, roles or {}, track, open_feed)
         if resume:
             trainer.restore()
-        return trainer.loop(min(opts.steps, stop_after or opts.steps), guard, quiet_end)
+        trainer.begin()
+        try:
+            return trainer.loop(min(opts.steps, stop_after or opts.steps), guard, quiet_end)
+        except KeyboardInterrupt:
+            raise VgmError(f"stopped at once; {run.kept()}", GO_ON, INTERRUPTED) from None
+        except VgmError as e:
+            if e.code != FAILED:
+                raise
+            raise VgmError(f"{e.message}; {run.kept()}", GO_ON, FAILED) from e
 
 
-def make_accelerator(recipe: Recipe, track: str = "jsonl") -> Any:
+def make_accelerator(recipe: Recipe, track: str = "jsonl", device: str | None = None) -> Any:
     """accelerate's Accelerator for the recipe's precision; CPU processes talk through gloo."""
     from accelerate import Accelerator
     from accelerate.state import AcceleratorState
     from accelerate.utils import DistributedDataParallelKwargs
 
     opts = recipe.node("train")
+    chosen = pick_device(device)
     precision = opts.precision
     if precision == "auto":
-        precision = "bf16" if bf16_supported() else "fp32"
-    if precision == "fp16" and not torch.cuda.is_available():
+        precision = "bf16" if bf16_supported(chosen) else "fp32"
+    if precision == "fp16" and chosen.type != "cuda":
         raise VgmError("fp16 training needs a GPU", "train.precision=bf16 or fp32", USAGE)
     mixed = "no" if precision == "fp32" else precision
     if AcceleratorState._shared_state and AcceleratorState().mixed_precision != mixed:
         AcceleratorState._reset_state()  # a codec trained first may use another precision
-    log_with = None if track in ("jsonl", "none") else [track]
-    if log_with:
-        import importlib.util
-
-        if importlib.util.find_spec(track) is None:
-            from vgm_cli.errors import MISSING_ASSET
-
-            raise VgmError(f"tracking with {track} needs an extra", f"pip install 'vgm[{track}]'", MISSING_ASSET)
-    if torch.cuda.is_available():
+    tracking.check(track)
+    if chosen.type == "mps" or chosen.index is not None:
+        os.environ["ACCELERATE_TORCH_DEVICE"] = str(chosen)
+    if chosen.type == "cuda":
+        if chosen.index is not None:
+            torch.cuda.set_device(chosen)
         torch.backends.cuda.matmul.allow_tf32 = True
         torch.backends.cudnn.allow_tf32 = True
     return Accelerator(
         mixed_precision=mixed,
-        cpu=not torch.cuda.is_available(),
-        log_with=log_with,
+        cpu=chosen.type == "cpu",
         kwargs_handlers=[DistributedDataParallelKwargs(gradient_as_bucket_view=True)],
     )
 
 
 def open_run(recipe: Recipe, out: Path | None, resume: bool, overwrite: bool, accelerator: Any) -> Run:
-    """Only the first process creates; the others take the same path."""
+    """Only the first process creates and locks; the others take the same path."""
     if resume and out is None:
         raise VgmError("--resume needs the run's directory", "vgm train … --out RUN --resume", USAGE)
     paths: list[Any] = [None]
     problem: list[Any] = [None]
+    run = None
     if accelerator.is_main_process:
         try:
             run = Run.create(out, recipe.name, resume, overwrite)
             if resume:
-                run.clean()
                 compare(recipe, run)
+                run.repair()
             paths[0] = str(run.path)
         except VgmError as e:
             problem[0] = (e.message, e.hint, e.code)
+            if run is not None:
+                run.release()
     if accelerator.num_processes > 1:
         torch.distributed.broadcast_object_list(paths)
         torch.distributed.broadcast_object_list(problem)
     if problem[0]:
         raise VgmError(*problem[0])
-    return Run(Path(paths[0]))
+    return run or Run(Path(paths[0]))
 
 
 def compare(recipe: Recipe, run: Run) -> None:
     """A resumed run must be the same run: only lengths and intervals may change."""
-    import yaml
-
     file = run.path / "config.yaml"
     if not file.exists():
         return
+    try:
+        then = parse_yaml(file.read_text(encoding="utf-8"), str(file))
+    except (OSError, UnicodeDecodeError, VgmError) as e:
+        raise VgmError(f"{file} is damaged: {e}", "resume needs the recipe that the run began with", FAILED) from e
+    if not isinstance(then, dict):
+        raise VgmError(f"{file} is damaged: it is no recipe", code=FAILED)
     free = {f"train.{k}" for k in MAY_CHANGE}
-    before, now = flat(yaml.safe_load(file.read_text()) or {}), flat(yaml.safe_load(recipe.dump()))
+    before, now = flat(then), flat(parse_yaml(recipe.dump(), "the recipe"))
     changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and k not in free)
     if changed:
         k = changed[0]
@@ -175,16 +194,17 @@ def compare(recipe: Recipe, run: Run) -> None:
 
 
 class Guard:
-    """First SIGINT/SIGTERM: finish the step, save, leave. Second: at once."""
+    """First SIGINT, SIGTERM or SIGHUP (unless nohup has it ignored): finish the step, save, leave. Second: at once.
+    Meanwhile nothing depends on who reads the output."""
 
     def __enter__(self) -> Guard:
         self.signal: int | None = None
         self.before: dict[int, Any] = {}
-        import threading
-
+        self.lasting, ui.lasting = ui.lasting, True
         if threading.current_thread() is threading.main_thread():
-            for s in (signal.SIGINT, signal.SIGTERM):
-                self.before[s] = signal.signal(s, self._note)
+            for s in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", None)):
+                if s is not None and (s == signal.SIGINT or signal.getsignal(s) != signal.SIG_IGN):
+                    self.before[s] = signal.signal(s, self._note)
         return self
 
     def _note(self, number: int, _frame: Any) -> None:
@@ -194,6 +214,7 @@ class Guard:
         ui.info("stopping after this step (once more to stop at once)")
 
     def __exit__(self, *exc: object) -> None:
+        ui.lasting = self.lasting
         for s, handler in self.before.items():
             signal.signal(s, handler)
 
@@ -223,6 +244,8 @@ class Trainer:
             )
         self.micro_size = self.opts.batch_size // per_step
         self.start, self.images, self.seconds = 0, 0, 0.0
+        self.window: dict[str, Tensor] = {}  # sums of what is logged, since the last row
+        self.counts: dict[str, int] = {}
 
         torch.manual_seed(self.opts.seed)
         self.feed = open_feed(recipe, run, accelerator, self.micro_size)
@@ -232,10 +255,16 @@ class Trainer:
         self.objective, self.networks, self.components = built.objective, built.networks, built.components
         self.phases: list[Phase] = list(self.objective.phases())
         self._prepare()
-        if accelerator.is_main_process and not (run.path / "config.yaml").exists():
-            run.write_facts(recipe.dump(), recipe.origins, {**self.feed.describe(), **asdict(self.facts)})
-        if track not in ("jsonl", "none"):
-            accelerator.init_trackers("vgm", config=flat(recipe.config))
+
+    def begin(self) -> None:
+        """Everything is checked: from here on the run directory is this run's."""
+        name = self.track if self.acc.is_main_process else "none"
+        if self.acc.is_main_process:
+            self.run.start(self.recipe.dump(), self.recipe.origins, self.data_facts())
+        self.tracker = tracking.Tracker(name, self.run.path, flat(self.recipe.config), self.start)
+
+    def data_facts(self) -> dict[str, Any]:
+        return {**self.feed.describe(), **asdict(self.facts)}
 
     # -- set-up -----------------------------------------------------------------------------------------------------
 
@@ -314,8 +343,6 @@ class Trainer:
     def loop(self, until: int, guard: Guard, quiet_end: bool = False) -> Outcome:
         opts = self.opts
         batches = self.feed.batches(self.start * opts.accumulate)
-        window: dict[str, Tensor] = {}
-        counts: dict[str, int] = {}
         finite = torch.ones((), dtype=torch.bool, device=self.device)
         self._announce(until)
         if self.start == 0 and self.acc.is_main_process:
@@ -329,18 +356,20 @@ class Trainer:
                 logs, ok = self.one_step(index, batches)
                 finite &= ok
                 for k, v in logs.items():
-                    window[k] = window[k] + v if k in window else v
-                    counts[k] = counts.get(k, 0) + 1
+                    self.window[k] = self.window[k] + v if k in self.window else v
+                    self.counts[k] = self.counts.get(k, 0) + 1
                 done = index + 1
                 self.images += opts.batch_size
                 stop = self._stopped(guard)  # asked once: a signal after this is for the next step
                 last = done == until or stop
-                if done % opts.log_every == 0 or last:
+                regular = due(done, opts.log_every)
+                if regular or last:
                     now = time.perf_counter()
                     rate = (self.images - mark_images) / max(now - mark, 1e-9)
                     mark, mark_images = now, self.images
-                    row = self._log(done, window, counts, rate)
-                    window, counts = {}, {}
+                    row = self._log(done, self.window, self.counts, rate)
+                    if regular:
+                        self.window, self.counts = {}, {}
                     self._stop_if_diverged(finite, done)
                     left = (until - done) * opts.batch_size / max(rate, 1e-9)
                     losses = (f"{p.name}/loss" for p in self.phases)  # a phase may not have been due
@@ -350,10 +379,10 @@ class Trainer:
                     progress.line(f"step {done}/{until}  {note}  ETA {duration(left)}")
                 elif progress.bar is not None:
                     progress.update(done)
-                if done % opts.save_every == 0 or last:
+                if due(done, opts.save_every) or last:
                     self._stop_if_diverged(finite, done)
                     self.save(done, self.seconds + time.perf_counter() - began)
-                if (done % opts.preview_every == 0 or done == until) and opts.preview_n:
+                if (due(done, opts.preview_every) or done == until) and opts.preview_n:
                     self.preview(done, progress)
                     mark, mark_images = time.perf_counter(), self.images
                 if stop:
@@ -361,10 +390,9 @@ class Trainer:
         self.seconds += time.perf_counter() - began
         done = index + 1 if until > self.start else self.start
         if stop:
-            code = 143 if guard.signal == signal.SIGTERM else INTERRUPTED
-            raise VgmError(
-                f"stopped after step {done}; everything is saved in {self.run.path}", "--resume goes on", code
-            )
+            self.acc.wait_for_everyone()  # a process that leaves takes the others along, and the first one still saves
+            code = 128 + (guard.signal or signal.SIGINT)
+            raise VgmError(f"stopped after step {done}; everything is saved in {self.run.path}", GO_ON, code)
         overall = (self.images - self.start * opts.batch_size) / max(time.perf_counter() - began, 1e-9)
         outcome = Outcome(self.run.path, done, self.images, self.seconds, overall)
         if self.acc.is_main_process:
@@ -376,8 +404,7 @@ class Trainer:
                 ui.info(f"done: {done} steps in {duration(self.seconds)}, {overall:.0f} img/s")
                 ui.data(str(self.run.path))
                 ui.info(f"next: vgm {'evaluate' if self.header().is_codec else 'sample'} {self.run.path}")
-        if self.track not in ("jsonl", "none"):
-            self.acc.end_training()
+        self.tracker.finish()
         return outcome
 
     def one_step(self, index: int, batches: Iterator[Batch]) -> tuple[dict[str, Tensor], Tensor]:
@@ -457,8 +484,7 @@ class Trainer:
         if self.acc.is_main_process and self.track != "none":
             self.run.log(row)
         ui.event("step", **row)
-        if self.track not in ("jsonl", "none"):
-            self.acc.log({k: v for k, v in row.items() if k != "step"}, step=done)
+        self.tracker.log(row, done)
         return row
 
     def _stop_if_diverged(self, finite: Tensor, done: int) -> None:
@@ -466,24 +492,18 @@ class Trainer:
         if self.world > 1:
             flag = self.acc.reduce(flag, "mean")
         if flag.item() < 1:
-            last = self.run.last()
-            kept = f"the last good checkpoint is {last}" if last else "no checkpoint was written yet"
             raise VgmError(
-                f"training diverged: the loss was not finite by step {done}; {kept}",
+                f"training diverged: the loss was not finite by step {done}; {self.run.kept()}",
                 "lower optimizer.lr, set train.clip=1.0, or train.precision=fp32",
                 DIVERGED,
             )
 
     def _stopped(self, guard: Guard) -> bool:
-        """All ranks agree whether a signal came."""
-        flag = guard.signal is not None
-        if self.world == 1:
-            return flag
-        seen = torch.tensor(float(flag), device=self.device)
-        flag = bool(self.acc.reduce(seen, "sum").item() > 0)
-        if flag and guard.signal is None:
-            guard.signal = signal.SIGINT
-        return flag
+        """All ranks agree whether a signal came, and which."""
+        if self.world > 1:
+            seen = torch.tensor([guard.signal or 0], device=self.device)
+            guard.signal = int(self.acc.gather(seen).max()) or None
+        return guard.signal is not None
 
     def _announce(self, until: int) -> None:
         count = sum(p.numel() for p in self.networks["model"].parameters()) if "model" in self.networks else 0
@@ -518,11 +538,32 @@ class Trainer:
         tensors: dict[str, Tensor] = {}
         for name, optimizer in self.optimizers.items():
             tensors |= sharding.gather(optimizer_tensors(optimizer, f"optimizer.{name}."), main)
+        keys = sorted(self.window)
+        sums = torch.stack([self.window[k].double() for k in keys]) if keys else None
+        if sums is not None and self.world > 1:
+            sums = self.acc.reduce(sums, "mean")
         if not main:
             return
+        window = {k: [v, self.counts[k]] for k, v in zip(keys, sums.tolist())} if sums is not None else {}
+        with self.run.new_checkpoint(done, self.opts.keep) as temp:
+            self._write_checkpoint(temp, done, seconds, window, states, averages, tensors)
+
+    def _write_checkpoint(
+        self,
+        temp: Path,
+        done: int,
+        seconds: float,
+        window: Mapping[str, Any],
+        states: Mapping[str, Mapping[str, Tensor]],
+        averages: Mapping[str, Mapping[str, Tensor]],
+        tensors: dict[str, Tensor],
+    ) -> None:
+        """Its files from whole tensors; one identity in all of them tells that they belong together. state.json comes
+        last."""
+        told = f"{self.recipe.dump()} {self.feed.describe().get('fingerprint')} {done}"
+        identity = {"checkpoint": hashlib.sha256(told.encode("utf-8", "backslashreplace")).hexdigest()[:16]}
         header = self.header()
-        header.step = done
-        temp = self.run.begin_checkpoint(done)
+        header.step, header.extra = done, identity
         tensors |= self.save_weights(temp, "model", states["model"], header)
         for name, state in averages.items():
             header.weights = name
@@ -530,14 +571,14 @@ class Trainer:
         for role in self.trained:
             if role != "model":
                 own = self.header(role)
-                own.step = done
+                own.step, own.extra = done, identity
                 ckpt.save_network(temp / f"{role}.safetensors", states[role], own)
         if hasattr(self.objective, "state_dict"):
             tensors |= {f"objective.{k}": v for k, v in self.objective.state_dict().items()}
         atomic.save_safetensors(
             {k: v.detach().cpu().contiguous().clone() for k, v in tensors.items()},
             temp / "trainer.safetensors",
-            {"format": "pt"},
+            {"format": "pt", **{f"vgm.{k}": json.dumps(v) for k, v in identity.items()}},
         )
         scaler = self.acc.scaler.state_dict() if self.acc.scaler is not None else None
         record = {
@@ -548,9 +589,10 @@ class Trainer:
             "world": self.world,
             "ema_updates": {a.name: a.updates for a in self.averages},
             "scaler": scaler,
+            "window": window,
+            **identity,
         }
         atomic.write_json(temp / "state.json", record)
-        self.run.commit_checkpoint(temp, self.opts.keep)
 
     def save_weights(
         self, temp: Path, name: str, state: Mapping[str, Tensor], header: ckpt.Header
@@ -562,42 +604,97 @@ class Trainer:
         ckpt.save_network(temp / f"{name}.safetensors", plain, header)
         return {f"kept.{name}.{k}": v for k, v in state.items() if k not in plain}
 
-    @staticmethod
-    def whole(state: Mapping[str, Tensor], tensors: Mapping[str, Tensor], file: Path) -> Mapping[str, Tensor]:
-        """The opposite: `state` with what was kept of it (the rest of it never changes), or all of the file."""
-        prefix = f"kept.{file.stem}."
-        kept = {k.removeprefix(prefix): v for k, v in tensors.items() if k.startswith(prefix)}
-        return {**state, **kept} if kept else ckpt.read_tensors(file)[0]
+    def read_part(self, file: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
+        """One file of the checkpoint that `state` belongs to. VgmError: it is damaged, or of another one."""
+        tensors, metadata = ckpt.read_tensors(file)
+        if "checkpoint" in state and metadata.get("vgm.checkpoint") != json.dumps(state["checkpoint"]):
+            raise VgmError(f"{file} does not belong to {file.parent}: it is another checkpoint's", OLDER, FAILED)
+        return tensors
+
+    def whole(
+        self, role: str, own: Mapping[str, Tensor], kept: Mapping[str, Tensor], folder: Path, state: Mapping[str, Any]
+    ) -> Mapping[str, Tensor]:
+        """The opposite of save_weights: `own` with what was kept of it (the rest of it never changes), or all of the
+        file. VgmError: it does not fit."""
+        file = folder / f"{role}.safetensors"
+        prefix = f"kept.{role}."
+        part = {k.removeprefix(prefix): v for k, v in kept.items() if k.startswith(prefix)}
+        found = {**own, **part} if part else self.read_part(file, state)
+        wrong = sorted(k for k in own.keys() | found.keys() if k not in own or k not in found)
+        wrong = wrong or [k for k in own if own[k].shape != found[k].shape]
+        if wrong:
+            raise VgmError(f"{file} does not fit this run: {wrong[0]} differs", OLDER, FAILED)
+        return found
 
     def restore(self) -> None:
-        """Continue from the last complete checkpoint; from the start when there is none."""
+        """Continue from the last complete checkpoint; from the start when there is none. VgmError: the data or the
+        codec are not those of before, or a file is damaged or another run's."""
+        self._refuse_other_data()
         folder = self.run.last()
         if folder is None:
             ui.info(f"{self.run.path} has no checkpoint yet: starting at step 0")
+            if self.acc.is_main_process:
+                self.run.rewind_log(0)
             return
-        try:
-            state = json.loads((folder / "state.json").read_text())
-        except (OSError, ValueError) as e:
-            raise VgmError(f"{folder} is damaged: {e}", "remove it to resume from the one before", FAILED) from e
-        tensors, _ = ckpt.read_tensors(folder / "trainer.safetensors")
+        state = read_state(folder, [a.name for a in self.averages])
+        tensors = self.read_part(folder / "trainer.safetensors", state)
+        self._refuse_other_codec(folder)
         for role in self.trained:
             own_state = self.networks[role].state_dict()
-            stored = self.whole(own_state, tensors, folder / f"{role}.safetensors")
-            self.networks[role].load_state_dict({k: sharding.like(own_state.get(k), v) for k, v in stored.items()})
+            stored = self.whole(role, own_state, tensors, folder, state)
+            self.networks[role].load_state_dict({k: sharding.like(own_state[k], v) for k, v in stored.items()})
         for average in self.averages:
-            weights = self.whole(average.state_dict(), tensors, folder / f"{average.name}.safetensors")
+            weights = self.whole(average.name, average.state_dict(), tensors, folder, state)
             average.load_state_dict(weights, state["ema_updates"][average.name])
+        file = folder / "trainer.safetensors"
+        if state["step"] and not any(k.startswith("optimizer.") for k in tensors) and self._stateful():
+            raise VgmError(f"{file} holds no optimizer state", OLDER, FAILED)
         for name, optimizer in self.optimizers.items():
-            load_optimizer_tensors(optimizer, tensors, f"optimizer.{name}.")
+            load_optimizer_tensors(optimizer, tensors, f"optimizer.{name}.", file)
         own = {k.removeprefix("objective."): v for k, v in tensors.items() if k.startswith("objective.")}
         if hasattr(self.objective, "load_state_dict"):
-            self.objective.load_state_dict(own)
+            try:
+                self.objective.load_state_dict(own)
+            except (KeyError, RuntimeError, ValueError) as e:
+                raise VgmError(f"{file} does not fit this run's objective: {e}", OLDER, FAILED) from e
         if self.acc.scaler is not None and state.get("scaler"):
             self.acc.scaler.load_state_dict(state["scaler"])
         self.start, self.images, self.seconds = state["step"], state["images"], state["seconds"]
-        if self.acc.is_main_process:
-            self.run.rewind_log(self.start)
+        for k, (value, count) in state.get("window", {}).items():
+            self.window[k], self.counts[k] = torch.tensor(value, dtype=torch.float32, device=self.device), count
+        if self.acc.is_main_process:  # a row for a part of an interval is not one that an uninterrupted run has
+            self.run.rewind_log(self.start - bool(self.window))
         ui.info(f"resuming from step {self.start}")
+
+    def _stateful(self) -> bool:
+        """Does any optimizer keep more than the weights?"""
+        return any(s.name != "sgd" or s.betas[0] for s in self.settings.values())
+
+    def _refuse_other_data(self) -> None:
+        """VgmError (exit code 2): the images or classes are not those that the run began with."""
+        before, now = self.run.record("data.json"), self.data_facts()
+        then, there = list(before.get("class_names") or []), list(now.get("class_names") or [])
+        if then and there and then != there:
+            first = next(
+                (i for i, pair in enumerate(zip(then, there)) if pair[0] != pair[1]), min(len(then), len(there))
+            )
+            was, is_now = ("missing" if first >= len(n) else n[first] for n in (then, there))
+            message = f"the classes are not those of {self.run.path}: class {first} was {was}, now {is_now}"
+            raise VgmError(message, NEW_RUN, USAGE)
+        for key in ("num_classes", "count", "image_size", "image_channels", "fingerprint"):
+            if before.get(key) is not None and before[key] != now.get(key):
+                raise VgmError(
+                    f"the data is not that of {self.run.path}: {key} was {before[key]}, now {now.get(key)}",
+                    NEW_RUN,
+                    USAGE,
+                )
+
+    def _refuse_other_codec(self, folder: Path) -> None:
+        """VgmError (exit code 2): the first stage's file has other bytes than when `folder` was written."""
+        before = ckpt.read_header(folder / "model.safetensors").codec if "model" in self.networks else None
+        now = self.feed.codec_ref
+        if before and now and before.get("sha256") != now.get("sha256"):
+            raise VgmError(f"the codec is not the one that {self.run.path} was trained with", NEW_RUN, USAGE)
 
     def preview(self, done: int, progress: Progress) -> None:
         """A grid from the first average with the run's fixed noise and labels, comparable between steps; of a codec,
@@ -606,6 +703,7 @@ class Trainer:
             return  # one process alone cannot sample from a sharded network
         if not (self.recipe.config.get("sampler") or self.header().is_codec):
             return
+        file = self.run.path / "samples" / f"step-{done:06d}.png"
         progress.note(f"preview of {self.opts.preview_n} images")
         model = self.networks["model"]
         rng = torch.random.get_rng_state()
@@ -629,13 +727,15 @@ class Trainer:
                 generate.preview(
                     loaded,
                     self.recipe,
-                    self.run.path / "samples" / f"step-{done:06d}.png",
+                    file,
                     self.opts.preview_n,
                     self.device,
                     self.feed,
                 )
         progress.update(done, "")
         torch.random.set_rng_state(rng)
+        if file.is_file():
+            self.tracker.picture(file, done)
 
 
 # -- small pieces ----------------------------------------------------------------------------------------------------
@@ -692,21 +792,45 @@ def optimizer_tensors(optimizer: Any, prefix: str) -> dict[str, Tensor]:
     return {f"{prefix}{i}.{k}": torch.as_tensor(v) for i, entries in state.items() for k, v in entries.items()}
 
 
-def load_optimizer_tensors(optimizer: Any, tensors: Mapping[str, Tensor], prefix: str) -> None:
+def load_optimizer_tensors(optimizer: Any, tensors: Mapping[str, Tensor], prefix: str, file: Path) -> None:
+    """The opposite; VgmError: entries of other parameters than this optimizer's."""
     full = optimizer.state_dict()
     params = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}
     for key, value in tensors.items():
-        if key.startswith(prefix):
-            index, _, entry = key[len(prefix) :].partition(".")
-            like = params[int(index)]
-            if (
-                value.shape == like.shape
-            ):  # fused kernels read weights and moments in memory order: channels last or not
-                there = sharding.like(like, value)
-                value = torch.empty_like(like, dtype=value.dtype, device=there.device).copy_(there)
-            state.setdefault(int(index), {})[entry] = value
+        if not key.startswith(prefix):
+            continue
+        index, _, entry = key[len(prefix) :].partition(".")
+        like = params[int(index)] if index.isdecimal() and int(index) < len(params) else None
+        moment = entry in MOMENTS
+        if like is None or (moment and value.shape != like.shape):
+            raise VgmError(f"{file} is another run's: {key} fits no parameter", OLDER, FAILED)
+        if value.shape == like.shape:  # fused kernels read weights and moments in memory order: channels last or not
+            there = sharding.like(like, value)
+            value = torch.empty_like(like, dtype=value.dtype, device=there.device).copy_(there)
+        state.setdefault(int(index), {})[entry] = value
     optimizer.load_state_dict({"state": state, "param_groups": full["param_groups"]})
+
+
+def read_state(folder: Path, averages: Sequence[str]) -> dict[str, Any]:
+    """state.json of a checkpoint. VgmError: it is damaged, or not this checkpoint's."""
+    try:
+        state = read_record(folder / "state.json")
+        step, images, seconds = state["step"], state["images"], state["seconds"]
+        sound = type(step) is int and type(images) is int and isinstance(seconds, int | float)
+        sound = sound and step == int(folder.name.removeprefix("step-")) and images >= 0 and seconds >= 0
+        sound = sound and all(type(state["ema_updates"][name]) is int for name in averages)
+        sound = sound and all(len(v) == 2 for v in state.get("window", {}).values())
+    except (KeyError, TypeError, ValueError, AttributeError, VgmError) as e:
+        raise VgmError(f"{folder} is damaged: {e}", OLDER, FAILED) from e
+    if not sound:
+        raise VgmError(f"{folder} is damaged: its state.json does not belong to it", OLDER, FAILED)
+    return state
+
+
+def due(done: int, every: int | None) -> bool:
+    """Every so many steps; never where that is 0 or null."""
+    return bool(every) and done % (every or 1) == 0
 
 
 def should_compile(opts: Any, device: torch.device) -> bool:
@@ -724,8 +848,9 @@ def channels_last(network: nn.Module, asked: bool | None) -> bool:
     return convs > 0.5 * sum(p.numel() for p in network.parameters())
 
 
-def train_codec(recipe_name: str, recipe: Recipe, out: Path, track: str = "none") -> Path:
-    """Train the fallback codec on this recipe's data into `out`; returns its weights file. Finished ones are reused."""
+def train_codec(recipe_name: str, recipe: Recipe, out: Path, device: str | None = None) -> Path:
+    """Train the fallback codec on this recipe's data into `out`, a run like any other; returns its weights file. A
+    finished one is reused, an unfinished one goes on."""
     data = recipe.node("data")
     assignments = [f"train.seed={recipe.node('train').seed}"]
     for key in ("path", "size", "channels", "crop", "hflip"):
@@ -733,7 +858,7 @@ def train_codec(recipe_name: str, recipe: Recipe, out: Path, track: str = "none"
         if value is not None:
             assignments.append(f"data.{key}={json.dumps(value)}")
     own = load(recipe_name, None, assignments)
-    finished = Run(out).last() if out.exists() else None
-    if finished is None or json.loads((finished / "state.json").read_text())["step"] < own.node("train").steps:
-        train(own, out, resume=out.exists(), track=track, quiet_end=True)
+    last = Run(out).last()
+    if last is None or read_state(last, [])["step"] < own.node("train").steps:
+        train(own, out, resume=out.exists(), quiet_end=True, device=device)
     return ckpt.resolve(out)
