@@ -171,12 +171,16 @@ class Run:
     def release(self) -> None:
         """Let go of the lock; folders that were made for a run that did not start go."""
         if self._lock is not None:
-            _held.discard(self._lock)
-            with contextlib.suppress(OSError):
-                if self.path in self._made and not used(self.path):
-                    os.unlink(self.path / LOCK)
-            os.close(self._lock)
-            self._lock = None
+            handle, self._lock = self._lock, None
+            try:
+                if all(str(p) == LOCK for p in files_in(self.path)):  # while it is ours still
+                    (self.path / LOCK).unlink(missing_ok=True)
+            except OSError:
+                pass  # a lock file alone does no harm
+            finally:
+                if handle in _held:
+                    _held.discard(handle)
+                    os.close(handle)
         for folder in reversed(self._made):
             if folder != self.path and folder not in self.path.parents:
                 continue
