@@ -54,10 +54,10 @@ def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
 
 @contextlib.contextmanager
 def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
-    """Yield a temporary folder to fill; afterwards it takes `path`'s place. On any error what was there is intact; a
-    kill between the two renames leaves nothing under the name, never a mixture."""
+    """Yield a temporary folder to fill; afterwards it takes `path`'s place as a whole, and what was there is removed.
+    On any error what was there is intact."""
     target = Path(path)
-    temp, old = beside(target), beside(target, "old")
+    temp = beside(target)
     try:
         target.parent.mkdir(parents=True, exist_ok=True)
         clean(target.parent)
@@ -65,14 +65,18 @@ def replacing_folder(path: str | os.PathLike[str]) -> Iterator[Path]:
         yield temp
         sync_folder(temp)
         if os.path.lexists(target):
-            os.replace(target, old)
-        os.replace(temp, target)
+            exchange(temp, target)
+        else:
+            os.rename(temp, target)
         sync_folder(target.parent)
     except OSError as e:
         raise failure(target, e) from e
     finally:
-        for leftover in (temp, old):
-            shutil.rmtree(leftover, ignore_errors=True)
+        if temp.is_dir() and not temp.is_symlink():
+            shutil.rmtree(temp, ignore_errors=True)
+        else:  # what was there was a file
+            with contextlib.suppress(OSError):
+                temp.unlink(missing_ok=True)
 
 
 def beside(target: Path, kind: str = "tmp") -> Path:
@@ -112,6 +116,26 @@ def _alive(pid: int) -> bool:
     except (OSError, OverflowError):  # another user's
         return True
     return True
+
+
+def exchange(a: Path, b: Path) -> None:
+    """Two names change places, in one step where the system can (Linux), else in three."""
+    import ctypes
+
+    try:
+        swap = ctypes.CDLL(None, use_errno=True).renameat2
+        if swap(-100, os.fsencode(a), -100, os.fsencode(b), 2) == 0:  # AT_FDCWD, RENAME_EXCHANGE
+            return
+    except (AttributeError, OSError):
+        pass
+    aside = a.with_name(a.name + ".old")
+    os.rename(b, aside)
+    try:
+        os.rename(a, b)
+    except BaseException:
+        os.rename(aside, b)
+        raise
+    os.rename(aside, a)
 
 
 def refuse_existing(path: str | os.PathLike[str], overwrite: bool = False) -> None:

@@ -32,7 +32,12 @@ class Converter:
         in engine/checkpoint.Header. With it the file can be sampled from as it is.
     allows(config): VgmError when such a network has no file of this layout.
     wrapper: the entry under which official torch files keep the state; "" is a bare one.
-    forgets: regular expressions of tensors of the layout that ours does not keep and from_ours makes anew.
+    forgets: regular expressions of tensors of the layout that ours does not keep and from_ours makes anew; their values
+        say nothing. Any other tensor that from_ours gives must be the file's own.
+    pairs(names): {name in the layout: name in the file} of a network's own tensors, where a file may keep them below
+        the names of a larger one, or under older names. What is in no pair is not this network's.
+    assumes(state, config): {keyword: sentence} of what config_from (or header: "schedule") takes as published because
+        no tensor tells it, for this state.
     config_json(config): the config.json that goes with the weights (diffusers). fits(json): is this its config.json?
     from_json(json): constructor keywords that it tells and shapes do not. told_by(json): this layout for the network of
         such a config.json, where tensors alone do not tell how to read them (the size, the width of a head).
@@ -53,6 +58,8 @@ class Converter:
     allows: Callable[[Mapping[str, Any]], None] | None = None
     wrapper: str = ""
     forgets: tuple[str, ...] = ()
+    pairs: Callable[[Iterable[str]], Mapping[str, str]] | None = None
+    assumes: Callable[[State, Mapping[str, Any]], Mapping[str, str]] | None = None
     config_json: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
     fits: Callable[[Mapping[str, Any]], bool] | None = None
     from_json: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
@@ -60,6 +67,10 @@ class Converter:
     forward: Callable[[Any, Mapping[str, Any]], Tensor] | None = None
     reference: Callable[[State, Mapping[str, Any]], Tensor] | None = None
     tolerance: float = 1e-4
+
+    def own(self, state: State) -> State:
+        """The network's own tensors, under the layout's present names."""
+        return state if self.pairs is None else {ours: state[k] for ours, k in self.pairs(state).items()}
 
 
 WRAPPERS = ("ema", "model_ema", "state_dict", "model", "module")
@@ -91,16 +102,29 @@ def unwrap(checkpoint: Mapping[str, Any], weights: str | None = None) -> dict[st
     return dict(state)
 
 
+UNTRAINED = ("running_mean", "running_var", "num_batches_tracked")  # buffers of normalisation layers
+
+
 def named_shadow(model: Mapping[str, Any], shadow: Sequence[Any]) -> dict[str, Any]:
     """The model's state with its trained tensors replaced by their averages, a list in the model's own order.
 
     Buffers and tensors that are not trained (fixed Fourier frequencies) are in `model` and not in the list; they are
-    told by their shape. VgmError: the list is not that of this model.
+    told by their shape. VgmError: the list is not that of this model, or fits it in several ways.
     """
-    state, left = dict(model), list(shadow)
-    for name, value in model.items():
-        if left and tuple(value.shape) == tuple(left[0].shape):
-            state[name] = left.pop(0)
-    if left:
+    names = [k for k in model if not k.endswith(UNTRAINED)] if len(shadow) < len(model) else list(model)
+    first = in_order(names, model, shadow)
+    last = in_order(names[::-1], model, shadow[::-1])
+    if first is None or last is None:
         raise VgmError(f"the average holds {len(shadow)} tensors that do not fit the model's {len(model)}", code=USAGE)
-    return state
+    if first != last[::-1]:
+        raise VgmError("the average's tensors have no names, and fit the model's in several ways", code=USAGE)
+    return {**model, **dict(zip(first, shadow))}
+
+
+def in_order(names: Sequence[str], model: Mapping[str, Any], shadow: Sequence[Any]) -> list[str] | None:
+    """The first names whose tensors have the shapes of a list, in its order; None where there are too few."""
+    found: list[str] = []
+    for name in names:
+        if len(found) < len(shadow) and tuple(model[name].shape) == tuple(shadow[len(found)].shape):
+            found.append(name)
+    return found if len(found) == len(shadow) else None

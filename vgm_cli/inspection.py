@@ -8,11 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vgm_cli import limits
+from vgm_cli import limits, unpickle
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.unpickle import ARRAYS, PICKLES, TORCH_FILES
 
-INDEX = ".index.json"
+KINDS = {"torch": "torch file", "pickle": "pickle", "arrays": "numpy archive", "safetensors": "safetensors"}
 SMALL = 1 << 18  # elements of a tensor whose values may say something (a mask, a ladder of noise levels)
 TORCH_NAMES = {"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16", "u8": "uint8", "bool": "bool"}
 TORCH_NAMES |= {f"i{n}": f"int{n}" for n in (8, 16, 32, 64)} | {f"u{n}": f"uint{n}" for n in (16, 32, 64)}
@@ -26,10 +26,12 @@ def describe(path: Path) -> dict[str, Any]:
     """
     if not path.is_file():
         raise VgmError(f"no such file: {path}", "`vgm runs ls` shows the runs below ./runs", USAGE)
-    if path.suffix == ".safetensors" or path.name.endswith(f".safetensors{INDEX}"):
-        return safetensors_file(path)
-    if path.suffix.lower() in (*TORCH_FILES, *PICKLES, *ARRAYS) or path.name.endswith(INDEX):
-        return foreign_file(path)
+    parts = shards_of(path) if is_index(path) else [path]
+    kinds = {unpickle.kind_of(p) for p in parts}
+    if kinds == {"safetensors"}:
+        return safetensors_file(path, parts)
+    if "" not in kinds:
+        return foreign_file(path, KINDS[kinds.pop()])
     known = ", ".join((".safetensors", *TORCH_FILES, *PICKLES, *ARRAYS))
     raise VgmError(f"{path} is not a kind of file that can be looked into", f"known: {known}, or a run", USAGE)
 
@@ -37,29 +39,48 @@ def describe(path: Path) -> dict[str, Any]:
 # -- .safetensors ------------------------------------------------------------------------------------------------------
 
 
-def safetensors_file(path: Path) -> dict[str, Any]:
-    files = shards_of(path)
+def safetensors_file(path: Path, files: list[Path]) -> dict[str, Any]:
     tensors: dict[str, dict[str, Any]] = {}
     metadata: dict[str, str] = {}
     for file in files:
         own, more = limits.safetensors_header(file)
         tensors |= own
         metadata |= more
-    kind = f"safetensors in {len(files)} shards" if path.name.endswith(INDEX) else "safetensors"
+    kind = f"safetensors in {len(files)} shards" if is_index(path) else "safetensors"
     facts = {"path": str(path), "kind": kind, "bytes": sum(f.stat().st_size for f in files), **summary(tensors)}
+    facts["non_finite"] = [name for f in files for name in non_finite_in(f)]
     said = own_header(metadata, path)
     if said:
         component = said["component"]
         return {**facts, "kind": "vgm checkpoint", **said, "presets": presets_of(component)}
-    return {**facts, "metadata": metadata, **looks_like(path, {"": light(files, tensors)})}
+    from vgm_cli.engine import weight_files
+    from vgm_cli.engine.nested import entries
+
+    named, remarks = entries(light(files, tensors), path)
+    found = weight_files.Weights(path, named, metadata, weight_files.read_json(path.parent / "config.json"), remarks)
+    return {**facts, "metadata": metadata, **looks_like(found)}
+
+
+def is_index(path: Path) -> bool:
+    from vgm_cli.engine.checkpoint import is_index as named
+
+    return named(path)
 
 
 def shards_of(path: Path) -> list[Path]:
-    if not path.name.endswith(INDEX):
-        return [path]
     from vgm_cli.engine.checkpoint import shards_of as named
 
     return named(path)
+
+
+def non_finite_in(path: Path) -> list[str]:
+    """Tensors of a .safetensors file that hold NaN or infinities, read one at a time."""
+    from safetensors import safe_open
+
+    from vgm_cli.engine.checkpoint import all_finite
+
+    with safe_open(path, framework="pt") as f:
+        return [k for k in f.keys() if not all_finite(f.get_tensor(k))]
 
 
 def light(files: list[Path], tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
@@ -108,54 +129,58 @@ def presets_of(component: Mapping[str, Any]) -> list[str]:
 # -- files that others wrote -------------------------------------------------------------------------------------------
 
 
-def foreign_file(path: Path) -> dict[str, Any]:
-    """A .pt, .ckpt, .pkl or .npz: its dictionaries of tensors, and what the one that would be converted looks like."""
+def foreign_file(path: Path, kind: str) -> dict[str, Any]:
+    """A torch file, pickle or .npz: its dictionaries of tensors, and what would be converted, and looks like what."""
     from vgm_cli.engine import weight_files
+    from vgm_cli.engine.checkpoint import non_finite
 
     found = weight_files.read(path)
-    order = found.pick(None)
-    facts = looks_like(path, {name: found.entries[name] for name in order})
-    chosen = found.entries[facts.get("entry", order[0]).split(".")[0]]
+    facts = looks_like(found)
+    inside = [n for n in found.entries if f"{facts['entry']}.".startswith(f"{n}.") or not n]
+    chosen = found.entries[max(inside, key=len)]
     tensors = {k: {"dtype": str(v.dtype).removeprefix("torch."), "shape": list(v.shape)} for k, v in chosen.items()}
-    kind = {**dict.fromkeys(PICKLES, "pickle"), **dict.fromkeys(ARRAYS, "numpy archive")}.get(path.suffix, "torch file")
     return {
         "path": str(path),
         "kind": f"{kind} (nothing in it was executed)",
         "bytes": path.stat().st_size,
         "entries": {k: len(v) for k, v in found.entries.items() if k},
         **summary(tensors),
+        "non_finite": non_finite(chosen),
         **facts,
     }
 
 
-def looks_like(path: Path, entries: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """entry, weights: what `vgm convert` would take; looks_like: the layouts that know it, those that fit first; fit:
-    the first of them, or the nearest layout when none does, with what is missing."""
-    from vgm_cli import layouts
-    from vgm_cli.engine import convert, weight_files
+def looks_like(found: Any) -> dict[str, Any]:
+    """entry, weights: what `vgm convert` would take; also: what else there is; looks_like: the layouts that know it,
+    those that fit first; fit: the first of them, or the nearest layout when none does, with what is missing.
 
-    tried = [(n, s) for name, state in entries.items() for n, s in ((name, state), *convert.inner(name, state))]
-    for name, state in tried:
-        hits = layouts.recognising(state)
-        if hits:
-            fits = sorted((layouts.fit(c, state) for c in hits), key=lambda f: not f.exact)
-            first = fits[0]
-            if len(hits) > 1:
-                try:
-                    wanted = layouts.choose(state, path, weight_files.read_json(path.parent / "config.json"))[0]
-                    first = next(f for f in fits if f.converter.name == wanted.name)
-                except VgmError:
-                    pass  # ambiguous: all are listed
-            return {
-                "entry": name,
-                "weights": convert.kind_of(name),
-                "looks_like": [layout(f) for f in sorted(fits, key=lambda f: (not f.exact, f is not first))],
-                "fit": table(first),
-            }
-    name, state = next(iter(entries.items()))
-    close = layouts.nearest(state)
+    found: a weight_files.Weights.
+    """
+    from vgm_cli import layouts
+    from vgm_cli.engine import convert
+
+    networks = found.networks(layouts.recognising)
+    if networks:
+        taken = networks[0]
+        fits = sorted((layouts.fit(c, taken.state) for c in taken.layouts), key=lambda f: not f.exact)
+        first = fits[0]
+        if len(fits) > 1:
+            try:
+                wanted = layouts.choose(taken.state, found.path, found.json)[0]
+                first = next(f for f in fits if f.converter.name == wanted.name)
+            except VgmError:
+                pass  # ambiguous: all are listed
+        return {
+            "entry": taken.name,
+            "weights": convert.kind_of(taken.name),
+            "also": convert.beside(found, taken.name, networks),
+            "looks_like": [layout(f) for f in sorted(fits, key=lambda f: (not f.exact, f is not first))],
+            "fit": table(first),
+        }
+    name = found.pick(None)[0]
+    close = layouts.nearest(found.entries[name])
     near = {"nearest": layout(close), "fit": table(close)} if close is not None else {}
-    return {"entry": name, "weights": convert.kind_of(name), "looks_like": [], **near}
+    return {"entry": name, "weights": convert.kind_of(name), "also": [], "looks_like": [], **near}
 
 
 def layout(fit: Any) -> dict[str, Any]:

@@ -111,9 +111,11 @@ def fit(c: Converter, state: State, config: Mapping[str, Any] | None = None) -> 
     except UNFIT as e:
         return Fit(c, reason=reason_of(e))
     forgotten = [re.compile(p) for p in c.forgets]
-    missing = [k for k in wanted if k not in state and not any(p.search(k) for p in forgotten)]
-    unexpected = [k for k in state if k not in wanted]
-    both = {k: (tuple(state[k].shape), tuple(v.shape)) for k, v in wanted.items() if k in state}
+    pairs = {k: k for k in state} if c.pairs is None else dict(c.pairs(state))
+    used = {theirs for ours, theirs in pairs.items() if ours in wanted}
+    missing = [k for k in wanted if k not in pairs and not any(p.search(k) for p in forgotten)]
+    unexpected = [k for k in state if k not in used]
+    both = {k: (tuple(state[pairs[k]].shape), tuple(v.shape)) for k, v in wanted.items() if k in pairs}
     shapes = {k: v for k, v in both.items() if v[0] != v[1] and not any(p.search(k) for p in forgotten)}
     found = Fit(c, own, missing, unexpected, shapes, wanted=len(wanted))
     if found.missing:  # a layout may know other names for the same tensors (of older versions): then all is there

@@ -537,21 +537,54 @@ class Named(Shell):
 # -- opening files -----------------------------------------------------------------------------------------------------
 
 
+def kind_of(path: Path) -> str:
+    """ "safetensors", "torch", "pickle" or "arrays", by what a file begins with and else by its suffix; "" for others.
+
+    VgmError: empty, or something that was downloaded in the place of weights.
+    """
+    limits.check_regular(path)
+    with open(path, "rb") as f:
+        start = f.read(64)
+    suffix = path.suffix.lower()
+    if start[8:9] == b"{" and int.from_bytes(start[:8], "little") < path.stat().st_size:
+        return "safetensors"
+    if start.startswith(b"PK"):
+        try:
+            with zipfile.ZipFile(path) as archive:
+                return "arrays" if any(n.endswith(".npy") for n in archive.namelist()) else "torch"
+        except zipfile.BadZipFile:
+            return "arrays" if suffix in ARRAYS else "torch"
+    if start[:1] == b"\x80":
+        return "pickle" if suffix in PICKLES else "torch"
+    for mark, what in STRANGERS.items():
+        if start.lstrip().lower().startswith(mark):
+            raise VgmError(f"{path} is {what}, not weights", "download the file itself", FAILED)
+    if suffix in TORCH_FILES:
+        what = "is empty" if not start else "is not a file of torch.save's: neither an archive nor a pickle"
+        raise VgmError(f"{path} {what}", "it may be cut off or of another kind", FAILED)
+    known = {**dict.fromkeys(PICKLES, "pickle"), **dict.fromkeys(ARRAYS, "arrays")}
+    return known.get(suffix, "safetensors" if suffix == ".safetensors" else "")
+
+
+STRANGERS = {b"<!doctype": "a web page", b"<html": "a web page", b"version https://git-lfs": "a pointer of Git LFS"}
+
+
 def read(path: Path, trust: bool = False) -> Any:
-    """Whatever a .pt, .pth, .ckpt, .bin, .pkl or .npz holds, tensors on the CPU. Nothing in it is executed unless
-    `trust`, which lets the file run any program. VgmError: refused, cut off, of an unknown kind."""
+    """Whatever a torch file, pickle or .npz holds, tensors on the CPU. Nothing in it is executed unless `trust`, which
+    lets the file run any program. VgmError: refused, cut off, of an unknown kind."""
     if not path.is_file():
         raise VgmError(f"no such file: {path}", code=USAGE)
-    suffix = path.suffix.lower()
     openers: dict[str, Callable[[Path, bool], Any]] = {
-        **dict.fromkeys(TORCH_FILES, open_torch),
-        **dict.fromkeys(PICKLES, open_pickle),
-        **dict.fromkeys(ARRAYS, open_arrays),
+        "torch": open_torch,
+        "pickle": open_pickle,
+        "arrays": open_arrays,
     }
-    if suffix not in openers:
-        raise VgmError(f"{path} is not a kind of file that holds weights", f"known: {', '.join(openers)}", USAGE)
+    kind = kind_of(path)
+    if kind not in openers:
+        known = ", ".join((".safetensors", *TORCH_FILES, *PICKLES, *ARRAYS))
+        raise VgmError(f"{path} is not a kind of file that holds weights", f"known: {known}", USAGE)
     try:
-        found = openers[suffix](path, trust)
+        found = openers[kind](path, trust)
         if not trust:
             check_sizes(found, path.stat().st_size)
         return found
@@ -570,9 +603,9 @@ def read(path: Path, trust: bool = False) -> Any:
     except MemoryError as e:
         raise VgmError(f"{path} does not fit into memory", code=FAILED) from e
     except Exception as e:
-        raise VgmError(
-            f"{path} is not readable: {first_line(e)}", "it may be cut off or of another kind", FAILED
-        ) from e
+        odd = isinstance(e, ValueError | LookupError | TypeError)  # of a machine that was fed with something else
+        reason = f"it is not a whole {kind} file" if odd and kind != "arrays" else first_line(e)
+        raise VgmError(f"{path} is not readable: {reason}", "it may be cut off or of another kind", FAILED) from e
 
 
 load = read
@@ -831,7 +864,7 @@ class Walk:
             return self.tensors[id(value)] if id(value) in self.tensors else self.new(value)
         if isinstance(value, Shell) and isinstance(value.state, Mapping) and "variables" in value.state:
             return self.tf_variables(value)
-        if isinstance(value, Mapping) and depth < 3:
+        if isinstance(value, Mapping) and depth < 6:
             return {self.text(k): self.plain(v, depth + 1) for k, v in value.items()}
         if isinstance(value, tuple | list) and depth == 0:
             return {name_of(v) or str(i): self.plain(v, 1) for i, v in enumerate(value)}

@@ -165,10 +165,27 @@ def header(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"view": view, "recipe": recipe, "data": data}
 
 
+def assumes(state: State, config: Mapping[str, Any]) -> dict[str, str]:
+    """What no tensor tells, where the network is none of the published widths."""
+    if config["model_channels"] in PUBLISHED:
+        return {}
+    heads = "num_heads" if not config.get("num_head_channels") else "num_head_channels"
+    schedule = "cosine" if config["image_size"] == 64 else "linear"
+    order = "new" if config.get("use_new_attention_order") else "old"
+    return {
+        "image_size": f"image_size={config['image_size']}, as published networks of so many levels have it",
+        heads: f"{heads}={config[heads]} in every attention, in the {order} order",
+        "schedule": f"schedule={schedule} over 1000 steps, as published (schedule=NAME tells otherwise)",
+    }
+
+
+PUBLISHED = (128, 192, 256)  # model_channels
+
 CONVERTER = Converter(
     name="adm-unet",
     component="adm-unet",
     recognise=recognise,
+    assumes=assumes,
     to_ours=official,
     from_ours=official,
     config_from=config_from,

@@ -65,10 +65,12 @@ def depth_of(state: State, prefix: str = "blocks.") -> int:
     return 1 + max(int(k.removeprefix(prefix).split(".")[0]) for k in state if k.startswith(prefix))
 
 
+PUBLISHED = {384: 6, 768: 12, 1024: 16, 1152: 16}  # heads by width
+
+
 def heads_of(hidden: int) -> int:
     """64 channels per head as in S, B and L; 72 in XL; else the largest head size up to 64 that divides the width."""
-    published = {384: 6, 768: 12, 1024: 16, 1152: 16}
-    return published.get(hidden) or next(hidden // d for d in range(min(64, hidden), 0, -1) if hidden % d == 0)
+    return PUBLISHED.get(hidden) or next(hidden // d for d in range(min(64, hidden), 0, -1) if hidden % d == 0)
 
 
 def names(depth: int) -> list[str]:
@@ -85,7 +87,10 @@ def names(depth: int) -> list[str]:
 def latents(config: Mapping[str, Any]) -> dict[str, Any]:
     """Data facts of the published networks: latents of an autoencoder of factor 8, ImageNet's classes."""
     size, channels, classes = config["input_size"], config.get("in_channels", 4), config.get("num_classes", 1000)
-    facts = {"image_size": 8 * size, "image_channels": 3, "num_classes": classes, "size": size, "channels": channels}
+    image = {"image_size": 8 * size, "image_channels": 3}
+    if channels in (1, 3):  # pixels
+        image = {"image_size": size, "image_channels": channels}
+    facts = {**image, "num_classes": classes, "size": size, "channels": channels}
     return {**facts, "sample_shape": [channels, size, size]}
 
 
@@ -105,6 +110,28 @@ def header(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"view": view, "recipe": recipe, "data": latents(config)}
 
 
+def assumes(state: State, config: Mapping[str, Any]) -> dict[str, str]:
+    """What no tensor tells, where the network is not of a published width with ImageNet's classes."""
+    hidden, classes = config["hidden_size"], config["num_classes"]
+    rows, found = classes + 1, {}
+    if hidden not in PUBLISHED:
+        width = hidden // heads_of(hidden)
+        found["num_heads"] = f"num_heads={heads_of(hidden)}, heads of {width} channels (num_heads=N tells otherwise)"
+    if rows != 1001:
+        found["class_dropout_prob"] = (
+            f"the {rows} rows of the label table are {classes} classes and a null class "
+            f"(num_classes={rows} class_dropout_prob=0: {rows} classes and none)"
+        )
+    return found
+
+
+def assumes_training(state: State, config: Mapping[str, Any]) -> dict[str, str]:
+    """The same, and how a network that is not a published one was trained."""
+    found = assumes(state, config)
+    told = "schedule=linear over 1000 steps, as published (schedule=cosine tells otherwise)"
+    return {**found, "schedule": told} if found else found
+
+
 CONVERTER = Converter(
     name="dit",
     component="dit",
@@ -113,6 +140,7 @@ CONVERTER = Converter(
     from_ours=official,
     config_from=config_from,
     header=header,
+    assumes=assumes_training,
     summary="facebookresearch/DiT (bare state, or train.py's model/ema)",
 )
 
@@ -253,6 +281,7 @@ def diffusers(name: str, input_size: int) -> Converter:
         told_by=None if input_size == 64 else lambda json: diffusers(name, json.get("sample_size", input_size)),
         forward=forward,
         reference=diffusers_forward,
+        assumes=lambda state, config: assumes_training(to_ours(state), config),
         summary=f"diffusers DiTTransformer2DModel, {8 * input_size} pixels",
     )
 
@@ -280,5 +309,6 @@ SIT = replace(
     name="sit",
     component="sit",
     header=sit_header,
+    assumes=assumes,
     summary="willisma/SiT: the same tensors as DiT's",
 )

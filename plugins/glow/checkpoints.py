@@ -132,13 +132,25 @@ def official_from_ours(state: State) -> dict[str, Tensor]:
 
 def averages(state: State) -> dict[str, Tensor]:
     """The Polyak averages of a checkpoint under the variables' own names; what has none (indices, P) as it is."""
+    return {ours: state[theirs] for ours, theirs in average_pairs(state).items()}
+
+
+def average_pairs(names: Iterable[str]) -> dict[str, str]:
+    """{variable: its average's name, or its own where there is no average}."""
+    names = list(names)
     suffix = "/ExponentialMovingAverage"
-    own = {k: v for k, v in state.items() if not k.endswith(suffix) and "_adam_" not in k}
-    for k, v in state.items():
-        if k.endswith(suffix):
-            name = k.removesuffix(suffix)
-            own["model/" + name.split("model/")[-1]] = v
-    return own
+    own = {k: k for k in names if not k.endswith(suffix) and "_adam_" not in k}
+    return own | {"model/" + k.removesuffix(suffix).split("model/")[-1]: k for k in names if k.endswith(suffix)}
+
+
+def assumes(state: State, config: Mapping[str, Any]) -> dict[str, str]:
+    """Neither the size nor the depth of colours is in a tensor; averages in the file are another layout's."""
+    size, levels = config["size"], config["levels"]
+    found = {} if levels in (3, 6) else {"size": f"size={size}, as published networks of {levels} levels have it"}
+    found |= {"n_bits": f"n_bits={config['n_bits']} (n_bits=5 for the published faces)"}
+    if any(k.endswith("/ExponentialMovingAverage") for k in state):
+        found["weights"] = "raw weights are wanted; the file also holds averages (--from glow-average takes them)"
+    return found
 
 
 def ours_config(state: State, style: str) -> dict[str, Any]:
@@ -211,6 +223,7 @@ CONVERTER = Converter(
     name="glow",
     component="glow",
     recognise=official_recognise,
+    assumes=assumes,
     to_ours=official_to_ours,
     from_ours=official_from_ours,
     config_from=lambda state: ours_config(official_to_ours(state), "openai"),
@@ -224,6 +237,7 @@ CONVERTER_AVERAGE = Converter(
     name="glow-average",
     component="glow",
     recognise=lambda keys: False,  # chosen by name only
+    pairs=average_pairs,
     to_ours=lambda state: official_to_ours(averages(state)),
     from_ours=official_from_ours,
     config_from=lambda state: ours_config(official_to_ours(state), "openai"),
@@ -312,7 +326,6 @@ PORT = Converter(
     config_from=lambda state: ours_config(port_to_ours(state), "rosinality"),
     header=header,
     allows=only("rosinality"),
-    forgets=(r"invconv\.(l_mask|u_mask|l_eye)$",),
     forward=forward,
     summary="rosinality/glow-pytorch",
 )

@@ -93,6 +93,18 @@ def config_from(state: State) -> dict[str, Any]:
     return config
 
 
+def assumes(state: State, config: Mapping[str, Any]) -> dict[str, str]:
+    """How latents are scaled is in no tensor, and networks of the same shapes differ in it."""
+    if "scale_factor" in state:
+        return {}
+    factor = config.get("scale_factor", 1.0)
+    whose = "Stable Diffusion's; SDXL's is 0.13025" if factor == KL["kl-f8"]["scale_factor"] else "unscaled latents"
+    found = {"scale_factor": f"scale_factor={factor}, {whose} (scale_factor=X tells otherwise)"}
+    if config["attn_resolutions"]:
+        found["resolution"] = f"resolution=256, so attention at {', '.join(map(str, config['attn_resolutions']))}"
+    return found
+
+
 def highest(names: Iterable[str], pattern: str) -> int:
     return max(int(m[1]) for n in names if (m := re.match(pattern, n)))
 
@@ -107,6 +119,8 @@ CONVERTER_KL = Converter(
     component="autoencoder-kl",
     kind="codec",
     recognise=lambda names: recognise(names, quantised=False),
+    pairs=bare,
+    assumes=assumes,
     to_ours=to_ours,
     from_ours=dict,
     config_from=config_from,
@@ -118,6 +132,8 @@ CONVERTER_VQ = Converter(
     component="vq-autoencoder",
     kind="codec",
     recognise=lambda names: recognise(names, quantised=True),
+    pairs=bare,
+    assumes=assumes,
     to_ours=to_ours,
     from_ours=dict,
     config_from=config_from,
@@ -297,6 +313,8 @@ DIFFUSERS = Converter(
     component="autoencoder-kl",
     kind="codec",
     recognise=diffusers_recognise,
+    pairs=lambda names: {modern(k): k for k in names},
+    assumes=assumes,
     to_ours=diffusers_to_ours,
     from_ours=diffusers_from_ours,
     config_from=lambda state: config_from(diffusers_to_ours(state)),

@@ -107,6 +107,20 @@ def header(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def assumes(state: State, config: Mapping[str, Any]) -> dict[str, str]:
+    """What no tensor tells, where the network is not a published one."""
+    found = {}
+    if config["dim"] not in HEADS:
+        found["n_head"] = f"n_head={config['n_head']}, heads of 64 channels (n_head=N tells otherwise)"
+    classes = config.get("num_classes", 0)
+    if classes not in (0, 1000):
+        found["num_classes"] = f"the {classes + 1} rows of the label table are {classes} classes and a null class"
+    if "freqs_cis" not in state:
+        rows, columns = config["grid"]
+        found["grid"] = f"a grid of {rows}x{columns} codes (--from llamagen-384: 24x24, llamagen-512: 32x32)"
+    return found
+
+
 def gpt_converter(name: str, side: int) -> Converter:
     return Converter(
         name=name,
@@ -117,6 +131,7 @@ def gpt_converter(name: str, side: int) -> Converter:
         config_from=lambda state: config_from(state, side),
         summary=f"official LlamaGen GPT, {side}x{side} codes ({16 * side} pixels with VQ-16)",
         header=header,
+        assumes=assumes,
         wrapper="model",
         forgets=(DROPPED.pattern,),
     )

@@ -51,8 +51,13 @@ def base_and_limit(widths: Mapping[int, int]) -> tuple[int, int]:
 
 def plain(state: State) -> dict[str, Tensor]:
     """Without the networks' names in front: G/, Gs/, D/, G_synthesis/ and G_mapping/."""
-    return {re.sub(r"^(Gs?|D)/", "", k).replace("G_synthesis/", "synthesis/").replace("G_mapping/", "mapping/"): v
-            for k, v in state.items()}  # fmt: skip
+    return {ours: state[theirs] for ours, theirs in plain_pairs(state).items()}
+
+
+def plain_pairs(names: Iterable[str]) -> dict[str, str]:
+    """{without the networks' names in front: as it is in the file}."""
+    return {re.sub(r"^(Gs?|D)/", "", k).replace("G_synthesis/", "synthesis/").replace("G_mapping/", "mapping/"): k
+            for k in names}  # fmt: skip
 
 
 def tf_sides(keys: Iterable[str]) -> list[int]:
@@ -532,27 +537,26 @@ def allows(config: Mapping[str, Any]) -> None:
         raise VgmError(f"size={size} does not grow from 4x4 pixels, as this layout has it", code=USAGE)
 
 
-FILTERS = (r".*resample_filter",)
 COMMON: dict[str, Any] = {"header": header, "allows": allows}
 GENERATOR = Converter(
     "stylegan", "stylegan", is_tf_generator, generator_to_ours, generator_from_ours, generator_config,
-    summary="NVlabs/stylegan, TensorFlow variables", **COMMON,
+    summary="NVlabs/stylegan, TensorFlow variables", pairs=plain_pairs, **COMMON,
 )  # fmt: skip
 DISCRIMINATOR = Converter(
     "stylegan-discriminator", "stylegan-discriminator", is_tf_discriminator, discriminator_to_ours,
-    discriminator_from_ours, discriminator_config, summary="its discriminator", allows=allows,
+    discriminator_from_ours, discriminator_config, summary="its discriminator", allows=allows, pairs=plain_pairs,
 )  # fmt: skip
 GENERATOR2 = Converter(
     "stylegan2", "stylegan2", is_stylegan2, stylegan2_to_ours, stylegan2_from_ours, stylegan2_config,
-    summary="NVlabs/stylegan2-ada-pytorch", forgets=FILTERS, **COMMON,
+    summary="NVlabs/stylegan2-ada-pytorch", **COMMON,
 )  # fmt: skip
 DISCRIMINATOR2 = Converter(
     "stylegan2-discriminator", "stylegan2-discriminator", is_stylegan2_discriminator, stylegan2_to_ours,
-    stylegan2_from_ours, stylegan2_discriminator_config, summary="its discriminator", forgets=FILTERS, allows=allows,
+    stylegan2_from_ours, stylegan2_discriminator_config, summary="its discriminator", allows=allows,
 )  # fmt: skip
 GENERATOR2_TF = Converter(
     "stylegan2-tf", "stylegan2", is_tf2_generator, tf2_to_ours, tf2_from_ours, tf2_config,
-    summary="NVlabs/stylegan2 and stylegan2-ada, TensorFlow variables", **COMMON,
+    summary="NVlabs/stylegan2 and stylegan2-ada, TensorFlow variables", pairs=plain_pairs, **COMMON,
 )  # fmt: skip
 PORT = Converter(
     "stylegan-rosinality", "stylegan-rosinality", is_port, port_to_ours, port_from_ours, port_config,

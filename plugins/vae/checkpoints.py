@@ -79,6 +79,15 @@ def allows(config: Mapping[str, Any]) -> None:
         raise VgmError("pythae's default networks are perceptrons with ReLU", code=USAGE)
 
 
+def assumes(state: State, config: Mapping[str, Any]) -> dict[str, str]:
+    """Neither the likelihood nor the images' form is in a tensor."""
+    size, channels = config["size"], config["channels"]
+    return {
+        "likelihood": f"likelihood={config['likelihood']} (likelihood=gaussian tells otherwise)",
+        "size": f"{channels}x{size}x{size} images (size=N channels=N tell otherwise)",
+    }
+
+
 CONVERTER = Converter(
     name="vae-pythae",
     component="vae",
@@ -87,6 +96,7 @@ CONVERTER = Converter(
     from_ours=same,
     config_from=config_from,
     header=header,
+    assumes=assumes,
     allows=allows,
     wrapper="model_state_dict",
     forward=forward,

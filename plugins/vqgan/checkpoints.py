@@ -94,6 +94,7 @@ CONVERTER = Converter(
     component="vqgan",
     kind="codec",
     recognise=recognise,
+    pairs=bare,
     to_ours=to_ours,
     from_ours=dict,
     config_from=config_from,
@@ -111,9 +112,23 @@ PUBLISHED = {1024: 16, 1408: 16, 1536: 16}
 
 def body(state: State) -> dict[str, Tensor]:
     """The GPT's tensors without the prefix of a Net2Net file."""
-    if any(k.startswith(BODY) for k in state):
-        return {k.removeprefix(BODY): v for k, v in state.items() if k.startswith(BODY)}
-    return dict(state)
+    return {ours: state[theirs] for ours, theirs in body_pairs(state).items()}
+
+
+def body_pairs(names: Iterable[str]) -> dict[str, str]:
+    names = list(names)
+    prefix = BODY if any(k.startswith(BODY) for k in names) else ""
+    return {k.removeprefix(prefix): k for k in names if k.startswith(prefix)}
+
+
+def prior_assumes(state: State, config: Mapping[str, Any]) -> dict[str, str]:
+    """What no tensor tells of a prior."""
+    what = "coordinates" if config.get("condition") == "coord" else "one of 1000 classes"
+    found = {"condition": f"condition={config.get('condition')}: {what} before the codes, on a grid of 16x16"}
+    width = config["n_embd"]
+    if width not in PUBLISHED:
+        found["n_head"] = f"n_head={config['n_head']}, heads of 64 channels (n_head=N tells otherwise)"
+    return found
 
 
 def prior_recognise(names: Iterable[str]) -> bool:
@@ -185,6 +200,8 @@ PRIOR_CONVERTER = Converter(
     name="vqgan-prior",
     component="vqgan-prior",
     recognise=prior_recognise,
+    pairs=body_pairs,
+    assumes=prior_assumes,
     to_ours=prior_to_ours,
     from_ours=prior_from_ours,
     config_from=prior_config,

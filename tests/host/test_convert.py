@@ -8,6 +8,7 @@ import functools
 import json
 import os
 import pickle
+import re
 import zipfile
 from collections import OrderedDict
 from collections.abc import Callable
@@ -21,7 +22,8 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vgm_cli import layouts, unpickle
+from vgm_cli import atomic, layouts, unpickle
+from vgm_cli.convert_api import named_shadow
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine import convert, probe, weight_files
 from vgm_cli.errors import VgmError
@@ -252,12 +254,125 @@ def test_a_network_inside_another_module(vgm: Call) -> None:
     assert same(load_file("o.safetensors"), {k: v * 2 for k, v in ours.items()})
 
 
-@pytest.mark.parametrize("prefix", ["module.", "_orig_mod.", "module._orig_mod."])
-def test_wrappers_of_parallel_and_compiled_networks(prefix: str, vgm: Call) -> None:
+def renamed(state: dict[str, Tensor], how: str) -> dict[str, Any]:
+    """A checkpoint as some trainer saves it: a prefix of every name, words in the middle of names, or dictionaries."""
+    if how == "by block":
+        return {re.sub(r"^(encoder\.layers\.\d+|decoder)\.", r"\1._orig_mod.", k): v for k, v in state.items()}
+    if how == "checkpointed":
+        return {k.replace("layers.0.0.", "layers.0.0._checkpoint_wrapped_module."): v for k, v in state.items()}
+    if how == "half wrapped":
+        return {re.sub(r"^decoder\.", "decoder.module._orig_mod.", k): v for k, v in state.items()}
+    if how == "one in a list":
+        return {"nets": [{"params": state}]}
+    if how == "deep":
+        return {"checkpoint": {"state": {"model": state}}, "optimizer": {"state": {0: {}}, "param_groups": []}}
+    if how.startswith("state_dict:"):
+        return {"state_dict": {how.partition(":")[2] + k: v for k, v in state.items()}, "epoch": 3}
+    return {how + k: v for k, v in state.items()}
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        *("module.", "_orig_mod.", "module._orig_mod.", "_orig_mod.module.", "_fsdp_wrapped_module.", "net.module."),
+        *("_forward_module.model._orig_mod.", "by block", "checkpointed", "half wrapped", "one in a list", "deep"),
+        *("state_dict:model._orig_mod.", "state_dict:net.module.", "state_dict:module.net._fsdp_wrapped_module."),
+    ],
+)
+def test_wrappers_of_networks(how: str, vgm: Call) -> None:
+    """DDP, compiled networks and blocks, FSDP, activation checkpointing, Lightning, dictionaries in dictionaries."""
     ours, _ = state_of("vae-pythae")
-    torch.save({f"{prefix}{k}": v for k, v in ours.items()}, "ddp.pt")
-    assert vgm("convert", "ddp.pt", "o.safetensors")[0] == 0
+    torch.save(renamed(ours, how), "wrapped.pt")
+    code, out, err = vgm("convert", "wrapped.pt", "o.safetensors", "--json")
+    assert code == 0 and json.loads(out)["left_out"] == [], err
     assert same(load_file("o.safetensors"), ours)
+    assert facts_of(vgm, "wrapped.pt")["fit"]["unexpected"] == []
+
+
+def facts_of(vgm: Call, file: object) -> dict[str, Any]:
+    code, out, err = vgm("inspect", file, "--json")
+    assert code == 0, err
+    return json.loads(out)  # type: ignore[no-any-return]
+
+
+def test_parameters_that_were_run_together_are_refused(vgm: Call) -> None:
+    torch.save({"_fsdp_wrapped_module._flat_param": torch.zeros(9)}, "flat.pt")
+    check(vgm("convert", "flat.pt", "o.safetensors"), 1, "FSDP has flattened", "full state dict")
+
+
+def averaged(raw: dict[str, Tensor], how: str) -> dict[str, Any]:
+    """A checkpoint with raw weights and, as some trainer keeps it, an average that is twice as large."""
+    twice = {k: v * 2 for k, v in raw.items()}
+    inside = {f"model.{k}": v for k, v in raw.items()}
+    if how == "lucidrains":
+        own = {f"ema.ema_model.{k}": v for k, v in twice.items()} | {f"ema.online_model.{k}": v for k, v in raw.items()}
+        return {"state_dict": inside | own | {"ema.initted": torch.ones(()), "ema.step": torch.ones(())}}
+    if how == "lightning":
+        own = {f"model_ema.module.{k}": v for k, v in twice.items()}
+        return {"state_dict": inside | own | {"model_ema.n_averaged": torch.ones(())}}
+    if how.startswith("LitEma"):
+        own = {"model_ema." + k.replace(".", ""): v for k, v in twice.items()}
+        own |= {"model_ema.decay": torch.ones(()), "model_ema.num_updates": torch.ones(())}
+        return {"state_dict": (raw if how == "LitEma of itself" else inside) | own}
+    if how == "AveragedModel":
+        own = {f"averaged_model.module.{k}": v for k, v in twice.items()}
+        return inside | own | {"averaged_model.n_averaged": torch.ones(())}
+    if how == "shadow list":
+        return {"model": raw, "ema": {"shadow_params": list(twice.values()), "decay": 0.9}}
+    if how == "shadow list at the top":
+        return {"state": {"model": raw}, "shadow_params": list(twice.values())}
+    return {"params": raw, "step": 3} | {how: twice}
+
+
+@pytest.mark.parametrize(
+    "how",
+    [
+        *("lucidrains", "lightning", "LitEma", "LitEma of itself", "AveragedModel", "shadow list"),
+        *("shadow list at the top", "params_ema", "ema_state_dict", "model_ema", "ema", "state_dict_ema"),
+    ],
+)
+def test_averages_inside_the_file(how: str, vgm: Call) -> None:
+    """They are taken unless raw weights are asked for, and it is said what else there is."""
+    ours, _ = state_of("vae-pythae")
+    torch.save(averaged(ours, how), "x.pt")
+    for option, factor, kind in (((), 2, "ema"), (("--weights", "ema"), 2, "ema"), (("--weights", "raw"), 1, "raw")):
+        code, out, err = vgm("convert", "x.pt", "o.safetensors", "--overwrite", *option, "--json")
+        assert code == 0, err
+        assert same(load_file("o.safetensors"), {k: v * factor for k, v in ours.items()}), option
+        result = json.loads(out)
+        assert result["weights"] == kind and any("also there: " in r for r in result["remarks"])
+    assert facts_of(vgm, "x.pt")["weights"] == "ema"
+
+
+def test_an_average_that_cannot_be_named_is_told(vgm: Call) -> None:
+    ours, _ = state_of("vae-pythae")
+    torch.save({"model": ours, "ema": {"shadow_params": [torch.zeros(2), torch.zeros(5)]}}, "x.pt")
+    code, _, err = vgm("convert", "x.pt", "o.safetensors")
+    assert code == 0 and "average 'ema' is left out" in err
+    check(vgm("convert", "x.pt", "p.safetensors", "--weights", "ema"), 2, "holds no 'ema' weights", "model")
+    torch.save({"shadow_params": list(ours.values())}, "y.pt")
+    check(vgm("convert", "y.pt", "p.safetensors"), 1, "an average without names")
+
+
+def test_the_order_of_an_average_has_to_be_certain() -> None:
+    """Tensors of one shape, of which some are not trained: no guess is made; normalisation's buffers are known."""
+    a, b = torch.zeros(3), torch.ones(3)
+    with pytest.raises(VgmError, match="several ways"):
+        named_shadow({"a": a, "b": a, "c": a}, [b, b])
+    got = named_shadow({"n.weight": a, "n.running_mean": a, "n.running_var": a, "m.weight": a}, [b, b])
+    assert [float(v.sum()) for v in got.values()] == [3, 0, 0, 3]
+
+
+def test_several_networks_are_told(vgm: Call) -> None:
+    ours, _ = state_of("vae-pythae")
+    _, edm = state_of("edm")
+    torch.save({"vae": ours, "denoiser": edm, "args": {"lr": 1}}, "x.pt")
+    code, _, err = vgm("convert", "x.pt", "o.safetensors")
+    assert code == 0 and "taken: 'vae'; also there: 'denoiser'" in err
+    assert vgm("convert", "x.pt", "p.safetensors", "--weights", "denoiser")[0] == 0
+    assert ckpt.read_header(Path("p.safetensors")).component["name"] == "edm-unet"
+    out = vgm("inspect", "x.pt")[1]
+    assert "also        'denoiser'" in out
 
 
 @pytest.mark.parametrize("dtype", ["fp32", "bf16", "fp16"])
@@ -787,7 +902,7 @@ def test_files_that_are_not_there_or_cut_off(dit: Path, vgm: Call) -> None:
 
 def test_nothing_is_overwritten_unasked(dit: Path, vgm: Call) -> None:
     Path("o.safetensors").write_text("mine")
-    check(vgm("convert", dit, "o.safetensors"), 2, "o.safetensors exists", "--force")
+    check(vgm("convert", dit, "o.safetensors"), 2, "o.safetensors exists", "--overwrite")
     assert Path("o.safetensors").read_text() == "mine"
     assert vgm("convert", dit, "o.safetensors", "--force")[0] == 0
     check(vgm("convert", "o.safetensors", "o.safetensors", "--force"), 2, "is the source itself")
@@ -871,3 +986,284 @@ def test_weights_without_values_are_not_used(verb: str, value: str, vgm: Call) -
 def test_weights_of_another_component_are_named(vgm: Call) -> None:
     ours_of("dit", SMALL_DIT)
     check(vgm("train", "adm-unet", "model.weights=o.safetensors", "--out", "r"), 2, "holds a dit, not an adm-unet")
+
+
+def test_weights_without_values_are_told(vgm: Call) -> None:
+    ours, _ = state_of("vae-pythae")
+    ours["encoder.embedding.bias"][0] = float("nan")
+    torch.save(ours, "x.pt")
+    save_file(ours, "x.safetensors")
+    said = f"1 of {len(ours)} tensors hold NaN or infinities"
+    check(vgm("convert", "x.pt", "o.safetensors"), 0, said, "encoder.embedding.bias")
+    check(vgm("convert", "x.pt", "p.safetensors", "--verify"), 3, said, "nothing was written")
+    for file in ("x.pt", "x.safetensors", "o.safetensors"):
+        assert facts_of(vgm, file)["non_finite"] == ["encoder.embedding.bias"]
+        assert said in vgm("inspect", file)[1]
+
+
+# -- files and folders as people have them -----------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "name", ["x.pth.tar", "x.th", "x", "x.PT", "x.model", "X.SAFETENSORS", "x.safetensors.part", "x.NPZ"]
+)
+def test_files_are_told_by_their_content(name: str, vgm: Call) -> None:
+    ours, _ = state_of("vae-pythae")
+    if "safetensors" in name.lower():
+        save_file(ours, name)
+    elif name.endswith("NPZ"):
+        with open(name, "wb") as f:
+            np.savez(f, **{k: v.numpy() for k, v in ours.items()})
+    else:
+        torch.save(ours, name)
+    assert vgm("convert", name, "o.safetensors")[0] == 0
+    assert same(load_file("o.safetensors"), ours)
+    assert facts_of(vgm, name)["looks_like"][0]["converter"] == "vae-pythae"
+
+
+@pytest.mark.parametrize(
+    ("name", "content", "words"),
+    [
+        ("x.pt", b"garbage that is no file of weights", "neither an archive nor a pickle"),
+        ("x.ckpt", b"<!DOCTYPE html><html>Please log in</html>", "is a web page"),
+        ("x.safetensors", b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", "a pointer of Git LFS"),
+        ("x.pkl", b"garbage", "not readable"),
+        ("x.npz", b"PK\x03\x04garbage", "is damaged"),
+        ("x.pt", b"", "is empty"),
+    ],
+)
+def test_what_is_no_file_of_weights(name: str, content: bytes, words: str, vgm: Call) -> None:
+    Path(name).write_bytes(content)
+    for args in (("convert", name, "o.safetensors"), ("inspect", name)):
+        check(vgm(*args), 1, name, words)
+
+
+FOLDERS = {
+    "variant": ["diffusion_pytorch_model.fp16.safetensors"],
+    "variant in shards": ["diffusion_pytorch_model.safetensors.fp16.index.json"],
+    "variant in shards, older names": ["diffusion_pytorch_model.safetensors.index.fp16.json"],
+    "variant of another library": ["model.fp16.safetensors"],
+    "bin": ["diffusion_pytorch_model.bin"],
+    "variant bin": ["diffusion_pytorch_model.fp16.bin"],
+    "both": ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.fp16.safetensors"],
+    "bin and safetensors": ["diffusion_pytorch_model.safetensors", "diffusion_pytorch_model.bin"],
+}
+
+
+@pytest.mark.parametrize("kind", FOLDERS)
+def test_folders_of_variants(kind: str, vgm: Call) -> None:
+    """The plain file where there is one, else the variant, whole or in shards."""
+    ours, theirs = state_of("dit-diffusers")
+    Path("t").mkdir()
+    Path("t/config.json").write_text(json.dumps({"sample_size": 32, "num_attention_heads": 2}))
+    for i, name in enumerate(FOLDERS[kind]):
+        state = theirs if not i else {k: v * 0 for k, v in theirs.items()}  # the second is not taken
+        if name.endswith(".json"):
+            form = "m.fp16-{}-of-00002.safetensors" if "fp16.index" in name else "m-{}-of-00002.fp16.safetensors"
+            files = [form.format(n) for n in ("00001", "00002")]
+            halves = (list(state)[::2], list(state)[1::2])
+            for file, names in zip(files, halves):
+                save_file({k: state[k] for k in names}, f"t/{file}")
+            where = {k: file for file, names in zip(files, halves) for k in names}
+            Path("t", name).write_text(json.dumps({"metadata": {}, "weight_map": where}))
+        elif name.endswith(".bin"):
+            torch.save(state, f"t/{name}")
+        else:
+            save_file(state, f"t/{name}")
+    code, _, err = vgm("convert", "t", "o.safetensors", "--from", "dit-diffusers")
+    assert code == 0 and ("several files" in err) == (len(FOLDERS[kind]) > 1), err
+    assert same(load_file("o.safetensors"), ours)
+    assert facts_of(vgm, "t")["looks_like"][0]["converter"] == "dit-diffusers"
+    for shard in Path("t").glob("*-of-*"):
+        assert facts_of(vgm, shard)["tensors"] == len(theirs)
+
+
+def test_the_first_stage_inside_a_diffusion_checkpoint(vgm: Call) -> None:
+    """What is left out, unexpected and compared is counted by the first stage's own tensors."""
+    ours, _ = state_of("autoencoder-kl")
+    inside = {f"first_stage_model.{k}": v for k, v in ours.items()}
+    rest = {"betas": torch.zeros(5), "model.diffusion_model.x.weight": torch.zeros(3, 3)}
+    torch.save({"state_dict": inside | rest}, "ldm.ckpt")
+    code, out, err = vgm("convert", "ldm.ckpt", "o.safetensors", "resolution=16", "--verify", "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    assert result["left_out"] == sorted(rest)
+    checks = {c["what"]: c["outcome"] for c in result["verified"]}
+    assert checks["autoencoder-kl -> ours -> autoencoder-kl"] == f"{len(ours)} tensors bit for bit"
+    found = facts_of(vgm, "ldm.ckpt")
+    assert sorted(found["fit"]["unexpected"]) == sorted(rest) and found["fit"]["missing"] == {}
+    assert same(load_file("o.safetensors"), ours)
+
+
+def test_older_names_are_compared_too(vgm: Call) -> None:
+    _, theirs = state_of("autoencoder-kl-diffusers")
+    old = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    torch.save({functools.reduce(lambda n, o: n.replace(*o), old.items(), k): v for k, v in theirs.items()}, "old.bin")
+    code, out, err = vgm("convert", "old.bin", "o.safetensors", "--verify", "--json")
+    assert code == 0, err
+    result = json.loads(out)
+    checks = {c["what"]: c["outcome"] for c in result["verified"]}
+    assert result["left_out"] == [] and facts_of(vgm, "old.bin")["fit"]["unexpected"] == []
+    name = "autoencoder-kl-diffusers"
+    assert checks[f"{name} -> ours -> {name}"] == f"{len(theirs)} tensors bit for bit"
+
+
+def test_a_proof_of_nothing_is_none(dit: Path, vgm: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    import vgm_plugins.dit.checkpoints as checkpoints
+
+    monkeypatch.setattr(checkpoints, "CONVERTER", replace(checkpoints.CONVERTER, pairs=lambda names: {}))
+    check(vgm("convert", dit, "o.safetensors", "num_heads=2", "--from", "dit", "--verify"), 3, "0 tensors")
+
+
+@pytest.mark.parametrize(
+    ("name", "tensor"),
+    [
+        ("stylegan2", "synthesis.b16.conv0.resample_filter"),
+        ("stylegan-rosinality", "generator.progression.3.conv1.2.weight_flip"),
+        ("glow-rosinality", "blocks.1.flows.0.invconv.u_mask"),
+        ("dit-diffusers", "transformer_blocks.1.norm1.emb.timestep_embedder.linear_1.weight"),
+    ],
+)
+def test_what_is_read_once_must_be_the_same_everywhere(name: str, tensor: str, vgm: Call) -> None:
+    """Filters, masks and copies that ours does not keep are compared, also without --verify."""
+    _, theirs = state_of(name)
+    assert tensor in theirs
+    theirs[tensor] = theirs[tensor] + 0.25
+    torch.save(theirs, "x.pt")
+    code, _, err = vgm("convert", "x.pt", "o.safetensors", *TINY[name][1], "--from", name)
+    assert code in (1, 2) and f"{tensor} is not what the layout's other tensors say" in err
+
+
+# -- what no tensor tells ----------------------------------------------------------------------------------------------
+
+
+def test_what_is_assumed_is_said(vgm: Call) -> None:
+    ours, _ = state_of("dit")
+    torch.save(ours, "DiT.pt")
+    words = ("num_heads=1", "6 rows of the label table are 5 classes and a null class", "schedule=linear")
+    check(vgm("convert", "DiT.pt", "o.safetensors"), 0, *words)
+    err = vgm("convert", "DiT.pt", "o.safetensors", "num_heads=2", "schedule=linear", "--overwrite")[2]
+    assert "num_heads" not in err and "schedule" not in err and "null class" in err
+    code, _, err = vgm("convert", "DiT.pt", "o.safetensors", "num_classes=6", "class_dropout_prob=0", "--overwrite")
+    assert code == 0 and "null class" not in err
+    assert ckpt.read_header(Path("o.safetensors")).component["kwargs"]["num_classes"] == 6
+    torch.save({"state_dict": state_of("autoencoder-kl")[0]}, "kl.ckpt")
+    check(vgm("convert", "kl.ckpt", "kl.safetensors"), 0, "scale_factor=1.0")
+    assert "scale_factor" not in vgm("convert", "kl.ckpt", "kl2.safetensors", "scale_factor=0.13025")[2]
+
+
+def test_how_a_network_was_trained_and_its_codec_can_be_told(vgm: Call) -> None:
+    """Official weights of a small network come back as it was: the words are those that writing them names."""
+    config = {**SMALL_DIT, "hidden_size": 128, "num_heads": 4}
+    view = {"name": "denoiser", "path": {"name": "vp-discrete", "schedule": "cosine", "steps": 1000}, "time": "index"}
+    view |= {"prediction": "eps", "learned_sigma": True, "variance": "learned_range"}
+    ours_of("dit", config, view)
+    code, _, err = vgm("convert", "o.safetensors", "dit.pt")
+    assert code == 0 and "num_heads=4" in err and "schedule=cosine" in err
+    args = ("num_heads=4", "schedule=cosine", "codec=mnist-codec", "--from", "dit")
+    code, _, err = vgm("convert", "dit.pt", "again.safetensors", *args)
+    assert code == 0 and "its samples are latents" not in err
+    header = ckpt.read_header(Path("again.safetensors"))
+    assert header.view == view and header.codec["asset"] == "mnist-codec"
+    assert (header.data["image_size"], header.data["image_channels"]) == (28, 1)
+    assert vgm("sample", "again.safetensors", "-n", 1, "--steps", 2, "--out", "x.png")[0] == 0
+    check(vgm("convert", "dit.pt", "x.safetensors", "--from", "dit", "schedule=cosin"), 2, "cosin")
+    check(vgm("convert", "dit.pt", "x.safetensors", "--from", "dit", "shedule=cosine"), 2, "unknown key", "schedule")
+
+
+# -- a broken end ------------------------------------------------------------------------------------------------------
+
+
+def opened(*names: str) -> dict[str, Tensor] | None:
+    """The tensors under the first name that is there."""
+    for name in names:
+        if Path(name).exists():
+            return next(iter(weight_files.read(Path(name)).entries.values()))
+    return None
+
+
+@pytest.mark.parametrize("before", ["shards", "fewer shards", "one file"])
+@pytest.mark.parametrize("after", ["shards", "one file"])
+@pytest.mark.parametrize("signal", [KeyboardInterrupt, OSError])
+def test_old_or_new_at_every_step(
+    before: str, after: str, signal: type[BaseException], vgm: Call, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Whatever operation on files is the last: the old set opens, or the new one, and never a mixture."""
+    old = state_of("dit")[0]
+    new = {k: v + 1 for k, v in old.items()}
+    sizes = {"shards": 60_000, "fewer shards": 120_000, "one file": 10**9}
+    real = {name: getattr(os, name) for name in ("replace", "unlink")}
+
+    def act(name: str, calls: list[str], last: int, *args: Any, **kwargs: Any) -> Any:
+        calls.append(name)
+        if len(calls) > last:
+            raise signal(errno.ENOSPC, "No space left on device")
+        return real[name](*args, **kwargs)
+
+    for last in range(40):
+        for p in Path().iterdir():
+            p.unlink()
+        weight_files.write(Path("x.safetensors"), old, {}, limit=sizes[before])
+        calls: list[str] = []
+        for name in real:
+            monkeypatch.setattr(os, name, functools.partial(act, name, calls, last))
+        ended = False
+        try:
+            files = weight_files.write(Path("x.safetensors"), new, {}, limit=sizes[after])
+            weight_files.remove_older(Path("x.safetensors"), files)
+            ended = True
+        except (VgmError, signal):
+            pass
+        for name, function in real.items():
+            monkeypatch.setattr(os, name, function)
+        for found in (opened("x.safetensors"), opened("x.safetensors.index.json")):
+            assert found is None or same(found, old) or same(found, new)
+        assert opened("x.safetensors", "x.safetensors.index.json") is not None
+        if ended:
+            break
+    assert ended and last > 0
+    assert same(opened("x.safetensors", "x.safetensors.index.json") or {}, new)
+    assert {p.name for p in Path().iterdir()} == {f.name for f in files}
+
+
+def test_a_folder_is_exchanged_as_a_whole(vgm: Call, monkeypatch: pytest.MonkeyPatch) -> None:
+    ours_of("dit", {**DIT, "input_size": 32, "patch_size": 8})
+    args = ("convert", "o.safetensors", "folder", "--to", "dit-diffusers")
+    assert vgm(*args)[0] == 0
+    check(vgm(*args), 2, "folder exists", "--overwrite")
+    Path("folder/config.json").write_text("{}")
+    assert vgm(*args, "--overwrite", "--max-shard-size", "60KB")[0] == 0
+    names = {p.name for p in Path("folder").iterdir()}
+    assert (
+        "diffusion_pytorch_model.safetensors" not in names and "diffusion_pytorch_model.safetensors.index.json" in names
+    )
+    assert json.loads(Path("folder/config.json").read_text())["sample_size"] == 32
+    before = {p.name: p.read_bytes() for p in Path("folder").iterdir()}
+    monkeypatch.setattr(atomic, "exchange", lambda a, b: 1 / 0)
+    assert vgm(*args, "--overwrite")[0] == 1
+    assert {p.name: p.read_bytes() for p in Path("folder").iterdir()} == before
+    assert not list(Path().glob(".folder*"))
+    monkeypatch.undo()
+
+
+def test_a_folder_with_other_files_is_not_replaced(vgm: Call) -> None:
+    ours_of("dit", {**DIT, "input_size": 32, "patch_size": 8})
+    Path("folder").mkdir()
+    Path("folder/notes.txt").write_text("mine")
+    args = ("convert", "o.safetensors", "folder", "--to", "dit-diffusers", "--overwrite")
+    check(vgm(*args), 2, "holds more than a network", "notes.txt")
+    assert Path("folder/notes.txt").read_text() == "mine"
+
+
+@pytest.mark.parametrize("name", ["x.pt", "x.npz", "x.safetensors"])
+def test_the_system_says_why_a_file_cannot_be_written(name: str) -> None:
+    import resource
+
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (50_000, hard))
+    try:
+        with pytest.raises(VgmError, match="File too large"):
+            weight_files.write(Path(name), {"a": torch.zeros(100_000)}, {})
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert not list(Path().iterdir())

@@ -29,7 +29,9 @@ def convert(
     ],
     overrides: Annotated[
         list[str] | None,
-        typer.Argument(metavar="[KEY=VALUE]…", help="Keywords of the network that the file does not tell: num_heads=6"),
+        typer.Argument(
+            metavar="[KEY=VALUE]…", help="What the file does not tell: num_heads=6 schedule=cosine codec=FILE"
+        ),
     ] = None,
     from_: Annotated[
         str | None,
@@ -54,7 +56,8 @@ def convert(
     trust_pickle: Annotated[
         bool, typer.Option("--trust-pickle", help="Open SRC even if it runs code. Only for files you trust.")
     ] = False,
-    force: Annotated[bool, typer.Option("--force/--no-clobber", help="Replace a file that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")] = False,
+    force: Annotated[bool, typer.Option("--force", hidden=True)] = False,
 ) -> None:
     """Convert weights between published layouts, ours and diffusers'.
 
@@ -86,7 +89,7 @@ def convert(
         max_shard_size=max_shard_size,
         codec=codec,
         overrides=overrides or [],
-        force=force,
+        overwrite=overwrite or force,
     )
     ui.document(result)
     for line in report(result):

@@ -296,10 +296,15 @@ def report(facts: dict[str, Any]) -> list[str]:
         if facts.get("source"):
             lines.append(f"  source      {facts['source']['file']} ({facts['source']['layout']})")
     for entry, n in facts.get("entries", {}).items():
-        taken = ", which `vgm convert` takes" if entry == facts.get("entry", "").split(".")[0] else ""
+        taken = ", which `vgm convert` takes" if f"{facts.get('entry', '')}.".startswith(f"{entry}.") else ""
         lines.append(f"  entry       '{entry}': {n} tensors{taken}")
     lines.append(f"  tensors     {facts['tensors']:,}")
     lines.append(f"  parameters  {facts['parameters']:,} ({dtypes or 'none'})")
+    if bad := facts.get("non_finite"):
+        rest = f" and {len(bad) - 1} more" if len(bad) > 1 else ""
+        lines.append(f"  not finite  {len(bad)} of {facts['tensors']} tensors hold NaN or infinities: {bad[0]}{rest}")
+    if facts.get("also"):
+        lines.append(f"  also        {', '.join(facts['also'])}; `vgm convert --weights NAME` takes one of them")
     if "looks_like" in facts:
         lines += [f"  {k:<11} {v}" for k, v in layout_lines(facts)]
     for name, t in facts.get("list", {}).items():

@@ -8,6 +8,7 @@ beside the ModelSpec keys. Nothing is ever unpickled here.
 from __future__ import annotations
 
 import hashlib
+import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
@@ -113,7 +114,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
     """(tensors, header) of any .safetensors file or index of shards; a truncated or foreign file is one sentence."""
     if not path.is_file():
         raise VgmError(f"no such file: {path}", code=USAGE)
-    if path.name.endswith(".index.json"):
+    if is_index(path):
         parts = [read_tensors(p) for p in shards_of(path)]
         return {k: v for tensors, _ in parts for k, v in tensors.items()}, parts[0][1]
     limits.safetensors_header(path)
@@ -128,21 +129,34 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         ) from e
 
 
-def shards_of(index: Path) -> list[Path]:
-    """Files that STEM.safetensors.index.json names. VgmError: it is no index, or a file is missing."""
+def is_index(path: Path) -> bool:
+    """An index of shards: STEM.safetensors.index.json, of a variant STEM.safetensors.fp16.index.json or the like."""
+    return re.search(r"\.index(\.\w+)?\.json$", path.name) is not None
+
+
+def names_in(index: Path) -> list[str]:
+    """Names of the files in an index of shards; none where it is no index."""
     try:
-        names = sorted({str(n) for n in limits.parse_json(limits.read_text(index), str(index))["weight_map"].values()})
-    except (OSError, ValueError, KeyError, TypeError, AttributeError) as e:
-        raise VgmError(f"{index} is not an index of shards", 'it holds {"weight_map": {...}}', FAILED) from e
+        found = limits.parse_json(limits.read_text(index), str(index))["weight_map"].values()
+        return sorted({str(n) for n in found})
+    except (VgmError, OSError, ValueError, KeyError, TypeError, AttributeError):
+        return []
+
+
+def shards_of(index: Path) -> list[Path]:
+    """Files that an index of shards names. VgmError: it is no index, or a file is missing."""
+    names = names_in(index)
+    if not names:
+        raise VgmError(f"{index} is not an index of shards", 'it holds {"weight_map": {...}}', FAILED)
     files = [index.parent / n for n in names]
     missing = [f.name for f in files if not f.is_file() or f.name != str(f.relative_to(index.parent))]
-    if missing or not files:
-        raise VgmError(f"{index} names files that are not there: {', '.join(missing) or 'none'}", code=FAILED)
+    if missing:
+        raise VgmError(f"{index} names files that are not there: {', '.join(missing)}", code=FAILED)
     return files
 
 
 def read_header(path: Path) -> Header:
-    if path.name.endswith(".index.json"):
+    if is_index(path):
         path = shards_of(path)[0]
     return Header.parse(limits.safetensors_header(path)[1], path)
 

@@ -19,7 +19,7 @@ from torch import Tensor
 from vgm_cli import atomic, layouts
 from vgm_cli.convert_api import Converter
 from vgm_cli.engine import checkpoint as ckpt
-from vgm_cli.engine import probe, weight_files
+from vgm_cli.engine import nested, probe, weight_files
 from vgm_cli.engine.checkpoint import Header
 from vgm_cli.engine.weight_files import State, Weights
 from vgm_cli.errors import CHECK_FAILED, USAGE, VgmError, unknown
@@ -77,8 +77,8 @@ def open_source(
         return own_source(found, weights, Path(source).is_dir())
     if from_ == OURS:
         raise VgmError(f"{found.path} does not say what network it holds", "--from names a layout", USAGE)
-    entry, state, converter, remark = recognise(found, from_, weights)
-    return foreign_source(found, entry, state, converter, [remark] if remark else [], overrides)
+    entry, state, converter, remarks = recognise(found, from_, weights)
+    return foreign_source(found, entry, state, converter, [*found.remarks, *remarks], overrides)
 
 
 def own_source(found: Weights, weights: str | None, picked: bool) -> Source:
@@ -95,29 +95,39 @@ def kinds_of(weights: str) -> tuple[str, ...]:
     return (weights, "ema") if weights.startswith("ema") else (weights, "model", "raw")
 
 
-def recognise(found: Weights, from_: str | None, weights: str | None) -> tuple[str, State, Converter, str]:
-    """(entry, its state, its layout, a remark): the first entry that some layout knows, also one level below a wrapping
-    module. VgmError: none does; several do."""
-    names = found.pick(weights)
+def recognise(found: Weights, from_: str | None, weights: str | None) -> tuple[str, State, Converter, list[str]]:
+    """(the network's name in the file, its state, its layout, remarks): the first network of the asked kind that some
+    layout knows, averages before raw weights. VgmError: there is none; several layouts know it."""
     wanted = layouts.converter(from_) if from_ is not None else None
-    for name in names:
-        for below, state in ((name, found.entries[name]), *inner(name, found.entries[name])):
-            if wanted is None and layouts.recognising(state):
-                converter, remark = layouts.choose(state, found.path, found.json)
-                return below, state, converter, remark
-            if wanted is not None and wanted.recognise(state):
-                return below, state, wanted, ""
-    state = found.entries[names[0]]
-    if wanted is not None:  # layouts that are only chosen by name
-        return names[0], state, wanted, ""
-    raise layouts.unfamiliar(state, found.path)
+    if wanted is None:
+        networks = found.networks(layouts.recognising)
+    else:
+        networks = found.networks(lambda state: [wanted] if wanted.recognise(state) else [])
+    taken = next((n for n in networks if weight_files.asked(weights, n.name)), None)
+    if taken is not None:
+        name, state = taken.name, taken.state
+    elif networks and wanted is None:
+        raise found.lacks(weights, [n.name for n in networks])
+    else:
+        name = found.pick(weights)[0]
+        state = found.entries[name]
+        if wanted is None:
+            raise layouts.unfamiliar(state, found.path)
+    converter, remark = (wanted, "") if wanted is not None else layouts.choose(state, found.path, found.json)
+    also = beside(found, name, networks)
+    told = f"taken: '{name}'{', an average' if nested.is_average(name) else ''}; also there: {', '.join(also)}"
+    return name, state, converter, [r for r in (remark, told if name and also else "") if r]
 
 
-def inner(name: str, state: Mapping[str, Tensor]) -> list[tuple[str, State]]:
-    """The networks inside a wrapping module, averages first: names below each first word."""
-    parts = weight_files.parts_of(state)
-    order = sorted(parts, key=lambda p: not weight_files.is_average(p))
-    return [(f"{name}.{p}".strip("."), parts[p]) for p in order if len(parts[p]) > 1]
+def beside(found: Weights, name: str, networks: Sequence[nested.Network]) -> list[str]:
+    """Names of what a file holds beside the network `name`: other networks, and entries in which none is known."""
+    names = [n.name for n in networks]
+    unknown = [e for e in found.entries if len(found.entries[e]) > 1 and not any(within(n, e) for n in (name, *names))]
+    return [f"'{n}'" if n else "the bare state" for n in (*names, *unknown) if n != name]
+
+
+def within(name: str, entry: str) -> bool:
+    return not entry or f"{name}.".startswith(f"{entry}.")
 
 
 def foreign_source(
@@ -128,49 +138,101 @@ def foreign_source(
         if converter.told_by is not None and found.json:
             converter = converter.told_by(found.json)
         told = converter.from_json(found.json) if converter.from_json is not None and found.json else {}
-        config = {**converter.config_from(theirs), **told, **keywords(converter, overrides)}
+        read = {**converter.config_from(theirs), **told}
+        published = converter.header(read) if converter.header is not None else {}
+        said, view = keywords(converter, overrides, published.get("view"))
+        config = {**read, **said}
         state = dict(converter.to_ours(theirs))
         wanted = layouts.on_meta(converter.kind, converter.component, config)
+        more = dict(converter.header(config)) if converter.header is not None else {}
+        assumed = dict(converter.assumes(theirs, config)) if converter.assumes is not None else {}
     except VgmError:
         raise
     except layouts.UNFIT as e:
         raise layouts.misfit(converter, theirs, found.path, layouts.reason_of(e)) from e
     if problem := strict(wanted, state):
         raise layouts.misfit(converter, theirs, found.path, problem)
-    more = dict(converter.header(config)) if converter.header is not None else {}
     if converter.kind == "codec":
         more.setdefault("view", {"name": "codec"})
+    if view:
+        more["view"] = {**more["view"], **view}
+        check_view(more["view"])
+    own = dict(converter.own(theirs))
+    made = back(converter, state)
     header = Header(
         component={"kind": converter.kind, "name": converter.component, "kwargs": config},
         weights=kind_of(entry),
         extra={"source": {"file": found.path.name, "sha256": ckpt.file_hash(found.path), "layout": converter.name}},
         **more,
     )
-    source = Source(found.path, state, header, converter, theirs, remarks=remarks)
-    source.left_out = sorted(set(theirs) - set(back(converter, state)))
+    known = {text.partition("=")[0] for text in overrides} | set(told)
+    remarks = [*remarks, *(f"assumed: {text}" for key, text in assumed.items() if key not in known)]
+    source = Source(found.path, state, header, converter, own, remarks=remarks)
+    pairs = {k: k for k in theirs} if converter.pairs is None else converter.pairs(theirs)
+    source.left_out = sorted(set(theirs) - {pairs[k] for k in made if k in pairs})
     return source
+
+
+def disagreement(converter: Converter, theirs: State, ours: State) -> str:
+    """A tensor of the file that our network does not keep and that would come back with other values; "" if none: what
+    is read once and stored often (copies, masks, filters) must be what it is taken for."""
+    forgotten = [re.compile(p) for p in converter.forgets]
+    for k, v in back(converter, ours).items():
+        if k in theirs and not any(p.search(k) for p in forgotten) and not alike(theirs[k], v):
+            return f"{k} is not what the layout's other tensors say"
+    return ""
+
+
+def alike(a: Tensor, b: Tensor) -> bool:
+    """Equal but for rounding."""
+    if a.shape != b.shape or same(a, b):
+        return a.shape == b.shape
+    return torch.allclose(a.double(), b.to(a.dtype).double(), rtol=1e-3, atol=1e-5, equal_nan=True)
 
 
 def kind_of(entry: str) -> str:
     """A header's word for an entry of a checkpoint: an average, raw, or a bare state that says neither."""
     if not entry:
         return "released"
-    return "ema" if any(weight_files.is_average(part) for part in entry.split(".")) else "raw"
+    return "ema" if nested.is_average(entry) else "raw"
 
 
-def keywords(converter: Converter, overrides: Sequence[str]) -> dict[str, Any]:
-    """KEY=VALUE -> keywords of the component's constructor. VgmError: unknown key."""
-    own = {}
+def keywords(
+    converter: Converter, overrides: Sequence[str], view: Mapping[str, Any] | None
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """KEY=VALUE -> keywords of the component's constructor, and parts of its view: how it was trained (prediction,
+    time, …, and those of its path: schedule, steps). VgmError: unknown key."""
+    own: dict[str, Any] = {}
+    seen: dict[str, Any] = {}
+    path = dict((view or {}).get("path") or {})
     component = registry().find(converter.kind, converter.component)
     known = signature(load_target(component.target, converter.component)).parameters
+    parts = [k for k in (*(view or {}), *path) if k not in ("name", "path")]
     for text in overrides:
         key, eq, value = text.partition("=")
         if not eq:
             raise VgmError(f"'{text}' is not KEY=VALUE", "example: num_heads=6", USAGE)
-        if key not in known:
-            raise unknown("key", key, known, converter.component)
-        own[key] = parse_yaml(value, text)
-    return own
+        if key not in known and key not in parts:
+            raise unknown("key", key, [*known, *parts, "codec"], converter.component)
+        said = parse_yaml(value, text)
+        if key in known:
+            own[key] = said
+        elif key in path:
+            path[key] = said
+            seen["path"] = path
+        else:
+            seen[key] = said
+    return own, seen
+
+
+def check_view(view: Mapping[str, Any]) -> None:
+    """VgmError: there is no such schedule, prediction, ..."""
+    try:
+        ckpt.build_view(torch.nn.Identity(), view)
+    except VgmError:
+        raise
+    except layouts.UNFIT as e:
+        raise VgmError(f"no network is looked at so: {layouts.reason_of(e)}", code=USAGE) from e
 
 
 def strict(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
@@ -258,13 +320,30 @@ def lost(source: Source, layout: Converter, state: State, told: Mapping[str, Any
     parameters = signature(load_target(component.target, source.name)).parameters.items()
     full = {**{k: p.default for k, p in parameters if p.default is not p.empty}, **read}
     untold = [k for k, v in source.config.items() if "drop" not in k and layouts.plain(full.get(k)) != layouts.plain(v)]
-    if untold:
-        words = " ".join(f"{k}={json.dumps(source.config[k], separators=(',', ':'))}" for k in untold)
-        remarks.append(f"'{layout.name}' does not tell {words}: `vgm convert` needs these words when it is read back")
-    published = json.loads(json.dumps(layout.header(source.config).get("view"))) if layout.header is not None else None
-    if published is not None and source.header.view not in (None, published):
+    words = [f"{k}={json.dumps(source.config[k], separators=(',', ':'))}" for k in untold]
+    seen = untold_view(source, layout)
+    if seen is None:
         remarks.append(f"'{layout.name}' keeps weights alone: read back, they pass for a network trained as published")
+    words += seen or []
+    if source.header.codec:
+        words.append(f"codec={source.header.codec.get('asset') or source.header.codec.get('path')}")
+    if words:
+        remarks.append(
+            f"'{layout.name}' does not tell {' '.join(words)}: `vgm convert` needs these words when it is read back"
+        )
     return remarks
+
+
+def untold_view(source: Source, layout: Converter) -> list[str] | None:
+    """KEY=VALUE of how a network is sampled, where it is otherwise than published; None: no words would tell it."""
+    published = json.loads(json.dumps(layout.header(source.config).get("view"))) if layout.header is not None else None
+    own = source.header.view
+    if published is None or own is None or own == published:
+        return []
+    flat, read = ({**v.get("path", {}), **v, "path": v.get("path", {}).get("name")} for v in (own, published))
+    if flat.keys() - read.keys() or any(flat.get(k) != read.get(k) for k in ("name", "path")):
+        return None
+    return [f"{k}={json.dumps(v).strip(chr(34))}" for k, v in flat.items() if read.get(k) != v]
 
 
 def cast(state: State, dtype: str, path: Path) -> State:
@@ -279,24 +358,34 @@ def cast(state: State, dtype: str, path: Path) -> State:
 
 
 def write(job: Conversion, dst: Path, limit: int, codec: str | None = None) -> list[Path]:
-    """The files written, what to open first."""
+    """The files written, what to open first. Until the last step what was there under the name stays as it was; then it
+    is replaced, and what is left of it removed."""
     source = job.source
     if job.layout is not None and dst.suffix == "":
         return write_folder(job, dst, limit)
     if job.layout is None:
-        return weight_files.write(dst, job.state, own_header(source, dst, codec).metadata(), limit=limit)
-    return weight_files.write(dst, job.state, {}, job.layout.wrapper, limit)
+        files = weight_files.write(dst, job.state, own_header(source, dst, codec).metadata(), limit=limit)
+    else:
+        files = weight_files.write(dst, job.state, {}, job.layout.wrapper, limit)
+    weight_files.remove_older(dst, files)
+    return files
 
 
 def write_folder(job: Conversion, dst: Path, limit: int) -> list[Path]:
-    """diffusers' folder: the weights and config.json."""
+    """diffusers' folder: the weights and config.json, made beside and exchanged for the old one as a whole. VgmError:
+    the old one holds something else, too."""
     assert job.layout is not None
     if job.layout.config_json is None:
         raise VgmError(f"{dst} has no suffix", f"name a file: {', '.join(weight_files.WRITABLE)}", USAGE)
-    file = dst / f"{weight_files.DIFFUSERS}.safetensors"
-    files = weight_files.write(file, job.state, {}, limit=limit)
-    atomic.write_json(dst / "config.json", job.layout.config_json(job.source.config))
-    return [*files, dst / "config.json"]
+    if dst.is_dir():
+        known = re.compile(rf"config\.json|{weight_files.DIFFUSERS}[.-].*")
+        other = sorted(p.name for p in dst.iterdir() if not known.fullmatch(p.name))
+        if other:
+            raise VgmError(f"{dst} holds more than a network: {', '.join(other[:3])}", "name another folder", USAGE)
+    with atomic.replacing_folder(dst) as temp:
+        files = weight_files.write(temp / f"{weight_files.DIFFUSERS}.safetensors", job.state, {}, limit=limit)
+        atomic.write_json(temp / "config.json", job.layout.config_json(job.source.config))
+    return [dst / f.name for f in (*files, temp / "config.json")]
 
 
 def own_header(source: Source, dst: Path, codec: str | None) -> Header:
@@ -311,9 +400,27 @@ def own_header(source: Source, dst: Path, codec: str | None) -> Header:
     elif header.codec:
         path = ckpt.codec_path(header.codec, source.path)
     if path is not None:
+        if codec is not None:
+            header.data = {**header.data, **images_of(path, header.data)}
         told = (header.codec or {}).get("output")
         header.codec = ckpt.codec_reference(path, output=told or ("tokens" if header.data.get("vocab_size") else None))
     return header
+
+
+def images_of(codec: Path, data: Mapping[str, Any]) -> dict[str, Any]:
+    """Data facts of the images that a codec makes of a network's latents. VgmError: it takes no such latents."""
+    shape = data.get("sample_shape")
+    if not shape or data.get("vocab_size"):
+        return {}
+    component = ckpt.read_header(codec).component
+    with torch.device("meta"):
+        built = registry().build("codec", {"name": component["name"], **component.get("kwargs", {})})
+        try:
+            image = built.decode(torch.zeros(1, *shape))
+        except (RuntimeError, ValueError, IndexError) as e:
+            shown = "x".join(map(str, shape))
+            raise VgmError(f"{codec} decodes no latents of {shown}, which this network makes", code=USAGE) from e
+    return {"image_size": image.shape[-1], "image_channels": image.shape[1]}
 
 
 # -- proving -----------------------------------------------------------------------------------------------------------
@@ -356,6 +463,12 @@ def prove(job: Conversion) -> Proof:
     beside the layouts' own code where they bring it."""
     proof = Proof()
     source = job.source
+    bad = ckpt.non_finite(job.ours)
+    proof.add(
+        "every value is finite",
+        f"{len(bad)} of {len(job.ours)} tensors hold NaN or infinities, first {bad[0]}" if bad else "yes",
+        not bad,
+    )
     if source.layout is not None:
         round_trips(proof, source.layout, source.state, source.theirs)
     if job.layout is not None and job.layout is not source.layout:
@@ -372,7 +485,7 @@ def round_trips(proof: Proof, c: Converter, ours: State, theirs: State | None = 
     wrong = differing(ours, c.to_ours(made))
     proof.add(
         f"ours -> {c.name} -> ours", f"{len(wrong)} of {len(ours)} tensors differ, first {wrong[0]}" if wrong else
-        f"{len(ours)} tensors bit for bit", not wrong
+        f"{len(ours)} tensors bit for bit", bool(ours) and not wrong
     )  # fmt: skip
     if theirs is None:
         return
@@ -381,7 +494,7 @@ def round_trips(proof: Proof, c: Converter, ours: State, theirs: State | None = 
     wrong = [k for k in names if not same(theirs[k], made[k]) and not rounded(theirs[k], made[k])]
     proof.add(
         f"{c.name} -> ours -> {c.name}", f"{len(wrong)} of {len(names)} tensors differ, first {wrong[0]}" if wrong else
-        f"{len(names)} tensors bit for bit", not wrong
+        f"{len(names)} tensors bit for bit", bool(names) and not wrong
     )  # fmt: skip
 
 
@@ -428,7 +541,7 @@ def prove_written(job: Conversion, first: Path, proof: Proof) -> None:
     wrong = differing(job.state, state)
     proof.add(
         f"{first.name} read back", f"{len(wrong)} tensors differ, first {wrong[0]}" if wrong else
-        f"{len(state)} tensors bit for bit", not wrong
+        f"{len(state)} tensors bit for bit", bool(state) and not wrong
     )  # fmt: skip
 
 
@@ -448,21 +561,25 @@ def convert(
     max_shard_size: str = "5GB",
     codec: str | None = None,
     overrides: Sequence[str] = (),
-    force: bool = False,
+    overwrite: bool = False,
 ) -> dict[str, Any]:
     """Read, convert, prove, write. Gives what was done. VgmError with CHECK_FAILED: the proof failed."""
     limit = weight_files.bytes_in(max_shard_size)
     if dst.suffix:
         weight_files.writable(dst)
-    existing = [p for p in (dst, dst.with_name(dst.name + weight_files.INDEX)) if p.exists()]
-    if existing and not force:
-        raise VgmError(f"{existing[0]} exists", "--force replaces it", USAGE)
+    for path in (dst, dst.with_name(dst.name + weight_files.INDEX)):
+        atomic.refuse_existing(path, overwrite)
+    named = [text.partition("=")[2] for text in overrides if text.startswith("codec=")]
+    codec = codec or (named[-1] if named else None)
+    overrides = [text for text in overrides if not text.startswith("codec=")]
     if to is not None and to != OURS:
         layouts.converter(to)  # a misspelt name is told before gigabytes are read
     source = open_source(src, from_, weights, trust, overrides)
     if dst.exists() and dst.resolve() == source.path.resolve():
         raise VgmError(f"{dst} is the source itself", "convert it to another name", USAGE)
     job = prepare(source, dst, to, dtype)
+    if bad := ckpt.non_finite(job.ours):
+        job.remarks.append(f"{len(bad)} of {len(job.ours)} tensors hold NaN or infinities, first {bad[0]}")
     if dst.suffix == "" and (job.layout is None or job.layout.config_json is None):
         raise VgmError(f"{dst} has no suffix", f"name a file: {', '.join(weight_files.WRITABLE)}", USAGE)
     if codec is not None and job.layout is not None:
@@ -472,6 +589,8 @@ def convert(
         proof = prove(job)
         if not proof.passed:
             raise proof.failure()
+    elif source.layout is not None and (problem := disagreement(source.layout, source.theirs, source.state)):
+        raise layouts.misfit(source.layout, source.theirs, source.path, problem)
     files = write(job, dst, limit, codec)
     if verify:
         prove_written(job, files[0], proof)

@@ -55,12 +55,12 @@ def tensors_in(out: Any) -> Iterator[Tensor]:
 
 
 def distance(a: Tensor, b: Tensor) -> float:
-    """Largest difference relative to the largest value; infinite where shapes or finiteness differ."""
+    """Largest difference relative to the largest value; infinite where shapes or finiteness differ, or all are NaN."""
     a, b = a.float().flatten(), b.float().flatten()
     if a.shape != b.shape or not torch.equal(a.isfinite(), b.isfinite()):
         return float("inf")
     a, b = a[a.isfinite()], b[b.isfinite()]
-    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-12)) if len(a) else 0.0
+    return float((a - b).abs().max() / b.abs().max().clamp_min(1e-12)) if len(a) else float("inf")
 
 
 def randn(*shape: int) -> Tensor:

@@ -4,8 +4,9 @@ torch files, pickles and .npz."""
 from __future__ import annotations
 
 import errno
+import itertools
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -14,99 +15,126 @@ import torch
 from torch import Tensor
 
 from vgm_cli import atomic, limits, unpickle
-from vgm_cli.convert_api import named_shadow
 from vgm_cli.engine import checkpoint as ckpt
-from vgm_cli.errors import FAILED, USAGE, VgmError
+from vgm_cli.engine import nested
+from vgm_cli.engine.nested import Network, State, is_average
+from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.ui import ui
 
 INDEX = ".index.json"
 DIFFUSERS = "diffusion_pytorch_model"
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")  # of the files that a folder may hold
 WRITABLE = (".safetensors", *unpickle.TORCH_FILES, ".npz")
-State = dict[str, Tensor]
 
 
 @dataclass
 class Weights:
     """What a file holds. entries: {name: state}, "" for tensors at the top; metadata: a .safetensors header; json: the
-    config.json beside it."""
+    config.json beside it; remarks: on what was left out."""
 
     path: Path
     entries: dict[str, State]
     metadata: dict[str, str] = field(default_factory=dict)
     json: dict[str, Any] = field(default_factory=dict)
+    remarks: list[str] = field(default_factory=list)
 
     @property
     def ours(self) -> bool:
         return "vgm.component" in self.metadata
 
+    def networks(self, known: Callable[[Mapping[str, Tensor]], list[Any]]) -> list[Network]:
+        """Every network that `known` gives layouts for, averages first."""
+        order = sorted(self.entries, key=lambda n: not is_average(n))
+        return [found for n in order for found in nested.search(n, self.entries[n], known)]
+
     def pick(self, weights: str | None) -> list[str]:
         """Entries to try, best first: the named one; averages for "ema"; the others for "model"; None: averages, then
         the others. VgmError: there is none of the kind."""
-        names = [n for n in self.entries if n]
-        averages = [n for n in names if is_average(n)]
-        rest = [n for n in names if n not in averages] + [n for n in self.entries if not n]
-        if weights is None:
-            return averages + rest
-        if weights in self.entries:
-            return [weights]
-        chosen = {"ema": averages, "model": rest, "raw": rest}.get(weights, [])
+        chosen = [n for n in sorted(self.entries, key=lambda n: not is_average(n)) if asked(weights, n)]
         if not chosen:
-            have = ", ".join(names) or "a bare state"
-            raise VgmError(f"{self.path} holds no '{weights}' weights", f"it holds {have}", USAGE)
+            raise self.lacks(weights, self.entries)
         return chosen
 
+    def lacks(self, weights: str | None, names: Iterable[str]) -> VgmError:
+        have = ", ".join(n for n in sorted(names, key=is_average) if n) or "a bare state"
+        return VgmError(f"{self.path} holds no '{weights}' weights", f"it holds {have}", USAGE)
 
-def is_average(name: str) -> bool:
-    return bool(re.search(r"(^|[_.\-])(ema|averages?|averaged|gs)($|[_.\-])", name.lower()))
+
+def asked(weights: str | None, name: str) -> bool:
+    """Whether `--weights` means the network of this name: ema, model or raw, or (the end or start of) the name."""
+    if weights is None or weights == name or f".{name}.".endswith(f".{weights}.") or name.startswith(f"{weights}."):
+        return True
+    return (weights == "ema" and is_average(name)) or (weights in ("model", "raw") and not is_average(name))
 
 
 # -- reading -----------------------------------------------------------------------------------------------------------
 
 
 def locate(source: str | Path, weights: str | None = None) -> Path:
-    """A file, a folder with an index or one file of diffusers', a run -> the file to read. A shard leads to its index.
+    """A file, a folder with an index or one file of weights, a run -> the file to read. A shard leads to its index.
 
-    VgmError: nothing there, a pipeline's folder.
+    VgmError: nothing there, a pipeline's folder, several files.
     """
     path = Path(source)
     if path.is_file():
         return index_of(path) or path
-    if path.is_dir():
-        for pattern in (f"*.safetensors{INDEX}", f"*.bin{INDEX}", f"{DIFFUSERS}.safetensors", f"{DIFFUSERS}.bin"):
-            found = sorted(path.glob(pattern))
-            if found:
-                return found[0]
+    own = {"ema": None, "model": "raw"}.get(weights or "", weights)
+    if path.is_dir() and not is_run(path):
+        found = in_folder(path)
+        if found:
+            if len(found) > 1:
+                rest = ", ".join(f.name for f in found[1:4]) + (", …" if len(found) > 4 else "")
+                ui.info(f"{path} holds several files of weights: {found[0].name} is taken, not {rest}")
+            return found[0]
         if (path / "model_index.json").is_file():
             parts = ", ".join(sorted(p.parent.name for p in path.glob("*/config.json")))
             raise VgmError(f"{path} is a pipeline of several networks", f"name one of its folders: {parts}", USAGE)
-    own = {"ema": None, "model": "raw"}.get(weights or "", weights)
     return ckpt.resolve(path, own)
 
 
+def is_run(path: Path) -> bool:
+    """A run, or one of its checkpoints."""
+    return any((path / n).exists() for n in ("checkpoints", "config.yaml", "state.json", "trainer.safetensors"))
+
+
+def in_folder(path: Path) -> list[Path]:
+    """Files and indices of weights in a folder, best first: plain ones before variants (.fp16), safetensors before
+    torch files, indices before single files. Shards with an index are that index."""
+    files = [p for p in sorted(path.iterdir()) if p.is_file() and not p.name.startswith(".")]
+    indices = [p for p in files if ckpt.is_index(p)]
+    shards = {name for p in indices for name in ckpt.names_in(p)}
+    single = [p for p in files if p.suffix.lower() in WEIGHTS and p.name not in shards]
+
+    def order(p: Path) -> tuple[bool, bool, bool, str]:
+        stem = re.sub(r"\.index|\.json$|-\d{5}-of-\d{5}", "", p.name)
+        return len(stem.split(".")) > 2, ".safetensors" not in p.name.lower(), p in single, p.name
+
+    return sorted(indices + single, key=order)
+
+
 def index_of(path: Path) -> Path | None:
-    """The index that a shard (model-00001-of-00003.safetensors) belongs to."""
-    if m := re.fullmatch(r"(.+)-\d{5}-of-\d{5}(\.\w+)", path.name):
-        index = path.with_name(f"{m[1]}{m[2]}{INDEX}")
-        return index if index.is_file() else None
-    return None
+    """The index that a shard (model-00001-of-00003.safetensors, model.fp16-00001-of-00003.safetensors) belongs to."""
+    if not re.search(r"-\d{5}-of-\d{5}\.", path.name):
+        return None
+    indices = sorted(path.parent.glob("*.json"))
+    return next((p for p in indices if ckpt.is_index(p) and path.name in ckpt.names_in(p)), None)
 
 
 def read(path: Path, trust: bool = False) -> Weights:
     """Everything in a file; nothing in it is executed unless `trust` (see unpickle.read)."""
     beside = read_json(path.parent / "config.json")
-    if path.name.endswith(INDEX) or path.suffix == ".safetensors":
-        state: State = {}
-        metadata: dict[str, str] = {}
-        for part in ckpt.shards_of(path) if path.name.endswith(INDEX) else [path]:
-            tensors, more = ckpt.read_tensors(part) if part.suffix == ".safetensors" else (read_torch(part, trust), {})
-            state |= tensors
-            metadata |= more
-        return Weights(path, entries_of(state, path), metadata, beside)
-    return Weights(path, entries_of(unpickle.contents(unpickle.read(path, trust)), path), {}, beside)
-
-
-def read_torch(path: Path, trust: bool) -> State:
-    found = entries_of(unpickle.contents(unpickle.read(path, trust)), path)
-    return next(iter(found.values()))
+    state: dict[str, Any] = {}
+    metadata: dict[str, str] = {}
+    for part in ckpt.shards_of(path) if ckpt.is_index(path) else [path]:
+        if unpickle.kind_of(part) == "safetensors":
+            tensors, more = ckpt.read_tensors(part)
+            state, metadata = {**state, **tensors}, {**metadata, **more}
+        else:
+            state |= unpickle.contents(unpickle.read(part, trust))
+    if "vgm.component" in metadata:
+        return Weights(path, {"": state}, metadata, beside)
+    entries, remarks = nested.entries(state, path)
+    return Weights(path, entries, metadata, beside, remarks)
 
 
 def read_json(path: Path) -> dict[str, Any]:
@@ -115,42 +143,6 @@ def read_json(path: Path) -> dict[str, Any]:
     except (OSError, ValueError, VgmError):
         return {}
     return found if isinstance(found, dict) else {}
-
-
-def entries_of(found: Mapping[str, Any], path: Path) -> dict[str, State]:
-    """The dictionaries of tensors in a checkpoint, by name; tensors at the top as "". Wrappers of data-parallel and
-    compiled networks are dropped from the names, lists of averages (score_sde) get theirs from "model".
-
-    VgmError: there are no tensors.
-    """
-    entries = {k: s for k, v in found.items() if isinstance(v, Mapping) and (s := tensors_of(v))}
-    ema = found.get("ema")
-    if isinstance(ema, Mapping) and isinstance(ema.get("shadow_params"), list | tuple):
-        entries["ema"] = named_shadow(entries.get("model") or {}, ema["shadow_params"])
-    top = tensors_of(found)
-    if top and (not entries or len(top) > max(map(len, entries.values()))):
-        entries = {"": top, **entries}
-    if not entries:
-        raise VgmError(f"{path} holds no tensors", code=FAILED)
-    return entries
-
-
-def tensors_of(state: Mapping[str, Any]) -> State:
-    tensors = {k: v for k, v in state.items() if isinstance(k, str) and isinstance(v, Tensor)}
-    for wrapper in ("module.", "_orig_mod.", "module."):
-        if tensors and all(k.startswith(wrapper) for k in tensors):
-            tensors = {k.removeprefix(wrapper): v for k, v in tensors.items()}
-    return tensors
-
-
-def parts_of(state: Mapping[str, Tensor]) -> dict[str, State]:
-    """A flat state split by the first word of its names: networks wrapped in another module."""
-    parts: dict[str, State] = {}
-    for k, v in state.items():
-        head, dot, rest = k.partition(".")
-        if dot:
-            parts.setdefault(head, {})[rest] = v
-    return parts
 
 
 # -- writing -----------------------------------------------------------------------------------------------------------
@@ -217,12 +209,28 @@ def separate(state: Mapping[str, Tensor]) -> State:
     return out
 
 
+class Remembering:
+    """A file whose errors of writing are kept: torch's writer replaces them by its own."""
+
+    def __init__(self, f: Any):
+        self.f, self.flush = f, f.flush
+        self.error: OSError | None = None
+
+    def write(self, data: Any) -> Any:
+        try:
+            return self.f.write(data)
+        except OSError as e:
+            self.error = e
+            raise
+
+
 def save_torch(content: Mapping[str, Any], path: Path) -> None:
     with atomic.replacing(path) as temp, open(temp, "wb") as f:
+        kept = Remembering(f)
         try:
-            torch.save(dict(content), f)
-        except RuntimeError as e:  # torch's writer keeps the system's error to itself
-            raise OSError(errno.EIO, str(e).splitlines()[0]) from e
+            torch.save(dict(content), kept)  # type: ignore[arg-type]
+        except RuntimeError as e:
+            raise kept.error or OSError(errno.EIO, str(e).splitlines()[0]) from e
 
 
 def save_arrays(state: State, path: Path) -> None:
@@ -236,24 +244,42 @@ def save_arrays(state: State, path: Path) -> None:
 
 
 def save_shards(state: State, path: Path, metadata: Mapping[str, str], limit: int) -> list[Path]:
-    """STEM-00001-of-0000N.safetensors, then STEM.safetensors.index.json; each shard carries the header."""
+    """STEM-00001-of-0000N.safetensors, then STEM.safetensors.index.json, which makes them the file; each shard carries
+    the header. Shards that are there keep their names until the index names others: STEM.2-00001-of-…"""
     pieces = list(shards(state, limit))
-    names = [f"{path.stem}-{i:05d}-of-{len(pieces):05d}{path.suffix}" for i in range(1, len(pieces) + 1)]
-    done: list[Path] = []
-    try:
-        for name, piece in zip(names, pieces):
-            atomic.save_safetensors(piece, path.with_name(name), {"format": "pt", **metadata})
-            done.append(path.with_name(name))
-    except BaseException:
-        for file in done:
-            file.unlink(missing_ok=True)
-        raise
+    for stem in itertools.chain([path.stem], (f"{path.stem}.{n}" for n in itertools.count(2))):
+        files = [path.with_name(f"{stem}-{i:05d}-of-{len(pieces):05d}{path.suffix}") for i in range(1, len(pieces) + 1)]
+        if not any(f.exists() for f in files):
+            break
     index = path.with_name(path.name + INDEX)
-    atomic.write_json(
-        index,
-        {
-            "metadata": {"total_size": size_of(state)},
-            "weight_map": {k: name for name, piece in zip(names, pieces) for k in piece},
-        },
-    )
-    return [index, *done]
+    try:
+        for file, piece in zip(files, pieces):
+            atomic.save_safetensors(piece, file, {"format": "pt", **metadata})
+        atomic.write_json(
+            index,
+            {
+                "metadata": {"total_size": size_of(state)},
+                "weight_map": {k: file.name for file, piece in zip(files, pieces) for k in piece},
+            },
+        )
+    except BaseException:
+        if not index.is_file() or files[0].name not in ckpt.names_in(index):
+            for file in files:
+                file.unlink(missing_ok=True)
+        raise
+    return [index, *files]
+
+
+def remove_older(path: Path, files: Sequence[Path]) -> None:
+    """Remove what an earlier conversion left under this name and the new one, whose files these are, did not replace:
+    the index before its shards, so that a broken end leaves no index without them."""
+    index = path.with_name(path.name + INDEX)
+    pattern = re.compile(rf"{re.escape(path.stem)}(\.\d+)?-\d{{5}}-of-\d{{5}}{re.escape(path.suffix)}")
+    found = [p for p in sorted(path.parent.iterdir()) if pattern.fullmatch(p.name)]
+    for old in (index, path, *found):
+        if old not in files and old.is_file():
+            try:
+                old.unlink(missing_ok=True)
+            except OSError as e:
+                ui.warn(f"{old} is of an earlier conversion and could not be removed: {e.strerror}")
+    atomic.sync_folder(path.parent)
