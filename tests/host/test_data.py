@@ -393,7 +393,9 @@ def test_unreadable_files_are_named_and_left_out(tmp_path: Path) -> None:
     assert [np.array_equal(d.item(i)[0], picture(i)) for i in range(5)] == [True] * 5
 
 
-def test_of_large_sets_they_are_replaced_when_met(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_of_large_sets_they_are_replaced_when_met(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
     monkeypatch.setattr(module, "VERIFY", 2)
     d = open_dataset(spoil(tmp_path / "d"))
     assert d.memory is None and len(d) == 8 and d.facts.skipped == []
@@ -401,6 +403,7 @@ def test_of_large_sets_they_are_replaced_when_met(tmp_path: Path, monkeypatch: p
     assert sorted(d.facts.skipped) == ["cut.png", "noise.jpg", "zero.webp"]
     d.gather(range(8))
     assert len(d.facts.skipped) == 3  # each is named once
+    assert "1 picture that cannot be read so far, now cut.png" in capsys.readouterr().err
 
 
 def test_nothing_readable(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -573,6 +576,18 @@ def test_fingerprints_of_another_format_cannot_be_compared() -> None:
 
     assert same("v2:3-a", "v2:3-a") is True and same("v2:3-a", "v2:3-b") is False
     assert same("3-a", "v2:3-a") is None and same(None, "v2:3-a") is None and same("3-a", "3-a") is None
+
+
+def test_results_with_an_older_fingerprint_of_the_reference_are_compared() -> None:
+    from vgm_cli.engine.comparing import compare_one
+
+    def result(fingerprint: str) -> dict[str, Any]:
+        return {"metric": "fid", "value": 1.0, "protocol": {"reference_fingerprint": fingerprint}}
+
+    new, old = result("v2:5000-" + "a" * 24), result("5000-" + "b" * 24)
+    assert compare_one(new, old)["comparable"] and "of different versions" in str(compare_one(new, old)["notes"])
+    for other in ("v2:5000-" + "b" * 24, "statistics-" + "b" * 24, ""):
+        assert not compare_one(new, result(other))["comparable"]
 
 
 def test_facts_of_subsets_keep_their_classes(tmp_path: Path) -> None:

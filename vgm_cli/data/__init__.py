@@ -80,7 +80,9 @@ def tell_skipped(dataset: Any, after: int = 0) -> None:
     """Warn of unreadable files, of large sets of those met since `after` were known."""
     skipped = [str(name) for name in dataset.facts.skipped[after:]]
     if skipped:
-        ui.warn(f"{dataset.facts.root}: {counted(len(skipped), 'unreadable picture')} left out: {some(skipped)}")
+        reason = getattr(dataset, "reasons", {}).get(skipped[0], "")
+        why = "" if not reason else f" ({'no picture' if reason.startswith('cannot identify') else reason})"
+        ui.warn(f"{dataset.facts.root}: {counted(len(skipped), 'unreadable picture')} left out: {some(skipped)}{why}")
 
 
 def shipped(name: str | None, size: int | None, split: str | None = None) -> Source | None:

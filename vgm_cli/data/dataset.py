@@ -25,7 +25,7 @@ from vgm_cli.data.decode import Unreadable
 from vgm_cli.data.source import Source, usage
 from vgm_cli.data.transforms import check_crop, crop_to
 from vgm_cli.errors import FAILED, VgmError
-from vgm_cli.ui import some
+from vgm_cli.ui import counted, some, ui
 
 if TYPE_CHECKING:
     from torch import Tensor
@@ -68,6 +68,8 @@ class Dataset:
     def __init__(self, source: Source, size: int | None = None, channels: int | None = None, crop: str = "adm") -> None:
         self.source, self.crop = source, check_crop(crop)
         self.memory: Tensor | None = None  # (N, C, H, W) uint8
+        self.reasons: dict[str, str] = {}  # why pictures were left out
+        self.late = 0  # unreadable pictures met after opening
         if channels not in (None, 1, 3):
             raise usage(f"channels={channels}: images have 1 or 3", "leave it open to take what the images have")
         if size is not None and size < 1:
@@ -161,7 +163,9 @@ class Dataset:
 
     def _leave_out(self, bad: Sequence[bool], skipped: list[str], errors: Sequence[Any]) -> None:
         if any(bad):
-            skipped += [self.source.names[i] for i in self.rows[np.array(bad)]]
+            names = [self.source.names[i] for i in self.rows[np.array(bad)]]
+            skipped += names
+            self.reasons |= dict(zip(names, (str(e) for e in errors if isinstance(e, Unreadable))))
             if all(bad):
                 raise self._nothing(errors)
             self.rows = self.rows[~np.array(bad)]
@@ -233,12 +237,22 @@ class Dataset:
             found = self.readable((i + k) % n, rng)
             if not isinstance(found, Unreadable):
                 return found
-            name = self.name((i + k) % n)
-            if name not in self.facts.skipped:
-                self.facts.skipped.append(name)
+            self.skip(self.name((i + k) % n))
         raise VgmError(
             f"{self.source.root}: {min(n, GIVE_UP)} images in a row cannot be read", f"from {self.name(i)} on"
         )
+
+    def skip(self, name: str) -> None:
+        """Note a picture that turned out to be unreadable; the first, the tenth, the hundredth … is told."""
+        import torch
+
+        if name in self.facts.skipped:
+            return
+        self.facts.skipped.append(name)
+        self.late += 1
+        if torch.utils.data.get_worker_info() is None and self.late in (1, 10, 100, 1000, 10_000):
+            found = f"{counted(self.late, 'picture')} that cannot be read so far, now {name}"
+            ui.warn(f"{self.source.root}: {found}; the next takes its place")
 
     def gather(
         self, index: Iterable[int], flip: Any = None, seeds: Sequence[int] | None = None, labels: bool = True

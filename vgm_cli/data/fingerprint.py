@@ -7,6 +7,7 @@ every content; other sets are read whole up to WHOLE bytes and MANY files, and S
 from __future__ import annotations
 
 import hashlib
+import re
 from pathlib import Path
 from typing import Any
 
@@ -22,6 +23,12 @@ def same(a: str | None, b: str | None) -> bool | None:
     """Are these fingerprints of the same data? None where that cannot be said: one is missing or of another format."""
     formats = [(f or "").partition(":")[0] if ":" in (f or "") else "" for f in (a, b)]
     return a == b if formats == [FORMAT, FORMAT] else None
+
+
+def older(a: Any, b: Any) -> bool:
+    """Are these two fingerprints of data, of which one has the format that versions before v2 wrote?"""
+    old, new = sorted((str(a), str(b)), key=lambda f: f.startswith(f"{FORMAT}:"))
+    return new.startswith(f"{FORMAT}:") and re.fullmatch(r"\d+-[0-9a-f]{24}", old) is not None
 
 
 def of_images(dataset: Any) -> str:

@@ -137,8 +137,8 @@ class Batches:
         for batch, skipped in loader:
             if isinstance(batch, VgmError):
                 raise batch
-            known = self.dataset.facts.skipped
-            known += [s for s in skipped if s not in known]
+            for name in skipped:
+                self.dataset.skip(name)
             yield self.finish(batch)
 
 

@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vgm_cli.data.fingerprint import older
 from vgm_cli.errors import FAILED, USAGE, VgmError
 
 # protocol entry -> why a difference forbids the comparison
@@ -52,7 +53,9 @@ def compare_one(a: Mapping[str, Any], b: Mapping[str, Any]) -> dict[str, Any]:
     pa, pb = a["protocol"], b["protocol"]
     for key, reason in MUST_AGREE.items():
         x, y = pa.get(key), pb.get(key)
-        if x != y and reason not in [r.partition(":")[0] for r in reasons]:
+        if older(x, y):
+            notes.append(f"{key}: of different versions, not compared")
+        elif x != y and reason not in [r.partition(":")[0] for r in reasons]:
             reasons.append(f"{reason}: {show(x)} and {show(y)}")
     options = {**(pa.get("options") or {})}, {**(pb.get("options") or {})}
     for key in sorted(set(options[0]) | set(options[1])):
