@@ -9,6 +9,7 @@ import sys
 from typing import Any
 
 from vgm_cli.errors import FAILED, INTERRUPTED, USAGE, VgmError
+from vgm_cli.limits import short
 from vgm_cli.ui import mute, ui
 
 _FLAGS = ("--json", "--quiet", "--debug")
@@ -124,6 +125,10 @@ def explain(e: Exception, verb: str = "") -> VgmError:
     first = text[0] if text else ""
     if isinstance(e, OSError) and e.errno == errno.ENOSPC:
         return VgmError("the disk is full", "what was complete is still there; free space and resume")
+    if isinstance(e, RecursionError):
+        return VgmError("something in a file is nested too deeply")
+    if isinstance(e, OSError) and e.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EISDIR):
+        return VgmError(f"cannot open {short(e.filename or 'a file')}: {e.strerror}")
     if out_of_memory(e):
         lower = "train.accumulate=2 with the same train.batch_size, train.checkpointing=true, or a smaller batch"
         if verb in ("sample", "evaluate", "restore"):

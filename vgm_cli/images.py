@@ -168,8 +168,16 @@ def save_grid(
 
 
 def read_png_metadata(path: str | Path) -> dict[str, str]:
-    with Image.open(path) as image:
-        return {k: v for k, v in image.info.items() if isinstance(k, str) and isinstance(v, str)}
+    """VgmError: it is no picture that can be read."""
+    from vgm_cli.data.decode import open_image, why
+
+    try:
+        with open_image(path) as image:
+            return {k: v for k, v in image.info.items() if isinstance(k, str) and isinstance(v, str)}
+    except VgmError:
+        raise
+    except Exception as e:  # decoders raise whatever they meet
+        raise VgmError(f"{path} is not a picture that can be read: {why(e)}", code=FAILED) from e
 
 
 def write_npz(path: str | Path, images: np.ndarray, labels: Sequence[int] | None = None) -> None:

@@ -16,7 +16,7 @@ import zipfile
 from collections.abc import Iterable, Mapping
 from typing import Any, BinaryIO
 
-from vgm_cli.errors import FAILED, VgmError
+from vgm_cli.errors import FAILED, USAGE, VgmError
 
 SPARE = 64 << 20  # bytes that any file may take in memory beyond its own size
 RATIO = 20  # how many times its size on the disk a compressed member may be, above SPARE
@@ -42,15 +42,15 @@ def short(value: Any, most: int = 80) -> str:
 # -- files and texts ---------------------------------------------------------------------------------------------------
 
 
-def check_regular(path: Path_) -> int:
+def check_regular(path: Path_, code: int = FAILED) -> int:
     """The size of a regular file, links followed. VgmError: not there, a folder, a pipe, a device."""
     try:
         found = os.stat(path)
     except (OSError, ValueError) as e:
-        raise VgmError(f"cannot open {short(os.fspath(path), 200)}: {reason(e)}", code=FAILED) from e
+        raise VgmError(f"cannot open {short(os.fspath(path), 200)}: {reason(e)}", code=code) from e
     if not stat.S_ISREG(found.st_mode):
         kind = "a folder" if stat.S_ISDIR(found.st_mode) else "a pipe or a device"
-        raise VgmError(f"{path} is {kind}, not a file", code=FAILED)
+        raise VgmError(f"{path} is {kind}, not a file", code=code)
     return found.st_size
 
 
@@ -58,17 +58,17 @@ def reason(e: Exception) -> str:
     return (e.strerror if isinstance(e, OSError) else None) or str(e)
 
 
-def read_bytes(path: Path_, most: int = TEXT) -> bytes:
+def read_bytes(path: Path_, most: int = TEXT, code: int = FAILED) -> bytes:
     """The whole of a regular file. OSError as usual; VgmError: more than `most` bytes, no regular file."""
-    size = check_regular(path)
+    size = check_regular(path, code)
     if size > most:
-        raise VgmError(f"{path} has {size:,} bytes, more than the {most:,} such a file may have", code=FAILED)
+        raise VgmError(f"{path} has {size:,} bytes, more than the {most:,} such a file may have", code=code)
     with open(path, "rb") as f:
         return f.read(most)
 
 
-def read_text(path: Path_, most: int = TEXT) -> str:
-    return read_bytes(path, most).decode("utf-8")
+def read_text(path: Path_, most: int = TEXT, code: int = FAILED) -> str:
+    return read_bytes(path, most, code).decode("utf-8")
 
 
 def parse_json(text: str | bytes, where: str, code: int = FAILED, **kwargs: Any) -> Any:
@@ -79,6 +79,30 @@ def parse_json(text: str | bytes, where: str, code: int = FAILED, **kwargs: Any)
         raise VgmError(f"{where} is nested too deeply", code=code) from e
     except ValueError as e:
         raise VgmError(f"{where} is not valid JSON: {short(str(e), 200)}", code=code) from e
+
+
+LEVELS = 100_000  # of a discrete diffusion process; papers have 1000 or 4000
+
+
+def check_levels(steps: int) -> None:
+    """VgmError: a process of so many steps, whose tables are made one by one."""
+    if not isinstance(steps, int) or not 0 < steps <= LEVELS:
+        raise VgmError(f"a diffusion process of {short(steps)} steps, not 1 to {LEVELS:,}", code=USAGE)
+
+
+NUMBER = 1 << 24  # of a component's keywords: widths, steps, counts
+
+
+def check_numbers(keywords: Any, where: str, name: str = "") -> None:
+    """VgmError: a keyword is a whole number that nothing can be built of. Seeds may be any."""
+    if isinstance(keywords, Mapping):
+        for k, v in keywords.items():
+            check_numbers(v, where, str(k))
+    elif isinstance(keywords, list | tuple):
+        for v in keywords:
+            check_numbers(v, where, name)
+    elif isinstance(keywords, int) and abs(keywords) > NUMBER and "seed" not in name:
+        raise VgmError(f"{where}: {short(name)}={short(keywords)} is more than {NUMBER:,}", code=USAGE)
 
 
 # -- zip archives and numpy's arrays -----------------------------------------------------------------------------------

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import dataclasses
 import os
+import re
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
@@ -18,7 +19,9 @@ from typing import Any, Literal
 
 import yaml
 
+from vgm_cli import limits
 from vgm_cli.errors import USAGE, VgmError, unknown
+from vgm_cli.limits import short
 from vgm_cli.registry import registry
 
 COMPONENT_NODES = ("model", "codec", "objective", "sampler")
@@ -210,17 +213,55 @@ class _Loader(yaml.SafeLoader):
 _Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
 _Loader.add_implicit_resolver(
     "tag:yaml.org,2002:float",
-    __import__("re").compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
+    re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
     list("-+0123456789."),
 )
 
 
+YAML_SIZE = 100_000  # characters of one text; a recipe has two thousand, and the parser reads 50,000 in a second
+YAML_DEPTH = 50
+DEEP = re.compile(r"(?:[\[{]\s*){50}")
+YAML_MORE = 10_000  # nodes that anchors may repeat; a node is a value, a list or a mapping
+
+
 def parse_yaml(text: str, where: str) -> Any:
+    """VgmError: not YAML, too long, too deep, or unfolding without end through its anchors."""
+    where = short(where)
+    if len(text) > YAML_SIZE:
+        raise VgmError(f"{where} has {len(text):,} characters, more than {YAML_SIZE:,}", code=USAGE)
+    if DEEP.search(text):
+        raise VgmError(f"{where} is nested too deeply", code=USAGE)  # before the parser looks ahead for every bracket
     try:
-        return yaml.load(text, _Loader)
+        loader = _Loader(text)  # refuses characters that YAML has not
+        node = loader.get_single_node()
+        if node is None:
+            return None
+        _unfolded(node, {}, (), where)
+        return loader.construct_document(node)
+    except RecursionError as e:
+        raise VgmError(f"{where} is nested too deeply", code=USAGE) from e
+    except (ValueError, OverflowError) as e:  # a date or a number that is none
+        raise VgmError(f"{where} is not valid YAML", short(str(e)), USAGE) from e
     except yaml.YAMLError as e:
         line = f" line {e.problem_mark.line + 1}" if isinstance(e, yaml.MarkedYAMLError) and e.problem_mark else ""
         raise VgmError(f"{where}:{line} is not valid YAML", str(getattr(e, "problem", "") or ""), USAGE) from e
+
+
+def _unfolded(node: yaml.Node, known: dict[int, int], above: tuple[int, ...], where: str) -> int:
+    """Nodes below `node`, those of an anchor counted wherever it is named."""
+    if id(node) in above:
+        raise VgmError(f"{where}: an anchor holds itself", code=USAGE)
+    if len(above) > YAML_DEPTH:
+        raise VgmError(f"{where} is nested too deeply", code=USAGE)
+    if id(node) not in known:
+        inside = node.value if isinstance(node, yaml.CollectionNode) else []
+        parts = [p for pair in inside for p in pair] if isinstance(node, yaml.MappingNode) else inside
+        known[id(node)] = 1 + sum(_unfolded(p, known, (*above, id(node)), where) for p in parts)
+        if known[id(node)] > YAML_MORE + len(known):
+            raise VgmError(f"{where}: its anchors repeat too much", code=USAGE)
+        if isinstance(node, yaml.ScalarNode) and node.tag.endswith(":int") and len(node.value) > 100:
+            raise VgmError(f"{where}: a number of {len(node.value)} digits", code=USAGE)
+    return known[id(node)]
 
 
 def load_file(path: Path, origin: str, _seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
@@ -229,12 +270,14 @@ def load_file(path: Path, origin: str, _seen: tuple[Path, ...] = ()) -> tuple[di
     if path in _seen:
         raise VgmError(f"{path.name}: `base:` goes round in a circle", code=USAGE)
     try:
-        config = parse_yaml(path.read_text(encoding="utf-8"), path.name) or {}
+        config = parse_yaml(limits.read_text(path, code=USAGE), path.name) or {}
     except (OSError, UnicodeDecodeError) as e:
         raise VgmError(f"cannot read {path}: {e}", code=USAGE) from e
     if not isinstance(config, dict):
         raise VgmError(f"{path.name} is not a mapping of keys to values", code=USAGE)
     base = config.pop("base", None)
+    if base is not None and not (isinstance(base, str) and base.isprintable() and len(base) < 500):
+        raise VgmError(f"{path.name}: `base:` is {short(base)}, not the name of a recipe", code=USAGE)
     merged: dict[str, Any] = {}
     origins: dict[str, str] = {}
     if base:

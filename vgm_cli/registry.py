@@ -23,7 +23,7 @@ from typing import Any
 
 import pluggy
 
-from vgm_cli import hookspecs
+from vgm_cli import hookspecs, limits
 from vgm_cli.errors import MISSING_ASSET, USAGE, VgmError, unknown
 from vgm_cli.hookspecs import KINDS, Component, Paper
 
@@ -185,6 +185,7 @@ class Registry:
         values are coerced by annotation; unknown keys are refused with the nearest names (exit code 2).
         """
         component, kwargs = self.config(kind, {"name": node} if isinstance(node, str) else node)
+        limits.check_numbers(kwargs, f"{kind} '{component.name}'")
         target = load_target(component.target, component.name)
         bound = bind(target, kwargs, roles, where=f"{kind} '{component.name}'")
         return target(**bound)

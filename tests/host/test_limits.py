@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 import resource
 import struct
 import time
@@ -284,3 +285,214 @@ def test_headers_longer_than_any_file_needs(vgm, tmp_path):
     assert vgm("inspect", path)[0] == 1
     safetensors(path, {"a": entry(), "__metadata__": {"format": "pt"}})
     assert vgm("inspect", path)[0] == 0
+
+
+# -- texts -------------------------------------------------------------------------------------------------------------
+
+
+def laughs(levels: int = 30) -> str:
+    lines = ["a0: &a0 {x: 1}"] + [f"a{i}: &a{i} [*a{i - 1}, *a{i - 1}]" for i in range(1, levels)]
+    return "\n".join(lines)
+
+
+YAMLS = {
+    "laughs": laughs(),
+    "merged": "\n".join(["a0: &a0 {x: 1}"] + [f"a{i}: &a{i} {{<<: [*a{i - 1}, *a{i - 1}]}}" for i in range(1, 30)]),
+    "recursive": "model: &m\n  name: dit\n  again: *m",
+    "recursive list": "model: &m [*m]",
+    "deep": "model: " + "[" * 10**5,
+    "deep blocks": "model:\n" + "\n".join(" " * i + "a:" for i in range(1, 200)),
+    "long": "model: " + "a" * 10**6,
+    "digits": "train: {steps: " + "9" * 10**5 + "}",
+    "date": "model: 2001-99-99",
+    "base": "base: " + "a" * 10**4,
+    "base of another kind": "base: [1, 2]",
+    "base with a zero": 'base: "a\\0b"',
+    "depth": "base: dit/mnist\nmodel: {depth: 1000000, hidden_size: 32, num_heads: 2}",
+    "width": "base: dit/mnist\nmodel: {depth: 1, hidden_size: 1000000000, num_heads: 2}",
+    "wide": "base: dit/mnist\nmodel: {depth: 1, hidden_size: 16000000, num_heads: 2}",
+    "digits of a width": "base: dit/mnist\nmodel: {hidden_size: " + "9" * 100 + "}",
+}
+
+
+BUILT = ("depth", "width", "wide", "digits of a width")
+
+
+@pytest.mark.parametrize("kind", YAMLS)
+def test_recipes_of_strangers_end_in_a_sentence(vgm, tmp_path, kind):
+    (tmp_path / "r.yaml").write_text(YAMLS[kind])
+    start, before = time.process_time(), peak()
+    for args in (("validate", tmp_path / "r.yaml"), ("train", tmp_path / "r.yaml", "--print-config")):
+        code, _, err = vgm(*args)
+        built = kind in BUILT and args[0] == "train"
+        assert (code in (1, 2) or built) and "may be a bug" not in err and len(err) < 1000, err
+    assert time.process_time() - start < (8 if kind not in BUILT else 25)  # with the import of torch's compiler
+    assert peak() - before < (200 if kind not in BUILT else 400) << 20
+
+
+def test_json_of_strangers_ends_in_a_sentence(vgm, tmp_path):
+    images(tmp_path / "data", 2)
+    deep = "[" * 10**5
+    for name in ("metadata.jsonl", "dataset.json"):
+        (tmp_path / "data" / name).write_text(deep)
+        code, _, err = vgm("data", "info", tmp_path / "data")
+        assert code == 1 and "deeply" in err
+        (tmp_path / "data" / name).unlink()
+    (tmp_path / "a.safetensors.index.json").write_text(deep)
+    assert vgm("inspect", tmp_path / "a.safetensors.index.json")[0] == 1
+
+
+# -- pictures ----------------------------------------------------------------------------------------------------------
+
+
+def images(root: Path, n: int) -> Path:
+    root.mkdir(parents=True, exist_ok=True)
+    for i in range(n):
+        Image.fromarray(np.full((8, 8), 40 * i, np.uint8)).save(root / f"{i}.png")
+    return root
+
+
+def test_huge_pictures_are_left_out_and_named(vgm, tmp_path, monkeypatch):
+    root = images(tmp_path / "data", 3)
+    Image.new("1", (13000, 13000)).save(root / "huge.png")
+    before = peak()
+    code, out, err = vgm("data", "info", root, "--json")
+    assert code == 0 and json.loads(out)["count"] == 3 and json.loads(out)["skipped"] == ["huge.png"]
+    assert peak() - before < 100 << 20
+    monkeypatch.setenv("VGM_MAX_PIXELS", "63")
+    code, _, err = vgm("data", "info", root)
+    assert code == 1 and "VGM_MAX_PIXELS" in err
+    monkeypatch.setenv("VGM_MAX_PIXELS", "many")
+    assert vgm("data", "info", root)[0] == 2
+
+
+def test_pictures_that_would_start_programs_are_not_opened(tmp_path, monkeypatch):
+    import subprocess
+
+    from vgm_cli.data.decode import Unreadable, load_image
+
+    def started(*args, **kwargs):
+        raise AssertionError("a program was started")
+
+    monkeypatch.setattr(subprocess, "Popen", started)
+    text = "%!PS-Adobe-3.0 EPSF-3.0\n%%BoundingBox: 0 0 8 8\n%%EndComments\nshowpage\n"
+    (tmp_path / "a.png").write_text(text)
+    with pytest.raises(Unreadable):
+        load_image(tmp_path / "a.png")
+
+
+@pytest.mark.parametrize(
+    "suffix", ["png", "jpg", "webp", "gif", "bmp", "tiff", "ppm", "ico", "tga", "pcx", "sgi", "dds"]
+)
+def test_pictures_of_every_format_are_read_whatever_their_suffix(tmp_path, suffix):
+    from vgm_cli.data.decode import load_image
+
+    Image.new("RGB", (16, 16), "red").save(tmp_path / f"a.{suffix}")
+    (tmp_path / f"a.{suffix}").rename(tmp_path / "a.png")
+    assert load_image(tmp_path / "a.png").size == (16, 16)
+
+
+def test_transparency_in_bands_is_what_it_was(monkeypatch):
+    from vgm_cli.data import decode
+
+    rgba = Image.fromarray(np.random.default_rng(0).integers(0, 256, (37, 11, 4), np.uint8), "RGBA")
+    whole = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba).convert("RGB")
+    monkeypatch.setattr(decode, "BAND", 50)
+    assert (np.asarray(decode.on_white(rgba)) == np.asarray(whole)).all()
+    wide = np.random.default_rng(0).integers(0, 65536, (37, 11), np.uint16)
+    assert (decode.eight_bits(wide) == (wide / 257 + 0.5).astype(np.uint8)).all()
+
+
+def test_text_chunks_that_unpack_without_end(vgm, tmp_path):
+    import zlib
+
+    packed = b"vgm\0\0" + zlib.compress(bytes(50 << 20))
+    chunk = struct.pack(">I", len(packed)) + b"zTXt" + packed + struct.pack(">I", zlib.crc32(b"zTXt" + packed))
+    images(tmp_path / "data", 1)
+    good = (tmp_path / "data" / "0.png").read_bytes()
+    (tmp_path / "a.png").write_bytes(good[:33] + chunk + good[33:])
+    before = peak()
+    code, _, err = vgm("rerun", tmp_path / "a.png")
+    assert code in (1, 2) and "may be a bug" not in err and peak() - before < 40 << 20
+
+
+def test_only_regular_files_are_opened(vgm, tmp_path):
+    root = images(tmp_path / "data", 2)
+    os.mkfifo(root / "pipe.png")
+    os.symlink(root / "loop.png", root / "loop.png")
+    os.symlink(root, root / "again")
+    os.symlink("/dev/zero", root / "zero.png")
+    code, out, _ = vgm("data", "info", root, "--json")
+    assert code == 0 and json.loads(out)["count"] == 2
+    for name in ("p.png", "p.zip", "p.npz", "p.tar", "p.safetensors", "p.pt", "p.yaml", "config.json"):
+        os.mkfifo(tmp_path / name)
+    import torch
+
+    torch.save({"w": torch.zeros(1)}, tmp_path / "a.pt")
+    for args in (
+        *[("data", "info", tmp_path / f"p.{k}") for k in ("zip", "npz", "tar", "png")],
+        *[("inspect", tmp_path / f"p.{k}") for k in ("safetensors", "pt", "npz")],
+        ("validate", tmp_path / "p.yaml"),
+        ("rerun", tmp_path / "p.png"),
+        ("sample", tmp_path / "p.safetensors"),
+        ("evaluate", tmp_path / "p.npz", "--reference", tmp_path / "p.npz"),
+    ):
+        code, _, err = vgm(*args)
+        assert code in (1, 2) and "may be a bug" not in err, err
+    assert vgm("inspect", tmp_path / "a.pt")[0] == 0  # the pipe beside it is called config.json
+
+
+def test_archives_of_pictures_unpack_in_proportion(vgm, tmp_path):
+    with zipfile.ZipFile(tmp_path / "a.zip", "w", zipfile.ZIP_DEFLATED) as z:
+        z.write(images(tmp_path / "data", 2) / "1.png", "good.png")
+        with z.open("bomb.png", "w") as f:
+            for _ in range(100):
+                f.write(bytes(1 << 20))
+    before = peak()
+    code, out, _ = vgm("data", "info", tmp_path / "a.zip", "--json")
+    assert code == 0 and json.loads(out)["skipped"] == ["bomb.png"] and peak() - before < 60 << 20
+
+
+@pytest.mark.parametrize(
+    "pattern", ["{0..99999999}", "{0..9999}{0..9999}", "{0..99999999999999}", "{" + "," * 10**6 + "}"]
+)
+def test_patterns_of_shards_have_an_end(vgm, tmp_path, pattern):
+    before = peak()
+    code, _, err = vgm("data", "info", f"{tmp_path}/{pattern}.tar")
+    assert code in (1, 2) and len(err) < 1000 and "may be a bug" not in err and peak() - before < 60 << 20
+
+
+# -- headers that ask for too much -------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {"depth": 200_000},
+        {"hidden_size": 10**9},
+        {"hidden_size": 2**20},
+        {"input_size": 10**6},
+        {"num_classes": 10**7},
+        {"hidden_size": 10**30},
+    ],
+)
+def test_headers_build_no_more_than_their_file_holds(vgm, tmp_path, keywords):
+    from safetensors.numpy import save_file
+
+    kwargs = {"input_size": 8, "patch_size": 2, "in_channels": 1, "hidden_size": 32, "depth": 1, "num_heads": 2}
+    component = {"kind": "model", "name": "dit", "kwargs": {**kwargs, "num_classes": 10, **keywords}}
+    path = tmp_path / "a.safetensors"
+    save_file({"w": np.zeros(4, np.float32)}, path, {"vgm.component": json.dumps(component)})
+    start, before = time.process_time(), peak()
+    code, _, err = vgm("sample", path, "-n", "1", "--out", tmp_path / "x.png")
+    assert code in (1, 2) and "may be a bug" not in err and len(err) < 1000, err
+    assert time.process_time() - start < 5 and peak() - before < 200 << 20
+
+
+def test_processes_of_a_thousand_million_steps_are_refused():
+    from vgm_cli.diffusion.discrete import named_betas
+    from vgm_cli.errors import VgmError
+
+    for schedule in ("linear", "cosine", "jsd"):
+        with pytest.raises(VgmError, match="steps"):
+            named_betas(schedule, 10**9)

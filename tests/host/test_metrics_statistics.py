@@ -135,9 +135,9 @@ def test_the_same_numbers_have_the_same_fingerprint(tmp_path: Path) -> None:
     ("name", "content", "code", "says"),
     [
         ("none.npz", None, USAGE, "no statistics file"),
-        ("cut.npz", b"PK\x03\x04rest", FAILED, "cannot be read"),
+        ("cut.npz", b"PK\x03\x04rest", FAILED, "not a readable"),
         ("cut.safetensors", b"\x00" * 20, FAILED, "cannot be read"),
-        ("cut.pkl", b"\x80\x04\x95", FAILED, "cannot be read|not unpickled"),
+        ("cut.pkl", b"\x80\x04\x95", FAILED, "not readable"),
         ("odd.txt", b"mu", USAGE, "no kind of statistics"),
     ],
 )

@@ -42,11 +42,12 @@ def open_run(path: Path) -> Path:
 
 
 def config_of(run: Path) -> dict[str, Any]:
-    import yaml
+    from vgm_cli.limits import read_text
+    from vgm_cli.recipe import parse_yaml
 
     try:
-        config = yaml.safe_load((run / "config.yaml").read_text(encoding="utf-8"))
-    except (OSError, UnicodeDecodeError, yaml.YAMLError):
+        config = parse_yaml(read_text(run / "config.yaml"), "config.yaml")
+    except (OSError, UnicodeDecodeError, VgmError):
         return {}
     return config if isinstance(config, dict) else {}
 

@@ -11,6 +11,7 @@ from importlib import resources
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+from vgm_cli import limits
 from vgm_cli.data.dataset import Dataset, Facts
 from vgm_cli.data.source import Source, usage
 from vgm_cli.errors import FAILED, VgmError, nearest
@@ -113,6 +114,8 @@ def find(path: str, label_key: str | None, split: str | None) -> Source | Latent
 
     if not path:
         raise usage("the path of the data is empty", f"known: {FORMATS}; shipped: {', '.join(SHIPPED)}")
+    if len(path) > 4096 or "\0" in path:
+        raise usage(f"the path of the data is no path: {limits.short(path)}")
     try:
         file = Path(path).expanduser()
     except RuntimeError as e:
@@ -141,6 +144,7 @@ def find(path: str, label_key: str | None, split: str | None) -> Source | Latent
                 f"did you mean the shipped {close[0]}?" if close else f"known: {FORMATS}; shipped: {', '.join(SHIPPED)}"
             )
             raise usage(f"no such data: {path}", hint)
+        limits.check_regular(file)
         if suffix == ".tar":
             return Tar([file], str(file.absolute()), label_key)
         if suffix == ".zip":

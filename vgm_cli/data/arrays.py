@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import zipfile
 import zlib
 from pathlib import Path
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from vgm_cli import limits
 from vgm_cli.data.decode import eight_bits, pixel_range
 from vgm_cli.data.files import data_offset
 from vgm_cli.data.source import Source, class_indices
@@ -34,16 +36,10 @@ def npz_array(path: str | Path, key: str) -> np.ndarray:
         member = z.getinfo(key + ".npy")
         if member.compress_type == zipfile.ZIP_STORED:
             f.seek(data_offset(f, member))
-            version = np.lib.format.read_magic(f)
-            read = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}.get(
-                version
-            )
-            if read is not None:
-                shape, fortran, dtype = read(f)
-                if np.prod(shape) and not dtype.hasobject:
-                    return np.memmap(path, dtype, "r", f.tell(), shape, "F" if fortran else "C")
-    with np.load(path, allow_pickle=False) as archive:
-        return archive[key]
+            shape, fortran, dtype, _ = limits.array_header(f)
+            if math.prod(shape) and not dtype.hasobject:
+                return np.memmap(path, dtype, "r", f.tell(), shape, "F" if fortran else "C")
+    return limits.read_npz(path, [key])[key]
 
 
 def as_pixels(a: np.ndarray, where: str, remarks: list[str]) -> np.ndarray:

@@ -2,17 +2,24 @@
 
 Grey, bilevel, palette, CMYK, YCbCr: converted by Pillow (colour profiles are not applied). Transparency: composited on
 white. 16-bit grey: scaled by 1/257, not clipped; 32-bit integers beyond that: from [0, 2^32). Floats: from the usual
-range that holds them (`pixel_range`). EXIF orientation: applied. Animations: first frame.
+range that holds them (`pixel_range`). EXIF orientation: applied. Animations: first frame. Pictures of more than
+VGM_MAX_PIXELS pixels are not decoded.
 """
 
 from __future__ import annotations
 
+import contextlib
 import io
 import os
+import threading
+import warnings
 from typing import BinaryIO
 
 import numpy as np
 from PIL import Image, ImageOps
+
+from vgm_cli import limits
+from vgm_cli.errors import USAGE, VgmError
 
 File = str | os.PathLike[str] | BinaryIO
 SUFFIXES = frozenset(
@@ -21,6 +28,15 @@ SUFFIXES = frozenset(
 )
 GREY = frozenset(("1", "L", "LA", "La", "I", "F", "I;16", "I;16B", "I;16L", "I;16N"))
 ORIENTATION = 0x0112  # EXIF tag; values from 5 on swap width and height
+FORMATS = (  # all that Pillow decodes by itself: not EPS, WMF and others, for which it starts programs
+    "PNG JPEG WEBP GIF BMP TIFF PPM JPEG2000 AVIF DIB ICO CUR ICNS TGA PCX DCX PSD SGI SUN QOI DDS XBM XPM MPO BLP "
+    "FITS FLI FTEX GBR IM IMT MCIDAS MSP PCD PIXAR SPIDER XVTHUMB"
+).split()
+PIXELS = 64_000_000  # VGM_MAX_PIXELS: a picture of 8000 x 8000
+LARGE = 8_000_000  # pixels from which pictures are decoded one after the other
+BAND = 1 << 22  # numbers that are converted at once
+_one = threading.Lock()
+warnings.filterwarnings("ignore", category=Image.DecompressionBombWarning)  # its error is what counts
 
 
 class Unreadable(Exception):
@@ -55,7 +71,12 @@ def eight_bits(a: np.ndarray, span: tuple[float, float] | None = None) -> np.nda
             raise ValueError("some pixels are NaN or infinite")
         span = pixel_range(low, high if floats else max(high, 256), floats)  # integers of files have 16 bits or more
     black, white = span
-    return ((a.astype(np.float64) - black) * (255 / (white - black)) + 0.5).clip(0, 255).astype(np.uint8)
+    out = np.empty(a.shape, np.uint8)
+    rows = max(1, BAND * len(a) // max(1, a.size))
+    for i in range(0, len(a), rows):  # in bands: float64 is up to eight times as large
+        band = a[i : i + rows].astype(np.float64)
+        out[i : i + rows] = ((band - black) * (255 / (white - black)) + 0.5).clip(0, 255).astype(np.uint8)
+    return out
 
 
 def _orientation(image: Image.Image) -> int:
@@ -65,10 +86,49 @@ def _orientation(image: Image.Image) -> int:
         return 1
 
 
+def max_pixels() -> int:
+    """VGM_MAX_PIXELS, the most pixels of a picture that is decoded. Raises VgmError when it is no number."""
+    text = os.environ.get("VGM_MAX_PIXELS") or str(PIXELS)
+    if not text.isascii() or not text.isdigit() or len(text) > 12 or int(text) == 0:
+        raise VgmError(f"VGM_MAX_PIXELS={text} is not a number of pixels", f"example: VGM_MAX_PIXELS={PIXELS}", USAGE)
+    return int(text)
+
+
+def open_image(file: File) -> Image.Image:
+    """Image.open for files of anybody: regular files of FORMATS, of at most `max_pixels`. Raises Unreadable and what
+    Pillow raises."""
+    most = max_pixels()
+    Image.MAX_IMAGE_PIXELS = max(1, most // 2)  # Pillow's error comes at twice that, also for pictures in pictures
+    if isinstance(file, str | os.PathLike):
+        try:
+            limits.check_regular(file)
+        except VgmError as e:
+            raise Unreadable(e.message) from e
+    Image.init()
+    image = Image.open(file, formats=[f for f in FORMATS if f in Image.OPEN])
+    if image.width * image.height > most:
+        image.close()
+        raise Unreadable(f"{image.width}×{image.height} pixels are more than {most:,}, which VGM_MAX_PIXELS allows")
+    if any(t[0] == "fits_gzip" for t in getattr(image, "tile", ())):
+        raise Unreadable("a packed FITS file, whose size is not known before it is unpacked")
+    return image
+
+
+def on_white(image: Image.Image) -> Image.Image:
+    """Transparency composited on white, in bands of rows: four channels three times over would be much memory."""
+    width, height = image.size
+    out = Image.new("RGB", image.size)
+    rows = max(1, BAND // max(1, width))
+    for top in range(0, height, rows):
+        band = image.crop((0, top, width, min(height, top + rows))).convert("RGBA")
+        out.paste(Image.alpha_composite(Image.new("RGBA", band.size, "white"), band).convert("RGB"), (0, top))
+    return out
+
+
 def load_image(file: File) -> Image.Image:
     """A decoded image of mode "L" (the file is grey) or "RGB". Raises Unreadable, whatever is wrong with the file."""
     try:
-        with Image.open(file) as opened:
+        with open_image(file) as opened, _one if opened.width * opened.height > LARGE else contextlib.nullcontext():
             opened.load()
             image: Image.Image = opened
             if _orientation(image) != 1:
@@ -77,11 +137,18 @@ def load_image(file: File) -> Image.Image:
             if image.mode.startswith(("I", "F")):
                 return Image.fromarray(eight_bits(np.asarray(image)))
             if image.mode in ("LA", "La", "PA", "RGBA", "RGBa") or "transparency" in image.info:
-                rgba = image.convert("RGBA")
-                image = Image.alpha_composite(Image.new("RGBA", rgba.size, "white"), rgba)
+                image = on_white(image)
             return image.convert("L" if grey else "RGB")
+    except VgmError:
+        raise
     except Exception as e:  # decoders raise OSError, SyntaxError, ValueError, struct.error, bomb errors and more
-        raise Unreadable(str(e) or type(e).__name__) from e
+        raise Unreadable(why(e)) from e
+
+
+def why(e: Exception) -> str:
+    if isinstance(e, Image.DecompressionBombError):
+        return f"more than {max_pixels():,} pixels, which VGM_MAX_PIXELS allows"
+    return str(e) or type(e).__name__
 
 
 def load_rgb(file: File | bytes) -> np.ndarray:
@@ -92,7 +159,7 @@ def load_rgb(file: File | bytes) -> np.ndarray:
 def read_header(file: File) -> tuple[int, int, bool]:
     """(width, height, grey?) without decoding pixels; width and height after EXIF rotation. Raises Unreadable."""
     try:
-        with Image.open(file) as image:
+        with open_image(file) as image:
             width, height = image.size
             if _orientation(image) >= 5:
                 width, height = height, width
@@ -101,5 +168,7 @@ def read_header(file: File) -> tuple[int, int, bool]:
                 palette = np.array(image.getpalette("RGB") or [], np.uint8).reshape(-1, 3)
                 grey = bool(len(palette)) and bool((palette == palette[:, :1]).all())
             return width, height, grey
+    except VgmError:
+        raise
     except Exception as e:
-        raise Unreadable(str(e) or type(e).__name__) from e
+        raise Unreadable(why(e)) from e

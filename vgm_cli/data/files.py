@@ -26,6 +26,7 @@ from vgm_cli.data.decode import SUFFIXES, File, Unreadable, read_header
 from vgm_cli.data.source import Source, class_indices, no_label, usage
 from vgm_cli.data.texts import LABEL, Names, Row, decode, is_table, key, parse_json, read_table
 from vgm_cli.errors import FAILED, VgmError
+from vgm_cli.limits import check_member
 from vgm_cli.ui import counted, some
 
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
@@ -283,11 +284,11 @@ class Folder(Files):
                 for e in entries:
                     if hidden(e.name):
                         continue
-                    if e.is_dir():
+                    if os.path.isdir(e.path):  # of a link to itself, DirEntry's own raises
                         real = os.path.realpath(e.path) if e.is_symlink() else os.path.join(above[-1], e.name)
                         if real not in above:
                             pending.append((f"{prefix}{e.name}/", (*above, real)))
-                    elif e.is_file():
+                    elif os.path.isfile(e.path):
                         yield prefix + e.name, e.stat().st_size
                     elif is_image(e.name):  # a link to nothing, a pipe
                         self.skipped.append(prefix + e.name)
@@ -338,10 +339,15 @@ class Zip(Files):
     def get(self, name: str) -> bytes:
         """Read straight from the file, sharing no handle, so that threads and forked workers need no lock."""
         member = self.members[name]
+        try:
+            check_member(member, str(self.path))
+        except VgmError as e:
+            raise OSError(e.message) from e
         with open(self.path, "rb") as f:
             f.seek(data_offset(f, member))
-            raw = f.read(member.compress_size)
-        content = raw if member.compress_type == zipfile.ZIP_STORED else zlib.decompress(raw, -15)
+            raw = f.read(min(member.compress_size, os.path.getsize(self.path)))
+        stored = member.compress_type == zipfile.ZIP_STORED
+        content = raw if stored else zlib.decompressobj(-15).decompress(raw, member.file_size + 1)
         if zlib.crc32(content) != member.CRC:
             raise OSError(f"{name} is damaged (checksum)")
         return content

@@ -21,25 +21,38 @@ from vgm_cli.data.files import LOOKED_AT, NO_PICTURES, hidden, is_image
 from vgm_cli.data.source import Source, class_indices, no_label
 from vgm_cli.data.texts import Row, decode, key, parse_json
 from vgm_cli.errors import FAILED, USAGE, VgmError
+from vgm_cli.limits import short
 from vgm_cli.ui import counted, some
 
 Span = tuple[int, int, int]  # shard, offset, bytes
 Sample = dict[str, Span]  # by field
 
 
+SHARDS = 100_000  # files that one pattern may name
+
+
 def expand_braces(pattern: str) -> list[str]:
-    """ "a-{000..002}.tar" -> three names; {x,y} lists the alternatives; several braces multiply."""
+    """ "a-{000..002}.tar" -> three names; {x,y} lists the alternatives; several braces multiply. VgmError: too many."""
+    names = [pattern]
+    while m := re.search(r"\{([^{}]*)\}", names[0]):
+        span = re.fullmatch(r"(\d{1,12})\.\.(\d{1,12})", m[1])
+        count = abs(int(span[2]) - int(span[1])) + 1 if span else m[1].count(",") + 1
+        if count * len(names) > SHARDS:
+            raise VgmError(f"{short(pattern)} names more than {SHARDS:,} files", "name fewer shards", USAGE)
+        names = [n for name in names for n in expand_first(name)]
+    return names
+
+
+def expand_first(pattern: str) -> list[str]:
     m = re.search(r"\{([^{}]*)\}", pattern)
-    if m is None:
-        return [pattern]
-    span = re.fullmatch(r"(\d+)\.\.(\d+)", m[1])
+    assert m is not None
+    span = re.fullmatch(r"(\d{1,12})\.\.(\d{1,12})", m[1])
+    choices = m[1].split(",")
     if span:
         first, last = int(span[1]), int(span[2])
         step = 1 if last >= first else -1
         choices = [str(k).zfill(len(span[1])) for k in range(first, last + step, step)]
-    else:
-        choices = m[1].split(",")
-    return [n for c in choices for n in expand_braces(pattern[: m.start()] + c + pattern[m.end() :])]
+    return [pattern[: m.start()] + c + pattern[m.end() :] for c in choices]
 
 
 def samples_of(name: str, fields: dict[str, Span], pictures: list[str]) -> tuple[list[tuple[str, Sample]], list[str]]:
@@ -120,7 +133,7 @@ class Tar(Source):
                     fields = groups.setdefault(folder + slash + start, {})
                     twice += field in fields
                     fields[field] = (number, m.offset_data, m.size)
-        except (tarfile.TarError, OSError):
+        except (tarfile.TarError, OSError, ValueError, RecursionError):
             self.skipped.append(shard.name)
         for name, fields in groups.items():
             pictures = [f for f in fields if "." + f.rpartition(".")[2] in SUFFIXES]

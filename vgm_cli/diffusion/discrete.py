@@ -20,6 +20,7 @@ import torch
 from torch import Tensor
 
 from vgm_cli.errors import USAGE, VgmError, unknown
+from vgm_cli.limits import check_levels
 
 Mean = Literal["eps", "x0", "x_prev"]
 Variance = Literal["fixed_small", "fixed_large", "learned", "learned_range"]
@@ -41,6 +42,7 @@ def named_betas(
     ends are used as they are. "cosine" (alias "squaredcos_cap_v2") is IDDPM eq. 17 with betas capped at 0.999. "quad"
     (alias "scaled_linear", LDM's and Stable Diffusion's "linear") is linear in sqrt(beta). VgmError: unknown name.
     """
+    check_levels(steps)
     if schedule in ("cosine", "squaredcos_cap_v2"):
         return betas_for_alpha_bar(steps, lambda t: math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2)
     scale = 1000 / steps if schedule == "linear" else 1.0

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vgm_cli.diffusion.path import Path
 from vgm_cli.errors import USAGE, VgmError, unknown
+from vgm_cli.limits import check_levels
 
 Level = TypeVar("Level", Tensor, np.ndarray)
 SPACINGS = ("leading", "trailing", "linspace")
@@ -68,6 +69,7 @@ def vp_levels(t: Tensor, beta_d: float = 19.9, beta_min: float = 0.1) -> Tensor:
 
 def betas(schedule: str = "linear", steps: int = 1000, beta_start: float = 1e-4, beta_end: float = 0.02) -> Tensor:
     """Betas as diffusers makes them, in float32: (steps,). VgmError: unknown schedule."""
+    check_levels(steps)
     if schedule == "linear":
         return torch.linspace(beta_start, beta_end, steps, dtype=torch.float32)
     if schedule == "scaled_linear":

@@ -11,6 +11,7 @@ import torch
 from torch import nn
 
 from vgm_cli.engine import checkpoint as ckpt
+from vgm_cli.engine.budget import building
 from vgm_cli.engine.tokens import TokenCodec, as_output
 from vgm_cli.errors import MISSING_ASSET, USAGE, VgmError
 from vgm_cli.recipe import HOST_KEYS, Data, Recipe
@@ -86,7 +87,8 @@ def component_node(kind: str, node: Mapping[str, Any], facts: Facts) -> dict[str
 
 def build_component(kind: str, node: Mapping[str, Any], facts: Facts, **roles: Any) -> tuple[Any, dict[str, Any]]:
     described = component_node(kind, node, facts)
-    return registry().build(kind, {"name": described["name"], **described["kwargs"]}, **roles), described
+    with building(f"{kind} '{described['name']}'"):
+        return registry().build(kind, {"name": described["name"], **described["kwargs"]}, **roles), described
 
 
 def facts_behind(facts: Facts, codec: Any, dataset: Any = None) -> Facts:

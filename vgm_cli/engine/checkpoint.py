@@ -21,9 +21,11 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vgm_cli import __version__, atomic, limits
+from vgm_cli.engine.budget import building
 from vgm_cli.engine.run import complete, newest
 from vgm_cli.engine.tokens import as_output
 from vgm_cli.errors import FAILED, MISSING_ASSET, USAGE, VgmError
+from vgm_cli.limits import short
 from vgm_cli.registry import registry
 from vgm_cli.ui import ui
 
@@ -242,7 +244,7 @@ def load(
 def build_with_weights(component: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> nn.Module:
     """Construct on the meta device (no wasted initialisation), then assign the stored tensors strictly."""
     node = {"name": component["name"], **component.get("kwargs", {})}
-    with torch.device("meta"):
+    with torch.device("meta"), building(f"{path}: {short(component['name'])}", tensors):
         model = registry().build(component.get("kind", "model"), node)
     state = {k: v.float() if v.dtype in (torch.float16, torch.bfloat16) else v for k, v in tensors.items()}
     check_fit(model, state, path, component["name"])

@@ -18,7 +18,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vgm_cli import __version__, atomic
+from vgm_cli import __version__, atomic, limits
 from vgm_cli.api import Request, generators, seed_of
 from vgm_cli.data import SHIPPED, open_dataset
 from vgm_cli.data.decode import SUFFIXES, Unreadable, load_image
@@ -247,15 +247,10 @@ def open_measured(source: str, operator: Operator, n: int | None) -> Inputs:
     shape = operator.measurement_shape
     path = Path(source)
     if path.suffix == ".npz" and path.is_file():
-        try:
-            with np.load(path, allow_pickle=False) as f:
-                if "y" not in f:
-                    raise VgmError(
-                        f"{source} has no array 'y'", "measurements.npz of an earlier restoration has", USAGE
-                    )
-                y = torch.from_numpy(f["y"]).float()
-        except (OSError, ValueError) as e:
-            raise VgmError(f"{source} cannot be read: {str(e).splitlines()[0]}", code=FAILED) from e
+        arrays = limits.read_npz(path, ["y"])
+        if "y" not in arrays:
+            raise VgmError(f"{source} has no array 'y'", "measurements.npz of an earlier restoration has", USAGE)
+        y = torch.from_numpy(arrays["y"]).float()
         check_measured(tuple(y.shape[1:]), shape, source, operator)
         rows = picked(len(y), n, True)
         return Inputs([f"{i:06d}" for i in rows], measured=y[rows], source=source)

@@ -29,7 +29,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vgm_cli import atomic
+from vgm_cli import atomic, limits
 from vgm_cli.api import Batch, Phase, Step, seed_of
 from vgm_cli.engine import build, data_feed, generate, sharding, tracking
 from vgm_cli.engine import checkpoint as ckpt
@@ -176,7 +176,7 @@ def compare(recipe: Recipe, run: Run) -> None:
     if not file.exists():
         return
     try:
-        then = parse_yaml(file.read_text(encoding="utf-8"), str(file))
+        then = parse_yaml(limits.read_text(file), str(file))
     except (OSError, UnicodeDecodeError, VgmError) as e:
         raise VgmError(f"{file} is damaged: {e}", "resume needs the recipe that the run began with", FAILED) from e
     if not isinstance(then, dict):

@@ -10,9 +10,6 @@ batch (mu, sigma, mu_s, sigma_s and images arr_0). Pickles are read only if they
 from __future__ import annotations
 
 import hashlib
-import io
-import json
-import pickle
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -22,7 +19,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vgm_cli import atomic
+from vgm_cli import atomic, limits, unpickle
 from vgm_cli.errors import FAILED, USAGE, VgmError
 from vgm_cli.metrics.frechet import Moments
 
@@ -83,17 +80,12 @@ def read_statistics(path: str | Path) -> Statistics:
             arrays, n, facts = _safetensors(path)
         elif path.suffix in (".npz", ".npy"):
             arrays = _numpy(path)
-        elif path.suffix in (".pt", ".pth"):
-            arrays = dict(torch.load(path, map_location="cpu", weights_only=True))
-        elif path.suffix in (".pkl", ".pickle"):
-            arrays = dict(ArrayUnpickler(io.BytesIO(path.read_bytes())).load())
+        elif path.suffix in (".pt", ".pth", ".pkl", ".pickle"):
+            arrays = unpickle.contents(unpickle.read(path))
         else:
             raise VgmError(f"{path} is no kind of statistics file", f"accepted: {ACCEPTED}", USAGE)
     except VgmError:
         raise
-    except pickle.UnpicklingError as e:
-        hint = "convert it to .npz with mu and sigma where it was made"
-        raise VgmError(f"{path} holds more than arrays and is not unpickled: {e}", hint, FAILED) from e
     except Exception as e:  # numpy, zipfile, torch and safetensors each raise their own for a damaged file
         raise VgmError(f"{path} cannot be read: {(str(e) or type(e).__name__).splitlines()[0]}", code=FAILED) from e
     return _interpret(path, arrays, n, facts)
@@ -141,7 +133,7 @@ def _safetensors(path: Path) -> tuple[dict[str, Tensor], int | None, dict[str, A
         meta = f.metadata() or {}
         arrays = {k: f.get_tensor(k) for k in f.keys()}
     n = int(meta["vgm.n"]) if meta.get("vgm.n", "").isdigit() else None
-    return arrays, n, json.loads(meta.get("vgm.statistics", "{}"))
+    return arrays, n, limits.parse_json(meta.get("vgm.statistics", "{}"), f"the header of {path}")
 
 
 class _Unread:
@@ -149,35 +141,13 @@ class _Unread:
 
 
 def _numpy(path: Path) -> dict[str, Any]:
-    loaded = np.load(path, allow_pickle=False)
-    if isinstance(loaded, np.ndarray):
-        return {"pool": loaded}
-    with loaded:
-        return {k: _Unread if k.startswith("arr_") else loaded[k] for k in loaded.files}
+    if path.suffix == ".npy":
+        return {"pool": limits.read_npy(path)}
+    from vgm_cli.data.arrays import npz_keys
 
-
-class ArrayUnpickler(pickle.Unpickler):
-    """Only what a pickled numpy array consists of; any other name raises UnpicklingError before anything runs."""
-
-    ALLOWED = {
-        ("numpy.core.multiarray", "_reconstruct"),
-        ("numpy._core.multiarray", "_reconstruct"),
-        ("numpy.core.multiarray", "scalar"),
-        ("numpy._core.multiarray", "scalar"),
-        ("numpy.core.numeric", "_frombuffer"),
-        ("numpy._core.numeric", "_frombuffer"),
-        ("numpy", "ndarray"),
-        ("numpy", "dtype"),
-        ("_codecs", "encode"),
-    }
-
-    def find_class(self, module: str, name: str) -> Any:
-        if (module, name) not in self.ALLOWED:
-            raise pickle.UnpicklingError(f"it wants {module}.{name}")
-        return super().find_class(module, name)
-
-    def persistent_load(self, pid: Any) -> Any:
-        raise pickle.UnpicklingError("it refers to something outside the file")
+    names = npz_keys(path)
+    wanted = [k for k in names if not k.startswith("arr_")]
+    return {**dict.fromkeys(names, _Unread), **limits.read_npz(path, wanted)}
 
 
 def holds_statistics(path: Path) -> bool:

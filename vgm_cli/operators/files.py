@@ -8,6 +8,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vgm_cli import limits
 from vgm_cli.data.decode import SUFFIXES, Unreadable, load_image
 from vgm_cli.errors import FAILED, USAGE, VgmError
 
@@ -23,7 +24,7 @@ def read_one(path: Path, key: str) -> Tensor:
                     raise VgmError(f"{path} holds no '{key}'", f"it holds {', '.join(f.keys())}", USAGE)
                 return f.get_tensor(key).float()
         if path.suffix == ".npy":
-            return torch.from_numpy(np.load(path, allow_pickle=False)).float()
+            return torch.from_numpy(limits.read_npy(path)).float()
         return torch.from_numpy(np.array(load_image(path).convert("L"))).float() / 255
     except VgmError:
         raise

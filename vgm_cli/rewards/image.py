@@ -10,9 +10,10 @@ from typing import Any, Literal
 import numpy as np
 import torch
 import torch.nn.functional as F
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from torch import Tensor
 
+from vgm_cli.data.decode import Unreadable, load_image
 from vgm_cli.errors import MISSING_ASSET, USAGE, VgmError
 from vgm_cli.images import uint8_round
 
@@ -78,10 +79,9 @@ class Similarity:
         if not path.is_file():
             raise VgmError(f"the target image is missing: {target}", code=MISSING_ASSET)
         try:
-            with Image.open(path) as image:
-                self.image = image.convert("RGB")
-        except (UnidentifiedImageError, OSError) as e:
-            raise VgmError(f"{target} is not a readable image", code=USAGE) from e
+            self.image = load_image(path).convert("RGB")
+        except Unreadable as e:
+            raise VgmError(f"{target} is not a readable image: {e}", code=USAGE) from e
         self.measure = measure
 
     def like(self, images: Tensor) -> Tensor:
