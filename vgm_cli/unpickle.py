@@ -324,11 +324,14 @@ class Stream:
         return self.f.read(n)  # type: ignore[no-any-return]
 
 
-class Unpickler(pickle._Unpickler):  # type: ignore[name-defined,misc]
+MACHINE: Any = pickle._Unpickler  # the one written in Python, whose instructions can be counted
+
+
+class Unpickler(MACHINE):  # type: ignore[misc]
     """pickle's machine with the table above in place of imports, and a budget. f: at the start of a pickle, of a file
     of `budget.size` bytes."""
 
-    dispatch = dict(pickle._Unpickler.dispatch)  # type: ignore[attr-defined]
+    dispatch: dict[int, Any] = dict(MACHINE.dispatch)
 
     def __init__(self, f: Any, budget: Budget):
         super().__init__(Stream(f, budget.size), encoding="latin1")
@@ -668,7 +671,7 @@ def load_torch(source: Any, program: Any, budget: Budget, programs: int = 1, mma
         rehearsal.load()
         names |= rehearsal.names
     table = Unpickler(io.BytesIO(), Budget(budget.size))
-    shells = [(stand_in(name, table), name) for name in sorted(names - known_to_torch())]
+    shells: list[Any] = [(stand_in(name, table), name) for name in sorted(names - known_to_torch())]
     with torch.serialization.safe_globals(shells), warnings.catch_warnings():
         warnings.simplefilter("ignore")
         try:
