@@ -373,8 +373,7 @@ def rerun(image: Path, out: Path | None, device_name: str | None = None, overwri
 
     VgmError: no provenance, or something lies where it would go (2), other weights than then (1).
     """
-    from PIL import Image
-
+    from vgm_cli.data.decode import open_image
     from vgm_cli.engine.sampling import given_images, open_model
 
     if not image.is_file():
@@ -410,7 +409,7 @@ def rerun(image: Path, out: Path | None, device_name: str | None = None, overwri
         first = int(item) // plan.batch_size * plan.batch_size
         batch = pictures(loaded, plan, first, min(first + plan.batch_size, plan.n), device, {})
         save_png(batch[int(item) - first], target, remembered)
-    with Image.open(image) as a, Image.open(target) as b:
+    with open_image(image) as a, open_image(target) as b:
         x, y = np.asarray(a).astype(int), np.asarray(b).astype(int)
     same = x.shape == y.shape and bool((x == y).all())
     return {"image": str(image), "again": str(target), "identical": same,
