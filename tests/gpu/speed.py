@@ -553,7 +553,7 @@ def stylegan2(job: Job) -> None:
 
 def glow(job: Job) -> None:
     side = 32 if job.dry else 64
-    small = ("model.preset=null", "model.levels=2", "model.steps=2", "model.width=16")
+    small = ("model.preset=null", "model.levels=2", "model.depth=2", "model.width=16")
     data = (f"data.path={images(side, 128, 10)}", f"data.size={side}", "data.workers=0", "data.count=null")
     small = (*small, "objective.prepare_size=4")
     recipe = large(job, "glow/imagenet64", "train.compile=off", *data, batch=64, small=small)
@@ -648,7 +648,7 @@ def llamagen_sampling(job: Job) -> None:
     from vgm_cli.registry import registry
 
     n = 2 if job.dry else 32
-    size: dict[str, Any] = {"n_layer": 1, "n_head": 2, "dim": 64, "block_size": 16} if job.dry else {"preset": "GPT-XL"}
+    size: dict[str, Any] = {"n_layer": 1, "n_head": 2, "dim": 64, "grid": [4, 4]} if job.dry else {"preset": "GPT-XL"}
     facts = {"vocab_size": 16384, "num_classes": 1000}
     with torch.device(job.device):
         network = registry().build("model", {"name": "llamagen", **size, **facts}).eval().requires_grad_(False)
