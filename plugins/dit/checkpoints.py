@@ -119,7 +119,7 @@ def assumes(state: State, config: Mapping[str, Any]) -> dict[str, str]:
         found["num_heads"] = f"num_heads={heads_of(hidden)}, heads of {width} channels (num_heads=N tells otherwise)"
     if rows != 1001:
         found["class_dropout_prob"] = (
-            f"the {rows} rows of the label table are {classes} classes and a null class "
+            f"the {rows} rows of the label table are {classes} class{'' if classes == 1 else 'es'} and a null class "
             f"(num_classes={rows} class_dropout_prob=0: {rows} classes and none)"
         )
     return found

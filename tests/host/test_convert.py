@@ -1157,18 +1157,24 @@ def test_how_a_network_was_trained_and_its_codec_can_be_told(vgm: Call) -> None:
     config = {**SMALL_DIT, "hidden_size": 128, "num_heads": 4}
     view = {"name": "denoiser", "path": {"name": "vp-discrete", "schedule": "cosine", "steps": 1000}, "time": "index"}
     view |= {"prediction": "eps", "learned_sigma": True, "variance": "learned_range"}
-    ours_of("dit", config, view)
+    state = ours_of("dit", config, view)
+    recipe = {"paper": "dit", "guidance_scale": 2.0, "sampler": {"name": "ddpm", "steps": 50, "clip_denoised": 3.0}}
+    header = ckpt.Header({"kind": "model", "name": "dit", "kwargs": config}, view=view, recipe=recipe)
+    save_file(state, "o.safetensors", header.metadata())
     code, _, err = vgm("convert", "o.safetensors", "dit.pt")
-    assert code == 0 and "num_heads=4" in err and "schedule=cosine" in err
-    args = ("num_heads=4", "schedule=cosine", "codec=mnist-codec", "--from", "dit")
+    words = ("num_heads=4", "schedule=cosine", "sampler.steps=50", "sampler.clip_denoised=3.0")
+    words += ("sampler.cfg_channels=null", "guidance_scale=2.0")
+    assert code == 0 and all(word in err for word in words), err
+    args = (*words, "codec=mnist-codec", "--from", "dit")
     code, _, err = vgm("convert", "dit.pt", "again.safetensors", *args)
     assert code == 0 and "its samples are latents" not in err
     header = ckpt.read_header(Path("again.safetensors"))
-    assert header.view == view and header.codec["asset"] == "mnist-codec"
+    assert header.view == view and header.recipe == recipe and header.codec["asset"] == "mnist-codec"
     assert (header.data["image_size"], header.data["image_channels"]) == (28, 1)
     assert vgm("sample", "again.safetensors", "-n", 1, "--steps", 2, "--out", "x.png")[0] == 0
     check(vgm("convert", "dit.pt", "x.safetensors", "--from", "dit", "schedule=cosin"), 2, "cosin")
     check(vgm("convert", "dit.pt", "x.safetensors", "--from", "dit", "shedule=cosine"), 2, "unknown key", "schedule")
+    check(vgm("convert", "dit.pt", "x.safetensors", "--from", "dit", "sampler.stesp=5"), 2, "stesp")
 
 
 # -- a broken end ------------------------------------------------------------------------------------------------------

@@ -140,7 +140,7 @@ def foreign_source(
         told = converter.from_json(found.json) if converter.from_json is not None and found.json else {}
         read = {**converter.config_from(theirs), **told}
         published = converter.header(read) if converter.header is not None else {}
-        said, view = keywords(converter, overrides, published.get("view"))
+        said, view, recipe = keywords(converter, overrides, published)
         config = {**read, **said}
         state = dict(converter.to_ours(theirs))
         wanted = layouts.on_meta(converter.kind, converter.component, config)
@@ -157,6 +157,9 @@ def foreign_source(
     if view:
         more["view"] = {**more["view"], **view}
         check_view(more["view"])
+    if recipe:
+        more["recipe"] = {**more["recipe"], **recipe}
+        registry().build("sampler", more["recipe"]["sampler"])  # VgmError: it takes no such words
     own = dict(converter.own(theirs))
     made = back(converter, state)
     header = Header(
@@ -198,13 +201,17 @@ def kind_of(entry: str) -> str:
 
 
 def keywords(
-    converter: Converter, overrides: Sequence[str], view: Mapping[str, Any] | None
-) -> tuple[dict[str, Any], dict[str, Any]]:
-    """KEY=VALUE -> keywords of the component's constructor, and parts of its view: how it was trained (prediction,
-    time, …, and those of its path: schedule, steps). VgmError: unknown key."""
+    converter: Converter, overrides: Sequence[str], published: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """KEY=VALUE -> keywords of the component's constructor; parts of its view: how it was trained (prediction, time, …,
+    and those of its path: schedule, steps); of its recipe: how it is sampled (sampler.KEY, null: without;
+    guidance_scale). published: the layout's header. VgmError: unknown key."""
     own: dict[str, Any] = {}
     seen: dict[str, Any] = {}
+    recipe: dict[str, Any] = {}
+    view = published.get("view")
     path = dict((view or {}).get("path") or {})
+    sampler = dict(published.get("recipe", {}).get("sampler") or {})
     component = registry().find(converter.kind, converter.component)
     known = signature(load_target(component.target, converter.component)).parameters
     parts = [k for k in (*(view or {}), *path) if k not in ("name", "path")]
@@ -212,17 +219,22 @@ def keywords(
         key, eq, value = text.partition("=")
         if not eq:
             raise VgmError(f"'{text}' is not KEY=VALUE", "example: num_heads=6", USAGE)
-        if key not in known and key not in parts:
-            raise unknown("key", key, [*known, *parts, "codec"], converter.component)
         said = parse_yaml(value, text)
-        if key in known:
+        if sampler and key.startswith("sampler."):
+            sampler[key.removeprefix("sampler.")] = said
+            recipe["sampler"] = {k: v for k, v in sampler.items() if v is not None}
+        elif sampler and key == "guidance_scale":
+            recipe[key] = said
+        elif key not in known and key not in parts:
+            raise unknown("key", key, [*known, *parts, "codec"], converter.component)
+        elif key in known:
             own[key] = said
         elif key in path:
             path[key] = said
             seen["path"] = path
         else:
             seen[key] = said
-    return own, seen
+    return own, seen, recipe
 
 
 def check_view(view: Mapping[str, Any]) -> None:
@@ -324,7 +336,7 @@ def lost(source: Source, layout: Converter, state: State, told: Mapping[str, Any
     seen = untold_view(source, layout)
     if seen is None:
         remarks.append(f"'{layout.name}' keeps weights alone: read back, they pass for a network trained as published")
-    words += seen or []
+    words += [*(seen or []), *untold_sampler(source, layout)]
     if source.header.codec:
         words.append(f"codec={source.header.codec.get('asset') or source.header.codec.get('path')}")
     if words:
@@ -344,6 +356,17 @@ def untold_view(source: Source, layout: Converter) -> list[str] | None:
     if flat.keys() - read.keys() or any(flat.get(k) != read.get(k) for k in ("name", "path")):
         return None
     return [f"{k}={json.dumps(v).strip(chr(34))}" for k, v in flat.items() if read.get(k) != v]
+
+
+def untold_sampler(source: Source, layout: Converter) -> list[str]:
+    """KEY=VALUE of the sampler and the guidance, where they are otherwise than published."""
+    published = dict(layout.header(source.config).get("recipe", {})) if layout.header is not None else {}
+    own, read = (dict(r.get("sampler") or {}) for r in (source.header.recipe, published))
+    if not own or own.get("name") != read.get("name"):
+        return []
+    words = [f"sampler.{k}={json.dumps(own.get(k))}" for k in {**read, **own} if own.get(k) != read.get(k)]
+    scale = source.header.recipe.get("guidance_scale")
+    return words + ([f"guidance_scale={scale}"] if scale != published.get("guidance_scale") else [])
 
 
 def cast(state: State, dtype: str, path: Path) -> State:
