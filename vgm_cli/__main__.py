@@ -59,8 +59,10 @@ def run(argv: list[str]) -> int:
     rest: list[str] = []
     try:
         rest = take_globals(argv)
+        from vgm_cli import registry
         from vgm_cli.cli.app import build_app
 
+        registry.registry().begin()
         return invoke(build_app(), rest)
     except SystemExit as e:
         return e.code if isinstance(e.code, int) else (0 if e.code is None else FAILED)

@@ -16,6 +16,7 @@ KINDS = (
     "model",
     "objective",
     "sampler",
+    "view",
     "codec",
     "operator",
     "reward",
@@ -40,8 +41,8 @@ class Component:
         size (side of x as the model sees it, after the codec), channels, num_classes, image_size and
         image_channels (before the codec), and of a codec's tokens vocab_size and grid.
     verbs: commands that offer it (objectives: "train", "distill", "finetune-rl"). summary: one line for `vgm ls`.
-    denoiser: of models forward(x, t, **cond) and of objectives that train any of these: the result is a denoiser, which
-        distill, restore and finetune-rl take (`vgm matrix`).
+    denoiser: of models forward(x, t, **cond), of objectives that train any of these, and of views that show a network
+        so: the result is a denoiser, which distill, restore and finetune-rl take (`vgm matrix`).
     """
 
     kind: str

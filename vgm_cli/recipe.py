@@ -7,6 +7,7 @@ the dataclasses below. Torch-free until `validate_components`.
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import os
 import re
@@ -23,6 +24,7 @@ from vgm_cli import limits
 from vgm_cli.errors import USAGE, VgmError, unknown
 from vgm_cli.limits import short
 from vgm_cli.registry import registry
+from vgm_cli.ui import ui
 
 COMPONENT_NODES = ("model", "codec", "objective", "sampler")
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
@@ -275,6 +277,7 @@ def load_file(path: Path, origin: str, _seen: tuple[Path, ...] = ()) -> tuple[di
         raise VgmError(f"cannot read {path}: {e}", code=USAGE) from e
     if not isinstance(config, dict):
         raise VgmError(f"{path.name} is not a mapping of keys to values", code=USAGE)
+    allow_recipe(config, path.name)
     base = config.pop("base", None)
     if base is not None and not (isinstance(base, str) and base.isprintable() and len(base) < 500):
         raise VgmError(f"{path.name}: `base:` is {short(base)}, not the name of a recipe", code=USAGE)
@@ -289,6 +292,24 @@ def load_file(path: Path, origin: str, _seen: tuple[Path, ...] = ()) -> tuple[di
         merged, origins = load_file(file, f"recipe {name}", (*_seen, path))
     merge(merged, config, origins, origin)
     return merged, origins
+
+
+def allow_recipe(config: Mapping[str, Any], name: str) -> None:
+    """With --trust, the code that a recipe file names may run, and is told; else it is remembered who named it."""
+    registry().note(config, name, "--trust runs it: look at the recipe and at that code first")
+    if registry().trusts_recipes and (found := registry().trust(config)):
+        ui.warn(f"--trust: {name} may run {', '.join(found)}")
+
+
+def allow_typed(words: Iterable[str | None], trust_recipes: bool = False) -> None:
+    """What the user typed (NAME, KEY=VALUE, NAME=WEIGHT) and the environment may name code as "module:attr"."""
+    registry().trusts_recipes = trust_recipes
+    for word in (*words, *env_assignments()):
+        key, eq, value = (word or "").partition("=")
+        registry().trust(key)
+        if eq:
+            with contextlib.suppress(VgmError):  # told where the word is used
+                registry().trust(parse_yaml(value, key))
 
 
 def merge(into: dict[str, Any], new: Mapping[str, Any], origins: dict[str, str], origin: str, prefix: str = "") -> None:

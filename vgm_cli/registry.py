@@ -12,10 +12,11 @@ import importlib.util
 import inspect
 import os
 import pkgutil
+import re
 import sys
 import time
 import traceback
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
 from types import ModuleType
@@ -28,6 +29,9 @@ from vgm_cli.errors import MISSING_ASSET, USAGE, VgmError, unknown
 from vgm_cli.hookspecs import KINDS, Component, Paper
 
 BUILTIN = "vgm_plugins"
+IN_CHECKPOINTS = ("model", "codec", "view")  # kinds that are built again from a file's header
+CODE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")  # "module:attr"
+REGISTER = "a plugin registers components: --plugin FILE.py, or `vgm plugin new NAME`"
 
 
 @dataclass
@@ -47,7 +51,11 @@ class PluginInfo:
 
 
 class Registry:
-    """The index of everything that plugins brought."""
+    """The index of everything that plugins brought, and what else the user allowed to run.
+
+    Files name registered components. "module:attr" is imported only if it is in `trusted`, where the command line puts
+    what was typed on it, and with --trust what a recipe file names. Checkpoints, pictures and archives add nothing.
+    """
 
     def __init__(self) -> None:
         self.manager = pluggy.PluginManager(hookspecs.PROJECT)
@@ -56,6 +64,9 @@ class Registry:
         self.components: dict[tuple[str, str], Component] = {}
         self.owners: dict[tuple[str, str], str] = {}
         self.papers: dict[str, Paper] = {}
+        self.trusted: set[str] = set()
+        self.trusts_recipes = False
+        self.sources: dict[str, tuple[str, str]] = {}  # "module:attr" -> (the file that names it, what helps)
 
     def add(self, info: PluginInfo, load: Callable[[], ModuleType | object]) -> PluginInfo:
         """Load one plugin, validate it, index what it brings; whatever goes wrong is kept in info.error."""
@@ -147,15 +158,48 @@ class Registry:
         return sorted(n for k, n in self.components if k == kind)
 
     def find(self, kind: str, name: str) -> Component:
-        """The component, or an error naming the nearest ones. 'module:attr' names an importable object directly."""
+        """The component, or an error naming the nearest ones. "module:attr" is the registered component that lies
+        there, else what the user allowed to run by that name."""
+        if not isinstance(name, str):
+            raise VgmError(f"the name of a {kind} is text, not {name!r}", f"`vgm ls {kind}s` shows them", USAGE)
         if (kind, name) in self.components:
             return self.components[kind, name]
         if ":" in name:
-            return Component(kind, name, name)
+            here = next((c for (k, _), c in self.components.items() if k == kind and c.target == name), None)
+            if here is None and kind in IN_CHECKPOINTS and name in self.trusted:
+                raise VgmError(f"a checkpoint names registered {kind}s only, and '{name}' is none", REGISTER, USAGE)
+            return here or Component(kind, name, self.allowed(name))
         broken = [p for p in self.plugins.values() if p.error and name in (p.name, p.module)]
         if broken:
             raise VgmError(f"plugin '{name}' could not be loaded: {broken[0].error}", "see `vgm plugins`", USAGE)
         raise unknown(kind, name, self.names(kind))
+
+    # -- code that is not registered ------------------------------------------------------------------------------
+
+    def begin(self) -> None:
+        """A new command: nothing is trusted yet."""
+        self.trusted.clear()
+        self.sources.clear()
+        self.trusts_recipes = False
+
+    def trust(self, typed: Any) -> list[str]:
+        """Allow every "module:attr" in a value to be imported, and tell which there are."""
+        found = sorted({s for s in strings(typed) if CODE.fullmatch(s)})
+        self.trusted.update(found)
+        return found
+
+    def note(self, value: Any, source: str, hint: str = REGISTER) -> None:
+        """Remember which file names what code, so that a refusal can say it."""
+        for s in strings(value):
+            if ":" in s:
+                self.sources.setdefault(s, (source, hint))
+
+    def allowed(self, name: str) -> str:
+        """The name itself. VgmError: it is code that nobody who sits here asked for."""
+        if name in self.trusted:
+            return name
+        source, hint = self.sources.get(name, ("a file", REGISTER))
+        raise VgmError(f"{source} wants to run '{name}'; files name registered components only", hint, USAGE)
 
     def presets(self, component: Component) -> Mapping[str, Mapping[str, Any]]:
         """{preset: constructor keywords}; a "module:attr" string is imported (torch-free by contract)."""
@@ -163,6 +207,8 @@ class Registry:
 
     def config(self, kind: str, node: Mapping[str, Any]) -> tuple[Component, dict[str, Any]]:
         """A recipe node -> (component, constructor keywords): preset expanded, own keys on top."""
+        if not isinstance(node, Mapping):
+            raise VgmError(f"the {kind} node is {node!r}, not a mapping with a name", f"{kind}.name=…", USAGE)
         node = dict(node)
         name = node.pop("name", None)
         if name is None:
@@ -191,13 +237,41 @@ class Registry:
         return target(**bound)
 
 
+def strings(value: Any) -> Iterator[str]:
+    """Every text within a value of mappings and lists, keys included; what is shared or circular is visited once."""
+    stack, seen = [value], set()
+    while stack:
+        item = stack.pop()
+        if isinstance(item, str):
+            yield item
+        elif isinstance(item, Mapping | list | tuple) and id(item) not in seen:
+            seen.add(id(item))
+            stack += [*item, *item.values()] if isinstance(item, Mapping) else item
+
+
 def load_target(target: str, name: str = "") -> Any:
-    """Import "module:attr"; modules of the working folder are found too, after all others. A missing third-party module
-    becomes a one-line error with exit code 4."""
+    """Import what a registered component declares, or else code that the user allowed."""
+    r = registry()
+    owner = next((r.owners[key] for key, c in r.components.items() if target in (c.target, c.presets)), None)
+    if owner is None:
+        return load_code(target, name)
+    plugin = r.plugins[owner]
+    return import_target(target, name, beside=plugin.module.endswith(".py"))
+
+
+def load_code(target: str, name: str = "") -> Any:
+    """Import "module:attr" that a keyword names. VgmError: the user neither typed it nor trusts the recipe."""
+    return import_target(registry().allowed(target), name, beside=True)
+
+
+def import_target(target: str, name: str = "", beside: bool = False) -> Any:
+    """Import "module:attr". beside: modules of the working folder are found too, after all others, so that none of them
+    stands in for another. A missing third-party module becomes a one-line error with exit code 4."""
     module, _, attr = target.partition(":")
     top = module.partition(".")[0]
     try:
-        if top and top not in sys.modules and importlib.util.find_spec(top) is None and os.getcwd() not in sys.path:
+        missing = beside and top not in sys.modules and importlib.util.find_spec(top) is None
+        if missing and os.getcwd() not in sys.path:
             sys.path.append(os.getcwd())  # an installed command does not look here by itself
         obj: Any = importlib.import_module(module)
     except ModuleNotFoundError as e:

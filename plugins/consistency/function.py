@@ -53,7 +53,7 @@ class ConsistencyFunction(Denoiser):
 
     def view(self) -> dict[str, Any]:
         """What a checkpoint stores; the host builds this class again from it."""
-        view = {"name": f"{__name__}:ConsistencyFunction", "denoiser": self.config(), "sigma_min": self.sigma_min}
+        view: dict[str, Any] = {"name": "consistency", "denoiser": self.config(), "sigma_min": self.sigma_min}
         view["sigma_max"] = self.sigma_max
         return view | ({"sigma_data": self.sigma_scale} if self.sigma_scale != self.sigma_data else {})
 

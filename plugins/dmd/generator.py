@@ -68,7 +68,7 @@ class Generator(Denoiser):
 
     def view(self) -> dict[str, Any]:
         """What a checkpoint stores; the host builds this class again from it."""
-        return {"name": f"{__name__}:Generator", "denoiser": self.config(), "times": self.times}
+        return {"name": "dmd", "denoiser": self.config(), "times": self.times}
 
     def noise_scale(self) -> float:
         """Of the standard normal input: sigma at pure noise, 1 where a VP network is asked at a cleaner time."""

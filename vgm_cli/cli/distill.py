@@ -8,7 +8,8 @@ from typing import Annotated
 import typer
 
 from vgm_cli.cli import complete
-from vgm_cli.cli.train import HARDWARE, RECORD, RUN, show_config, show_keys
+from vgm_cli.cli.train import HARDWARE, RECORD, RUN, Trust, show_config, show_keys
+from vgm_cli.ui import ui
 
 
 def register(app: typer.Typer) -> None:
@@ -39,6 +40,7 @@ def distill(
             help="Recipe of the method, or a YAML file. Default: its mnist one.", autocompletion=complete.recipes
         ),
     ] = None,
+    trust: Trust = False,
     out: Annotated[Path | None, typer.Option(help="Run directory. Default: runs/METHOD-RECIPE/TIME.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.", rich_help_panel=RUN)
@@ -97,7 +99,9 @@ def distill(
     tracking.check(track)
     if teacher is None and resume and out is not None:
         teacher = engine.resumed(out)[0]
+        ui.info(f"teacher: {teacher}, as {out} says")
     assignments = [*(overrides or []), *([] if seed is None else [f"train.seed={seed}"])]
+    recipes.allow_typed(assignments, trust)
     resolved = engine.load(method, recipe, assignments, teacher, weights)
     if help_config:
         show_keys(resolved)

@@ -119,7 +119,9 @@ def evaluate(
         return
     from vgm_cli.engine.evaluate import check_assertion, parse_assertion
     from vgm_cli.engine.evaluating import Options, evaluate_target
+    from vgm_cli.recipe import allow_typed
 
+    allow_typed([sampler, *(overrides or [])])
     for expression in check or []:
         parse_assertion(expression)  # a typo is told before the work
     options = Options(

@@ -8,7 +8,7 @@ from typing import Annotated
 import typer
 
 from vgm_cli.cli import complete
-from vgm_cli.cli.train import HARDWARE, RECORD, RUN, show_config, show_keys
+from vgm_cli.cli.train import HARDWARE, RECORD, RUN, Trust, show_config, show_keys
 
 
 def register(app: typer.Typer) -> None:
@@ -46,6 +46,7 @@ def finetune_rl(
         str | None,
         typer.Option(help="Recipe of the method, or a YAML file. Default: mnist.", autocompletion=complete.recipes),
     ] = None,
+    trust: Trust = False,
     out: Annotated[Path | None, typer.Option(help="Run directory. Default: runs/METHOD-RECIPE/TIME.")] = None,
     resume: Annotated[
         bool, typer.Option("--resume", help="Go on from the last checkpoint in --out.", rich_help_panel=RUN)
@@ -101,6 +102,7 @@ def finetune_rl(
 
     tracking.check(track)
     assignments = [*(overrides or []), *([] if seed is None else [f"train.seed={seed}"])]
+    recipes.allow_typed([*assignments, *(reward or [])], trust)
     resolved = engine.load(method, recipe, assignments, model, weights, reward or [])
     if help_config:
         show_keys(resolved)

@@ -11,6 +11,7 @@ from typing import Annotated, Any
 import typer
 
 from vgm_cli.cli import complete
+from vgm_cli.cli.train import Trust
 from vgm_cli.errors import USAGE, VgmError, unknown
 from vgm_cli.hookspecs import KINDS, Component
 from vgm_cli.registry import registry
@@ -217,6 +218,7 @@ def validate(
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="As for train.", autocompletion=complete.keys)
     ] = None,
+    trust: Trust = False,
 ) -> None:
     """Check a recipe: keys, values, components; then build it without memory and count.
 
@@ -231,6 +233,7 @@ def validate(
     from vgm_cli import recipe as recipes
     from vgm_cli.validation import check
 
+    recipes.allow_typed(overrides or [], trust)
     resolved = recipes.load(recipe, None, overrides or [])
     numbers, reason = check(resolved)
     total = sum(numbers.values())

@@ -83,6 +83,7 @@ def sample(
     from vgm_cli.engine.sampling import named, open_model, plan_for, warn_of_ignored
     from vgm_cli.errors import INTERRUPTED, USAGE, VgmError
     from vgm_cli.images import save_png
+    from vgm_cli.recipe import allow_typed
 
     words = list(overrides or [])
     if model is not None and "=" in model and not Path(model).exists():
@@ -93,6 +94,7 @@ def sample(
         raise VgmError("no model is named, and there is no run below ./runs", hint, USAGE)
     model = model or "last"
     ranks.join()
+    allow_typed([sampler, *words])
     loaded, where = open_model(model, weights, device)
     plan = plan_for(
         loaded,

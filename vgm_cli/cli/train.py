@@ -12,6 +12,10 @@ from vgm_cli.cli import complete
 from vgm_cli.ui import ui
 
 RUN, HARDWARE, RECORD = "Run", "Hardware", "Records"
+Trust = Annotated[
+    bool,
+    typer.Option("--trust", help="Run the code (module:attr) that the recipe file names. Only for files you trust."),
+]
 
 
 def register(app: typer.Typer) -> None:
@@ -41,6 +45,7 @@ def train(
     stop_after: Annotated[
         int | None, typer.Option(help="Save and stop at this step; --resume goes on.", rich_help_panel=RUN)
     ] = None,
+    trust: Trust = False,
     codec: Annotated[
         str | None,
         typer.Option(
@@ -99,6 +104,7 @@ def train(
         assignments.append(f"train.seed={seed}")
     if codec is not None:
         assignments += [f"codec.weights={codec}", "codec.fallback=null"]
+    recipes.allow_typed(assignments, trust)
     resolved = recipes.load(paper, recipe, assignments)
     if codec is not None and "name" not in resolved.config["codec"]:
         raise VgmError(f"{resolved.name} trains on pixels, it takes no codec", "leave --codec out", USAGE)

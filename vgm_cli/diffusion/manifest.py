@@ -45,4 +45,11 @@ def host_components() -> list[Component]:
         summary="denoising on any Gaussian path: DDPM, v, EDM, flow matching by keywords",
         denoiser=True,
     )
-    return [*samplers, objective]
+    view = Component(
+        kind="view",
+        name="denoiser",
+        target="vgm_cli.diffusion.denoiser:Denoiser",
+        summary="a network on a Gaussian path, whatever it predicts",
+        denoiser=True,
+    )
+    return [*samplers, objective, view]

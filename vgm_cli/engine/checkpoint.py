@@ -8,6 +8,8 @@ beside the ModelSpec keys. Nothing is ever unpickled here.
 from __future__ import annotations
 
 import hashlib
+import json
+import os
 import re
 import time
 from collections.abc import Mapping
@@ -20,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from vgm_cli import __version__, atomic, limits
+from vgm_cli import __version__, atomic, foreign, limits
 from vgm_cli.engine.budget import building
 from vgm_cli.engine.run import complete, newest
 from vgm_cli.engine.tokens import as_output
@@ -78,27 +80,22 @@ class Header:
 
     @classmethod
     def parse(cls, metadata: Mapping[str, str], path: Path) -> Header:
-        def get(key: str, default: Any = None) -> Any:
-            text = metadata.get(f"vgm.{key}")
-            return default if text is None else limits.parse_json(text, f"{path}: its header entry vgm.{key}")
-
-        component = get("component")
-        if not isinstance(component, dict) or "name" not in component:
+        said: dict[str, Any] = {}
+        for key in (k for k in metadata if k.startswith("vgm.")):
+            try:
+                said[key[4:]] = json.loads(metadata[key])
+            except (ValueError, RecursionError) as e:
+                raise VgmError(f"{path}: its header entry {key} is not JSON", code=FAILED) from e
+        if not isinstance(said.get("component"), dict) or "name" not in said["component"]:
             raise VgmError(
                 f"{path} does not say what network it holds",
                 "a foreign checkpoint is made self-describing by `vgm convert`",
                 FAILED,
             )
-        return cls(
-            component=component,
-            view=get("view"),
-            codec=get("codec"),
-            recipe=get("recipe") or {},
-            data=get("data") or {},
-            step=get("step", 0),
-            images=get("images", 0),
-            weights=get("weights", "raw"),
-        )
+        foreign.check(said, "header", path, "vgm.")
+        registry().note(said, str(path))
+        known = {k: said[k] for k in ("component", "view", "codec", "step", "images", "weights") if k in said}
+        return cls(**known, recipe=said.get("recipe") or {}, data=said.get("data") or {})
 
 
 def save_network(path: Path, state: Mapping[str, Tensor], header: Header) -> None:
@@ -243,9 +240,18 @@ def load(
 
 def build_with_weights(component: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> nn.Module:
     """Construct on the meta device (no wasted initialisation), then assign the stored tensors strictly."""
-    node = {"name": component["name"], **component.get("kwargs", {})}
-    with torch.device("meta"), building(f"{path}: {short(component['name'])}", tensors):
-        model = registry().build(component.get("kind", "model"), node)
+    keywords = component.get("kwargs", {})
+    foreign.tell_files(keywords, path)
+    node = {**keywords, "name": component["name"]}
+    try:
+        with torch.device("meta"), building(f"{path}: {short(component['name'])}", tensors):
+            model = registry().build(component.get("kind", "model"), node)
+        model.state_dict()
+    except VgmError:
+        raise
+    except Exception as e:  # a constructor's own complaint about what a stranger's header says
+        reason = (str(e) or type(e).__name__).splitlines()[0]
+        raise VgmError(f"{path}: {component['name']} cannot be built as its header says: {reason}", code=FAILED) from e
     state = {k: v.float() if v.dtype in (torch.float16, torch.bfloat16) else v for k, v in tensors.items()}
     check_fit(model, state, path, component["name"])
     model.load_state_dict(state, assign=True)
@@ -297,17 +303,18 @@ def refuse_non_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def build_view(model: nn.Module, view: Mapping[str, Any] | None) -> Any:
-    """What the sampler is handed: a Denoiser, whatever "module:attr" the view names, or the bare network."""
+    """What the sampler is handed: the registered view that a header names (by default a Denoiser), or the network."""
     if not view or view.get("name") == "codec":
         return model
-    if view.get("name") == "denoiser":
-        from vgm_cli.diffusion.denoiser import Denoiser
+    if "network" in view:
+        raise VgmError("a view is told how to look at a network, not which", "leave view.network away", USAGE)
+    return registry().build("view", {"name": "denoiser", **view}, network=model)
 
-        return Denoiser.from_config(model, dict(view))
-    from vgm_cli.registry import load_target
 
-    node = dict(view)
-    return load_target(node.pop("name"))(model, **node)
+def check_view(view: Mapping[str, Any] | None) -> None:
+    """VgmError: a checkpoint could not be read back, because its view is not registered."""
+    if view and view.get("name") != "codec":
+        registry().find("view", view.get("name", "denoiser"))
 
 
 # -- codecs ----------------------------------------------------------------------------------------------------------
@@ -335,19 +342,38 @@ def codec_key(ref: Mapping[str, Any]) -> str:
 
 
 def codec_path(ref: Mapping[str, Any], origin: Path) -> Path:
-    """The file of the codec that `origin`'s header refers to; refused when its bytes are not those of training."""
-    if "asset" in ref:
-        path = ASSETS / f"{ref['asset']}.safetensors"
+    """The file of the codec that `origin`'s header refers to; refused when its bytes are not those of training.
+
+    A file outside the run (or the folder) of `origin` must have the hash that the header says, and is told.
+    """
+    near = False
+    if ref.get("asset") is not None:
+        path, near = ASSETS / f"{Path(ref['asset']).name}.safetensors", True
+    elif ref.get("path") is None:
+        raise VgmError(f"{origin} refers to a codec without saying which", code=FAILED)
     elif ref.get("relative"):
+        if Path(ref["path"]).is_absolute() or ".." in Path(ref["path"]).parts:
+            raise VgmError(f"{origin} refers to the codec {ref['path']}, which does not lie beside it", code=FAILED)
         tried = [p / ref["path"] for p in origin.resolve().parents[:4]]
-        path = next((p for p in tried if p.is_file()), tried[0])
+        path = next((p for p in tried if os.path.isfile(p)), tried[0])
     else:
         path = Path(ref["path"])
-    if not path.is_file():
+    if not os.path.isfile(path):
         raise VgmError(f"the codec of {origin.name} is missing: {path}", "keep it with the run", MISSING_ASSET)
+    near = near or folder_of(origin) in path.resolve().parents
+    if not near and not ref.get("sha256"):
+        raise VgmError(f"{origin} refers to {path} without its hash", "keep the codec beside it", FAILED)
     if ref.get("sha256") and file_hash(path) != ref["sha256"]:
         raise VgmError(f"the codec {path} is not the one {origin.name} was trained with", code=FAILED)
+    if not near:
+        ui.info(f"codec: {path}, as {origin} says")
     return path
+
+
+def folder_of(weights: Path) -> Path:
+    """The run that a weights file belongs to, or the folder it lies in."""
+    folder = weights.resolve().parent
+    return folder.parents[1] if folder.parent.name == "checkpoints" else folder
 
 
 def load_codec(ref: Mapping[str, Any], origin: Path, device: torch.device | str = "cpu") -> Any:
@@ -359,6 +385,8 @@ def read_codec(path: Path, device: torch.device | str = "cpu", output: str | Non
     """A frozen codec from its file. output: "tokens" for what a token model sees."""
     tensors, metadata = read_tensors(path)
     header = Header.parse(metadata, path)
+    if not header.is_codec:
+        raise VgmError(f"{path} is no codec but {header.component['name']}", "`vgm ls codecs` names the codecs", USAGE)
     refuse_non_finite(tensors, path)
     codec = build_with_weights(header.component, tensors, path)
     return as_output(codec.eval().requires_grad_(False).to(device), output)

@@ -30,6 +30,16 @@ from vgm_cli.registry import load_target, registry, signature
 from vgm_cli.ui import Progress, ui
 
 SHARD = 256  # pairs in one cache file
+IMAGES = (
+    "path",
+    "size",
+    "channels",
+    "num_classes",
+    "crop",
+    "hflip",
+    "labels",
+    "split",
+)  # data keys that a teacher tells
 
 
 def methods() -> list[str]:
@@ -110,7 +120,9 @@ def adopt(config: dict[str, Any], origins: dict[str, str], path: Path) -> None:
         weights = header.codec.get("asset") or str(file.resolve())
         replace(config, origins, "codec", {"name": ckpt.read_header(file).component["name"], "weights": weights})
     own = {k: v for k, v in (config.get("data") or {}).items() if v is not None}
-    seen = {k: v for k, v in (header.recipe.get("data") or {}).items() if v is not None}
+    seen = {k: v for k, v in (header.recipe.get("data") or {}).items() if v is not None and k in IMAGES}
+    if "path" in seen and "path" not in own:
+        ui.info(f"data: {seen['path']}, as {path} says")
     for key in seen.keys() - own.keys():
         origins[f"data.{key}"] = "teacher"
     config["data"] = {**seen, **own}
@@ -133,11 +145,9 @@ def replace(config: dict[str, Any], origins: dict[str, str], key: str, node: dic
 
 def is_denoiser(view: Mapping[str, Any] | None) -> bool:
     """Does a checkpoint's view show the network as one that removes noise?"""
-    if not view:
+    if not view or view.get("name") == "codec":
         return False
-    name = view.get("name", "denoiser")
-    target = Denoiser if name == "denoiser" else load_target(name)
-    return isinstance(target, type) and issubclass(target, Denoiser)
+    return registry().find("view", view.get("name", "denoiser")).denoiser
 
 
 def resumed(out: Path) -> tuple[str, str]:

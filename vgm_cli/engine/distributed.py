@@ -41,6 +41,7 @@ def relaunch(nproc: int, nnodes: int, rdzv: str | None, argv: Sequence[str]) -> 
     cores = os.cpu_count() or 1
     os.environ.setdefault("OMP_NUM_THREADS", str(max(1, cores // nproc)))
     os.environ.setdefault("TORCH_ELASTIC_SHUTDOWN_TIMEOUT", "600")
+    os.environ["PYTHONSAFEPATH"] = "1"  # `python -m` would look for every module in the working folder first
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")  # spinning threads of two processes starve each other
     where = ["--rdzv-backend", "c10d", "--rdzv-endpoint", rdzv] if rdzv else ["--standalone"]
     args = ["--nproc-per-node", str(nproc), "--nnodes", str(nnodes), *where, "-m", "vgm_cli", *argv]

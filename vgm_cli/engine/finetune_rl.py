@@ -131,10 +131,11 @@ def run(
         raise VgmError(f"{out} was tuned from another model", "resume with the same one", USAGE)
     path = Path(node["weights"])
     header = ckpt.read_header(path)
-    codec = ckpt.load_codec(header.codec, path) if header.codec else None
+    file = ckpt.codec_path(header.codec, path) if header.codec else None
+    codec = ckpt.read_codec(file, output=header.codec.get("output")) if file and header.codec else None
 
     def feed(recipe: Recipe, run: Run, accelerator: Any, size: int) -> ClassFeed:
-        reference = ckpt.codec_reference(ckpt.codec_path(header.codec, path), run.path) if header.codec else None
+        reference = ckpt.codec_reference(file, run.path) if file else None
         return ClassFeed(facts_of(header, path), dict(header.data), size, codec, reference, accelerator.device)
 
     outcome = trainer.train(

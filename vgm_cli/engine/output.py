@@ -19,14 +19,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vgm_cli import atomic
+from vgm_cli import atomic, foreign
+from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine import generate, ranks
 from vgm_cli.engine.checkpoint import Loaded
 from vgm_cli.engine.generate import Plan
 from vgm_cli.errors import FAILED, USAGE, VgmError
 from vgm_cli.images import SHOWN, Layout, make_grid, read_png_metadata, save_grid, save_png, to_uint8
+from vgm_cli.registry import registry
 from vgm_cli.ui import ui
 
+REMEMBERED = ("model", "weights", "sha256", "step", "n", "seed", "labels", "steps", "guidance_scale")
 TRACED_ITEMS, TRACED_STEPS = 8, 12
 JOB = ".vgm-job.json"  # in a folder of samples: how they are made
 KINDS = "grid.png, x.npz (ADM layout) or a folder"
@@ -381,24 +384,35 @@ def rerun(image: Path, out: Path | None, device_name: str | None = None, overwri
     try:
         remembered = read_png_metadata(image)
         s = json.loads(remembered["vgm"])
-    except (KeyError, ValueError, OSError, SyntaxError) as e:
+    except (KeyError, ValueError, OSError, SyntaxError, RecursionError) as e:
         raise VgmError(f"{image} does not say how it was made", "PNGs of `vgm sample` do", USAGE) from e
-    if "sampler" not in s:
+    foreign.check(s, "picture", image)
+    if not s.get("sampler"):
         raise VgmError(f"{image} was made by vgm {s.get('command', '?')}", "PNGs of `vgm sample` are made again", USAGE)
+    missing = [k for k in REMEMBERED if k not in s]
     item = remembered.get("vgm.item")
+    if missing or not (item or "0").isdecimal() or int(item or 0) >= s["n"]:
+        raise VgmError(f"{image} does not say its {missing[0] if missing else 'item'}", code=FAILED)
     target = out or again_name(image, item is not None)
     if target.suffix.lower() != ".png":
         raise VgmError(f"--out {target}: a picture made again is a .png", code=USAGE)
     if target.resolve() == image.resolve():
         raise VgmError(f"{target} is the picture itself", "name another --out", USAGE)
     atomic.refuse_existing(target, overwrite)
-    loaded, device = open_model(s["model"], s["weights"], device_name)
-    if s.get("sha256") and loaded.sha256() != s["sha256"]:
-        raise VgmError(f"{s['model']} holds other weights than {image} was made with (step {s['step']})", code=FAILED)
+    registry().note(s, str(image))
+    foreign.tell_files(s["sampler"], image)
+    path = ckpt.resolve(s["model"], s["weights"])
+    ui.info(f"model: {path}, as {image} says")
+    if ckpt.file_hash(path) != s["sha256"]:
+        raise VgmError(f"{path} holds other weights than {image} was made with (step {s['step']})", code=FAILED)
+    loaded, device = open_model(str(path), None, device_name)
+    if s.get("input"):
+        ui.info(f"input: {s['input']}, as {image} says")
     interval = tuple(s["guidance_interval"]) if s.get("guidance_interval") else None
     given = given_images(loaded, s["input"], s["n"]) if s.get("input") else None
     steps = s["steps"] if "steps" in s.get("asked", ["steps"]) else None
-    plan = Plan(n=s["n"], seed=s["seed"], labels=s["labels"], sampler=s["sampler"], steps=steps, images=given,
+    labels = generate.class_labels(s["n"], loaded.header.data.get("num_classes") or 0, s["labels"])
+    plan = Plan(n=s["n"], seed=s["seed"], labels=labels, sampler=s["sampler"], steps=steps, images=given,
                 guidance_scale=s["guidance_scale"], guidance_interval=interval, precision=s.get("precision", "fp32"),
                 batch_size=s.get("batch_size", 64))  # fmt: skip
     if item is None:

@@ -487,13 +487,22 @@ def _cpu_name() -> str:
 
 
 def git_state() -> dict[str, Any]:
-    """Commit and dirtiness of the working directory's repository, {} outside one."""
+    """Commit of the working directory's repository and whether a tracked file differs from it, {} outside one.
+
+    The repository may be a stranger's, whose settings name programs: a monitor of files, filters of contents, a way to
+    fetch what is missing. None of them runs: contents are not compared, only their times and sizes, and nothing is
+    fetched.
+    """
+    off = ("-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null")
+    env = os.environ | {"GIT_ALLOW_PROTOCOL": "none", "GIT_NO_LAZY_FETCH": "1", "GIT_OPTIONAL_LOCKS": "0"}
 
     def git(*args: str) -> str:
-        return subprocess.run(["git", *args], capture_output=True, text=True, timeout=5).stdout.strip()
+        done = subprocess.run(["git", *off, *args], capture_output=True, text=True, timeout=5, env=env)
+        return done.stdout.strip()
 
     try:
-        sha = git("rev-parse", "HEAD")
-        return {"sha": sha, "dirty": bool(git("status", "--porcelain"))} if sha else {}
-    except (OSError, subprocess.SubprocessError):
+        sha = git("rev-parse", "--verify", "--quiet", "HEAD")
+        changed = sha and git("diff-index", "--name-only", "--ignore-submodules=all", "HEAD", "--")
+        return {"sha": sha, "dirty": bool(changed)} if sha else {}
+    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
         return {}

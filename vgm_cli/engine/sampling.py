@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 
+from vgm_cli import foreign
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine.distributed import keep_memory, pick_device
 from vgm_cli.engine.generate import Plan, class_labels, class_numbers, sampler_node
@@ -68,6 +69,9 @@ def plan_for(
         if not eq:
             raise VgmError(f"'{text}' is not KEY=VALUE", "example: eta=0.5", USAGE)
         own[key.removeprefix("sampler.")] = parse_yaml(value, text)
+    if sampler in (None, (recipe.get("sampler") or {}).get("name")):
+        told = {k: v for k, v in (recipe.get("sampler") or {}).items() if k not in own}
+        foreign.tell_files(told, loaded.path)
     wanted = class_numbers([w.strip() for w in label.split(",") if w.strip()], loaded) if label else []
     interval = None
     if guidance_interval is not None:

@@ -253,6 +253,7 @@ class Trainer:
         torch.manual_seed(self.opts.seed)  # opening the data may have trained a codec
         built = build.build_objective(recipe, self.facts, {"codec": self.feed.codec, **roles})
         self.objective, self.networks, self.components = built.objective, built.networks, built.components
+        ckpt.check_view(self.objective.view() if hasattr(self.objective, "view") else None)
         self.phases: list[Phase] = list(self.objective.phases())
         self._prepare()
 

@@ -27,7 +27,7 @@ class T5Features:
             from transformers import AutoTokenizer, T5EncoderModel
         except ImportError as e:
             raise VgmError("captions need the package transformers", "pip install 'vgm[hf]'", MISSING_ASSET) from e
-        self.tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True)
+        self.tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         encoder: Any = T5EncoderModel.from_pretrained(path, local_files_only=True)
         self.encoder = encoder.to(device=device, dtype=dtype).eval().requires_grad_(False)
         self.length, self.device = length, device

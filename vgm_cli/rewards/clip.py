@@ -39,8 +39,9 @@ class CLIPScore:
                 raise VgmError(f"{name}: no weights in {folder}", hint, MISSING_ASSET)
         from transformers import AutoModel, AutoProcessor
 
-        self.processor = AutoProcessor.from_pretrained(processor or path, local_files_only=True)
-        self.model = AutoModel.from_pretrained(path, local_files_only=True).eval().requires_grad_(False)
+        local = {"local_files_only": True, "trust_remote_code": False}
+        self.processor = AutoProcessor.from_pretrained(processor or path, **local)
+        self.model = AutoModel.from_pretrained(path, **local).eval().requires_grad_(False)
         self.prompts = None if prompts is None else list(prompts)
 
     def to(self, device: torch.device) -> None:

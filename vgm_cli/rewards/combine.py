@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from vgm_cli.errors import FAILED, USAGE, VgmError
-from vgm_cli.registry import load_target, registry
+from vgm_cli.registry import load_code, registry
 
 Terms = Mapping[str, Any]  # {name: weight} or {name: {weight: 1.0, option: ...}}
 
@@ -18,7 +18,7 @@ class Function:
     """target: "module:function" called with (images, batch); it may give a tensor, an array or a list of B numbers."""
 
     def __init__(self, target: str):
-        self.name, self.function = target, load_target(target, "reward")
+        self.name, self.function = target, load_code(target, "reward")
         if not callable(self.function):
             raise VgmError(f"the reward '{target}' is not a function", "a function of (images, batch)", USAGE)
 

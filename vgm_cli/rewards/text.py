@@ -10,7 +10,7 @@ from torch import Tensor
 
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.images import uint8_round
-from vgm_cli.registry import load_target
+from vgm_cli.registry import load_code
 
 
 def edit_distance(a: str, b: str) -> int:
@@ -48,7 +48,7 @@ class OCR:
     pieces of text it finds, as any OCR library does in a line or two."""
 
     def __init__(self, reader: str):
-        self.reader = load_target(reader, "ocr reader")
+        self.reader = load_code(reader, "ocr reader")
 
     def __call__(self, images: Tensor, batch: Mapping[str, Any]) -> Tensor:
         prompts = batch.get("text")

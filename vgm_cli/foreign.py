@@ -1,0 +1,108 @@
+"""What files from elsewhere say of themselves is checked before it is used: every entry is of its type, and what it
+names outside is told or refused. Torch-free."""
+
+from __future__ import annotations
+
+import os
+from functools import cache
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+from vgm_cli.errors import FAILED, VgmError
+from vgm_cli.registry import strings
+from vgm_cli.ui import ui
+
+
+def fields() -> dict[str, dict[str, Any]]:
+    """{kind of file: {dotted key: type}} of what is read from it. Keys that are not listed are records."""
+    from pydantic import Field, FiniteFloat
+
+    count, size = Annotated[int, Field(ge=0)] | None, Annotated[int, Field(gt=0)] | None
+    mapping, text = dict[str, Any], str | None
+    sampling = {"sampler": mapping | None, "sampler.name": str, "guidance_scale": FiniteFloat | None}
+    header = {
+        "component": mapping,
+        "component.name": str,
+        "component.kind": Literal["model", "codec"],
+        "component.kwargs": mapping,
+        "view": mapping | None,
+        "view.name": str,
+        "codec": mapping | None,
+        **{f"codec.{k}": text for k in ("asset", "path", "sha256", "output")},
+        "codec.relative": bool,
+        "recipe": mapping | None,
+        **{f"recipe.{k}": v for k, v in sampling.items()},
+        "recipe.paper": text,
+        **{f"recipe.{k}": mapping | None for k in ("data", "train", "objective", "model")},
+        "recipe.data.path": text,
+        "recipe.train.precision": str,
+        "data": mapping | None,
+        **{f"data.{k}": size for k in ("image_size", "image_channels", "size", "channels")},
+        **{f"data.{k}": count for k in ("num_classes", "vocab_size", "count")},
+        "data.sample_shape": list[Annotated[int, Field(gt=0)]] | None,
+        "data.class_names": list[str] | None,
+        "data.root": text,
+        "step": Annotated[int, Field(ge=0)],
+        "images": Annotated[int, Field(ge=0)],
+        "weights": str,
+    }
+    picture = {
+        "model": str,
+        "weights": str,
+        "sha256": str,
+        "step": count,
+        "n": Annotated[int, Field(gt=0)],
+        "seed": int,
+        "labels": list[int],
+        "steps": size,
+        "input": text,
+        "precision": Literal["fp32", "bf16"],
+        "batch_size": Annotated[int, Field(gt=0)],
+        "guidance_interval": Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)] | None,
+        **sampling,
+    }
+    state = {
+        "step": Annotated[int, Field(ge=0)],
+        "images": Annotated[int, Field(ge=0)],
+        "seconds": FiniteFloat,
+        "ema_updates": dict[str, int],
+        "scaler": mapping | None,
+    }
+    return {"header": header, "picture": picture, "state": state}
+
+
+@cache
+def adapters(kind: str) -> dict[str, Any]:
+    from pydantic import TypeAdapter
+
+    return {key: TypeAdapter(of) for key, of in fields()[kind].items()}
+
+
+def check(values: Any, kind: str, source: Path | str, prefix: str = "") -> dict[str, Any]:
+    """The values themselves. VgmError: they are no mapping, or an entry is of another type than it should be."""
+    from pydantic import ValidationError
+
+    if not isinstance(values, dict):
+        raise VgmError(f"{source} does not hold named values but {type(values).__name__}", code=FAILED)
+    for key, adapter in adapters(kind).items():
+        *above, last = key.split(".")
+        node: Any = values
+        for part in above:
+            node = node.get(part) if isinstance(node, dict) else None
+        if not isinstance(node, dict) or last not in node:
+            continue
+        try:
+            adapter.validate_python(node[last], strict=True)
+        except ValidationError as e:
+            told, reason = repr(node[last]), e.errors()[0]["msg"].lower()
+            told = told if len(told) < 60 else told[:57] + "..."
+            raise VgmError(f"{source}: {prefix}{key}={told} does not fit: {reason}", code=FAILED) from e
+    return values
+
+
+def tell_files(keywords: Any, source: Path | str) -> None:
+    """Say which files a header's keywords name besides the one it stands in. VgmError: a device or a pipe."""
+    for text in sorted({s for s in strings(keywords) if os.path.exists(s)}):
+        if not os.path.isfile(text) and not os.path.isdir(text):
+            raise VgmError(f"{source} names {text}, which is no file", code=FAILED)
+        ui.info(f"{source} also names {text}")
