@@ -4,10 +4,12 @@ names outside is told or refused. Torch-free."""
 from __future__ import annotations
 
 import os
+from collections.abc import Mapping
 from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
+from vgm_cli import limits
 from vgm_cli.errors import FAILED, VgmError
 from vgm_cli.registry import strings
 from vgm_cli.ui import ui
@@ -94,10 +96,19 @@ def check(values: Any, kind: str, source: Path | str, prefix: str = "") -> dict[
         try:
             adapter.validate_python(node[last], strict=True)
         except ValidationError as e:
-            told, reason = repr(node[last]), e.errors()[0]["msg"].lower()
-            told = told if len(told) < 60 else told[:57] + "..."
+            told, reason = limits.short(node[last]), e.errors()[0]["msg"].lower()
             raise VgmError(f"{source}: {prefix}{key}={told} does not fit: {reason}", code=FAILED) from e
     return values
+
+
+def header(metadata: Mapping[str, str], source: Path | str) -> dict[str, Any]:
+    """What a checkpoint says of itself: {entry: value}. VgmError: nothing, or nothing that can be understood."""
+    own = {k: v for k, v in metadata.items() if k.startswith("vgm.")}
+    said = {k[4:]: limits.parse_json(v, f"{source}: its header entry {limits.short(k)}") for k, v in own.items()}
+    if not isinstance(said.get("component"), dict) or "name" not in said["component"]:
+        hint = "a foreign checkpoint is made self-describing by `vgm convert`"
+        raise VgmError(f"{source} does not say what network it holds", hint, FAILED)
+    return check(said, "header", source, "vgm.")
 
 
 def tell_files(keywords: Any, source: Path | str) -> None:

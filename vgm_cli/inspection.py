@@ -10,6 +10,7 @@ from typing import Any
 
 from vgm_cli import limits, unpickle
 from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.foreign import header
 from vgm_cli.unpickle import ARRAYS, PICKLES, TORCH_FILES
 
 KINDS = {"torch": "torch file", "pickle": "pickle", "arrays": "numpy archive", "safetensors": "safetensors"}
@@ -111,8 +112,7 @@ def own_header(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
     """What a file of ours says of itself; {} for a foreign one."""
     if "vgm.component" not in metadata:
         return {}
-    own = {k: v for k, v in metadata.items() if k.startswith("vgm.")}
-    said = {k[4:]: limits.parse_json(v, f"{path}: its header entry {limits.short(k)}") for k, v in own.items()}
+    said = header(metadata, path)
     order = ("component", "weights", "step", "images", "view", "codec", "data", "recipe")
     return {k: said[k] for k in order if said.get(k) is not None} | {k: v for k, v in said.items() if k not in order}
 

@@ -261,6 +261,8 @@ def load_target(target: str, name: str = "") -> Any:
 
 def load_code(target: str, name: str = "") -> Any:
     """Import "module:attr" that a keyword names. VgmError: the user neither typed it nor trusts the recipe."""
+    if not CODE.fullmatch(target):
+        raise VgmError(f"'{target}' names no {name or 'code'}", "module:attr", USAGE)
     return import_target(registry().allowed(target), name, beside=True)
 
 

@@ -451,6 +451,7 @@ def test_ambiguous_words_are_refused() -> None:
     module = sys.modules[__name__]
     module.Twice = Twice  # type: ignore[attr-defined]
     name = f"{__name__}:Twice"
+    registry().trust(name)
     with pytest.raises(VgmError, match="both task and method have a 'zeta'") as e:
         engine.settings_for(name, "dps", "none", ["zeta=1"])
     assert e.value.code == 2 and "task.zeta or method.zeta" in e.value.hint

@@ -20,6 +20,8 @@ from vgm_cli.rewards.text import edit_distance, quoted, text_score
 
 
 def build(name: str, **options: object) -> object:
+    """As when the options are typed."""
+    registry().trust(options)
     return registry().build("reward", {"name": name, **options})
 
 

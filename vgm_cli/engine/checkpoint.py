@@ -8,7 +8,6 @@ beside the ModelSpec keys. Nothing is ever unpickled here.
 from __future__ import annotations
 
 import hashlib
-import json
 import os
 import re
 import time
@@ -80,19 +79,7 @@ class Header:
 
     @classmethod
     def parse(cls, metadata: Mapping[str, str], path: Path) -> Header:
-        said: dict[str, Any] = {}
-        for key in (k for k in metadata if k.startswith("vgm.")):
-            try:
-                said[key[4:]] = json.loads(metadata[key])
-            except (ValueError, RecursionError) as e:
-                raise VgmError(f"{path}: its header entry {key} is not JSON", code=FAILED) from e
-        if not isinstance(said.get("component"), dict) or "name" not in said["component"]:
-            raise VgmError(
-                f"{path} does not say what network it holds",
-                "a foreign checkpoint is made self-describing by `vgm convert`",
-                FAILED,
-            )
-        foreign.check(said, "header", path, "vgm.")
+        said = foreign.header(metadata, path)
         registry().note(said, str(path))
         known = {k: said[k] for k in ("component", "view", "codec", "step", "images", "weights") if k in said}
         return cls(**known, recipe=said.get("recipe") or {}, data=said.get("data") or {})

@@ -19,6 +19,7 @@ from torch import Tensor
 from vgm_cli import atomic
 from vgm_cli import recipe as recipes
 from vgm_cli.api import Request, generators, seed_of
+from vgm_cli.data import SHIPPED
 from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine import distributed, trainer
@@ -121,7 +122,7 @@ def adopt(config: dict[str, Any], origins: dict[str, str], path: Path) -> None:
         replace(config, origins, "codec", {"name": ckpt.read_header(file).component["name"], "weights": weights})
     own = {k: v for k, v in (config.get("data") or {}).items() if v is not None}
     seen = {k: v for k, v in (header.recipe.get("data") or {}).items() if v is not None and k in IMAGES}
-    if "path" in seen and "path" not in own:
+    if "path" not in own and seen.get("path", "mnist5k") not in SHIPPED:
         ui.info(f"data: {seen['path']}, as {path} says")
     for key in seen.keys() - own.keys():
         origins[f"data.{key}"] = "teacher"

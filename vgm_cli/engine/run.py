@@ -489,18 +489,25 @@ def _cpu_name() -> str:
 def git_state() -> dict[str, Any]:
     """Commit of the working directory's repository and whether a tracked file differs from it, {} outside one.
 
-    The repository may be a stranger's, whose settings name programs: a monitor of files, filters of contents, a way to
-    fetch what is missing. None of them runs: contents are not compared, only their times and sizes, and nothing is
-    fetched.
+    The repository may be a stranger's, whose settings name programs: a monitor of files, hooks, filters of contents, a
+    way to fetch what is missing. They are set to nothing.
     """
-    off = ("-c", "core.fsmonitor=false", "-c", "core.hooksPath=/dev/null")
     env = os.environ | {"GIT_ALLOW_PROTOCOL": "none", "GIT_NO_LAZY_FETCH": "1", "GIT_OPTIONAL_LOCKS": "0"}
 
     def git(*args: str) -> str:
-        done = subprocess.run(["git", *off, *args], capture_output=True, text=True, timeout=5, env=env)
+        done = subprocess.run(["git", *args], capture_output=True, text=True, timeout=5, env=env)
         return done.stdout.strip()
 
+    def set_to(settings: Mapping[str, str]) -> None:
+        env["GIT_CONFIG_COUNT"] = str(len(settings))
+        for i, (name, value) in enumerate(settings.items()):
+            env[f"GIT_CONFIG_KEY_{i}"], env[f"GIT_CONFIG_VALUE_{i}"] = name, value
+
+    off = {"core.fsmonitor": "false", "core.hooksPath": os.devnull}
     try:
+        set_to(off)
+        filters = git("config", "--null", "--name-only", "--get-regexp", r"^filter\.").split("\0")
+        set_to(off | {name: "" for name in filters if name})
         sha = git("rev-parse", "--verify", "--quiet", "HEAD")
         changed = sha and git("diff-index", "--name-only", "--ignore-submodules=all", "HEAD", "--")
         return {"sha": sha, "dirty": bool(changed)} if sha else {}
