@@ -57,20 +57,14 @@ def fields() -> dict[str, dict[str, Any]]:
         "seed": int,
         "labels": list[int],
         "steps": size,
+        "asked": list[str],
         "input": text,
         "precision": Literal["fp32", "bf16"],
         "batch_size": Annotated[int, Field(gt=0)],
         "guidance_interval": Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)] | None,
         **sampling,
     }
-    state = {
-        "step": Annotated[int, Field(ge=0)],
-        "images": Annotated[int, Field(ge=0)],
-        "seconds": FiniteFloat,
-        "ema_updates": dict[str, int],
-        "scaler": mapping | None,
-    }
-    return {"header": header, "picture": picture, "state": state}
+    return {"header": header, "picture": picture}
 
 
 @cache

@@ -80,7 +80,7 @@ def in_a_run(tmp_path: Path, state: dict[str, Any], **changes: Any) -> Path:
 
 
 VERBS = {
-    "sample": ["sample", "MODEL", "-n", 2, "--out", "x.png"],
+    "sample": ["sample", "MODEL", "-n", 2, "--out", "x.png", "--overwrite"],
     "evaluate": ["evaluate", "MODEL", "-n", 4, "--metrics", "kid"],
     "restore": ["restore", "--model", "MODEL", "--input", "mnist5k", "-n", 1, "--steps", 1, "--out", "restored"],
     "distill": ["distill", "consistency", "--teacher", "MODEL", "--out", "student", "train.steps=1"],

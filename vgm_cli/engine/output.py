@@ -219,7 +219,7 @@ def same_job(there: str | None, meta: dict[str, str], where: Path) -> None:
         raise VgmError(f"{where} holds images made with other labels: image {i} is of {old}, now of {new}", hint, USAGE)
 
 
-def foreign(folder: Path) -> list[str]:
+def not_ours(folder: Path) -> list[str]:
     """Names in a folder that no job of ours writes."""
     ours = re.compile(r"\d{6,}\.png|\..+\.tmp|" + re.escape(JOB))
     return sorted(p.name for p in folder.iterdir() if not ours.fullmatch(p.name))
@@ -230,7 +230,7 @@ def record_of(folder: Path) -> str | None:
     if (folder / JOB).is_file():
         return (folder / JOB).read_text(encoding="utf-8", errors="replace")
     first = next(iter(sorted(folder.glob("[0-9]*.png"))), None)
-    if first is None or foreign(folder):
+    if first is None or not_ours(folder):
         return None
     try:
         return read_png_metadata(first).get("vgm")
@@ -244,7 +244,7 @@ def check_folder(folder: Path, meta: dict[str, str], overwrite: bool) -> None:
         raise VgmError(f"{folder} is a file", "name a folder, a .png or a .npz", USAGE)
     if not folder.is_dir():
         return
-    others = foreign(folder)
+    others = not_ours(folder)
     if overwrite and (others or (any(folder.glob("[0-9]*.png")) and record_of(folder) is None)):
         text = f"{folder} holds what vgm sample did not write ({', '.join(others[:3]) or 'its pictures'})"
         raise VgmError(f"{text}, so --overwrite will not empty it", "choose another --out", USAGE)
