@@ -394,6 +394,17 @@ def test_what_is_left_out_is_counted_and_named(tmp_path: Path, vgm: Any, tiny: P
         assert "3 files not used, being no pictures: .heic (2), .mp4 (1)" in err
 
 
+def test_a_run_of_an_older_version_goes_on_with_a_word(tmp_path: Path, vgm: Any, tiny: Path) -> None:
+    """Its fingerprint says nothing of contents, so that it cannot be compared; one of today is."""
+    assert vgm("train", tiny, "train.steps=1", "--out", tmp_path / "run")[0] == 0
+    file = tmp_path / "run/data.json"
+    facts = json.loads(file.read_text())
+    for stored, code, words in (("5000-" + "a" * 24, 0, "an older version"), ("v2:5000-" + "a" * 24, 2, "fingerprint")):
+        file.write_text(json.dumps(facts | {"fingerprint": stored}))
+        got, _, err = vgm("train", tiny, "train.steps=2", "--out", tmp_path / "run", "--resume")
+        assert got == code and words in err, err
+
+
 def test_an_empty_set_says_what_is_there_instead(tmp_path: Path) -> None:
     (tmp_path / "d").mkdir()
     (tmp_path / "d/a.heic").write_bytes(b"")

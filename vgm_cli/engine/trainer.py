@@ -31,6 +31,7 @@ from torch import Tensor, nn
 
 from vgm_cli import atomic, limits
 from vgm_cli.api import Batch, Phase, Step, seed_of
+from vgm_cli.data.fingerprint import older
 from vgm_cli.engine import build, data_feed, generate, sharding, tracking
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine.distributed import keep_memory, pick_device
@@ -683,7 +684,9 @@ class Trainer:
             message = f"the classes are not those of {self.run.path}: class {first} was {was}, now {is_now}"
             raise VgmError(message, NEW_RUN, USAGE)
         for key in ("num_classes", "count", "image_size", "image_channels", "fingerprint"):
-            if before.get(key) is not None and before[key] != now.get(key):
+            if older(before.get(key), now.get(key)):
+                ui.warn(f"{self.run.path} was begun by an older version: that its data is unchanged is not checked")
+            elif before.get(key) is not None and before[key] != now.get(key):
                 raise VgmError(
                     f"the data is not that of {self.run.path}: {key} was {before[key]}, now {now.get(key)}",
                     NEW_RUN,
