@@ -1078,6 +1078,16 @@ def test_folders_of_variants(kind: str, vgm: Call) -> None:
         assert facts_of(vgm, shard)["tensors"] == len(theirs)
 
 
+def test_a_folder_with_one_file_and_its_configuration(vgm: Call) -> None:
+    """As CompVis publishes first stages: config.yaml and model.ckpt."""
+    ours, _ = state_of("autoencoder-kl")
+    Path("kl-f8").mkdir()
+    Path("kl-f8/config.yaml").write_text("model: {target: ldm.models.autoencoder.AutoencoderKL}")
+    torch.save({"state_dict": ours}, "kl-f8/model.ckpt")
+    assert vgm("convert", "kl-f8", "o.safetensors", "resolution=16")[0] == 0
+    assert same(load_file("o.safetensors"), ours)
+
+
 def test_the_first_stage_inside_a_diffusion_checkpoint(vgm: Call) -> None:
     """What is left out, unexpected and compared is counted by the first stage's own tensors."""
     ours, _ = state_of("autoencoder-kl")

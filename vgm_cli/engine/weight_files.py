@@ -94,7 +94,8 @@ def locate(source: str | Path, weights: str | None = None) -> Path:
 
 def is_run(path: Path) -> bool:
     """A run, or one of its checkpoints."""
-    return any((path / n).exists() for n in ("checkpoints", "config.yaml", "state.json", "trainer.safetensors"))
+    own = any((path / n).exists() for n in ("checkpoints", "state.json", "trainer.safetensors"))
+    return own or any(path.glob("ema-*.safetensors")) or any(path.glob("step-*/model.safetensors"))
 
 
 def in_folder(path: Path) -> list[Path]:
