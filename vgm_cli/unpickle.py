@@ -145,7 +145,7 @@ def scalar_from(dtype: Dtype, data: Any) -> Any:
     return array_from(data if isinstance(data, bytes) else encode(data), dtype, (), "C").item()
 
 
-ARRAYS_OF = {  # numpy before and since 2.0, "numpy." and "core" or "_core" left out
+ARRAYS_OF: dict[str, Callable[..., Any]] = {  # numpy before and since 2.0, "numpy." and "core" or "_core" left out
     "ndarray": Array,
     "dtype": Dtype,
     "multiarray._reconstruct": array_stub,

@@ -8,9 +8,9 @@ import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 from torch.nn.modules import module as hooks
+from torch.nn.parameter import is_lazy
 
 from vgm_cli.errors import FAILED, USAGE, VgmError
 
@@ -28,7 +28,7 @@ def building(what: str, tensors: Mapping[str, Tensor] | None = None) -> Iterator
 
     def count(module: Any, name: str, value: Any) -> None:
         found["entries"] += 1
-        if isinstance(value, Tensor) and not isinstance(value, torch.nn.parameter.UninitializedTensorMixin):
+        if isinstance(value, Tensor) and not is_lazy(value):
             found["numbers"] += value.numel()
         if found["entries"] > entries or found["numbers"] > numbers:
             limit = f"{entries:,} parts" if found["entries"] > entries else f"{numbers:,} parameters"
