@@ -142,9 +142,19 @@ PICKLES = {
 }  # fmt: skip
 
 
-@pytest.mark.parametrize("kind", PICKLES)
-@pytest.mark.parametrize("suffix", ["pkl", "pt"])
-def test_pickles_build_no_more_than_they_hold(vgm, tmp_path, kind, suffix):
+TORCH = (
+    "set of a range",
+    "bytearray",
+    "tuple as a key",
+    "same hash",
+    "long number",
+    "copies of a text",
+    "tree of modules",
+)
+
+
+@pytest.mark.parametrize("suffix, kind", [*(("pkl", k) for k in PICKLES), *(("pt", k) for k in TORCH)])
+def test_pickles_build_no_more_than_they_hold(vgm, tmp_path, suffix, kind):
     body = b"\x80\x02" + PICKLES[kind] + b"."
     path = tmp_path / f"a.{suffix}"
     path.write_bytes(body)
