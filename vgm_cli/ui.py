@@ -167,7 +167,8 @@ class Progress:
             self.bar.update(self.task, completed=done, **({"note": clean(note)} if note is not None else {}))
         elif self.every is not None and time.monotonic() - self.told >= self.every:
             self.told = time.monotonic()
-            ui.info(f"{self.what} {int(done)}/{self.total}" + (f", {note}" if note else ""))
+            of = f"/{self.total}" if self.total else ""
+            ui.info(f"{self.what} {int(done)}{of}" + (f", {note}" if note else ""))
 
     def note(self, text: str) -> None:
         """What is being done now, which moves nothing."""

@@ -143,7 +143,7 @@ def evaluate(
         overrides=overrides or [],
         save_stats=save_stats,
     )
-    with Progress("evaluating", n or 0) as progress:
+    with Progress("evaluating", n or 0, every=10) as progress:
         results = evaluate_target(target, options, progress)
     ui.document(results)
     for r in results:

@@ -74,6 +74,8 @@ def evaluate_target(target: str, options: Options, progress: Any = None) -> list
     metrics = [protocols.with_options(measuring.full_name(m), protocol) for m in options.metrics or protocol.metrics]
     built = [measuring.build_metric(m) for m in metrics]
     found = open_target(target, options, protocol, sampled=not all(map(measuring.of_model, built)))
+    if isinstance(found.pictures, Sampled):
+        found.pictures.progress = progress
     reference = found.reference
     if reference is None and any(measuring.of_model(m) or m.needs_reference for m in built):
         reference = open_reference(options, found)
@@ -187,6 +189,7 @@ class Sampled:
         self.labels = np.array(plan.labels) if plan.labels else None
         self.facts: dict[str, Any] = {}
         self.info: dict[str, Any] = {}  # what the sampler reports, e.g. nfe
+        self.progress: Any = None  # told of every step
 
     def __len__(self) -> int:
         return self.plan.n
@@ -196,7 +199,9 @@ class Sampled:
         return data["image_size"], data["image_size"], data["image_channels"]
 
     def batch(self, first: int, last: int) -> np.ndarray:
-        batches = generate.stream(self.loaded, self.plan, self.device, first, last, info=self.info)
+        batches = generate.stream(
+            self.loaded, self.plan, self.device, first, last, info=self.info, progress=self.progress
+        )
         x = torch.cat([x.cpu() for x, _ in batches])
         return to_uint8(x, self.rule).permute(0, 2, 3, 1).numpy()
 

@@ -29,8 +29,8 @@ OPTIONAL = ("steps", "guidance_scale", "guidance_interval", "images")  # of a Re
 @dataclass
 class Plan:
     """What to sample. labels: one per item, or empty for an unconditional network. images: see api.Request; source: the
-    data they were read from. precision: fp32, or bf16 autocast of networks and codec. named: those of OPTIONAL that the
-    user gave; `stream` reports which had no effect."""
+    data they were read from. precision: fp32, or bf16 autocast of networks and codec. named: those of OPTIONAL, and seed,
+    that the user gave; `stream` reports which had no effect."""
 
     n: int
     seed: int = 0
@@ -182,6 +182,7 @@ def stream(
             images=plan.images,
             codec=loaded.codec,
         )
+        before = [g.get_state() for g in request.generators[:1]]
         with torch.no_grad(), autocast(plan.precision, request.device):
             try:
                 z = sampler(loaded.view, request)
@@ -197,7 +198,10 @@ def stream(
             progress.update(stop, "")
         if info is not None:
             info.update(request.info)
-            if ignored := request.ignored(plan.named):
+            ignored = request.ignored([k for k in plan.named if k in OPTIONAL])
+            if "seed" in plan.named and torch.equal(before[0], request.generators[0].get_state()):
+                ignored.append("seed")
+            if ignored:
                 info["ignored"] = ignored
         yield x.float(), labels
 

@@ -30,6 +30,8 @@ def open_model(
     if device.type == "cpu":
         keep_memory()
     loaded = ckpt.load(model, weights, device)
+    if weights is not None and weights != loaded.header.weights:
+        ui.warn(f"--weights {weights} has no effect: {loaded.path} holds {loaded.header.weights}")
     if loaded.header.is_codec:
         hint = f"train a model on its latents or codes (--codec {model}), or measure it: vgm evaluate {model}"
         raise VgmError(f"{model} is a codec: it reconstructs, it does not generate", hint, USAGE)
@@ -80,7 +82,13 @@ def plan_for(
         except ValueError as e:
             raise VgmError(f"--guidance-interval {guidance_interval} is not LO,HI", "example: 0.1,0.8", USAGE) from e
         interval = (low, high)
-    wishes = {"steps": steps, "guidance_scale": guidance_scale, "guidance_interval": interval, "images": images}
+    wishes = {
+        "seed": seed or None,
+        "steps": steps,
+        "guidance_scale": guidance_scale,
+        "guidance_interval": interval,
+        "images": images,
+    }
     plan = Plan(
         n=n,
         seed=seed,
