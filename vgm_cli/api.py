@@ -209,7 +209,8 @@ class Sampler(Protocol):
     """Turns a model (or its view) and a request into samples (N, *shape).
 
     Optional attributes: steps (of a sampler that takes them, when the request names none), grid_columns (pictures per
-    row, of samplers whose items make a table), grid_period (items that stay under one another in a grid).
+    row, of samplers whose items make a table), grid_labels ("columns" or "rows" of it that share a label), grid_period
+    (items that stay under one another in a grid).
     """
 
     def __call__(self, model: Any, request: Request) -> Tensor: ...

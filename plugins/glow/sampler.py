@@ -45,8 +45,10 @@ class InterpolationSampler:
     `points`.
 
     Strip k goes from image 2k to image 2k + 1 of request.images, or between two draws from the prior at `temperature`
-    that depend on (seed, k) alone. An item's label is used for both ends: give one label. VgmError: a single image.
+    that depend on (seed, k) alone. An item's label is used for both ends: a strip has one. VgmError: a single image.
     """
+
+    grid_labels = "rows"
 
     def __init__(self, points: int = 8, temperature: float = 0.7, seed: int = 0):
         if points < 2:

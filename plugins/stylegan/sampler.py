@@ -62,8 +62,7 @@ class StyleMixingSampler:
     `layers` the column's. The first item is left grey.
 
     columns: of the table, without the left one, so that items 0 to columns are the top row. layers: see layer_range.
-    Sources depend on (seed, their number) alone. A label is its item's: give one label, or one per column, the left one
-    included.
+    Sources depend on (seed, their number) alone. A label is its column's, the left one included.
     """
 
     def __init__(

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from PIL import Image
 
 from vgm_cli.images import read_png_metadata
@@ -378,7 +379,7 @@ def test_rerun_never_adds_to_counted_pictures(run: Path, vgm, tmp_path: Path) ->
 
 def test_pictures_of_the_first_layout_are_made_again(run: Path, vgm, tmp_path: Path) -> None:
     """A grid that says no layout of its own: black lines of 2, tiles as they are, one class per column."""
-    from vgm_cli.images import Layout, make_grid, save_png, uint8_edm
+    from vgm_cli.images import save_png
 
     assert vgm("sample", run, "-n", 12, "--out", "new.png")[0] == 0
     assert vgm("sample", run, "-n", 12, "--out", "x.npz")[0] == 0
@@ -390,7 +391,6 @@ def test_pictures_of_the_first_layout_are_made_again(run: Path, vgm, tmp_path: P
     save_png(grid, tmp_path / "old.png", meta)
     code, _, err = vgm("rerun", "old.png")
     assert code == 0 and "identical" in err, err
-    assert uint8_edm and make_grid and Layout(10).shade == 0
 
 
 # -- what is told ------------------------------------------------------------------------------------------------------
@@ -398,16 +398,13 @@ def test_pictures_of_the_first_layout_are_made_again(run: Path, vgm, tmp_path: P
 
 def poisoned(run: Path, target: Path) -> Path:
     """The run's weights with one NaN."""
-    import torch
-
+    from vgm_cli import atomic
     from vgm_cli.engine import checkpoint as ckpt
 
     file = ckpt.resolve(run)
     tensors, metadata = ckpt.read_tensors(file)
     name = next(k for k, v in tensors.items() if v.is_floating_point())
     tensors[name].view(-1)[0] = torch.nan
-    from vgm_cli import atomic
-
     atomic.save_safetensors(tensors, target, metadata)
     return target
 
@@ -439,7 +436,16 @@ def test_the_numbers_that_counted(run: Path, vgm, tmp_path: Path) -> None:
     code, _, err = vgm("sample", run, "-n", 1, "--out", "c.png")
     assert "1 image in" in err and "4 NFE" in err
     code, _, err = vgm("sample", run, "-n", 1, "--input", "mnist5k", "--out", "d.png")
-    assert code == 0 and "--input has no effect on the sampler euler" in err
+    assert code == 0 and "--input has no effect on the sampler euler" in err and "--seed" not in err
+    file = next(run.glob("checkpoints/step-00000008/model.safetensors"))
+    code, _, err = vgm("sample", file, "-n", 1, "--seed", 4, "--weights", "ema-0.9", "--out", "e.png")
+    assert code == 0 and "--weights ema-0.9 has no effect" in err and "--seed has" not in err
+    from vgm_cli.diffusion.samplers import EulerSampler
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EulerSampler, "walk", lambda self, model, request, steps: torch.zeros(1, 1, 28, 28))
+        code, _, err = vgm("sample", run, "-n", 1, "--seed", 4, "--out", "f.png")
+    assert code == 0 and "--seed has no effect" in err
 
 
 def test_default_names_say_how_it_is_made(run: Path, vgm, tmp_path: Path) -> None:
@@ -534,6 +540,13 @@ def test_tables_have_their_own_columns(run: Path, vgm, tmp_path: Path) -> None:
         assert vgm("sample", run, "--out", "c.png")[0] == 0
     assert Image.open(tmp_path / "b.png").size == (2 + 5 * 86, 2 + 3 * 86)
     assert Image.open(tmp_path / "c.png").size == (2 + 5 * 86, 2 + 12 * 86)
+    labels = json.loads(read_png_metadata(tmp_path / "b.png")["vgm"])["labels"]
+    assert labels == [0, 1, 2, 3, 4] * 3, "a column has one label"
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(EulerSampler, "grid_columns", 2, raising=False)
+        patch.setattr(EulerSampler, "grid_labels", "rows", raising=False)
+        assert vgm("sample", run, "-n", 6, "--label", "3,7", "--out", "e.png")[0] == 0
+    assert json.loads(read_png_metadata(tmp_path / "e.png")["vgm"])["labels"] == [3, 3, 7, 7, 3, 3]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(EulerSampler, "grid_period", 2, raising=False)
         assert vgm("sample", run, "-n", 18, "--out", "d.png")[0] == 0

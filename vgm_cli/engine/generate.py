@@ -29,8 +29,8 @@ OPTIONAL = ("steps", "guidance_scale", "guidance_interval", "images")  # of a Re
 @dataclass
 class Plan:
     """What to sample. labels: one per item, or empty for an unconditional network. images: see api.Request; source: the
-    data they were read from. precision: fp32, or bf16 autocast of networks and codec. named: those of OPTIONAL, and seed,
-    that the user gave; `stream` reports which had no effect."""
+    data they were read from. precision: fp32, or bf16 autocast of networks and codec. named: those of OPTIONAL, and
+    seed, that the user gave; `stream` reports which had no effect."""
 
     n: int
     seed: int = 0
@@ -93,8 +93,9 @@ class Watched(Request):
         return [k for k in names if k not in seen or (k.startswith("guidance") and not self.cond)]
 
 
-def class_labels(n: int, num_classes: int, wanted: Sequence[int] = ()) -> list[int]:
-    """Labels for n items: the wanted ones in turn, or every class in turn; [] for an unconditional network."""
+def class_labels(n: int, num_classes: int, wanted: Sequence[int] = (), table: Any = None) -> list[int]:
+    """Labels for n items: the wanted ones in turn, or every class in turn; [] for an unconditional network. table: a
+    sampler whose items make one: a label for each of its columns, or of its rows where it says so."""
     if not num_classes:
         if wanted:
             raise VgmError("this network is unconditional, it takes no labels", code=USAGE)
@@ -103,7 +104,9 @@ def class_labels(n: int, num_classes: int, wanted: Sequence[int] = ()) -> list[i
         if not 0 <= w < num_classes:
             raise VgmError(f"label {w} does not exist", f"labels are 0 to {num_classes - 1}", USAGE)
     cycle = list(wanted) or list(range(num_classes))
-    return [cycle[i % len(cycle)] for i in range(n)]
+    columns = getattr(table, "grid_columns", None) or max(n, 1)
+    by_row = getattr(table, "grid_labels", "columns") == "rows"
+    return [cycle[(i // columns if by_row else i % columns) % len(cycle)] for i in range(n)]
 
 
 def class_numbers(names: Sequence[str], loaded: Loaded) -> list[int]:

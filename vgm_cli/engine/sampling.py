@@ -104,6 +104,8 @@ def plan_for(
         named=tuple(k for k, v in wishes.items() if v is not None),
     )
     device = next(loaded.model.parameters()).device
+    if getattr(plan.build(device), "grid_columns", None):
+        plan.labels = class_labels(n, loaded.header.data.get("num_classes") or 0, wanted, plan.build(device))
     if hasattr(plan.build(device), "steps") and steps is not None:
         plan.sampler["steps"] = steps  # one truth in every record
     return plan
