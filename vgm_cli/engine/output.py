@@ -234,7 +234,7 @@ def record_of(folder: Path) -> str | None:
         return None
     try:
         return read_png_metadata(first).get("vgm")
-    except (OSError, ValueError, SyntaxError):
+    except VgmError:
         return None
 
 
