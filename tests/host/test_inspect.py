@@ -13,7 +13,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vgm_cli import inspection, layouts
+from vgm_cli import inspection, layouts, limits
 from vgm_cli.engine import weight_files
 from vgm_cli.registry import registry
 
@@ -172,7 +172,7 @@ def test_large_tensors_are_not_read(vgm: Call, monkeypatch: pytest.MonkeyPatch) 
     ours, _ = state_of("dit")
     save_file(ours, "x.safetensors")
     monkeypatch.setattr(inspection, "SMALL", 100)
-    state = inspection.light([Path("x.safetensors")], inspection.safetensors_header(Path("x.safetensors"))[0])
+    state = inspection.light([Path("x.safetensors")], limits.safetensors_header(Path("x.safetensors"))[0])
     assert {v.is_meta for v in state.values() if v.numel() > 100} == {True}
     assert {v.is_meta for v in state.values() if v.numel() <= 100} == {False}
     assert facts(vgm, "x.safetensors")["looks_like"][0]["fits"]
