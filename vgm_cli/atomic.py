@@ -12,6 +12,7 @@ import os
 import platform
 import re
 import shutil
+import tempfile
 import zlib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -170,6 +171,19 @@ def plain(path: str | os.PathLike[str]) -> bool:
     except UnicodeEncodeError:
         return False
     return True
+
+
+@contextlib.contextmanager
+def open_safetensors(path: str | os.PathLike[str]) -> Iterator[Any]:
+    """safetensors' safe_open for a file of any name."""
+    from safetensors import safe_open
+
+    with contextlib.ExitStack() as stack:
+        if not plain(path):
+            link = Path(stack.enter_context(tempfile.TemporaryDirectory())) / "file.safetensors"
+            link.symlink_to(Path(path).absolute())
+            path = link
+        yield stack.enter_context(safe_open(path, framework="pt"))
 
 
 def write_bytes(path: str | os.PathLike[str], content: bytes) -> None:

@@ -8,7 +8,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vgm_cli import limits, unpickle
+from vgm_cli import atomic, limits, unpickle
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.foreign import header
 from vgm_cli.unpickle import ARRAYS, PICKLES, TORCH_FILES
@@ -76,22 +76,20 @@ def shards_of(path: Path) -> list[Path]:
 
 def non_finite_in(path: Path) -> list[str]:
     """Tensors of a .safetensors file that hold NaN or infinities, read one at a time."""
-    from safetensors import safe_open
 
     from vgm_cli.engine.checkpoint import all_finite
 
-    with safe_open(path, framework="pt") as f:
+    with atomic.open_safetensors(path) as f:
         return [k for k in f.keys() if not all_finite(f.get_tensor(k))]
 
 
 def light(files: list[Path], tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
     """The state with its small tensors only; the others are on the meta device."""
     import torch
-    from safetensors import safe_open
 
     state: dict[str, Any] = {}
     for file in files:
-        with safe_open(file, framework="pt") as f:
+        with atomic.open_safetensors(file) as f:
             for k in f.keys():
                 t = tensors[k]
                 dtype = getattr(torch, TORCH_NAMES.get(t["dtype"], "float32"))

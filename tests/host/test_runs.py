@@ -227,7 +227,7 @@ class Killer:
         return False
 
 
-@pytest.mark.parametrize("at", [3, 6, 9, 12, 14, 17, 20, 22, 24, 27, 31])
+@pytest.mark.parametrize("at", [3, 6, 12, 17, 20, 24, 31])
 def test_a_kill_at_any_moment_costs_nothing(small, tmp_path: Path, monkeypatch, at: int) -> None:
     """Checkpoints, log and records end as if nothing had happened, and nothing is left over."""
     few = ("train.steps=3", "train.keep=1", "train.log_every=2")
@@ -330,6 +330,32 @@ def test_a_resumed_run_sees_that_its_data_changed(small) -> None:
     os.rename("d/dog/9.png", "d/cat/3.png")
     small("data.path=d", out=Path("r"), resume=True)
     assert len(rows(Path("r"))) == 4
+
+
+def test_a_resumed_run_sees_that_its_codec_was_replaced(vgm) -> None:
+    from PIL import Image
+
+    Path("d").mkdir()
+    for i in range(4):
+        Image.new("L", (28, 28), 60 * i).save(f"d/{i}.png")
+    found, metadata = ckpt.read_tensors(ckpt.resolve("mnist-codec"))
+    save_file(found, "codec.safetensors", metadata)
+    few = ("model.hidden_size=16", "model.depth=1", "model.num_heads=2", "train.batch_size=4", "train.preview_n=0")
+    run = ("train", "dit", "data.path=d", "--codec", "codec.safetensors", "--out", "r", *few)
+    assert vgm(*run, "train.steps=1")[0] == 0
+    assert vgm(*run, "train.steps=2", "--resume")[0] == 0
+    save_file({k: v * 1.01 for k, v in found.items()}, "codec.safetensors", metadata)
+    code, _, err = vgm(*run, "train.steps=3", "--resume")
+    assert code == 2 and "the codec is not the one" in err
+
+
+def test_names_that_are_not_utf8(small, vgm) -> None:
+    out = Path(os.fsdecode(b"r\xff"))
+    small("train.steps=1", out=out)
+    small("train.steps=2", out=out, resume=True)
+    file = out / "checkpoints/last/model.safetensors"
+    for args in (("sample", out, "-n", 1), ("runs", "show", out), ("inspect", file)):
+        assert vgm(*args)[0] == 0, args
 
 
 def write(file: Path, text: str) -> None:

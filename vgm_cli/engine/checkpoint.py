@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError, safe_open
+from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from vgm_cli import __version__, atomic, foreign, limits
@@ -105,7 +105,7 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
         return {k: v for tensors, _ in parts for k, v in tensors.items()}, parts[0][1]
     limits.safetensors_header(path)
     try:
-        with safe_open(path, framework="pt") as f:
+        with atomic.open_safetensors(path) as f:
             return {k: f.get_tensor(k) for k in f.keys()}, dict(f.metadata() or {})
     except (SafetensorError, OSError, ValueError) as e:
         raise VgmError(
