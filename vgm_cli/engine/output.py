@@ -386,9 +386,9 @@ def rerun(image: Path, out: Path | None, device_name: str | None = None, overwri
         s = json.loads(remembered["vgm"])
     except (KeyError, ValueError, OSError, SyntaxError, RecursionError) as e:
         raise VgmError(f"{image} does not say how it was made", "PNGs of `vgm sample` do", USAGE) from e
-    foreign.check(s, "picture", image)
-    if not s.get("sampler"):
+    if isinstance(s, dict) and not s.get("sampler"):
         raise VgmError(f"{image} was made by vgm {s.get('command', '?')}", "PNGs of `vgm sample` are made again", USAGE)
+    foreign.check(s, "picture", image)
     missing = [k for k in REMEMBERED if k not in s]
     item = remembered.get("vgm.item")
     if missing or not (item or "0").isdecimal() or int(item or 0) >= s["n"]:
