@@ -80,8 +80,9 @@ def run(argv: list[str]) -> int:
     except Exception as e:
         if ui.debug:
             raise
-        ui.error(explain(e, next((a for a in rest if not a.startswith("-")), "")))
-        return FAILED
+        told = explain(e, next((a for a in rest if not a.startswith("-")), ""))
+        ui.error(told)
+        return told.code
 
 
 def invoke(app: Any, args: list[str]) -> int:
@@ -136,6 +137,8 @@ def explain(e: Exception, verb: str = "") -> VgmError:
         if verb in ("sample", "evaluate", "restore"):
             lower = "a smaller --batch-size"
         return VgmError("out of memory" if isinstance(e, MemoryError) else "out of GPU memory", lower)
+    if isinstance(e, OSError) and e.errno == errno.ENAMETOOLONG:
+        return VgmError("a word is too long for the name of a file", "check the paths given", USAGE)
     return VgmError(f"{type(e).__name__}: {first}", "--debug shows the traceback; this may be a bug worth reporting")
 
 

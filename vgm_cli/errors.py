@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable
+from typing import Any
 
 FAILED = 1
 USAGE = 2
@@ -32,9 +33,9 @@ def nearest(name: str, known: Iterable[str], n: int = 3) -> list[str]:
     return hits or [k for k in known if name.lower() in k.lower()][:n]
 
 
-def unknown(what: str, name: str, known: Iterable[str], where: str = "") -> VgmError:
+def unknown(what: str, name: Any, known: Iterable[str], where: str = "") -> VgmError:
     """'No such recipe: X. Did you mean Y?' with exit code 2."""
-    known = sorted(known)
+    known, name = sorted(known), str(name)
     close = nearest(name, known)
     hint = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(known[:12]) or 'none'}"
     return VgmError(f"unknown {what} '{name}'{' in ' + where if where else ''}", hint, USAGE)

@@ -14,20 +14,24 @@ import re
 import typing
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field
+from functools import cache
 from importlib import resources
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 import yaml
+from annotated_types import Ge, Le
 
 from vgm_cli import limits
 from vgm_cli.errors import USAGE, VgmError, unknown
 from vgm_cli.limits import short
+from vgm_cli.ranges import Count, Decay, NonNegative, Positive, Seed, Side, Steps, Text, Whole, fit, shown
 from vgm_cli.registry import registry
 from vgm_cli.ui import ui
 
 COMPONENT_NODES = ("model", "codec", "objective", "sampler")
 Precision = Literal["auto", "fp32", "bf16", "fp16"]
+AverageKey = Literal["decay", "warmup", "every", "half_life", "ramp", "sigma_rel"]
 TORCH_OPTIMIZERS = ("adamw", "adam", "sgd", "rmsprop", "adagrad", "adamax", "radam")
 
 
@@ -35,17 +39,17 @@ TORCH_OPTIMIZERS = ("adamw", "adam", "sgd", "rmsprop", "adagrad", "adamax", "rad
 class Data:
     """`data:` where the images come from. size, channels and num_classes are read off the data when it is there."""
 
-    path: str | None = None  # folder, .zip, .tar, .npz or a shipped set; null: the shipped mnist5k
-    size: int | None = None  # pixels per side; null: as found
-    channels: int | None = None  # 1 or 3; null: as found
-    num_classes: int | None = None  # used only where there is no data to count (--plan)
-    count: int | None = None  # images in the set; used only where there is no data to count (--plan)
-    crop: str = "adm"  # adm | center | random | resize | none
+    path: str | None = None  # folder, .zip, .tar, .npz or a shipped set (mnist5k, shapes); nothing trains without
+    size: Side | None = None  # pixels per side; null: as found
+    channels: Literal[1, 3] | None = None  # null: as found
+    num_classes: Whole | None = None  # used only where there is no data to count (--plan)
+    count: Count | None = None  # images in the set; used only where there is no data to count (--plan)
+    crop: Literal["adm", "center", "random", "resize", "none"] = "adm"
     hflip: bool = False  # random horizontal flips
     labels: bool | None = None  # null: use labels where the data has them
     split: str | None = None  # train | val | test where the set has them; shipped sets: test is every tenth image
-    workers: int = 0  # loader processes for sets that do not fit in memory
-    cache_latents: str | bool = "auto"  # latents of a frozen codec: auto (memory if small), a folder, or false
+    workers: Annotated[int, Ge(0), Le(1024)] = 0  # loader processes for sets that do not fit in memory
+    cache_latents: Text | bool = "auto"  # latents of a frozen codec: auto (memory if small), a folder, or false
 
 
 @dataclass
@@ -53,35 +57,35 @@ class Optimizer:
     """`optimizer:` the default of every optimizer; `optimizers: {NAME: {...}}` changes one of them."""
 
     name: str = "adamw"  # one of TORCH_OPTIMIZERS, or an optimizer component
-    lr: float = 1e-4
-    betas: tuple[float, float] = (0.9, 0.999)
-    eps: float = 1e-8
-    weight_decay: float = 0.0
+    lr: NonNegative = 1e-4
+    betas: tuple[Decay, Decay] = (0.9, 0.999)
+    eps: Positive = 1e-8
+    weight_decay: NonNegative = 0.0
     decay: Literal["all", "matrices", "linear"] = "all"  # what weight_decay touches: see trainer.decay_groups
-    warmup: int = 0  # steps of linear warm-up
+    warmup: Whole = 0  # steps of linear warm-up
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # decay after the warm-up
-    final_lr: float = 0.0  # where the decay ends
+    final_lr: NonNegative = 0.0  # where the decay ends
 
 
 @dataclass
 class Train:
     """`train:` length, batch, precision, averaging, saving."""
 
-    steps: int = 10_000
-    batch_size: int = 64  # images per optimizer step, over all processes and accumulation
-    accumulate: int = 1  # micro-batches per step
+    steps: Count = 10_000
+    batch_size: Annotated[int, Ge(1), Le(10**6)] = 64  # images per optimizer step, over all processes and accumulation
+    accumulate: Annotated[int, Ge(1), Le(10**6)] = 1  # micro-batches per step
     precision: Precision = "auto"  # auto: bf16 where the hardware has it
     compile: Literal["auto", "off", "on"] | bool = "auto"  # torch.compile; auto: on a GPU and for long runs
     checkpointing: bool = False  # recompute activations in backward
     channels_last: bool | None = None  # null: on where convolutions gain from it
-    clip: float | None = None  # gradient-norm limit
-    ema: list[float | dict[str, float]] = field(default_factory=lambda: [0.9999])  # several at once
-    seed: int = 0
-    log_every: int = 50
-    save_every: int = 1000
-    keep: int = 3  # checkpoints kept, the newest among them
-    preview_every: int = 1000
-    preview_n: int = 64
+    clip: Positive | None = None  # gradient-norm limit
+    ema: list[Decay | dict[AverageKey, NonNegative]] = field(default_factory=lambda: [0.9999])  # several at once
+    seed: Seed = 0
+    log_every: Whole | None = 50  # steps between log lines; 0 or null: only at the end
+    save_every: Whole | None = 1000  # steps between checkpoints; 0 or null: only at the end
+    keep: Whole = 3  # checkpoints kept, the newest among them; the newest always is
+    preview_every: Whole | None = 1000  # steps between previews; 0 or null: none
+    preview_n: Annotated[int, Ge(0), Le(10_000)] = 64
     fsdp: bool = False  # shard weights and optimizer over GPUs (FSDP2)
 
 
@@ -89,14 +93,15 @@ class Train:
 class Pairs:
     """`pairs:` noise and the teacher's images for it, made before distillation and kept for the next one."""
 
-    count: int = 2000
+    count: Annotated[int, Ge(1), Le(10**8)] = 2000
     sampler: str = "heun"  # deterministic: an image is a function of its noise
-    steps: int = 25
-    batch_size: int = 64
-    seed: int = 0
+    steps: Steps = 25
+    batch_size: Count = 64
+    seed: Seed = 0
     cache: str | None = None  # folder; null: $VGM_CACHE or ~/.cache/vgm, below it pairs/
 
 
+SHORT = {**dict.fromkeys((*COMPONENT_NODES, "optimizer"), "name"), "data": "path"}  # KEY=WORD means KEY.FIRST=WORD
 NODES: dict[str, type] = {"data": Data, "optimizer": Optimizer, "train": Train}
 DISTILL = ("teacher", "pairs")  # the network to distill from, and ODE pairs made with it
 TOP = (
@@ -140,18 +145,65 @@ class Recipe:
 
 def typed(cls: type, values: Mapping[str, Any], where: str) -> Any:
     """A dataclass from YAML values: unknown keys refused with the nearest names, values coerced by annotation."""
-    from pydantic import TypeAdapter, ValidationError
-
-    known = {f.name for f in dataclasses.fields(cls)}
+    if not isinstance(values, Mapping):
+        raise not_a_mapping(where, values)
+    known = keys_of(cls)
     for key in values:
         if key not in known:
+            if hint := ELSEWHERE.get(key):
+                raise VgmError(f"unknown key '{key}' in {where}", hint, USAGE)
             raise unknown("key", key, known, where)
-    try:
-        return TypeAdapter(cls).validate_python(dict(values))
-    except ValidationError as e:
-        first = e.errors()[0]
-        place = ".".join(str(p) for p in (where, *first["loc"]) if not str(p).startswith(("literal[", "function-")))
-        raise VgmError(f"{place}={first['input']!r} does not fit: {first['msg'].lower()}", code=USAGE) from e
+    return cls(**{k: fit(v, known[k], f"{where}.{k}") for k, v in values.items()})
+
+
+@cache
+def keys_of(cls: type) -> dict[str, Any]:
+    """{key: type with its range} of a node's dataclass."""
+    hints = typing.get_type_hints(cls, include_extras=True)
+    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
+
+
+def check_average(config: float | Mapping[str, float]) -> dict[str, float]:
+    """One of `train.ema` as a mapping. VgmError: not exactly one of decay, half_life and sigma_rel, or out of range."""
+    own = dict(config) if isinstance(config, Mapping) else {"decay": float(config)}
+    wrong = set(own) - set(typing.get_args(AverageKey))
+    if wrong or sum(k in own for k in ("decay", "half_life", "sigma_rel")) != 1:
+        raise VgmError(
+            f"train.ema: {shown(config)} is no average",
+            "a decay, or a mapping with decay [, warmup, every], half_life [, ramp] or sigma_rel",
+            USAGE,
+        )
+    for key, fits, wanted in (
+        ("decay", 0 <= own.get("decay", 0) < 1, "in [0, 1)"),
+        ("half_life", own.get("half_life", 1) > 0, "above 0"),
+        ("sigma_rel", 0 < own.get("sigma_rel", 0.1) < 0.28, "in (0, 0.28)"),
+        ("every", own.get("every", 1) >= 1, "at least 1"),
+        ("ramp", own.get("ramp", 1) > 0, "above 0"),
+    ):
+        if not fits:
+            raise VgmError(f"train.ema: {key}={own[key]:g} must be {wanted}", code=USAGE)
+    return own
+
+
+def not_a_mapping(where: str, value: Any) -> VgmError:
+    return VgmError(f"{where}={shown(value)} is not a mapping of keys to values", f"example: {where}.KEY=VALUE", USAGE)
+
+
+# words of other programs, and what is meant here
+ELSEWHERE = {
+    "device": "a GPU is used where there is one; CUDA_VISIBLE_DEVICES chooses among several",
+    "gpus": "--nproc N trains on N GPUs of this machine",
+    "epochs": "train.steps counts: epochs × images / train.batch_size",
+    "max_steps": "did you mean train.steps?",
+    "learning_rate": "did you mean optimizer.lr?",
+    "grad_clip": "did you mean train.clip?",
+    "gradient_accumulation_steps": "did you mean train.accumulate?",
+    "mixed_precision": "did you mean train.precision?",
+    "num_workers": "did you mean data.workers?",
+    "root": "did you mean data.path?",
+    "resolution": "did you mean data.size?",
+    "image_size": "did you mean data.size?",
+}
 
 
 # -- finding ---------------------------------------------------------------------------------------------------------
@@ -196,6 +248,12 @@ def locate(target: str, recipe: str | None = None) -> tuple[str, Path]:
             own = [f for f in files if f.startswith(target + "/")]
             if len(own) == 1:
                 name = own[0]
+            elif own:
+                raise VgmError(
+                    f"{target} has several recipes: {', '.join(f.partition('/')[2] for f in own)}",
+                    next_command(target, paper_verb(target)),
+                    USAGE,
+                )
     if name not in files:
         paper, _, short = name.partition("/")
         own = [f.partition("/")[2] for f in files if f.startswith(paper + "/")]
@@ -205,7 +263,57 @@ def locate(target: str, recipe: str | None = None) -> tuple[str, Path]:
     return name, files[name]
 
 
+def paper_verb(paper: str) -> str:
+    """The verb that a paper's own recipes are for: train, distill or finetune-rl."""
+    files = {n: f for n, f in shipped().items() if n.startswith(f"{paper}/")}
+    verbs = [verb_of(load_file(f, n)[0]) for n, f in sorted(files.items(), key=lambda i: not starter(i[0]))]
+    return "train" if "train" in verbs or not verbs else verbs[0]
+
+
+def verb_of(config: Mapping[str, Any]) -> str:
+    """The verb that a recipe is for, as its objective says: one that can do without a teacher is trained where the
+    recipe names none."""
+    component = registry().components.get(("objective", (config.get("objective") or {}).get("name", "")))
+    verbs = component.verbs if component is not None else ()
+    if "train" in verbs and config.get("teacher") is None:
+        return "train"
+    return next((v for v in ("distill", "finetune-rl") if v in verbs), "train")
+
+
+def starter(name: str) -> bool:
+    """Is PAPER/NAME one of the recipes that run in minutes?"""
+    return name.partition("/")[2].startswith("mnist")
+
+
+def next_command(paper: str, verb: str | None = None) -> str:
+    """A command that works with what a paper brings, its small recipe first; "" for a paper without recipes."""
+    verb = verb or paper_verb(paper)
+    own = [n for n, f in shipped().items() if n.startswith(f"{paper}/") and verb_of(load_file(f, n)[0]) == verb]
+    own.sort(key=lambda n: (n != f"{paper}/mnist", not starter(n), n))
+    if not own:
+        return ""
+    short = own[0].partition("/")[2]
+    implied = short == "mnist" or len(own) == 1 or (verb == "distill" and starter(own[0]))
+    needs = {"distill": " --teacher RUN", "finetune-rl": " --model RUN"}.get(verb, "")
+    return f"vgm {verb} {paper}{'' if implied else f' --recipe {short}'}{needs}"
+
+
+def stored(run: Path, assignments: Iterable[str] = ()) -> Recipe:
+    """The recipe that a run directory holds, for `--resume` without naming it again."""
+    file = run / "config.yaml"
+    if not file.is_file():
+        raise VgmError(f"{run} holds no run to go on with", "a run has a config.yaml; `vgm runs ls` lists them", USAGE)
+    config, origins = load_file(file, f"run {run}")
+    for key in ("model", "objective"):
+        if key not in config:
+            raise VgmError(f"{file} is no recipe: it has no `{key}:`", code=USAGE)
+    return finish(config, origins, str(config.get("paper") or run.name), assignments)
+
+
 # -- loading ---------------------------------------------------------------------------------------------------------
+
+
+NO_DATA_HINT = "data.path=FOLDER, or data.path=mnist5k for the digits that come with this package"
 
 
 class _Loader(yaml.SafeLoader):
@@ -273,8 +381,10 @@ def load_file(path: Path, origin: str, _seen: tuple[Path, ...] = ()) -> tuple[di
         raise VgmError(f"{path.name}: `base:` goes round in a circle", code=USAGE)
     try:
         config = parse_yaml(limits.read_text(path, code=USAGE), path.name) or {}
-    except (OSError, UnicodeDecodeError) as e:
-        raise VgmError(f"cannot read {path}: {e}", code=USAGE) from e
+    except UnicodeDecodeError as e:
+        raise VgmError(f"{path} is not a text file in UTF-8", code=USAGE) from e
+    except OSError as e:
+        raise VgmError(f"cannot read {path}: {e.strerror or e}", code=USAGE) from e
     if not isinstance(config, dict):
         raise VgmError(f"{path.name} is not a mapping of keys to values", code=USAGE)
     allow_recipe(config, path.name)
@@ -283,7 +393,9 @@ def load_file(path: Path, origin: str, _seen: tuple[Path, ...] = ()) -> tuple[di
         raise VgmError(f"{path.name}: `base:` is {short(base)}, not the name of a recipe", code=USAGE)
     merged: dict[str, Any] = {}
     origins: dict[str, str] = {}
-    if base:
+    if base is not None:
+        if not isinstance(base, str) or not 0 < len(base) < 1000 or "\0" in base:
+            raise VgmError(f"{path.name}: base={shown(base)} names no recipe", "example: base: dit/mnist", USAGE)
         near = path.parent / (base if str(base).endswith((".yaml", ".yml")) else f"{base}.yaml")
         if near.is_file():
             file, name = near, f"{near.parent.name}/{near.stem}"
@@ -313,12 +425,20 @@ def allow_typed(words: Iterable[str | None], trust_recipes: bool = False) -> Non
 
 
 def merge(into: dict[str, Any], new: Mapping[str, Any], origins: dict[str, str], origin: str, prefix: str = "") -> None:
-    """Deep merge; a component node whose `name` changes is replaced whole, since its keywords belong to the name."""
+    """Deep merge; a component node whose `name` changes is replaced whole, since its keywords belong to the name.
+
+    A word for a node (`sampler: ddim`, `data: FOLDER`) stands for the node's first key: see SHORT.
+    """
     for key, value in new.items():
         dotted = f"{prefix}{key}"
         old = into.get(key)
+        if isinstance(value, str) and (first := SHORT.get(dotted)):
+            value = {first: value}
         renamed = (
-            isinstance(value, dict) and isinstance(old, dict) and value.get("name", old.get("name")) != old.get("name")
+            isinstance(value, dict)
+            and isinstance(old, dict)
+            and dotted not in NODES
+            and value.get("name", old.get("name")) != old.get("name")
         )
         if isinstance(value, dict) and isinstance(old, dict) and not renamed:
             merge(old, value, origins, origin, dotted + ".")
@@ -348,18 +468,24 @@ def override(config: dict[str, Any], origins: dict[str, str], assignments: Itera
                 del origins[k]
             continue
         key, eq, value = text.partition("=")
-        if not eq or not key:
-            raise VgmError(f"'{text}' is not KEY=VALUE", "example: train.steps=100", USAGE)
+        if not eq or not all(key.split(".")):
+            raise VgmError(f"{shown(text)} is not KEY=VALUE", "example: train.steps=100", USAGE)
+        if key in ("data", "data.path") and not value.strip():
+            raise VgmError(f"{key}= is empty", NO_DATA_HINT, USAGE)
         head = key.split(".")[0]
         if head not in TOP:
             inside = [f"{n}.{f.name}" for n, cls in NODES.items() for f in dataclasses.fields(cls)]
             hits = [i for i in inside if i.endswith("." + key)]
+            if head in ELSEWHERE:
+                raise VgmError(f"unknown key '{key}'", ELSEWHERE[head], USAGE)
             raise (
                 VgmError(f"unknown key '{key}'", f"did you mean {hits[0]}?", USAGE)
                 if hits
                 else unknown("key", head, TOP)
             )
         node: Any = parse_yaml(value, text)
+        if key == "codec" and isinstance(node, str) and ":" not in node and node not in registry().names("codec"):
+            node = {"weights": node, "fallback": None}  # a trained one, as for --codec
         for part in reversed(key.split(".")):
             node = {part: node}
         merge(config, node, origins, origin)
@@ -401,9 +527,7 @@ def finish(config: dict[str, Any], origins: dict[str, str], name: str, assignmen
     if isinstance(data, dict) and data.get("path") != before[0].get("path") and origins.get("data.split") == before[1]:
         data.pop("split", None)  # it was a part of the data set that the recipe names, not of this one
         origins.pop("data.split", None)
-    for key in config:
-        if key not in TOP:
-            raise unknown("key", key, TOP, where=f"recipe {name}")
+    check_shape(config, name)
     copy_teacher(config, origins)
     r = Recipe(config, origins, name)
     for node, cls in NODES.items():
@@ -413,16 +537,47 @@ def finish(config: dict[str, Any], origins: dict[str, str], name: str, assignmen
         for f in dataclasses.fields(cls):
             if f.name not in given:
                 origins[f"{node}.{f.name}"] = "default"
+    for key in ("log_every", "save_every", "preview_every"):
+        config["train"][key] = config["train"][key] or 0
+    averages = [check_average(a) for a in config["train"]["ema"]]
+    if any(a in averages[:i] for i, a in enumerate(averages)):
+        raise VgmError(f"train.ema={shown(config['train']['ema'])} names the same average twice", code=USAGE)
+    if "guidance_scale" in config:
+        config["guidance_scale"] = fit(config["guidance_scale"], NonNegative | None, "guidance_scale")
     if config.get("pairs"):
         config["pairs"] = dataclasses.asdict(typed(Pairs, config["pairs"], "pairs"))
     for opt in ("", *(config.get("optimizers") or {})):
         chosen = r.optimizer(opt).name
         if chosen not in TORCH_OPTIMIZERS and ":" not in chosen and chosen not in registry().names("optimizer"):
             raise unknown("optimizer", chosen, [*TORCH_OPTIMIZERS, *registry().names("optimizer")])
+    if "weights" in (config.get("codec") or {}) and "name" not in config["codec"]:
+        raise VgmError(f"{name} trains on pixels, it takes no codec", "leave the codec out", USAGE)
     for required in ("model", "objective"):
-        if not isinstance(config.get(required), dict):
+        if not config.get(required):
             raise VgmError(f"recipe {name} has no `{required}:` node", "see `vgm cat dit/mnist`", USAGE)
     return r
+
+
+def check_shape(config: Mapping[str, Any], name: str) -> None:
+    """Known keys, and mappings where the rest of the program expects mappings with words for keys."""
+    for key, value in config.items():
+        if key not in TOP:
+            raise unknown("key", key, TOP, where=f"recipe {name}")
+        if key in ("paper", "guidance_scale") or value is None:
+            continue
+        nodes = {key: value}
+        if key in ("roles", "optimizers") and isinstance(value, dict):
+            nodes |= {f"{key}.{k}": v for k, v in value.items() if v is not None}
+        for where, node in nodes.items():
+            if not isinstance(node, dict):
+                raise not_a_mapping(where, node)
+            if odd := [k for k in node if not isinstance(k, str) or not k]:
+                raise VgmError(f"{where}: the key {shown(odd[0])} is not a word", code=USAGE)
+            component = where in (*COMPONENT_NODES, "teacher") or where.startswith("roles.")
+            if component and not isinstance(node.get("name"), str | None):
+                raise VgmError(f"{where}.name={shown(node['name'])} is not a name", code=USAGE)
+    if not isinstance(config.get("paper", ""), str):
+        raise VgmError(f"paper={shown(config['paper'])} is not a name", code=USAGE)
 
 
 def copy_teacher(config: dict[str, Any], origins: dict[str, str]) -> None:
@@ -471,11 +626,3 @@ HOST_KEYS: dict[str, tuple[str, ...]] = {
     "model": ("weights",),
     "teacher": ("weights", "sha256", "view", "guidance_scale"),
 }
-
-
-def explain_type(annotation: Any) -> str:
-    """A short type name for `--help-config`."""
-    origin = typing.get_origin(annotation)
-    if origin is Literal:
-        return " | ".join(str(a) for a in typing.get_args(annotation))
-    return str(annotation).replace("typing.", "").replace("<class '", "").replace("'>", "")

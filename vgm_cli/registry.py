@@ -27,6 +27,7 @@ import pluggy
 from vgm_cli import hookspecs, limits
 from vgm_cli.errors import MISSING_ASSET, USAGE, VgmError, unknown
 from vgm_cli.hookspecs import KINDS, Component, Paper
+from vgm_cli.ranges import fit, shown
 
 BUILTIN = "vgm_plugins"
 IN_CHECKPOINTS = ("model", "codec", "view")  # kinds that are built again from a file's header
@@ -213,13 +214,16 @@ class Registry:
         name = node.pop("name", None)
         if name is None:
             raise VgmError(f"the {kind} node has no name", f"known: {', '.join(self.names(kind))}", USAGE)
+        if not isinstance(name, str):
+            raise VgmError(f"{kind} {shown(name)} is no name", f"known: {', '.join(self.names(kind))}", USAGE)
         component = self.find(kind, name)
         preset = node.pop("preset", None)
         kwargs: dict[str, Any] = {}
         if preset is not None:
             presets = self.presets(component)
-            if preset not in presets:
-                raise unknown(f"{kind} preset", str(preset), presets, where=name)
+            preset = str(preset) if isinstance(preset, int) else preset  # preset: 64
+            if not isinstance(preset, str) or preset not in presets:
+                raise unknown(f"{kind} preset", shown(preset).strip("'"), presets, where=name)
             kwargs.update(presets[preset])
         kwargs.update(node)
         return component, kwargs
@@ -233,8 +237,16 @@ class Registry:
         component, kwargs = self.config(kind, {"name": node} if isinstance(node, str) else node)
         limits.check_numbers(kwargs, f"{kind} '{component.name}'")
         target = load_target(component.target, component.name)
-        bound = bind(target, kwargs, roles, where=f"{kind} '{component.name}'")
-        return target(**bound)
+        where = f"{kind} '{component.name}'"
+        bound = bind(target, kwargs, roles, where=where)
+        try:
+            return target(**bound)
+        except (ArithmeticError, AssertionError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as e:
+            if isinstance(e, RuntimeError) and type(e) is not RuntimeError:  # out of GPU memory, not implemented
+                raise
+            said = str(e).splitlines()[0] if str(e) else type(e).__name__
+            given = ", ".join(f"{k}={shown(v)}" for k, v in kwargs.items())
+            raise VgmError(f"{where} cannot be built: {said}", f"it was given {given or 'nothing'}", USAGE) from e
 
 
 def strings(value: Any) -> Iterator[str]:
@@ -320,24 +332,10 @@ def bind(target: Any, kwargs: Mapping[str, Any], roles: Mapping[str, Any], where
 
 
 def coerce(value: Any, param: inspect.Parameter, where: str) -> Any:
-    """Coerce a YAML value by annotation through pydantic ('1e-4' -> float, [1, 2] -> tuple)."""
-    annotation = param.annotation
-    if annotation is param.empty or isinstance(annotation, str):
+    """Coerce a YAML value by annotation ('1e-4' -> float, [1, 2] -> tuple); see ranges.fit."""
+    if param.annotation is param.empty or isinstance(param.annotation, str):
         return value
-    from pydantic import ConfigDict, TypeAdapter, ValidationError
-    from pydantic.errors import PydanticSchemaGenerationError, PydanticUserError
-
-    try:
-        adapter = TypeAdapter(annotation, config=ConfigDict(arbitrary_types_allowed=True))
-    except PydanticUserError:
-        adapter = TypeAdapter(annotation)
-    except PydanticSchemaGenerationError:
-        return value
-    try:
-        return adapter.validate_python(value)
-    except ValidationError as e:
-        reason = e.errors()[0]["msg"].lower()
-        raise VgmError(f"{where}: {param.name}={value!r} does not fit: {reason}", code=USAGE) from e
+    return fit(value, param.annotation, f"{where}: {param.name}")
 
 
 def _load_file(file: str, name: str) -> ModuleType:

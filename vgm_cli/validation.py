@@ -1,36 +1,169 @@
-"""Checking a recipe without training it: bind its components, build them on the meta device, count.
+"""Everything that can be known to be wrong before the first step, in one place for every verb.
 
-Torch-free at import.
+`check` looks at a recipe alone (`vgm validate`, --plan, before processes are launched), `before_start` at the recipe
+with its data, before a run directory is made. Torch-free at import.
 """
 
 from __future__ import annotations
 
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
 from pathlib import Path
+from typing import TYPE_CHECKING, Any
 
-from vgm_cli.errors import VgmError
-from vgm_cli.recipe import Recipe, check_components
+from vgm_cli.errors import USAGE, VgmError, unknown
+from vgm_cli.recipe import COMPONENT_NODES, Recipe, check_components
+from vgm_cli.ui import ui
+
+if TYPE_CHECKING:
+    from vgm_cli.engine.build import Built, Facts, PlannedCodec
 
 
 def check(recipe: Recipe) -> tuple[dict[str, int], str]:
     """({role: parameters}, "") of a recipe that builds; ({}, why) when its components fit but nothing tells the size
-    of the images. VgmError: unknown keys, values that do not fit, parts that do not go together."""
-    check_components(recipe)
-    import torch
-
+    of the images. VgmError: unknown keys, values that do not fit, files that are not there, parts that do not go
+    together."""
+    check_parts(recipe)
+    check_batch(recipe)
     from vgm_cli.engine import build
 
     data = recipe.node("data")
+    here = not data.path or data.path in shipped() or "{" in data.path or Path(data.path).expanduser().exists()
+    if not here:
+        ui.warn(f"no such data here: {data.path}; checked with the recipe's own numbers")
     try:
         facts = build.declared_facts(data)
     except VgmError as e:
-        if data.path is None or not Path(data.path).exists():
+        if not data.path or not here:
             return {}, e.message
         from vgm_cli.engine.plan import plan_facts
 
-        facts = plan_facts(recipe)[0]
+        facts, _, planned = plan_facts(recipe)
     else:
-        if recipe.config.get("codec"):
-            facts = facts.after(build.meta_codec(recipe.config["codec"], facts))
-    with torch.device("meta"):
-        built = build.build_objective(recipe, facts)
+        planned = build.planned_codec(recipe, facts) if recipe.config.get("codec") else None
+        facts = planned.facts if planned else facts
+    built = build_on_meta(recipe, facts, planned)
     return {role: sum(p.numel() for p in network.parameters()) for role, network in built.networks.items()}, ""
+
+
+def shipped() -> Mapping[str, str]:
+    from vgm_cli.data import SHIPPED
+
+    return SHIPPED
+
+
+def before_start(recipe: Recipe, world: int = 1, reads_data: bool = True) -> Any:
+    """The data set of a run that may start (None where the caller makes the batches itself: reads_data=False).
+
+    Writes nothing. Raises VgmError for whatever `check` does, and for missing or unreadable data, labels that are not
+    there, a batch that does not divide, networks that do not fit the images.
+    """
+    check_parts(recipe)
+    check_batch(recipe, world)
+    if not reads_data:
+        return None
+    from vgm_cli.data.latents import Latents
+    from vgm_cli.engine import build, data_feed
+
+    dataset, labelled = data_feed.open_images(recipe)
+    facts = build.facts_of(dataset, labelled)
+    node, planned = recipe.config.get("codec"), None
+    if node:
+        if not node.get("weights") and (not node.get("fallback") or isinstance(dataset, Latents)):
+            raise build.missing_codec(node)
+        planned = build.planned_codec(recipe, facts, dataset)
+        facts = planned.facts
+    elif isinstance(dataset, Latents):
+        raise data_feed.not_for_pixels(dataset)
+    build_on_meta(recipe, facts, planned)
+    return dataset
+
+
+def check_parts(recipe: Recipe) -> None:
+    """Components, their keywords, their files, the sampler: what needs no data."""
+    check_components(recipe)
+    nodes = [(n, recipe.config.get(n)) for n in (*COMPONENT_NODES, "teacher")]
+    nodes += [(f"roles.{r}", n) for r, n in (recipe.config.get("roles") or {}).items()]
+    for where, node in nodes:
+        if node and node.get("weights") is not None:
+            check_weights(where, node)
+    check_sampler(recipe.config.get("sampler"))
+
+
+def check_batch(recipe: Recipe, world: int = 1) -> None:
+    """As many images for every process and micro-batch."""
+    opts = recipe.node("train")
+    per_step = world * opts.accumulate
+    if opts.batch_size % per_step:
+        raise VgmError(
+            f"train.batch_size={opts.batch_size} does not divide over {world} processes × {opts.accumulate} "
+            "micro-batches",
+            f"a multiple of {per_step} does",
+            USAGE,
+        )
+
+
+def check_weights(where: str, node: Mapping[str, Any]) -> None:
+    """The file is there and, where it says what it holds, holds this network."""
+    from vgm_cli.engine import build
+    from vgm_cli.engine import checkpoint as ckpt
+
+    weights = node["weights"]
+    if not isinstance(weights, str) or not weights:
+        raise VgmError(f"{where}.weights={weights!r} is no file", f"{where}.weights=RUN|FILE", USAGE)
+    path = ckpt.resolve(weights)
+    if where == "codec":
+        return  # its own header counts
+    try:
+        header = ckpt.read_header(path)
+    except VgmError:
+        return  # a file without a header: the shapes of its tensors are compared when it is loaded
+    build.refuse_other(header, str(node.get("name")), path)
+
+
+def check_sampler(node: Mapping[str, Any] | None) -> None:
+    """Build it: samplers hold settings only. The network that may guide one is not opened, its file is looked for."""
+    if not node:
+        return
+    from vgm_cli.engine import checkpoint as ckpt
+    from vgm_cli.registry import registry
+
+    node = dict(node)
+    if isinstance(node.get("classifier"), str):
+        ckpt.resolve(node.pop("classifier"))
+    registry().build("sampler", node)
+
+
+@contextmanager
+def on_meta() -> Iterator[None]:
+    """Networks built inside have no memory and draw no numbers."""
+    import torch
+    from torch.overrides import TorchFunctionMode
+
+    class NoDraws(TorchFunctionMode):
+        """There is nothing to draw; trying would import torch's compiler, which takes seconds."""
+
+        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+            if func is torch.Tensor.normal_ or getattr(func, "__module__", "") == "torch.nn.init":
+                tensor = args[0] if args else (kwargs or {}).get("tensor")
+                if tensor is not None and tensor.is_meta:
+                    return tensor
+            return func(*args, **(kwargs or {}))
+
+    with torch.device("meta"), NoDraws():
+        yield
+
+
+def build_on_meta(recipe: Recipe, facts: Facts, planned: PlannedCodec | None = None) -> Built:
+    """Networks and objective without memory, and what only they can tell: the names of the optimizers."""
+    from vgm_cli.engine import build
+    from vgm_cli.engine.plan import plan_roles
+
+    with on_meta():
+        codec = {"codec": planned.codec} if planned else {}
+        built = build.build_objective(recipe, facts, {**codec, **plan_roles(recipe, facts)})
+    known = {p.optimizer for p in built.objective.phases()}
+    for name in recipe.config.get("optimizers") or {}:
+        if name not in known:
+            raise unknown("optimizer", name, known, "optimizers")
+    return built

@@ -20,6 +20,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.nn.sdpa import sdpa
+from vgm_cli.ranges import Blocks, Depth, Fraction, Side, Whole, Width
 
 Pool = Literal["adaptive", "attention", "spatial", "spatial_v2"]
 
@@ -210,19 +211,19 @@ class Trunk(nn.Module):
 
     def __init__(
         self,
-        in_channels: int,
-        model_channels: int,
-        num_res_blocks: int,
+        in_channels: Width,
+        model_channels: Width,
+        num_res_blocks: Blocks,
         attention_resolutions: Sequence[int],
-        dropout: float,
+        dropout: Fraction,
         channel_mult: Sequence[float],
         conv_resample: bool,
-        num_heads: int,
-        num_head_channels: int | None,
+        num_heads: Depth,
+        num_head_channels: Width | None,
         use_scale_shift_norm: bool,
         resblock_updown: bool,
         use_new_attention_order: bool,
-        norm_groups: int,
+        norm_groups: Width,
     ):
         super().__init__()
         self.norm_groups = norm_groups
@@ -279,6 +280,14 @@ class Trunk(nn.Module):
         return self.time_embed(timestep_embedding(t, self.model_channels))
 
 
+def check_side(side: int, channel_mult: Sequence[float], patch: int = 1) -> None:
+    """VgmError: skip connections would meet features of another size."""
+    halvings = max(len(channel_mult) - 1, 0)
+    if side % (patch * 2**halvings):
+        hint = f"data.size a multiple of {patch * 2**halvings}, or fewer entries in model.channel_mult"
+        raise VgmError(f"{side} pixels cannot be halved {halvings} times in patches of {patch}", hint, USAGE)
+
+
 class UNetModel(Trunk):
     """Predicts the noise (and, with learn_sigma, what interpolates its variance) in x_t.
 
@@ -293,28 +302,29 @@ class UNetModel(Trunk):
 
     def __init__(
         self,
-        image_size: int = 256,
-        in_channels: int = 3,
-        model_channels: int = 256,
-        num_res_blocks: int = 2,
+        image_size: Side = 256,
+        in_channels: Width = 3,
+        model_channels: Width = 256,
+        num_res_blocks: Blocks = 2,
         attention_resolutions: Sequence[int] = (8, 16, 32),
         channel_mult: Sequence[float] = (1, 1, 2, 2, 4, 4),
-        num_classes: int | None = 1000,
+        num_classes: Whole | None = 1000,
         learn_sigma: bool = True,
-        out_channels: int | None = None,
-        dropout: float = 0.0,
+        out_channels: Width | None = None,
+        dropout: Fraction = 0.0,
         conv_resample: bool = True,
-        num_heads: int = 1,
-        num_head_channels: int | None = None,
-        num_heads_upsample: int | None = None,
+        num_heads: Depth = 1,
+        num_head_channels: Width | None = None,
+        num_heads_upsample: Depth | None = None,
         use_scale_shift_norm: bool = True,
         resblock_updown: bool = True,
         use_new_attention_order: bool = False,
         super_res: bool = False,
         null_class: bool = False,
-        patch_size: int = 1,
-        norm_groups: int = 32,
+        patch_size: Width = 1,
+        norm_groups: Width = 32,
     ):
+        check_side(image_size, channel_mult, patch_size)
         out_channels = out_channels or in_channels * (2 if learn_sigma else 1)
         super().__init__(
             in_channels * (2 if super_res else 1) * patch_size**2,
@@ -414,23 +424,24 @@ class EncoderUNetModel(Trunk):
 
     def __init__(
         self,
-        image_size: int = 256,
-        in_channels: int = 3,
-        model_channels: int = 128,
-        num_res_blocks: int = 2,
+        image_size: Side = 256,
+        in_channels: Width = 3,
+        model_channels: Width = 128,
+        num_res_blocks: Blocks = 2,
         attention_resolutions: Sequence[int] = (8, 16, 32),
         channel_mult: Sequence[float] = (1, 1, 2, 2, 4, 4),
-        num_classes: int = 1000,
-        dropout: float = 0.0,
+        num_classes: Whole = 1000,
+        dropout: Fraction = 0.0,
         conv_resample: bool = True,
-        num_heads: int = 1,
-        num_head_channels: int | None = 64,
+        num_heads: Depth = 1,
+        num_head_channels: Width | None = 64,
         use_scale_shift_norm: bool = True,
         resblock_updown: bool = True,
         use_new_attention_order: bool = False,
         pool: Pool = "attention",
-        norm_groups: int = 32,
+        norm_groups: Width = 32,
     ):
+        check_side(image_size, channel_mult)
         super().__init__(
             in_channels,
             model_channels,

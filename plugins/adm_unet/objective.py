@@ -16,6 +16,7 @@ from vgm_cli.api import Batch, ObjectiveBase, Step
 from vgm_cli.diffusion.discrete import DiscreteDiffusion, named_betas
 from vgm_cli.diffusion.iddpm import IDDPM
 from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.ranges import Fraction, Steps, Width
 
 
 class NoisyClassifier(ObjectiveBase):
@@ -24,7 +25,7 @@ class NoisyClassifier(ObjectiveBase):
     schedule, steps: of the diffusion model that will be guided. noised: false trains on clean images, t = 0.
     """
 
-    def __init__(self, model: nn.Module, schedule: str = "linear", steps: int = 1000, noised: bool = True):
+    def __init__(self, model: nn.Module, schedule: str = "linear", steps: Steps = 1000, noised: bool = True):
         self.model, self.networks, self.noised = model, {"model": model}, noised
         self.process = DiscreteDiffusion(named_betas(schedule, steps))
 
@@ -52,11 +53,11 @@ class Upsampling(IDDPM):
     def __init__(
         self,
         model: nn.Module,
-        small_size: int = 64,
+        small_size: Width = 64,
         schedule: str = "linear",
-        steps: int = 1000,
+        steps: Steps = 1000,
         learn_sigma: bool = True,
-        label_dropout: float = 0.0,
+        label_dropout: Fraction = 0.0,
         resampler: Literal["uniform", "loss-second-moment"] = "uniform",
     ):
         super().__init__(model, schedule, steps, learn_sigma, label_dropout=label_dropout, resampler=resampler)

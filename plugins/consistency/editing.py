@@ -17,6 +17,7 @@ from torch import Tensor
 from vgm_cli.api import Request
 from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.ranges import Positive, Steps
 
 from .function import RHO
 from .sampling import LEVELS, Function, Levels, levels_of, multistep, spread
@@ -80,10 +81,10 @@ class ConsistencyEditing:
     without a pseudo-inverse, or no measurement.
     """
 
-    steps: int = 10
+    steps: Steps = 10
     ts: tuple[int, ...] | None = None
     grid: int = 40
-    rho: float = RHO
+    rho: Positive = RHO
     clip: bool = True
 
     def __call__(self, view: Denoiser, request: Request) -> Tensor:

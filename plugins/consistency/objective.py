@@ -21,6 +21,7 @@ from vgm_cli.diffusion.guidance import ClassifierFreeGuidance
 from vgm_cli.diffusion.timesteps import level_range
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.nn.precision import full_precision
+from vgm_cli.ranges import Count, Fraction, NonNegative, Positive, Width, ordered
 
 from .function import RHO, SIGMA_MAX, SIGMA_MIN, ConsistencyFunction, edm_view, level_of
 from .losses import Distance, Weighting, consistency_loss, distance, piq_like, progressive_loss, weight_of
@@ -46,26 +47,27 @@ class Consistency(ObjectiveBase):
         lpips: nn.Module | None = None,
         mode: Literal["cd", "ct", "progdist"] | None = None,
         solver: Literal["heun", "euler"] = "heun",
-        guidance_scale: float | None = None,
+        guidance_scale: NonNegative | None = None,
         view: dict[str, Any] | None = None,
         scale_mode: ScaleMode = "fixed",
-        start_scales: int = 40,
-        end_scales: int = 40,
-        total_steps: int | None = None,
-        steps_per_stage: int = 50_000,
+        start_scales: Width = 40,
+        end_scales: Width = 40,
+        total_steps: Count | None = None,
+        steps_per_stage: Count = 50_000,
         target: TargetMode = "fixed",
-        target_decay: float = 0.95,
+        target_decay: Fraction = 0.95,
         distance: Distance = "l2",
         weighting: Weighting = "uniform",
-        huber_c: float | None = None,
+        huber_c: Positive | None = None,
         time_sampling: Literal["uniform", "lognormal"] = "uniform",
         P_mean: float = -1.1,
-        P_std: float = 2.0,
-        sigma_min: float | None = None,
-        sigma_max: float | None = None,
-        rho: float = RHO,
-        sigma_data: float | None = None,
+        P_std: NonNegative = 2.0,
+        sigma_min: Positive | None = None,
+        sigma_max: Positive | None = None,
+        rho: Positive = RHO,
+        sigma_data: Positive | None = None,
     ):
+        ordered(sigma_min, sigma_max, "sigma_min, sigma_max")
         self.mode = mode or ("ct" if teacher is None else "cd")
         if (teacher is None) != (self.mode == "ct"):
             raise VgmError(f"mode={self.mode} {'needs a' if teacher is None else 'has no'} teacher", code=USAGE)

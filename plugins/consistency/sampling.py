@@ -22,6 +22,7 @@ from vgm_cli.diffusion.solvers.common import slope
 from vgm_cli.diffusion.solvers.k_diffusion import churn
 from vgm_cli.diffusion.timesteps import karras, level_range
 from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.ranges import NonNegative, Positive, Steps, Unbounded
 
 from .function import RHO, SIGMA_MAX, SIGMA_MIN, ConsistencyFunction, level_of
 
@@ -117,10 +118,10 @@ class ConsistencySampler:
     pixels. kind: multistep, or progdist for a student of progressive distillation. VgmError: the view is no Denoiser.
     """
 
-    steps: int = 1
+    steps: Steps = 1
     ts: tuple[int, ...] | None = None
     grid: int = 40
-    rho: float = RHO
+    rho: Positive = RHO
     clip: bool = False
     kind: Literal["multistep", "progdist"] = "multistep"
 
@@ -151,11 +152,11 @@ class ConsistencySampler:
 class DPM2KarrasSampler(GaussianSampler):
     """dpm_2_karras on any path. s_churn to s_noise: as there."""
 
-    steps: int = 20
-    s_churn: float = 0.0
-    s_tmin: float = 0.0
-    s_tmax: float = inf
-    s_noise: float = 1.0
+    steps: Steps = 20
+    s_churn: NonNegative = 0.0
+    s_tmin: NonNegative = 0.0
+    s_tmax: Unbounded = inf
+    s_noise: NonNegative = 1.0
 
     def walk(self, model: Denoiser, request: Request, steps: int) -> Tensor:
         low, high, rho = levels_of(model)

@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.nn.sdpa import sdpa
+from vgm_cli.ranges import Depth, Fraction, Positive, Side, Whole, Width
 
 
 def sincos_1d(dim: int, positions: np.ndarray) -> np.ndarray:
@@ -147,15 +148,15 @@ class DiT(nn.Module):
 
     def __init__(
         self,
-        input_size: int = 32,  # side of x (latents: image size / 8)
-        patch_size: int = 2,  # side of a token's patch
-        in_channels: int = 4,  # channels of x
-        hidden_size: int = 1152,  # width D
-        depth: int = 28,  # number of blocks
-        num_heads: int = 16,  # attention heads; D must divide by it
-        mlp_ratio: float = 4.0,  # hidden width of the MLP over D
-        class_dropout_prob: float = 0.1,  # > 0: the label table has a null class
-        num_classes: int = 1000,
+        input_size: Side = 32,  # side of x (latents: image size / 8)
+        patch_size: Width = 2,  # side of a token's patch
+        in_channels: Width = 4,  # channels of x
+        hidden_size: Width = 1152,  # width D
+        depth: Depth = 28,  # number of blocks
+        num_heads: Depth = 16,  # attention heads; D must divide by it
+        mlp_ratio: Positive = 4.0,  # hidden width of the MLP over D
+        class_dropout_prob: Fraction = 0.1,  # > 0: the label table has a null class
+        num_classes: Whole = 1000,
         learn_sigma: bool = True,  # twice the output channels: the second half is the variance
     ):
         super().__init__()

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.ranges import Few, Width
 
 MIDDLES = ("middle_block", "mid_block", "bottleneck")
 LISTS = ("blocks", "transformer_blocks", "layers")
@@ -23,7 +24,7 @@ LISTS = ("blocks", "transformer_blocks", "layers")
 class Head(nn.Sequential):
     """Strided convolutions down to one logit: (B, channels, side, side) -> (B, 1)."""
 
-    def __init__(self, channels: int = 768, side: int = 8):
+    def __init__(self, channels: Width = 768, side: Few = 8):
         layers: list[nn.Module] = []
         while side > 4:
             layers += [nn.Conv2d(channels, channels, 4, 2, 1), norm(channels), nn.SiLU()]

@@ -18,6 +18,7 @@ from vgm_cli.diffusion.denoiser import Denoiser, Network
 from vgm_cli.diffusion.path import DiscreteVPPath, EDMPath
 from vgm_cli.diffusion.timesteps import karras
 from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.ranges import Steps
 
 # sigma / alpha at index 399 of Stable Diffusion's process, where DMD2's one-step SDXL is asked: dividing an error in
 # eps by the alpha of pure noise (0.07 in Stable Diffusion, 0.006 in DDPM) would drown the image
@@ -108,7 +109,7 @@ class GeneratorSampler:
     """The student's own sampling. steps: None for as many as it was trained with; fewer stop early, more are spread
     as in training. Guidance is already in the weights. VgmError: the view is no Denoiser."""
 
-    steps: int | None = None
+    steps: Steps | None = None
 
     def __call__(self, view: Denoiser, request: Request) -> Tensor:
         """x0 of (N, *request.shape)."""

@@ -22,6 +22,7 @@ from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.diffusion.guidance import ClassifierFreeGuidance
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.nn.precision import full_precision
+from vgm_cli.ranges import Fraction, NonNegative, Positive, Steps, Width, ordered
 
 from .discriminator import Features, head_for
 from .generator import Generator, denoising_times, level_times
@@ -51,22 +52,23 @@ class DMD(ObjectiveBase):
         pairs: Mapping[str, Tensor] | None = None,
         lpips: nn.Module | None = None,
         weighting: Literal["dmd2", "dmd"] = "dmd2",
-        update_ratio: int = 5,
-        guidance_scale: float | None = None,
-        gan_weight: float = 3e-3,
-        discriminator_weight: float = 1e-2,
+        update_ratio: Width = 5,
+        guidance_scale: NonNegative | None = None,
+        gan_weight: NonNegative = 3e-3,
+        discriminator_weight: NonNegative = 1e-2,
         diffusion_gan: bool = True,
-        gan_max_level: int = 1000,
+        gan_max_level: Width = 1000,
         feature_layer: str | None = None,
-        regression_weight: float = 0.0,
+        regression_weight: NonNegative = 0.0,
         regression: Literal["lpips", "l2", "l1", "pseudo-huber"] = "l2",
-        denoising_steps: int = 1,
+        denoising_steps: Steps = 1,
         backward_simulation: bool = True,
         first_time: float | None = None,
-        min_level: float = 0.02,
-        max_level: float = 0.98,
-        grad_floor: float = 0.0,
+        min_level: Fraction = 0.02,
+        max_level: Positive = 0.98,
+        grad_floor: NonNegative = 0.0,
     ):
+        ordered(min_level, max_level, "min_level, max_level")
         with torch.device("cpu"):  # numbers, also when the networks are built without memory
             self.student = Generator(model, teacher, denoising_times(teacher, denoising_steps, first_time))
             self.levels = level_times(teacher)

@@ -17,6 +17,7 @@ from torch import Tensor
 from vgm_cli.api import Request
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.operators.base import Operator
+from vgm_cli.ranges import NonNegative, Positive, Steps
 
 from .conditioning import distance
 from .prior import Prior
@@ -70,10 +71,10 @@ class DDRM(Restorer):
 
     def __init__(
         self,
-        steps: int | str = 20,
-        eta: float = 0.85,
-        etab: float = 1.0,
-        cutoff: float = 1e-3,
+        steps: Steps | str = 20,
+        eta: NonNegative = 0.85,
+        etab: NonNegative = 1.0,
+        cutoff: NonNegative = 1e-3,
         clip: bool | None = None,
     ):
         super().__init__(steps, clip)
@@ -115,7 +116,7 @@ class PiGDM(Restorer):
 
     name = "pigdm"
 
-    def __init__(self, steps: int | str = 100, eta: float = 1.0, clip: bool | None = None):
+    def __init__(self, steps: Steps | str = 100, eta: NonNegative = 1.0, clip: bool | None = None):
         super().__init__(steps, clip)
         self.eta = eta
 
@@ -165,7 +166,7 @@ class DiffPIR(Restorer):
 
     name = "diffpir"
 
-    def __init__(self, steps: int = 100, lam: float = 7.0, zeta: float = 0.1, clip: bool | None = None):
+    def __init__(self, steps: Steps = 100, lam: Positive = 7.0, zeta: NonNegative = 0.1, clip: bool | None = None):
         super().__init__(steps, clip)
         if not 0 <= zeta <= 1:
             raise VgmError(f"zeta={zeta} lies between 0 and 1", "the paper's: zeta=0.1", USAGE)

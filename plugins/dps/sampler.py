@@ -17,6 +17,7 @@ from vgm_cli.api import Request
 from vgm_cli.diffusion.discrete import Variance
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.operators.base import Operator
+from vgm_cli.ranges import Few, NonNegative, Steps
 
 from . import conditioning, official
 from .prior import UNCLIPPED, Prior, prior_of
@@ -82,7 +83,7 @@ class Restorer(ABC):
 
     name = ""
 
-    def __init__(self, steps: int | str, clip: bool | None = None, variance: Variance | None = None):
+    def __init__(self, steps: Steps | str, clip: bool | None = None, variance: Variance | None = None):
         self.steps, self.clip, self.variance = steps, clip, variance
 
     def prior(self, view: Any, request: Request, operator: Operator, **options: Any) -> Prior:
@@ -130,13 +131,13 @@ class DPS(Restorer):
 
     def __init__(
         self,
-        steps: int | str = 100,
-        zeta: float | None = None,
+        steps: Steps | str = 100,
+        zeta: NonNegative | None = None,
         sampler: Literal["ddpm", "ddim"] = "ddpm",
-        eta: float = 0.0,
+        eta: NonNegative = 0.0,
         clip: bool | None = None,
         dynamic_threshold: bool = False,
-        particles: int = 0,
+        particles: Few = 0,
         variance: Variance | None = None,
     ):
         super().__init__(steps, clip, variance)
@@ -172,10 +173,10 @@ class MCG(DPS):
 
     def __init__(
         self,
-        steps: int | str = 100,
-        zeta: float | None = None,
+        steps: Steps | str = 100,
+        zeta: NonNegative | None = None,
         sampler: Literal["ddpm", "ddim"] = "ddpm",
-        eta: float = 0.0,
+        eta: NonNegative = 0.0,
         clip: bool | None = None,
         dynamic_threshold: bool = False,
         projection: Literal["pinv", "official"] = "pinv",

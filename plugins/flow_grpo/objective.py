@@ -20,6 +20,7 @@ from vgm_cli.diffusion.guidance import ClassifierFreeGuidance
 from vgm_cli.errors import DIVERGED, USAGE, VgmError, unknown
 from vgm_cli.nn import lora as adapters
 from vgm_cli.nn.precision import full_precision
+from vgm_cli.ranges import Few, Fraction, NonNegative, Positive, Steps, Width
 
 from .groups import Advantage, advantages, k_repeat, overall_advantages, worth_training
 from .policy import Kind, kl_to, levels, log_prob, policy_loss, roll_out, transition
@@ -58,28 +59,28 @@ class FlowGRPO(ObjectiveBase):
         teacher: Denoiser,
         reward: Any,
         codec: Any = None,
-        group_size: int = 24,
-        steps: int = 10,
-        shift: float = 3.0,
-        noise_level: float = 0.7,
+        group_size: Width = 24,
+        steps: Steps = 10,
+        shift: Positive = 3.0,
+        noise_level: NonNegative = 0.7,
         sde: Kind = "sde",
-        timestep_fraction: float = 0.99,
-        window: int | None = None,
+        timestep_fraction: Fraction = 0.99,
+        window: Width | None = None,
         window_range: tuple[int, int] | None = None,
         same_latent: bool = False,
-        guidance_scale: float | None = None,
+        guidance_scale: NonNegative | None = None,
         advantage: Advantage = "grpo",
         per_class: bool = True,
         global_std: bool = True,
-        advantage_clip: float = 5.0,
-        clip_range: float = 1e-4,
-        beta: float = 0.04,
-        updates: int = 2,
-        epochs: int = 1,
+        advantage_clip: Positive = 5.0,
+        clip_range: Positive = 1e-4,
+        beta: NonNegative = 0.04,
+        updates: Width = 2,
+        epochs: Few = 1,
         lora: dict[str, Any] | None = None,
-        chunk: int | None = None,
-        max_level: float = 20.0,
-        min_diversity: float = 0.1,
+        chunk: Width | None = None,
+        max_level: Positive = 20.0,
+        min_diversity: NonNegative = 0.1,
     ):
         positive: dict[str, float] = {"steps": steps, "group_size": group_size, "updates": updates, "epochs": epochs}
         positive |= {"noise_level": noise_level, "clip_range": clip_range}

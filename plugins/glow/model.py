@@ -18,6 +18,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.nn.precision import full_precision
+from vgm_cli.ranges import Depth, Side, Whole, Width
 
 from .layers import (
     LOGSCALE_FACTOR,
@@ -217,17 +218,17 @@ class Glow(nn.Module):
 
     def __init__(
         self,
-        size: int = 32,
-        in_channels: int = 3,
-        levels: int = 3,
-        depth: int = 32,
-        width: int = 512,
+        size: Side = 32,
+        in_channels: Width = 3,
+        levels: Depth = 3,
+        depth: Depth = 32,
+        width: Width = 512,
         coupling: Coupling = "affine",
         permutation: Permutation = "invconv",
         top_permutation: Permutation | None = None,
         n_bits: int = 8,
         learn_top: bool = True,
-        num_classes: int = 0,
+        num_classes: Whole = 0,
         classifier: bool = False,
         style: Literal["openai", "rosinality"] = "openai",
         pad: bool = False,

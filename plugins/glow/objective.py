@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vgm_cli.api import Batch, ObjectiveBase, Step
 from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.ranges import NonNegative, Width
 
 from .model import Glow, dequantise
 
@@ -48,7 +49,7 @@ class GlowObjective(ObjectiveBase):
     the data-dependent initialisation. VgmError: a conditional model without labels.
     """
 
-    def __init__(self, model: Glow, class_weight: float = 0.0, prepare_size: int = 256):
+    def __init__(self, model: Glow, class_weight: NonNegative = 0.0, prepare_size: Width = 256):
         if class_weight and model.num_classes and model.classifier is None:
             raise VgmError("class_weight needs the classifier", "model.classifier=true", USAGE)
         self.model, self.networks = model, {"model": model}

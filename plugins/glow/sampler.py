@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vgm_cli.api import Request, generators, seed_of
 from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.ranges import Few, NonNegative
 
 from .model import Glow, dequantise, to_images
 
@@ -16,7 +17,7 @@ from .model import Glow, dequantise, to_images
 class GlowSampler:
     """temperature: of the priors; 0.7 for pictures, 1 for the model's own distribution."""
 
-    def __init__(self, temperature: float = 0.7):
+    def __init__(self, temperature: NonNegative = 0.7):
         self.temperature = temperature
 
     def __call__(self, model: Glow, request: Request) -> Tensor:
@@ -50,7 +51,7 @@ class InterpolationSampler:
 
     grid_labels = "rows"
 
-    def __init__(self, points: int = 8, temperature: float = 0.7, seed: int = 0):
+    def __init__(self, points: Few = 8, temperature: NonNegative = 0.7, seed: int = 0):
         if points < 2:
             raise VgmError(f"points={points}: a line has at least 2", code=USAGE)
         self.points, self.temperature, self.seed = points, temperature, seed

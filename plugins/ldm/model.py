@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vgm_cli.nets.autoencoder import AttnType, Decoder, Encoder
 from vgm_cli.nets.first_stage import DiagonalGaussian, FirstStage, VQModel, tiled
+from vgm_cli.ranges import Blocks, Fraction, Positive, Side, Width
 
 __all__ = ["AutoencoderKL", "DiagonalGaussian", "VQModel", "tiled"]
 
@@ -21,25 +22,25 @@ class AutoencoderKL(FirstStage):
 
     def __init__(
         self,
-        ch: int = 128,  # width of the highest resolution
+        ch: Width = 128,  # width of the highest resolution
         ch_mult: tuple[int, ...] = (1, 2, 4, 4),  # widths per level; each level after the first halves the size
-        num_res_blocks: int = 2,  # per level; the decoder has one more
+        num_res_blocks: Blocks = 2,  # per level; the decoder has one more
         attn_resolutions: tuple[int, ...] = (),  # in units of `resolution`
-        resolution: int = 256,  # nominal; only decides where attention goes
-        z_channels: int = 4,
-        embed_dim: int = 4,  # channels of the latents
-        in_channels: int = 3,
-        out_ch: int | None = None,  # None: as in_channels
-        dropout: float = 0.0,
+        resolution: Side = 256,  # nominal; only decides where attention goes
+        z_channels: Width = 4,
+        embed_dim: Width = 4,  # channels of the latents
+        in_channels: Width = 3,
+        out_ch: Width | None = None,  # None: as in_channels
+        dropout: Fraction = 0.0,
         attn_type: AttnType = "vanilla",
         resamp_with_conv: bool = True,
         tanh_out: bool = False,
-        norm_groups: int = 32,
-        scale_factor: float = 1.0,
+        norm_groups: Width = 32,
+        scale_factor: Positive = 1.0,
         shift_factor: float = 0.0,
         latent_stats: bool = False,  # measure mean and std of the latents per channel, and normalise by them
-        tile: int | None = None,  # encode and decode in tiles of this many pixels; None: never
-        tile_overlap: float = 0.25,
+        tile: Width | None = None,  # encode and decode in tiles of this many pixels; None: never
+        tile_overlap: Fraction = 0.25,
     ):
         shared: dict[str, Any] = {
             "ch": ch,

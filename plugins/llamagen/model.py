@@ -21,6 +21,7 @@ from vgm_cli.nn.attention import causal_attention
 from vgm_cli.nn.embed import apply_rope, rope_angles_2d, rope_table
 from vgm_cli.nn.kv_cache import KVCache
 from vgm_cli.nn.norm import RMSNorm
+from vgm_cli.ranges import Depth, Fraction, Positive, Vocabulary, Whole, Width
 
 __all__ = ["Decoder", "LlamaGen", "VQModel", "padded_causal"]  # VQModel: the tokenizer, as recipes name it
 
@@ -128,27 +129,27 @@ class LlamaGen(nn.Module):
 
     def __init__(
         self,
-        dim: int = 768,
-        n_layer: int = 12,
-        n_head: int = 12,
-        n_kv_head: int | None = None,  # None: as n_head
-        vocab_size: int = 16384,  # codes
+        dim: Width = 768,
+        n_layer: Depth = 12,
+        n_head: Depth = 12,
+        n_kv_head: Depth | None = None,  # None: as n_head
+        vocab_size: Vocabulary = 16384,  # codes
         grid: tuple[int, int] = (16, 16),  # rows and columns of codes
-        num_classes: int = 1000,
+        num_classes: Whole = 1000,
         null_class: bool = True,  # one more row, for guidance; unlabelled data always has it
         model_type: Literal["c2i", "t2i"] = "c2i",  # class or text to image
-        cls_token_num: int = 1,  # condition tokens; 120 for text
-        caption_dim: int = 2048,  # of the text features
-        multiple_of: int = 256,
-        ffn_dim_multiplier: float | None = None,
-        rope_base: float = 10000.0,
-        norm_eps: float = 1e-5,
-        token_dropout: float = 0.1,
-        attn_dropout: float = 0.0,
-        resid_dropout: float = 0.1,
-        ffn_dropout: float = 0.1,
-        drop_path: float = 0.0,  # of the last layer, rising linearly from 0
-        initializer_range: float = 0.02,
+        cls_token_num: Width = 1,  # condition tokens; 120 for text
+        caption_dim: Width = 2048,  # of the text features
+        multiple_of: Width = 256,
+        ffn_dim_multiplier: Positive | None = None,
+        rope_base: Positive = 10000.0,
+        norm_eps: Positive = 1e-5,
+        token_dropout: Fraction = 0.1,
+        attn_dropout: Fraction = 0.0,
+        resid_dropout: Fraction = 0.1,
+        ffn_dropout: Fraction = 0.1,
+        drop_path: Fraction = 0.0,  # of the last layer, rising linearly from 0
+        initializer_range: Positive = 0.02,
         checkpointing: bool = False,  # recompute layers in backward
     ):
         super().__init__()

@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vgm_cli.api import Batch, ObjectiveBase, Step
+from vgm_cli.ranges import Fraction
 
 from .model import LlamaGen, padded_causal
 
@@ -34,7 +35,7 @@ class LlamaGenObjective(ObjectiveBase):
 
     shardable = True
 
-    def __init__(self, model: LlamaGen, text: nn.Module | None = None, label_dropout: float = 0.1):
+    def __init__(self, model: LlamaGen, text: nn.Module | None = None, label_dropout: Fraction = 0.1):
         self.model, self.text, self.label_dropout = model, text, label_dropout
         self.networks: dict[str, nn.Module] = {"model": model}
 

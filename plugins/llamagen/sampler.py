@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vgm_cli.api import Request
 from vgm_cli.ar.sampling import Decoding, Pick, generate, guided, in_one_dtype
+from vgm_cli.ranges import Fraction, NonNegative, Whole
 
 from .model import Decoder, LlamaGen
 
@@ -66,12 +67,12 @@ class LlamaGenSampler:
 
     def __init__(
         self,
-        temperature: float = 1.0,
-        top_k: int = 0,  # 0: all
-        top_p: float = 1.0,
+        temperature: NonNegative = 1.0,
+        top_k: Whole = 0,  # 0: all
+        top_p: Fraction = 1.0,
         greedy: bool = False,
         cfg_interval: int = -1,  # guide the first k + 2 codes only; -1: all
-        guidance_scale: float = 1.0,  # where the request names none
+        guidance_scale: NonNegative = 1.0,  # where the request names none
         prompt: str | list[str] | None = None,  # text to image: one caption for all, or one for each in turn
         text_encoder: str | None = None,  # folder of FLAN-T5 weights, for prompts
     ):

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from vgm_cli.errors import MISSING_ASSET, VgmError
 from vgm_cli.nets.t5 import T5Features
+from vgm_cli.ranges import Width
 
 RULES = (  # applied in order, everything lower case
     (r"<person>", "person"),
@@ -55,7 +56,7 @@ class FlanT5(nn.Module):
     """captions -> (features (B, tokens, C), mask (B, tokens)), padded on the left. path: folder of the encoder,
     loaded at the first call; without one, only trainings without captions work."""
 
-    def __init__(self, path: str | None = None, tokens: int = 120):
+    def __init__(self, path: str | None = None, tokens: Width = 120):
         super().__init__()
         self.path, self.tokens = path, tokens
         self.encoder: T5Features | None = None  # not a submodule: its weights are not ours to save or train

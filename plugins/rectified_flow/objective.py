@@ -18,6 +18,7 @@ from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.diffusion.guidance import ClassifierFreeGuidance
 from vgm_cli.diffusion.iddpm import check_null_class, label_condition
 from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.ranges import Fraction, NonNegative, Positive, Steps
 
 from .flow import EPS, Loss, Schedule, Velocity, euler, flow_losses, times
 from .pairs import Pairs, Part, read_pairs
@@ -39,11 +40,11 @@ class RectifiedFlow(ObjectiveBase):
     def __init__(
         self,
         model: nn.Module,
-        noise_scale: float = 1.0,
-        eps: float = EPS,
+        noise_scale: Positive = 1.0,
+        eps: NonNegative = EPS,
         reduce_mean: bool = True,
-        time_scale: float = 999.0,
-        label_dropout: float = 0.1,
+        time_scale: Positive = 999.0,
+        label_dropout: Fraction = 0.1,
     ):
         if not 0 < eps < 1:
             raise VgmError(f"eps={eps} is not between 0 and 1", code=USAGE)
@@ -100,14 +101,14 @@ class Reflow(RectifiedFlow):
         t_schedule: Literal["uniform", "t0", "t1"] | int = "uniform",
         loss: Loss = "l2",
         pair_folder: str | None = None,
-        teacher_steps: int = 20,
+        teacher_steps: Steps = 20,
         teacher_precision: Literal["fp32", "bf16"] = "fp32",
-        guidance_scale: float | None = None,
-        noise_scale: float = 1.0,
-        eps: float = EPS,
+        guidance_scale: NonNegative | None = None,
+        noise_scale: Positive = 1.0,
+        eps: NonNegative = EPS,
         reduce_mean: bool = True,
-        time_scale: float = 999.0,
-        label_dropout: float = 0.1,
+        time_scale: Positive = 999.0,
+        label_dropout: Fraction = 0.1,
     ):
         super().__init__(model, noise_scale, eps, reduce_mean, time_scale, label_dropout)
         times(torch.zeros(1, device="cpu"), t_schedule, eps)  # a wrong schedule is told now

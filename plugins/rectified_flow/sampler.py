@@ -16,6 +16,7 @@ from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.diffusion.path import LinearPath
 from vgm_cli.diffusion.samplers import GaussianSampler, report
 from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.ranges import NonNegative, Positive, Steps
 
 from .flow import EPS, SDE, euler, rk45
 from .objective import velocity_of
@@ -42,10 +43,10 @@ class RectifiedFlowSampler(GaussianSampler):
     """
 
     method: Literal["rk45", "euler"] = "rk45"
-    steps: int = 100
-    sigma_var: float = 0.0
+    steps: Steps = 100
+    sigma_var: NonNegative = 0.0
     sde: SDE = "official"
-    ode_tol: float = 1e-5
+    ode_tol: Positive = 1e-5
     data_range: Literal["centered", "unit"] = "centered"
 
     def walk(self, model: Denoiser, request: Request, steps: int) -> Tensor:

@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from vgm_cli.api import Batch, ObjectiveBase, Step
 from vgm_cli.diffusion.iddpm import check_null_class, label_condition
+from vgm_cli.ranges import Fraction, NonNegative
 
 from .transport import Prediction, Transport, Weight, view_of
 
@@ -34,9 +35,9 @@ class FlowMatching(ObjectiveBase):
         weight: Weight | None = None,
         time_sampling: Literal["uniform", "logit-normal"] = "uniform",
         time_mean: float = 0.0,
-        time_std: float = 1.0,
-        train_eps: float | None = None,
-        label_dropout: float = 0.1,
+        time_std: NonNegative = 1.0,
+        train_eps: NonNegative | None = None,
+        label_dropout: Fraction = 0.1,
     ):
         check_null_class(model, label_dropout)
         self.model, self.networks = model, {"model": model}

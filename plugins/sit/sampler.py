@@ -18,6 +18,7 @@ from torch import Tensor
 from vgm_cli.api import Request
 from vgm_cli.diffusion.iddpm import guided
 from vgm_cli.errors import USAGE, VgmError, unknown
+from vgm_cli.ranges import NonNegative, Positive, Steps
 
 from .ode import METHODS, integrate
 from .transport import VP, Form, Network, Transport, transport_of
@@ -216,11 +217,11 @@ class ODESampler:
     def __init__(
         self,
         method: str = "heun2",
-        steps: int = 50,
-        atol: float = 1e-6,
-        rtol: float = 1e-3,
+        steps: Steps = 50,
+        atol: Positive = 1e-6,
+        rtol: Positive = 1e-3,
         cfg_channels: int | None = None,
-        sample_eps: float | None = None,
+        sample_eps: NonNegative | None = None,
     ):
         if method not in METHODS:
             raise unknown("ODE method", method, METHODS)
@@ -246,13 +247,13 @@ class SDESampler:
     def __init__(
         self,
         method: Literal["Euler", "Heun"] = "Euler",
-        steps: int = 250,
+        steps: Steps = 250,
         form: Form = "sigma",
-        norm: float = 1.0,
+        norm: NonNegative = 1.0,
         last_step: Literal["Mean", "Tweedie", "Euler"] | None = "Mean",
-        last_step_size: float = 0.04,
+        last_step_size: Positive = 0.04,
         cfg_channels: int | None = None,
-        sample_eps: float | None = None,
+        sample_eps: NonNegative | None = None,
     ):
         self.method, self.steps, self.form, self.norm = method, steps, form, norm
         self.last_step, self.last_step_size = last_step, last_step_size

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vgm_cli.nn.fir import fir_kernel, upfirdn2d
 from vgm_cli.nn.precision import full_precision
+from vgm_cli.ranges import Blocks, Positive, Side, Whole, Width
 
 from .layers import EqualConv, EqualLinear, StyleGenerator, minibatch_stddev, one_hot, pixel_norm, sides
 
@@ -120,17 +121,17 @@ class Generator(StyleGenerator):
 
     def __init__(
         self,
-        size: int = 1024,
-        in_channels: int = 3,
-        num_classes: int = 0,
-        latent_size: int = 512,
-        w_dim: int = 512,
-        mapping_layers: int = 8,
-        mapping_width: int = 512,
-        lr_multiplier: float = 0.01,
-        fmap_base: int = 8192,
-        fmap_max: int = 512,
-        base: int | None = None,
+        size: Side = 1024,
+        in_channels: Width = 3,
+        num_classes: Whole = 0,
+        latent_size: Width = 512,
+        w_dim: Width = 512,
+        mapping_layers: Blocks = 8,
+        mapping_width: Width = 512,
+        lr_multiplier: Positive = 0.01,
+        fmap_base: Width = 8192,
+        fmap_max: Width = 512,
+        base: Width | None = None,
     ):
         super().__init__()
         self.sides = sides(size, base)
@@ -206,14 +207,14 @@ class Discriminator(nn.Module):
 
     def __init__(
         self,
-        size: int = 1024,
-        in_channels: int = 3,
-        num_classes: int = 0,
-        fmap_base: int = 8192,
-        fmap_max: int = 512,
-        group_size: int = 4,
-        group_features: int = 1,
-        base: int | None = None,
+        size: Side = 1024,
+        in_channels: Width = 3,
+        num_classes: Whole = 0,
+        fmap_base: Width = 8192,
+        fmap_max: Width = 512,
+        group_size: Width = 4,
+        group_features: Width = 1,
+        base: Width | None = None,
     ):
         super().__init__()
         self.sides, self.size, self.num_classes = sides(size, base), size, num_classes

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vgm_cli.api import Batch, ObjectiveBase, Phase, Step
 from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.ranges import Few, Fraction, NonNegative
 
 from .augment import AugmentPipe, next_probability
 from .layers import StyleGenerator
@@ -67,18 +68,18 @@ class StyleGANObjective(ObjectiveBase):
         model: nn.Module,
         discriminator: nn.Module,
         loss: Literal["non-saturating", "wgan-gp"] = "non-saturating",
-        r1_gamma: float = 10.0,
-        r1_every: int = 1,
-        path_weight: float = 0.0,
-        path_every: int = 4,
-        path_shrink: int = 2,
-        path_decay: float = 0.01,
-        mixing: float = 0.9,
-        w_decay: float = 0.995,
+        r1_gamma: NonNegative = 10.0,
+        r1_every: Few = 1,
+        path_weight: NonNegative = 0.0,
+        path_every: Few = 4,
+        path_shrink: Few = 2,
+        path_decay: Fraction = 0.01,
+        mixing: Fraction = 0.9,
+        w_decay: Fraction = 0.995,
         grow: dict[str, Any] | None = None,
         augment: dict[str, Any] | None = None,
-        drift: float = 0.001,
-        wgan_lambda: float = 10.0,
+        drift: NonNegative = 0.001,
+        wgan_lambda: NonNegative = 10.0,
     ):
         if not isinstance(model, StyleGenerator):
             raise VgmError("the objective trains StyleGAN's generators", "model.name=stylegan or stylegan2", USAGE)

@@ -17,6 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.ranges import Blocks, Side, Width
 
 from .layers import EqualConv, EqualLinear, StyleGenerator, minibatch_stddev, pixel_norm
 from .model import GAIN, blur, conv_shrink, enlarge, enlarge_conv, shrink, split_lod
@@ -79,7 +80,9 @@ class Level(nn.Module):
 class Generator(StyleGenerator):
     """size: of the images, 4 to 1024; widths: channels of the nine levels. VgmError: another size."""
 
-    def __init__(self, size: int = 1024, w_dim: int = 512, mapping_layers: int = 8, widths: Sequence[int] = WIDTHS):
+    def __init__(
+        self, size: Side = 1024, w_dim: Width = 512, mapping_layers: Blocks = 8, widths: Sequence[int] = WIDTHS
+    ):
         super().__init__()
         self.size, self.in_channels, self.num_classes = size, 3, 0
         self.step = level_of(size)
@@ -143,7 +146,7 @@ class Block(nn.Module):
 class Discriminator(nn.Module):
     """size, widths: as the generator's. from_rgb_activate: a leaky ReLU after the entry."""
 
-    def __init__(self, size: int = 1024, widths: Sequence[int] = WIDTHS, from_rgb_activate: bool = False):
+    def __init__(self, size: Side = 1024, widths: Sequence[int] = WIDTHS, from_rgb_activate: bool = False):
         super().__init__()
         self.size, self.step, self.num_classes, self.from_rgb_activate = size, level_of(size), 0, from_rgb_activate
         first = Block(widths[0] + 1, widths[0], last=True)

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from vgm_cli.api import Request, generators, seed_of
 from vgm_cli.errors import USAGE, VgmError, unknown
+from vgm_cli.ranges import Few
 
 from .layers import StyleGenerator
 
@@ -67,7 +68,7 @@ class StyleMixingSampler:
 
     def __init__(
         self,
-        columns: int = 7,
+        columns: Few = 7,
         layers: str = "coarse",
         truncation_psi: float = 0.7,
         truncation_cutoff: int | None = None,

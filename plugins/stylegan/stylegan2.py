@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vgm_cli.nn.fir import upfirdn2d
 from vgm_cli.nn.precision import full_precision
+from vgm_cli.ranges import Blocks, Positive, Side, Whole, Width
 
 from .layers import (
     ACTIVATIONS,
@@ -225,24 +226,24 @@ class Generator(StyleGenerator):
 
     def __init__(
         self,
-        size: int = 1024,
-        in_channels: int = 3,
-        num_classes: int = 0,
-        latent_size: int = 512,
-        w_dim: int = 512,
-        mapping_layers: int = 8,
-        mapping_width: int | None = None,
-        embed: int | None = None,
-        lr_multiplier: float = 0.01,
-        channel_base: int = 32768,
-        channel_max: int = 512,
+        size: Side = 1024,
+        in_channels: Width = 3,
+        num_classes: Whole = 0,
+        latent_size: Width = 512,
+        w_dim: Width = 512,
+        mapping_layers: Blocks = 8,
+        mapping_width: Width | None = None,
+        embed: Width | None = None,
+        lr_multiplier: Positive = 0.01,
+        channel_base: Width = 32768,
+        channel_max: Width = 512,
         architecture: Architecture = "skip",
         activation: str = "lrelu",
         mapping_activation: str = "lrelu",
         use_noise: bool = True,
-        clamp: float | None = None,
+        clamp: Positive | None = None,
         taps: Sequence[float] = (1, 3, 3, 1),
-        base: int | None = None,
+        base: Width | None = None,
     ):
         super().__init__()
         self.sides = sides(size, base)
@@ -372,25 +373,25 @@ class Discriminator(nn.Module):
 
     def __init__(
         self,
-        size: int = 1024,
-        in_channels: int = 3,
-        num_classes: int = 0,
-        channel_base: int = 32768,
-        channel_max: int = 512,
+        size: Side = 1024,
+        in_channels: Width = 3,
+        num_classes: Whole = 0,
+        channel_base: Width = 32768,
+        channel_max: Width = 512,
         architecture: Architecture = "resnet",
         activation: str = "lrelu",
-        group_size: int | None = 4,
-        group_features: int = 1,
-        mapping_layers: int = 8,
-        mapping_width: int | None = None,
-        embed: int | None = None,
-        lr_multiplier: float = 0.01,
+        group_size: Width | None = 4,
+        group_features: Width = 1,
+        mapping_layers: Blocks = 8,
+        mapping_width: Width | None = None,
+        embed: Width | None = None,
+        lr_multiplier: Positive = 0.01,
         mapping_activation: str = "lrelu",
-        cmap_dim: int | None = None,
-        clamp: float | None = None,
+        cmap_dim: Width | None = None,
+        clamp: Positive | None = None,
         taps: Sequence[float] = (1, 3, 3, 1),
-        freeze_layers: int = 0,
-        base: int | None = None,
+        freeze_layers: Blocks = 0,
+        base: Width | None = None,
     ):
         super().__init__()
         self.sides, self.size, self.num_classes, self.clamp = sides(size, base), size, num_classes, clamp

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vgm_cli.errors import USAGE, VgmError, unknown
+from vgm_cli.ranges import Positive, Width
 
 from . import bounds
 from .likelihood import LEVELS, make_likelihood
@@ -79,8 +80,8 @@ class VAE(nn.Module):
     def __init__(
         self,
         size: int | tuple[int, int] = 28,
-        channels: int = 1,
-        latent_dim: int = 20,
+        channels: Width = 1,
+        latent_dim: Width = 20,
         architecture: Literal["mlp", "conv"] = "mlp",
         hidden: Sequence[int] = (500,),
         activation: Literal["tanh", "relu", "silu"] = "tanh",
@@ -88,7 +89,7 @@ class VAE(nn.Module):
         squash: bool = True,
         scale: Literal["learned", "shared"] | float = "learned",
         binarise: Binarise = "none",
-        init_std: float | None = None,
+        init_std: Positive | None = None,
     ):
         super().__init__()
         height, width = (size, size) if isinstance(size, int) else size

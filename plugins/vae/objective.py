@@ -11,6 +11,7 @@ from torch import Tensor
 
 from vgm_cli.api import Batch, ObjectiveBase, Step
 from vgm_cli.errors import USAGE, VgmError, unknown
+from vgm_cli.ranges import NonNegative, Whole, Width
 
 from . import bounds
 from .likelihood import LEVELS
@@ -37,9 +38,9 @@ class VAEObjective(ObjectiveBase):
         self,
         model: VAE,
         estimator: Literal["a", "b", "iwae"] = "b",
-        samples: int = 1,
-        kl_weight: float = 1.0,
-        map_over: int = 0,
+        samples: Width = 1,
+        kl_weight: NonNegative = 1.0,
+        map_over: Whole = 0,
         dequantise: bool = False,
     ):
         if estimator not in ESTIMATORS:

@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vgm_cli.api import Request
 from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.ranges import Few
 
 from .bounds import reparameterise
 from .model import VAE
@@ -60,7 +61,7 @@ def manifold(unit_square: Tensor) -> Tensor:
 class ManifoldSampler:
     """The latent plane: item i is point i of a side x side grid on the unit square, rows first. VgmError: not 2-D."""
 
-    def __init__(self, side: int = 8):
+    def __init__(self, side: Few = 8):
         self.side = self.grid_columns = side
 
     def __call__(self, model: VAE, request: Request) -> Tensor:

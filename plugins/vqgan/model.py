@@ -19,6 +19,7 @@ from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.nets.first_stage import VQModel
 from vgm_cli.nn.attention import causal_attention
 from vgm_cli.nn.kv_cache import KVCache
+from vgm_cli.ranges import Blocks, Depth, Fraction, Vocabulary, Whole, Width
 
 from .orders import Order, permutation_on
 
@@ -68,22 +69,22 @@ class GPT(nn.Module):
 
     def __init__(
         self,
-        vocab_size: int = 1024,  # codes
+        vocab_size: Vocabulary = 1024,  # codes
         grid: tuple[int, int] = (16, 16),  # rows and columns of codes
-        window: int | None = None,  # side of the attended square where the grid is larger; None: the whole grid
-        num_classes: int = 0,
+        window: Width | None = None,  # side of the attended square where the grid is larger; None: the whole grid
+        num_classes: Whole = 0,
         condition: Condition | None = None,
-        block_size: int | None = None,  # longest sequence; None: condition and window
-        n_layer: int = 12,
-        n_head: int = 8,
-        n_embd: int = 256,
-        embd_pdrop: float = 0.0,
-        resid_pdrop: float = 0.0,
-        attn_pdrop: float = 0.0,
-        n_unmasked: int = 0,  # the first positions see each other
+        block_size: Width | None = None,  # longest sequence; None: condition and window
+        n_layer: Depth = 12,
+        n_head: Depth = 8,
+        n_embd: Width = 256,
+        embd_pdrop: Fraction = 0.0,
+        resid_pdrop: Fraction = 0.0,
+        attn_pdrop: Fraction = 0.0,
+        n_unmasked: Blocks = 0,  # the first positions see each other
         sos_token: int = 0,  # the start token of "none"
-        n_coord: int | None = None,  # a coordinate c in [0, 1] is the id round(n_coord c); None: vocab_size - 1
-        coord_factor: int = 1,  # side of a code in pixels, where coordinates are of pixels (published: 16); 1: of codes
+        n_coord: Width | None = None,  # a coordinate c in [0, 1] is the id round(n_coord c); None: vocab_size - 1
+        coord_factor: Width = 1,  # side of a code in pixels, where coordinates are of pixels (published: 16)
         order: Order = "raster",
         checkpointing: bool = False,  # recompute blocks in backward
     ):

@@ -11,6 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vgm_cli.api import Batch, ObjectiveBase, Step
+from vgm_cli.ranges import Fraction
 
 from .model import GPT
 
@@ -32,7 +33,7 @@ class PriorObjective(ObjectiveBase):
     from its own mistakes; targets are unchanged.
     """
 
-    def __init__(self, model: GPT, pkeep: float = 1.0):
+    def __init__(self, model: GPT, pkeep: Fraction = 1.0):
         self.model, self.pkeep = model, pkeep
         self.networks = {"model": model}
 

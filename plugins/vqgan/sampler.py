@@ -15,6 +15,7 @@ from torch import Tensor
 from vgm_cli.api import Request
 from vgm_cli.ar.sampling import Decoding, Pick, generate, in_one_dtype
 from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.ranges import Fraction, NonNegative, Whole
 
 from .model import GPT, Decoder
 from .orders import inverse
@@ -65,9 +66,9 @@ class PriorSampler:
 
     def __init__(
         self,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        top_p: float = 1.0,
+        temperature: NonNegative = 1.0,
+        top_k: Whole | None = None,
+        top_p: Fraction = 1.0,
         greedy: bool = False,
         grid: tuple[int, int] | None = None,  # codes per column and row; None: as trained. Larger ones slide
     ):

@@ -73,7 +73,7 @@ def test_every_digit_recipe_can_be_counted() -> None:
 
     for name in (n for n in recipes.shipped() if "/mnist" in n):
         recipe = recipes.load(*name.split("/"))
-        facts, _ = plan.plan_facts(recipe)
+        facts, _, _ = plan.plan_facts(recipe)
         with torch.device("meta"):
             built = build.build_objective(recipe, facts, plan.plan_roles(recipe, facts))
         forward, step = plan.count_flops(built, facts, recipe)

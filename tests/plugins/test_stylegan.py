@@ -708,7 +708,7 @@ def test_half_life_of_the_average() -> None:
     assert ramp.decay() == 0.0
     ramp.updates = 1000
     assert ramp.decay() == pytest.approx(0.5 ** (64 / 3200))
-    with pytest.raises(ValueError, match="half_life"):
+    with pytest.raises(VgmError, match="half_life"):
         EMA(net, {"half_life": 10, "decay": 0.9})
 
 

@@ -8,19 +8,33 @@ from typing import Annotated
 import typer
 
 from vgm_cli.cli import complete
-from vgm_cli.cli.train import HARDWARE, RECORD, RUN, Trust, show_config, show_keys
+from vgm_cli.cli.train import (
+    HARDWARE,
+    RECORD,
+    RUN,
+    RecipeCommand,
+    Trust,
+    launch,
+    named,
+    run_to_resume,
+    shown_instead,
+)
 from vgm_cli.ui import ui
 
 
 def register(app: typer.Typer) -> None:
-    app.command("distill")(distill)
+    app.command("distill", cls=RecipeCommand)(distill)
 
 
 def distill(
     method: Annotated[
-        str,
-        typer.Argument(help="dmd, consistency, … or METHOD/RECIPE, or a YAML file.", autocompletion=complete.methods),
-    ],
+        str | None,
+        typer.Argument(
+            help="dmd, consistency, … or METHOD/RECIPE, or a YAML file; with --resume, the run's own recipe.",
+            show_default=False,
+            autocompletion=complete.methods,
+        ),
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
@@ -47,7 +61,8 @@ def distill(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Empty --out first.", rich_help_panel=RUN)] = False,
     stop_after: Annotated[
-        int | None, typer.Option(help="Save and stop at this step; --resume goes on.", rich_help_panel=RUN)
+        int | None,
+        typer.Option(help="Save and stop at this step; --resume goes on.", min=1, rich_help_panel=RUN),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Short for train.seed=N.", rich_help_panel=RUN)] = None,
     plan: Annotated[
@@ -97,31 +112,23 @@ def distill(
     from vgm_cli.errors import USAGE, VgmError
 
     tracking.check(track)
-    if teacher is None and resume and out is not None:
-        teacher = engine.resumed(out)[0]
-        ui.info(f"teacher: {teacher}, as {out} says")
-    assignments = [*(overrides or []), *([] if seed is None else [f"train.seed={seed}"])]
+    method, assignments = named(method, overrides, "method", resume)
+    assignments += [] if seed is None else [f"train.seed={seed}"]
     recipes.allow_typed(assignments, trust)
-    resolved = engine.load(method, recipe, assignments, teacher, weights)
-    if help_config:
-        show_keys(resolved)
-        return
-    if print_config:
-        show_config(resolved)
-        return
-    if teacher is None and not plan:
+    if method is None:
+        resolved = recipes.stored(run_to_resume(out), assignments)
+    else:
+        if teacher is None and resume and out is not None:
+            teacher = engine.resumed(out)[0]
+            ui.info(f"teacher: {teacher}, as {out} says")
+        resolved = engine.load(method, recipe, assignments, teacher, weights)
+    if (
+        teacher is None
+        and "weights" not in (resolved.config.get("teacher") or {})
+        and not (plan or help_config or print_config)
+    ):
         raise VgmError("distillation needs a teacher", f"vgm distill {method} --teacher RUN", USAGE)
-    if nproc < 1 or nnodes < 1:
-        raise VgmError("--nproc and --nnodes must be at least 1", code=USAGE)
-    from vgm_cli.engine import distributed
-
-    distributed.adopt_slurm()
-    if (nproc > 1 or nnodes > 1) and not distributed.launched():
-        raise typer.Exit(distributed.relaunch(nproc, nnodes, rdzv, distributed.default_argv()))
-    recipes.check_components(resolved)
-    if plan:
-        from vgm_cli.engine.plan import make_plan, show_plan
-
-        show_plan(make_plan(resolved))
+    if shown_instead(resolved, help_config, print_config, plan, nproc, nnodes):
         return
+    launch(nproc, nnodes, rdzv)
     engine.run(resolved, out, resume=resume, overwrite=overwrite, stop_after=stop_after, track=track, device=device)

@@ -142,6 +142,7 @@ def evaluate(
         precision=precision,
         overrides=overrides or [],
         save_stats=save_stats,
+        assertions=check or [],
     )
     with Progress("evaluating", n or 0, every=10) as progress:
         results = evaluate_target(target, options, progress)

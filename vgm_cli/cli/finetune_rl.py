@@ -8,17 +8,32 @@ from typing import Annotated
 import typer
 
 from vgm_cli.cli import complete
-from vgm_cli.cli.train import HARDWARE, RECORD, RUN, Trust, show_config, show_keys
+from vgm_cli.cli.train import (
+    HARDWARE,
+    RECORD,
+    RUN,
+    RecipeCommand,
+    Trust,
+    launch,
+    named,
+    run_to_resume,
+    shown_instead,
+)
 
 
 def register(app: typer.Typer) -> None:
-    app.command("finetune-rl")(finetune_rl)
+    app.command("finetune-rl", cls=RecipeCommand)(finetune_rl)
 
 
 def finetune_rl(
     method: Annotated[
-        str, typer.Argument(help="flow-grpo, or METHOD/RECIPE, or a YAML file.", autocompletion=complete.rl_methods)
-    ],
+        str | None,
+        typer.Argument(
+            help="flow-grpo, or METHOD/RECIPE, or a YAML file; with --resume, the run's own recipe.",
+            show_default=False,
+            autocompletion=complete.rl_methods,
+        ),
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
@@ -53,7 +68,8 @@ def finetune_rl(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Empty --out first.", rich_help_panel=RUN)] = False,
     stop_after: Annotated[
-        int | None, typer.Option(help="Save and stop at this step; --resume goes on.", rich_help_panel=RUN)
+        int | None,
+        typer.Option(help="Save and stop at this step; --resume goes on.", min=1, rich_help_panel=RUN),
     ] = None,
     seed: Annotated[int | None, typer.Option(help="Short for train.seed=N.", rich_help_panel=RUN)] = None,
     print_config: Annotated[
@@ -101,23 +117,16 @@ def finetune_rl(
     from vgm_cli.errors import USAGE, VgmError
 
     tracking.check(track)
-    assignments = [*(overrides or []), *([] if seed is None else [f"train.seed={seed}"])]
+    method, assignments = named(method, overrides, "method", resume)
+    assignments += [] if seed is None else [f"train.seed={seed}"]
     recipes.allow_typed([*assignments, *(reward or [])], trust)
-    resolved = engine.load(method, recipe, assignments, model, weights, reward or [])
-    if help_config:
-        show_keys(resolved)
-        return
-    if print_config:
-        show_config(resolved)
-        return
-    if model is None:
+    if method is None:
+        resolved = recipes.stored(run_to_resume(out), assignments)
+    else:
+        resolved = engine.load(method, recipe, assignments, model, weights, reward or [])
+    if "weights" not in (resolved.config.get("teacher") or {}) and not (help_config or print_config):
         raise VgmError("reinforcement learning needs a model", f"vgm finetune-rl {method} --model RUN", USAGE)
-    if nproc < 1 or nnodes < 1:
-        raise VgmError("--nproc and --nnodes must be at least 1", code=USAGE)
-    from vgm_cli.engine import distributed
-
-    distributed.adopt_slurm()
-    if (nproc > 1 or nnodes > 1) and not distributed.launched():
-        raise typer.Exit(distributed.relaunch(nproc, nnodes, rdzv, distributed.default_argv()))
-    recipes.check_components(resolved)
+    if shown_instead(resolved, help_config, print_config, False, nproc, nnodes):
+        return
+    launch(nproc, nnodes, rdzv)
     engine.run(resolved, out, resume=resume, overwrite=overwrite, stop_after=stop_after, track=track, device=device)

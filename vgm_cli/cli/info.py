@@ -18,7 +18,7 @@ from vgm_cli.registry import registry
 from vgm_cli.ui import human, ui
 
 PLURALS = {f"{kind}s": kind for kind in KINDS}
-LISTS = ("papers", "recipes", "presets", *PLURALS)
+LISTS = ("papers", "recipes", "presets", "components", *PLURALS)
 
 
 def register(app: typer.Typer) -> None:
@@ -44,7 +44,10 @@ def complete_lists(incomplete: str) -> list[str]:
 
 def ls(
     what: Annotated[
-        str, typer.Argument(help="papers, recipes, presets, " + ", ".join(PLURALS), autocompletion=complete_lists)
+        str,
+        typer.Argument(
+            help="papers, recipes, presets, components, " + ", ".join(PLURALS), autocompletion=complete_lists
+        ),
     ] = "papers",
 ) -> None:
     """List papers, recipes, presets or components.
@@ -68,6 +71,9 @@ def ls(
         columns, rows = ("recipe", "summary"), recipes_table()
     elif what == "presets":
         columns, rows = ("kind", "component", "preset", "keywords"), presets_table()
+    elif what == "components":
+        columns = ("kind", "name", "plugin", "presets", "summary")
+        rows = [(kind, *row) for kind in PLURALS.values() for row in components_table(kind)]
     else:
         columns, rows = ("name", "plugin", "presets", "summary"), components_table(PLURALS[what])
     ui.document([dict(zip(columns, row)) for row in rows])
@@ -449,7 +455,9 @@ def explain(
         ui.data(f"               {part['file']}" if part["file"] else f"               {part['summary']}")
     ui.data(f"  recipes        {', '.join(f'{paper}/{n}' for n in recipes) or 'none'}")
     if recipes:
-        ui.info(f"next: vgm train {paper}")
+        from vgm_cli.recipe import next_command
+
+        ui.info(f"next: {next_command(paper)}")
 
 
 def used_by(paper: str) -> list[Component]:

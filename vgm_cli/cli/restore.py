@@ -97,6 +97,7 @@ def restore(
     from vgm_cli.engine import restore as engine
     from vgm_cli.engine.sampling import open_model
     from vgm_cli.errors import INTERRUPTED, USAGE, VgmError
+    from vgm_cli.ranges import Steps, fit
     from vgm_cli.recipe import allow_typed
 
     if model is None:
@@ -106,6 +107,7 @@ def restore(
     if truth is not None and degrade:
         raise VgmError("--truth belongs to --degraded: without it the input is the truth", code=USAGE)
     allow_typed([task, method, *(overrides or [])])
+    steps = fit(steps, Steps | None, "--steps")
     settings = engine.settings_for(task, method, noise or ("gaussian" if degrade else "none"), overrides or [])
     if out is not None:
         engine.check_folder(out, overwrite)

@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import dataclasses
 from pathlib import Path
-from typing import Annotated
+from typing import Annotated, Any
 
 import typer
+from typer.core import TyperCommand
 
 from vgm_cli.cli import complete
 from vgm_cli.ui import ui
@@ -19,14 +20,18 @@ Trust = Annotated[
 
 
 def register(app: typer.Typer) -> None:
-    app.command("train")(train)
+    app.command("train", cls=RecipeCommand)(train)
 
 
 def train(
     paper: Annotated[
-        str,
-        typer.Argument(help="A paper (`vgm ls`), PAPER/RECIPE, or a YAML file.", autocompletion=complete.papers),
-    ],
+        str | None,
+        typer.Argument(
+            help="A paper (`vgm ls`), PAPER/RECIPE, or a YAML file; with --resume, the run's own recipe.",
+            show_default=False,
+            autocompletion=complete.papers,
+        ),
+    ] = None,
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
@@ -43,7 +48,8 @@ def train(
     ] = False,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Empty --out first.", rich_help_panel=RUN)] = False,
     stop_after: Annotated[
-        int | None, typer.Option(help="Save and stop at this step; --resume goes on.", rich_help_panel=RUN)
+        int | None,
+        typer.Option(help="Save and stop at this step; --resume goes on.", min=1, rich_help_panel=RUN),
     ] = None,
     trust: Trust = False,
     codec: Annotated[
@@ -99,40 +105,129 @@ def train(
     from vgm_cli.errors import USAGE, VgmError
 
     tracking.check(track)
-    assignments = list(overrides or [])
+    paper, assignments = named(paper, overrides, "paper", resume)
     if seed is not None:
         assignments.append(f"train.seed={seed}")
     if codec is not None:
         assignments += [f"codec.weights={codec}", "codec.fallback=null"]
     recipes.allow_typed(assignments, trust)
-    resolved = recipes.load(paper, recipe, assignments)
-    if codec is not None and "name" not in resolved.config["codec"]:
-        raise VgmError(f"{resolved.name} trains on pixels, it takes no codec", "leave --codec out", USAGE)
-    if help_config:
-        show_keys(resolved)
+    if paper is None:
+        resolved = recipes.stored(run_to_resume(out), assignments)
+    else:
+        resolved = recipes.load(paper, recipe, assignments)
+    verb = recipes.verb_of(resolved.config)
+    teacher = resolved.config.get("teacher") or {}
+    if verb != "train" and "weights" not in teacher and not (plan or help_config or print_config):
+        needs = "a trained model" if verb == "finetune-rl" else "a trained teacher"
+        raise VgmError(f"{resolved.name} needs {needs}", recipes.next_command(resolved.paper, verb), USAGE)
+    if verb == "finetune-rl" and not (plan or help_config or print_config):
+        raise VgmError(f"{resolved.name} learns from rewards", recipes.next_command(resolved.paper, verb), USAGE)
+    if shown_instead(resolved, help_config, print_config, plan, nproc, nnodes):
         return
-    if print_config:
-        show_config(resolved)
-        return
+    launch(nproc, nnodes, rdzv)
+    from vgm_cli.engine.trainer import train as run
+
+    run(resolved, out, resume=resume, overwrite=overwrite, stop_after=stop_after, track=track, device=device)
+
+
+def named(word: str | None, overrides: list[str] | None, what: str, resume: bool) -> tuple[str | None, list[str]]:
+    """(recipe or None, overrides) of a command line whose first word may be left out with --resume."""
+    from vgm_cli.errors import USAGE, VgmError
+
+    rest = list(overrides or [])
+    if resume and word is not None and ("=" in word or word.startswith("~")):
+        rest.insert(0, word)
+        word = None
+    if word is None and not resume:
+        raise VgmError(f"no {what} is named", "`vgm ls` lists the papers; `vgm train dit` is a start", USAGE)
+    return word, rest
+
+
+def run_to_resume(out: Path | None) -> Path:
+    from vgm_cli.errors import USAGE, VgmError
+
+    if out is None:
+        raise VgmError("--resume needs the run's directory", "--resume --out RUN", USAGE)
+    return out
+
+
+def shown_instead(
+    resolved: Any, help_config: bool, print_config: bool, plan: bool, nproc: int = 1, nnodes: int = 1
+) -> bool:
+    """Do what was asked for instead of training; True when there was something."""
+    from vgm_cli.errors import USAGE, VgmError
+
     if nproc < 1 or nnodes < 1:
         raise VgmError("--nproc and --nnodes must be at least 1", code=USAGE)
+    if help_config:
+        show_keys(resolved)
+    elif print_config:
+        show_config(resolved)
+    elif plan:
+        from vgm_cli.engine.plan import make_plan, show_plan
+
+        show_plan(make_plan(resolved, world=nproc * nnodes))
+    return help_config or print_config or plan
+
+
+def launch(nproc: int, nnodes: int, rdzv: str | None) -> None:
+    """Go on as one of several processes, where several are asked for."""
     from vgm_cli.engine import distributed
 
     distributed.adopt_slurm()
     if (nproc > 1 or nnodes > 1) and not distributed.launched():
-        argv = distributed.default_argv()
-        raise typer.Exit(distributed.relaunch(nproc, nnodes, rdzv, argv))
-    recipes.check_components(resolved)
-    if resolved.config.get("teacher") and "weights" not in resolved.config["teacher"] and not plan:
-        raise VgmError(f"{resolved.name} needs a trained teacher", f"vgm distill {paper} --teacher RUN", USAGE)
-    if plan:
-        from vgm_cli.engine.plan import make_plan, show_plan
+        raise typer.Exit(distributed.relaunch(nproc, nnodes, rdzv, distributed.default_argv()))
 
-        show_plan(make_plan(resolved))
-        return
-    from vgm_cli.engine.trainer import train as run
 
-    run(resolved, out, resume=resume, overwrite=overwrite, stop_after=stop_after, track=track, device=device)
+class RecipeCommand(TyperCommand):
+    """A verb whose settings are KEY=VALUE: `--steps 30` is told to be train.steps=30."""
+
+    def parse_args(self, ctx: Any, args: list[str]) -> list[str]:
+        given = list(args)  # the parser empties the list
+        try:
+            return super().parse_args(ctx, args)
+        except Exception as e:
+            option = str(getattr(e, "option_name", ""))  # of click's NoSuchOption, of which typer has its own
+            key = recipe_key(option.lstrip("-"), given) if option else None
+            if key is None:
+                raise
+            from vgm_cli.errors import USAGE, VgmError
+
+            hint = f"settings of the recipe have no dashes: {key}={value_after(option, given)}"
+            raise VgmError(f"there is no option {option}", hint, USAGE) from e
+
+
+def recipe_key(word: str, args: list[str]) -> str | None:
+    """The dotted key that `--word` may mean: of the host's nodes, else of the recipe named on the command line."""
+    from vgm_cli import recipe as recipes
+    from vgm_cli.errors import VgmError
+    from vgm_cli.ui import flat
+
+    word = word.replace("-", "_")
+    known = [f"{n}.{f.name}" for n, cls in recipes.NODES.items() for f in dataclasses.fields(cls)]
+    first = next((a for a in args if not a.startswith("-")), "")
+    try:
+        known += list(flat(recipes.load(first).config))
+    except VgmError:
+        pass
+    known += recipes.TOP
+    if word in known:
+        return word
+    hits = [k for k in known if k.endswith(f".{word}")]
+    order = ["train", "optimizer", "data", "model"]
+    hits.sort(key=lambda k: order.index(k.split(".")[0]) if k.split(".")[0] in order else len(order))
+    short = {"lr": "optimizer.lr", "learning_rate": "optimizer.lr", "epochs": "train.steps", "max_steps": "train.steps"}
+    return hits[0] if hits else short.get(word)
+
+
+def value_after(option: str, args: list[str]) -> str:
+    """What followed an option on the command line."""
+    for i, arg in enumerate(args):
+        if arg.startswith(f"{option}="):
+            return arg.partition("=")[2]
+        if arg == option and i + 1 < len(args) and not args[i + 1].startswith("--"):
+            return args[i + 1]
+    return "VALUE"
 
 
 def show_config(resolved: object) -> None:
@@ -150,14 +245,15 @@ def show_config(resolved: object) -> None:
 
 def show_keys(resolved: object) -> None:
     """Typed keys of the host's nodes and of the recipe's components."""
-    from vgm_cli.recipe import COMPONENT_NODES, NODES, Recipe, explain_type
+    from vgm_cli.ranges import explain
+    from vgm_cli.recipe import COMPONENT_NODES, NODES, Recipe, keys_of
     from vgm_cli.registry import load_target, registry, signature
 
     assert isinstance(resolved, Recipe)
     rows = []
     for node, cls in NODES.items():
-        for f in dataclasses.fields(cls):
-            rows.append((f"{node}.{f.name}", str(f.type), resolved.config[node].get(f.name)))
+        for name, kind_of in keys_of(cls).items():
+            rows.append((f"{node}.{name}", explain(kind_of), resolved.config[node].get(name)))
     for kind in COMPONENT_NODES:
         config = resolved.config.get(kind)
         if config:
@@ -165,7 +261,7 @@ def show_keys(resolved: object) -> None:
             for name, p in signature(load_target(component.target, component.name)).parameters.items():
                 if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and (name != "model" or kind == "model"):
                     default = config.get(name, None if p.default is p.empty else p.default)
-                    kind_of = "" if p.annotation is p.empty else explain_type(p.annotation)
+                    kind_of = "" if p.annotation is p.empty else explain(p.annotation)
                     rows.append((f"{kind}.{name}", kind_of, default))
     ui.document([{"key": k, "type": t, "value": v} for k, t, v in rows])
     ui.table(("key", "type", "value here"), rows)

@@ -19,6 +19,7 @@ from vgm_cli.api import Batch, ObjectiveBase, Request, Step
 from vgm_cli.diffusion.discrete import DiscreteDiffusion, Loss, Mean, Network, Variance, named_betas, space_timesteps
 from vgm_cli.diffusion.resample import UniformResampler, build_resampler, draw
 from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.ranges import Fraction, NonNegative, Steps
 
 
 def label_condition(model: nn.Module, batch: Batch, step: Step, label_dropout: float) -> dict[str, Tensor]:
@@ -59,16 +60,16 @@ class IDDPM(ObjectiveBase):
         self,
         model: nn.Module,
         schedule: str = "linear",
-        steps: int = 1000,
+        steps: Steps = 1000,
         learn_sigma: bool = True,
         prediction: Mean = "eps",
         variance: Variance | None = None,
         loss: Loss = "mse",
-        label_dropout: float = 0.1,
+        label_dropout: Fraction = 0.1,
         resampler: Literal["uniform", "loss-second-moment"] = "uniform",
         rescale_timesteps: bool = False,
-        beta_start: float | None = None,
-        beta_end: float | None = None,
+        beta_start: NonNegative | None = None,
+        beta_end: NonNegative | None = None,
     ):
         if getattr(model, "learn_sigma", learn_sigma) != learn_sigma:
             raise VgmError(
@@ -182,14 +183,14 @@ class DDPMSampler:
 
     def __init__(
         self,
-        steps: int | str = 250,
+        steps: Steps | str = 250,
         clip_denoised: bool | float = False,
         variance: Variance | None = None,
         cfg_channels: int | None = None,
         sampler: Literal["ddpm", "ddim"] = "ddpm",
-        eta: float = 0.0,
+        eta: NonNegative = 0.0,
         classifier: Any = None,
-        classifier_scale: float = 1.0,
+        classifier_scale: NonNegative = 1.0,
     ):
         self.steps, self.clip_denoised, self.variance, self.cfg_channels = steps, clip_denoised, variance, cfg_channels
         self.sampler, self.eta = sampler, eta
@@ -256,11 +257,11 @@ class DDIMSampler(DDPMSampler):
 
     def __init__(
         self,
-        steps: int | str = 50,
-        eta: float = 0.0,
+        steps: Steps | str = 50,
+        eta: NonNegative = 0.0,
         clip_denoised: bool | float = False,
         cfg_channels: int | None = None,
         classifier: Any = None,
-        classifier_scale: float = 1.0,
+        classifier_scale: NonNegative = 1.0,
     ):
         super().__init__(steps, clip_denoised, None, cfg_channels, "ddim", eta, classifier, classifier_scale)

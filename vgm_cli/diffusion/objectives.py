@@ -20,6 +20,7 @@ from vgm_cli.diffusion.denoiser import Denoiser, affine, x0_from
 from vgm_cli.diffusion.iddpm import check_null_class, label_condition
 from vgm_cli.diffusion.path import DiscreteVPPath, EDMPath, Path, expand, make_path
 from vgm_cli.errors import USAGE, VgmError, unknown
+from vgm_cli.ranges import Fraction, NonNegative, Positive
 
 Weighting = Literal["uniform", "x0", "eps", "v", "velocity", "snr", "min-snr-5", "edm", "sigmoid"]
 TimeSampling = Literal["uniform", "logit-normal", "edm-lognormal", "cosine", "logsnr"]
@@ -113,13 +114,13 @@ class GaussianObjective(ObjectiveBase):
         prediction: Literal["eps", "x0", "v", "velocity", "score", "F"] = "eps",
         weighting: Weighting = "uniform",
         time_sampling: TimeSampling = "uniform",
-        label_dropout: float = 0.1,
+        label_dropout: Fraction = 0.1,
         time: str | None = None,
-        time_scale: float = 1.0,
+        time_scale: Positive = 1.0,
         input_scale: str | None = None,
-        sigma_data: float | None = None,
+        sigma_data: Positive | None = None,
         time_mean: float | None = None,
-        time_std: float | None = None,
+        time_std: NonNegative | None = None,
     ):
         check_null_class(model, label_dropout)
         if time_sampling not in get_args(TimeSampling):

@@ -25,6 +25,7 @@ from vgm_cli.diffusion.denoiser import Denoiser, convert, flow_velocity
 from vgm_cli.diffusion.guidance import ClassifierFreeGuidance
 from vgm_cli.diffusion.path import DiscreteVPPath, EDMPath
 from vgm_cli.errors import USAGE, VgmError, unknown
+from vgm_cli.ranges import Blocks, Fraction, NonNegative, Positive, Steps, Unbounded, ordered
 
 Grid = Literal["uniform", "logsnr", "quadratic", "karras", "exponential", "leading", "trailing", "linspace"]
 
@@ -34,8 +35,8 @@ class GaussianSampler(ABC):
     """What every sampler here shares: guidance, evaluation counts, callbacks."""
 
     cfg_channels: int | None = None
-    guidance_rescale: float = 0.0
-    steps: int = 50
+    guidance_rescale: Fraction = 0.0
+    steps: Steps = 50
 
     def __call__(self, view: Denoiser, request: Request) -> Tensor:
         """x0 of (N, *request.shape). VgmError: the view is no Denoiser, fewer than one step."""
@@ -125,8 +126,8 @@ class ODESampler(GaussianSampler):
 
     method: Literal["euler", "midpoint", "heun", "rk4", "dopri5"] = "heun"
     grid: Grid | None = None
-    rtol: float = 1e-5
-    atol: float = 1e-5
+    rtol: Positive = 1e-5
+    atol: Positive = 1e-5
 
     def walk(self, model: Denoiser, request: Request, steps: int) -> Tensor:
         low, high = model.t_range()
@@ -165,9 +166,9 @@ class Dopri5Sampler(ODESampler):
 class SDESampler(GaussianSampler):
     """Reverse SDE. form: "g" e^2 = scale g(t)^2 (scale 1: the exact time reversal), "sigma" e^2 = scale sigma(t)."""
 
-    steps: int = 250
+    steps: Steps = 250
     form: Literal["g", "sigma"] = "g"
-    scale: float = 1.0
+    scale: NonNegative = 1.0
     grid: Grid | None = None
 
     def walk(self, model: Denoiser, request: Request, steps: int) -> Tensor:
@@ -201,7 +202,7 @@ class DDIMSampler(GaussianSampler):
     grid: None is "trailing" timesteps on discrete paths, uniform in t on the others.
     """
 
-    eta: float = 0.0
+    eta: NonNegative = 0.0
     clip: Clip = False
     grid: Grid | None = None
 
@@ -250,7 +251,7 @@ class DDPMSampler(GaussianSampler):
 class DPMSolverSampler(GaussianSampler):
     """Multistep DPM-Solver(++) in the path's own coordinates; sde- algorithms have orders 1 and 2."""
 
-    steps: int = 20
+    steps: Steps = 20
     order: Literal[1, 2, 3] = 2
     algorithm: Literal["dpmsolver++", "dpmsolver", "sde-dpmsolver++", "sde-dpmsolver"] = "dpmsolver++"
     solver_type: Literal["midpoint", "heun"] = "midpoint"
@@ -291,7 +292,7 @@ class DPMSolverSampler(GaussianSampler):
 class UniPCSampler(GaussianSampler):
     """UniPC in the path's own coordinates. disable_corrector: steps left uncorrected."""
 
-    steps: int = 20
+    steps: Steps = 20
     order: Literal[1, 2, 3] = 2
     solver_type: Literal["bh1", "bh2"] = "bh2"
     lower_order_final: bool = True
@@ -325,24 +326,25 @@ class KDiffusionSampler(GaussianSampler):
     options go to the solver where given. VgmError: unknown solver, schedule, or an option that the solver lacks.
     """
 
-    steps: int = 25
+    steps: Steps = 25
     solver: str = "dpmpp_2m"
     schedule: Literal["karras", "exponential", "polyexponential", "vp"] = "karras"
-    rho: float | None = None
-    sigma_min: float | None = None
-    sigma_max: float | None = None
-    eta: float | None = None
-    s_noise: float | None = None
-    s_churn: float | None = None
-    s_tmin: float | None = None
-    s_tmax: float | None = None
+    rho: Positive | None = None
+    sigma_min: Positive | None = None
+    sigma_max: Positive | None = None
+    eta: NonNegative | None = None
+    s_noise: NonNegative | None = None
+    s_churn: NonNegative | None = None
+    s_tmin: NonNegative | None = None
+    s_tmax: Unbounded | None = None
     r: float | None = None
     order: int | None = None
     solver_type: Literal["midpoint", "heun"] | None = None
-    rtol: float | None = None
-    atol: float | None = None
+    rtol: Positive | None = None
+    atol: Positive | None = None
 
     def __post_init__(self) -> None:
+        ordered(self.sigma_min, self.sigma_max, "sigma_min, sigma_max")
         known: dict[str, Callable[..., Tensor]] = {
             **solvers.K_DIFFUSION,
             "dpm_fast": solvers.dpm_fast,
@@ -418,14 +420,17 @@ class EulerAncestralSampler(KDiffusionSampler):
 class EDMSampler(GaussianSampler):
     """EDM's Heun sampler, stochastic with S_churn > 0: float64 states. sigma_min, sigma_max: None for the path's."""
 
-    steps: int = 18
-    sigma_min: float | None = None
-    sigma_max: float | None = None
-    rho: float = 7.0
-    S_churn: float = 0.0
-    S_min: float = 0.0
-    S_max: float = math.inf
-    S_noise: float = 1.0
+    steps: Steps = 18
+    sigma_min: Positive | None = None
+    sigma_max: Positive | None = None
+    rho: Positive = 7.0
+    S_churn: NonNegative = 0.0
+    S_min: NonNegative = 0.0
+    S_max: Unbounded = math.inf
+    S_noise: NonNegative = 1.0
+
+    def __post_init__(self) -> None:
+        ordered(self.sigma_min, self.sigma_max, "sigma_min, sigma_max")
 
     def walk(self, model: Denoiser, request: Request, steps: int) -> Tensor:
         low, high = timesteps.level_range(model.path, *model.t_range())
@@ -478,8 +483,8 @@ class FlowEulerSampler(GaussianSampler):
     shift: SD3's, above 1 spends more steps on noise. stochastic: each step renoises its estimate of x0.
     """
 
-    steps: int = 28
-    shift: float = 1.0
+    steps: Steps = 28
+    shift: Positive = 1.0
     stochastic: bool = False
 
     def walk(self, model: Denoiser, request: Request, steps: int) -> Tensor:
@@ -500,10 +505,10 @@ class FlowEulerSampler(GaussianSampler):
 class PCSampler(GaussianSampler):
     """Score-SDE's predictor-corrector: Langevin steps at signal-to-noise ratio `snr` before each step down."""
 
-    steps: int = 1000
+    steps: Steps = 1000
     predictor: Literal["reverse-diffusion", "ancestral", "none"] = "reverse-diffusion"
-    corrector_steps: int = 1
-    snr: float = 0.16
+    corrector_steps: Blocks = 1
+    snr: Positive = 0.16
     grid: Grid | None = None
 
     def walk(self, model: Denoiser, request: Request, steps: int) -> Tensor:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -14,7 +15,7 @@ from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine.budget import building
 from vgm_cli.engine.tokens import TokenCodec, as_output
 from vgm_cli.errors import MISSING_ASSET, USAGE, VgmError
-from vgm_cli.recipe import HOST_KEYS, Data, Recipe
+from vgm_cli.recipe import HOST_KEYS, Data, Recipe, load
 from vgm_cli.registry import load_target, registry, signature
 
 
@@ -53,7 +54,7 @@ class Facts:
 
 def declared_facts(data: Data) -> Facts:
     """Facts from the recipe alone, for --plan without data."""
-    if data.path in (None, "mnist5k") and data.size is None:
+    if data.path == "mnist5k" and data.size is None:
         return Facts(28, 1, 10, 28, 1)  # the shipped set
     missing = [k for k in ("size", "channels") if getattr(data, k) is None]
     if missing:
@@ -111,6 +112,53 @@ def meta_codec(node: Mapping[str, Any], facts: Facts) -> Any:
             stored = {"name": header.component["name"], **header.component.get("kwargs", {})}
             return as_output(registry().build("codec", stored), node.get("output"))
         return as_output(build_component("codec", strip(node, "codec"), facts)[0], node.get("output"))
+
+
+@dataclass
+class PlannedCodec:
+    """The codec that a run would use, on the meta device. recipe: what trains it first, None where it is at hand."""
+
+    codec: Any
+    facts: Facts
+    recipe: Recipe | None = None
+
+
+def planned_codec(recipe: Recipe, facts: Facts, dataset: Any = None) -> PlannedCodec:
+    """What `find_codec` will come to, without training anything; from shapes alone where there is no data to try."""
+    node = recipe.config["codec"]
+    if node.get("fallback") and not hasattr(dataset, "image_shape_for"):
+        if not (node.get("weights") and carries(node, facts, dataset)):
+            own = codec_recipe(node["fallback"], recipe)
+            with torch.device("meta"):
+                codec = as_output(
+                    build_component("codec", strip(own.config["model"], "model"), facts)[0], node.get("output")
+                )
+            return PlannedCodec(codec, facts.after(codec), own)
+    codec = meta_codec(node, facts)
+    return PlannedCodec(codec, facts_behind(facts, codec, dataset))
+
+
+def carries(node: Mapping[str, Any], facts: Facts, dataset: Any = None) -> bool:
+    """Can the codec whose weights a node names carry these images? See `fits`."""
+    if dataset is None:
+        try:
+            meta_codec(node, facts).latent_shape(facts.image_shape)
+        except VgmError:
+            return False
+        return True
+    images = dataset.pixels(range(min(64, len(dataset))))
+    return fits(ckpt.read_codec(ckpt.resolve(node["weights"]), output=node.get("output")), facts, images)
+
+
+def codec_recipe(name: str, recipe: Recipe) -> Recipe:
+    """The fallback recipe of a codec, on the data of the recipe that needs one."""
+    data = recipe.node("data")
+    assignments = [f"train.seed={recipe.node('train').seed}"]
+    for key in ("path", "size", "channels", "crop", "hflip"):
+        value = getattr(data, key)
+        if value is not None:
+            assignments.append(f"data.{key}={json.dumps(value)}")
+    return load(name, None, assignments)
 
 
 def strip(node: Mapping[str, Any], kind: str) -> dict[str, Any]:
@@ -205,13 +253,19 @@ def initialise(network: nn.Module, node: Mapping[str, Any]) -> nn.Module:
     path = ckpt.resolve(weights)
     tensors, metadata = ckpt.read_tensors(path)
     name = str(node.get("name", type(network).__name__))
-    if "vgm.component" in metadata and (held := ckpt.Header.parse(metadata, path).component["name"]) != name:
-        raise VgmError(f"{path} holds {article(held)}, not {article(name)}", f"`vgm inspect {path}` says more", USAGE)
+    if "vgm.component" in metadata:
+        refuse_other(ckpt.Header.parse(metadata, path), name, path)
     state = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
     ckpt.check_fit(network, state, path, name, USAGE)
     ckpt.refuse_non_finite(state, path)
     network.load_state_dict(state)
     return network
+
+
+def refuse_other(header: ckpt.Header, name: str, path: Path) -> None:
+    """VgmError: the file says that its weights are another component's."""
+    if (held := header.component["name"]) != name:
+        raise VgmError(f"{path} holds {article(held)}, not {article(name)}", f"`vgm inspect {path}` says more", USAGE)
 
 
 def article(name: str) -> str:

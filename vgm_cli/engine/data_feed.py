@@ -25,7 +25,7 @@ from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine.build import Facts
 from vgm_cli.engine.run import Run
 from vgm_cli.errors import USAGE, VgmError
-from vgm_cli.recipe import Data, Recipe
+from vgm_cli.recipe import NO_DATA_HINT, Data, Recipe
 from vgm_cli.ui import some, ui
 
 IN_MEMORY = 20_000  # images whose moments are kept in memory
@@ -104,21 +104,41 @@ class Feed:
         return out
 
 
-def open_feed(recipe: Recipe, run: Run, accelerator: Any, micro_size: int) -> Feed:
-    """Open the data, settle the codec (training the fallback one when the shipped does not fit), encode small sets."""
+def open_images(recipe: Recipe) -> tuple[Any, bool]:
+    """The recipe's data set, and whether it is trained with labels. What is assumed is said.
+
+    VgmError: the recipe names no data, there is none, or none with labels where they are wanted.
+    """
     data = recipe.node("data")
+    if not data.path:
+        raise VgmError(f"{recipe.name} names no data", NO_DATA_HINT, USAGE)
     dataset = open_dataset(data.path, size=data.size, channels=data.channels, crop=data.crop, split=data.split)
     labelled = bool(dataset.facts.num_classes) if data.labels is None else data.labels
     if labelled and not dataset.facts.num_classes:
         raise VgmError(
             f"{data.path} has no labels", "class sub-folders give labels; data.labels=false trains without", USAGE
         )
-    facts = build.facts_of(dataset, labelled)
-    if data.num_classes and data.num_classes != facts.num_classes:
-        ui.warn(f"the recipe says {data.num_classes} classes, the data has {facts.num_classes}: the data counts")
+    count = dataset.facts.num_classes if labelled else 0
+    if data.num_classes and data.num_classes != count:
+        ui.warn(f"the recipe says {data.num_classes} classes, the data has {count or 'none'}: the data counts")
     teacher = (recipe.config.get("teacher") or {}).get("weights")
-    if teacher is not None:
-        compare_classes(facts, ckpt.read_header(ckpt.resolve(teacher)).data, "the teacher")
+    if teacher is not None and labelled:
+        compare_classes(build.facts_of(dataset, True), ckpt.read_header(ckpt.resolve(teacher)).data, "the teacher")
+    if data.channels == 1 and hasattr(dataset, "source") and not dataset.source.header(0)[2]:
+        ui.warn(f"data.channels=1: the colours of {data.path} are left out")
+    return dataset, labelled
+
+
+def open_feed(recipe: Recipe, run: Run, accelerator: Any, micro_size: int, dataset: Any = None) -> Feed:
+    """Settle the codec of the data (training the fallback one when the shipped does not fit), encode small sets.
+
+    dataset: the recipe's, where it is open already.
+    """
+    data = recipe.node("data")
+    if dataset is None:
+        dataset, _ = open_images(recipe)
+    labelled = bool(dataset.facts.num_classes) if data.labels is None else data.labels
+    facts = build.facts_of(dataset, labelled)
     feed = Feed(
         data=data,
         dataset=dataset,
@@ -156,12 +176,16 @@ def compare_classes(facts: Facts, known: Mapping[str, Any], whose: str) -> None:
         ui.warn(f"the data's class {first} is {ours}, that of {whose} {names[first]}: labels stand for other things")
 
 
+def not_for_pixels(latents: Latents) -> VgmError:
+    hint = "take a recipe with a codec, or the images themselves"
+    return VgmError(f"{latents.facts.root} holds latents, but this recipe trains on pixels", hint, USAGE)
+
+
 def use_latents(feed: Feed, node: dict[str, Any] | None, run: Run) -> None:
     """The data are latents already: their codec only scales them and decodes samples."""
     latents = feed.dataset
     if not node:
-        hint = "take a recipe with a codec, or the images themselves"
-        raise VgmError(f"{latents.facts.root} holds latents, but this recipe trains on pixels", hint, USAGE)
+        raise not_for_pixels(latents)
     if not node.get("weights"):
         raise build.missing_codec(node)
     path = ckpt.resolve(node["weights"])

@@ -16,7 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgm_cli import atomic
+from vgm_cli import atomic, validation
 from vgm_cli import recipe as recipes
 from vgm_cli.api import Request, generators, seed_of
 from vgm_cli.data import SHIPPED
@@ -69,8 +69,8 @@ def locate(method: str, recipe: str | None = None) -> tuple[str, Path]:
     if not own:
         papers = sorted({n.split("/")[0] for n in known})
         if method in registry().papers:
-            hint = f"`vgm train {method}`; methods: {', '.join(papers)}"
-            raise VgmError(f"{method} is trained, not distilled", hint, USAGE)
+            hint = f"`{recipes.next_command(method)}`; methods: {', '.join(papers)}"
+            raise VgmError(f"{method} does not distill a teacher", hint, USAGE)
         raise unknown("distillation method", method, papers)
     if recipe is not None:
         return recipes.locate(own[0].split("/")[0], recipe)
@@ -93,7 +93,9 @@ def load(
     config, origins = recipes.load_file(file, f"recipe {name}")
     objective = (config.get("objective") or {}).get("name")
     if objective not in methods() or config.get("teacher") is None:
-        raise VgmError(f"{name} has no teacher: it is trained, not distilled", f"vgm train {name}", USAGE)
+        verb = recipes.verb_of(config)
+        hint = recipes.next_command(name.split("/")[0], verb)
+        raise VgmError(f"{name} does not distill a teacher", hint, USAGE)
     if teacher is not None:
         adopt(config, origins, ckpt.resolve(teacher, weights))
     return recipes.finish(config, origins, name, assignments)
@@ -180,6 +182,7 @@ def run(
         raise VgmError(f"{out} was distilled from another teacher", "resume with the same one", USAGE)
     roles: dict[str, Any] = {}
     if recipe.config.get("pairs"):
+        validation.before_start(recipe, int(os.environ.get("WORLD_SIZE", "1")))  # pairs take minutes
         roles["pairs"] = shared_pairs(recipe)
     return trainer.train(
         recipe,

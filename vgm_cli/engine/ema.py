@@ -16,6 +16,7 @@ import torch
 from torch import Tensor, nn
 
 from vgm_cli.engine.sharding import assign, local
+from vgm_cli.recipe import check_average
 
 
 class EMA:
@@ -24,16 +25,8 @@ class EMA:
     (images), {half_life: 500000, ramp: 0.05}, {sigma_rel: 0.05}. batch_size: images per update, for half-lives."""
 
     def __init__(self, network: nn.Module, config: float | Mapping[str, float], batch_size: int = 1):
-        self.config: dict[str, float] = dict(config) if isinstance(config, Mapping) else {"decay": float(config)}
-        unknown = set(self.config) - {"decay", "warmup", "every", "half_life", "ramp", "sigma_rel"}
-        if unknown or sum(k in self.config for k in ("decay", "half_life", "sigma_rel")) != 1:
-            raise ValueError(
-                "an EMA is a decay, or a mapping with decay [, warmup, every], half_life [, ramp] or sigma_rel; "
-                f"got {config}"
-            )
+        self.config = check_average(config)
         self.batch_size = batch_size
-        if "decay" in self.config and not 0.0 <= self.config["decay"] < 1.0:
-            raise ValueError(f"EMA decay must be in [0, 1), got {self.config['decay']}")
         self.gamma = _gamma(self.config["sigma_rel"]) if "sigma_rel" in self.config else None
         self.updates = 0
         self.source = network
@@ -91,8 +84,6 @@ class EMA:
 def _gamma(sigma_rel: float) -> float:
     """The exponent whose averaging profile has relative width sigma_rel: the real root of
     (g+1)^(1/2) (g+2)^-1 (g+3)^(-1/2) = sigma_rel, by bisection (the left side falls with g)."""
-    if not 0.0 < sigma_rel < 0.28:
-        raise ValueError(f"sigma_rel must be in (0, 0.28), got {sigma_rel}")
     low, high = 0.0, 1e6
     for _ in range(200):
         mid = (low + high) / 2

@@ -253,6 +253,17 @@ def parse_assertion(expression: str) -> tuple[str, str, float]:
     raise VgmError(f"'{expression}' is no assertion", 'example: --assert "fid<5", with <, <=, > or >=', USAGE)
 
 
+def check_names(expressions: Sequence[str], metrics: Sequence[str]) -> None:
+    """VgmError (exit code 2), before anything is measured: an assertion about a number that no metric gives."""
+    names: set[str] = set()
+    for text in metrics:
+        names.update(getattr(build_metric(text), "gives", (full_name(text).partition(":")[0],)))
+    for expression in expressions:
+        name = parse_assertion(expression)[0]
+        if ALIASES.get(name, name) not in names:
+            raise unknown("number in --assert", name, names)
+
+
 def check_assertion(expression: str, results: Sequence[Mapping[str, Any]]) -> None:
     """Raises VgmError: it does not hold (exit code 3), it names no measured number, or is not understood (2)."""
     name, sign, limit = parse_assertion(expression)

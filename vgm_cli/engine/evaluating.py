@@ -49,6 +49,7 @@ class Options:
     precision: str = "auto"
     overrides: Sequence[str] = field(default_factory=tuple)
     save_stats: Path | None = None
+    assertions: Sequence[str] = ()
 
 
 @dataclass
@@ -73,6 +74,7 @@ def evaluate_target(target: str, options: Options, progress: Any = None) -> list
     protocol = protocols.protocol(options.protocol)
     metrics = [protocols.with_options(measuring.full_name(m), protocol) for m in options.metrics or protocol.metrics]
     built = [measuring.build_metric(m) for m in metrics]
+    measuring.check_names(options.assertions, metrics)
     found = open_target(target, options, protocol, sampled=not all(map(measuring.of_model, built)))
     if isinstance(found.pictures, Sampled):
         found.pictures.progress = progress
@@ -258,8 +260,14 @@ def open_reference(options: Options, target: Target) -> Any:
 
 
 def trained_on(data: dict[str, Any], model: Path | str) -> str:
-    """Where a checkpoint says that its training data lie; told, since nobody who sits here named that place."""
-    where = str(data.get("root") or "mnist5k")
+    """Where a checkpoint says that its training data lie; told, since nobody who sits here named that place.
+
+    VgmError: it says nothing.
+    """
+    if not data.get("root"):
+        hint = "--reference DATA, or a statistics file"
+        raise VgmError(f"{model} does not say on what data it was trained: no reference to compare with", hint, USAGE)
+    where = str(data["root"])
     if where not in SHIPPED:
         ui.info(f"reference: {where}, as {model} says")
     return where

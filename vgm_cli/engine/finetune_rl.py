@@ -52,7 +52,8 @@ def load(
     name, file = recipes.locate(method, recipe)
     config, origins = recipes.load_file(file, f"recipe {name}")
     if (config.get("objective") or {}).get("name") not in methods():
-        hint = f"`vgm train {method}`; methods that learn from a reward: {', '.join(methods())}"
+        other = recipes.next_command(name.split("/")[0], recipes.verb_of(config))
+        hint = f"`{other}`; methods that learn from a reward: {', '.join(methods())}"
         raise VgmError(f"{name} does not learn from a reward", hint, USAGE)
     terms, rest = split_rewards(rewards, assignments)
     if terms:

@@ -11,6 +11,7 @@ from torch import nn
 from torch.utils.flop_counter import FlopCounterMode
 from torch.utils.module_tracker import ModuleTracker
 
+from vgm_cli import validation
 from vgm_cli.api import Batch, Step
 from vgm_cli.data import open_dataset
 from vgm_cli.engine import build
@@ -22,13 +23,15 @@ from vgm_cli.recipe import Recipe
 from vgm_cli.ui import duration, human, ui
 
 TIMED_FLOPS = 4e12  # a step above this many FLOPs is timed on a smaller batch and scaled
+TIMED_SECONDS = 20.0  # what timing may take; on a CPU batches are chosen for it
 TIMED_PARAMETERS = 3e8  # above this many, timing alone would take minutes on a CPU
 
 
 @dataclass
 class RunPlan:
     """Cost of a run. Bytes are for one process; flops_forward is of an image, flops_step forward and backward of a
-    batch, None where they cannot be counted; so are the activations left out of `memory`."""
+    batch, None where they cannot be counted; so are the activations left out of `memory`. first: the plan of a codec
+    that is trained before."""
 
     recipe: str
     parameters: int
@@ -47,24 +50,36 @@ class RunPlan:
     timed: str
     total_seconds: float | None
     disk: dict[str, int]
+    processes: int = 1
+    first: RunPlan | None = None
 
 
-def make_plan(recipe: Recipe, device: torch.device | None = None) -> RunPlan:
-    """Build on the meta device, count, then time three steps for real where that is affordable."""
+def make_plan(recipe: Recipe, device: torch.device | None = None, world: int = 1) -> RunPlan:
+    """Build on the meta device, count, then time a few steps for real where that is affordable.
+
+    world: processes that share the batch. VgmError: whatever keeps the recipe from training, but for missing data.
+    """
     device = device or pick_device()
     opts = recipe.node("train")
-    facts, count = plan_facts(recipe)
-    with torch.device("meta"):
-        built = build.build_objective(recipe, facts, plan_roles(recipe, facts))
+    validation.check_parts(recipe)
+    validation.check_batch(recipe, world)
+    facts, count, planned = plan_facts(recipe)
+    before = None
+    if planned is not None and planned.recipe is not None:
+        ui.info(f"a codec is trained first: {planned.recipe.name}")
+        before = make_plan(planned.recipe, device, world)
+    built = validation.build_on_meta(recipe, facts, planned)
     phases = built.objective.phases()
     trained = sorted({r for p in phases for r in p.trains})
     numbers = {r: sum(p.numel() for p in n.parameters()) for r, n in built.networks.items()}
     trainable = sum(p.numel() for r in trained for p in built.networks[r].parameters() if p.requires_grad)
-    micro = max(1, opts.batch_size // opts.accumulate)
+    micro = opts.batch_size // (opts.accumulate * world)
     forward, step = count_flops(built, facts, recipe)
     precision = opts.precision if opts.precision != "auto" else ("bf16" if bf16_supported() else "fp32")
     memory = memory_by_part(built, trained, recipe, precision, micro, facts)
-    seconds, how = time_steps(recipe, facts, device, precision, step or 0, trainable)
+    if opts.fsdp:
+        memory |= {k: -(-v // world) for k, v in memory.items() if k != "activations"}
+    seconds, how = time_steps(recipe, facts, planned, device, precision, step or 0, trainable, world)
     weights = 4 * numbers.get("model", 0)
     one = weights * (1 + len(opts.ema)) + 8 * trainable
     return RunPlan(
@@ -85,17 +100,20 @@ def make_plan(recipe: Recipe, device: torch.device | None = None) -> RunPlan:
         timed=how,
         total_seconds=seconds * opts.steps if seconds else None,
         disk={"one checkpoint": one, f"kept ({max(opts.keep, 1)})": one * max(opts.keep, 1)},
+        processes=world,
+        first=before,
     )
 
 
-def plan_facts(recipe: Recipe) -> tuple[Facts, int | None]:
-    """Facts from the data when it is there, else from the recipe; then through the codec's shapes."""
+def plan_facts(recipe: Recipe) -> tuple[Facts, int | None, build.PlannedCodec | None]:
+    """Facts from the data when it is there, else from the recipe, then through the codec's shapes; the number of
+    images; the codec."""
     data = recipe.node("data")
     count = data.count
     facts: Facts | None = None
     dataset: Any = None
     try:
-        if data.path is not None or data.size is None:
+        if data.path:
             dataset = open_dataset(data.path, size=data.size, channels=data.channels, crop=data.crop, split=data.split)
             labelled = bool(dataset.facts.num_classes) if data.labels is None else data.labels
             facts, count = build.facts_of(dataset, labelled), len(dataset)
@@ -104,10 +122,8 @@ def plan_facts(recipe: Recipe) -> tuple[Facts, int | None]:
             raise
         ui.warn(f"{e.message}; planning from the recipe's own numbers")
     facts = facts or build.declared_facts(data)
-    node = recipe.config.get("codec")
-    if node:
-        facts = build.facts_behind(facts, build.meta_codec(node, facts), dataset)
-    return facts, count
+    planned = build.planned_codec(recipe, facts, dataset) if recipe.config.get("codec") else None
+    return (planned.facts if planned else facts), count, planned
 
 
 def plan_roles(recipe: Recipe, facts: Facts) -> dict[str, Any]:
@@ -208,24 +224,52 @@ def memory_by_part(
     return parts
 
 
+def speed(device: torch.device, dtype: torch.dtype | None) -> float:
+    """FLOPs per second of a matrix product: what a step can reach at best."""
+    a = torch.ones(512, 512, device=device, dtype=dtype or torch.float32)
+    a @ a
+    began = time.perf_counter()
+    for _ in range(4):
+        a @ a
+    return 4 * 2 * 512**3 / max(time.perf_counter() - began, 1e-9)
+
+
 def time_steps(
-    recipe: Recipe, facts: Facts, device: torch.device, precision: str, flops_image: float, trainable: int
+    recipe: Recipe,
+    facts: Facts,
+    planned: build.PlannedCodec | None,
+    device: torch.device,
+    precision: str,
+    flops_image: float,
+    trainable: int,
+    world: int = 1,
 ) -> tuple[float | None, str]:
-    """Median of three timed forward-backward passes, scaled to the batch; None with the reason when not affordable."""
+    """Median of three timed forward-backward passes of one process's share, scaled to it; None with the reason when
+    that would take longer than TIMED_SECONDS."""
     opts = recipe.node("train")
-    if device.type == "cpu" and trainable > TIMED_PARAMETERS:
-        return None, f"not timed: {human(trainable)} parameters would take minutes to set up on this CPU"
-    n = max(2, min(opts.batch_size // opts.accumulate, int(TIMED_FLOPS / max(flops_image, 1))))
-    built = build.build_objective(recipe, facts, plan_roles(recipe, facts))
+    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
+    share = max(1, opts.batch_size // (opts.accumulate * world))
+    affordable = TIMED_FLOPS
+    if device.type == "cpu":
+        if precision == "fp16":
+            return None, "not timed: training in fp16 needs a GPU"
+        if trainable > TIMED_PARAMETERS:
+            return None, f"not timed: {human(trainable)} parameters would take minutes to set up on this CPU"
+        affordable = speed(device, dtype) * TIMED_SECONDS / 12  # four passes, each at about a third of the best speed
+        if 2 * flops_image > 4 * affordable:
+            return None, f"not timed: one image takes {human(flops_image)} FLOPs, minutes on this CPU"
+    n = max(2, min(share, int(affordable / max(flops_image, 1))))
+    ui.info(f"timing {recipe.name} with {n} images on {device.type}, at most about {TIMED_SECONDS:.0f} s …")
+    codec = {"codec": planned.codec} if planned else {}
+    built = build.build_objective(recipe, facts, {**codec, **plan_roles(recipe, facts)})
     for network in built.networks.values():
         network.to(device)
     step = Step(index=0, device=device)
     batch = example(facts, n, device, recipe)
     if hasattr(built.objective, "prepare"):
         built.objective.prepare(batch, step)
-    times = []
-    dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
-    for _ in range(4):
+    times: list[float] = []
+    while len(times) < 4 and sum(times) < TIMED_SECONDS / 2:
         began = time.perf_counter()
         for phase in built.objective.phases():
             with torch.autocast(device.type, dtype, enabled=dtype is not None):
@@ -234,14 +278,22 @@ def time_steps(
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
-    seconds = sorted(times[1:])[1] * opts.batch_size / n
-    note = f"3 steps timed on this machine ({device.type}, {n} images each"
-    return seconds, note + (", scaled to the batch)" if n != opts.batch_size else ")")
+    timed = times[1:] or times  # the first one warms up
+    seconds = sorted(timed)[len(timed) // 2] * share * opts.accumulate / n
+    note = f"{len(timed)} step{'s' * (len(timed) > 1)} timed on this machine ({device.type}, {n} images each"
+    note += ", scaled to the batch" if n != share * opts.accumulate else ""
+    return seconds, note + (f"; {world} processes are taken to be as fast as one)" if world > 1 else ")")
 
 
 def show_plan(plan: RunPlan) -> None:
     """The plan for people, or as JSON."""
     ui.document(asdict(plan))
+    lines(plan)
+
+
+def lines(plan: RunPlan) -> None:
+    if plan.first is not None:
+        lines(plan.first)
     shape = "×".join(str(s) for s in plan.sample_shape)
     ui.data(f"{plan.recipe}")
     ui.data(f"  parameters       {plan.parameters:,} ({plan.trainable:,} trained)")
@@ -253,11 +305,14 @@ def show_plan(plan: RunPlan) -> None:
         ui.data(f"  FLOPs            {human(plan.flops_forward)} forward per image, {human(plan.flops_step)} per step")
     parts = ", ".join(f"{k} {gib(v)}" for k, v in plan.memory.items())
     more = "" if "activations" in plan.memory else " and activations, which could not be counted"
-    ui.data(f"  memory           {gib(sum(plan.memory.values()))} = {parts}{more}")
+    each = f" on each of {plan.processes} processes" if plan.processes > 1 else ""
+    ui.data(f"  memory           {gib(sum(plan.memory.values()))} = {parts}{more}{each}")
     epochs = f" = {plan.epochs:,.1f} epochs" if plan.epochs else ""
     ui.data(f"  length           {plan.steps:,} steps of {plan.batch_size} images{epochs}, {plan.precision}")
     if plan.seconds_per_step is not None and plan.total_seconds is not None:
         ui.data(f"  time             {plan.seconds_per_step:.3g} s per step, {duration(plan.total_seconds)} in all")
+        if plan.first is not None and plan.first.total_seconds is not None:
+            ui.data(f"                   {duration(plan.total_seconds + plan.first.total_seconds)} with the codec")
     ui.data(f"                   {plan.timed}")
     ui.data("  disk             " + ", ".join(f"{k} {gib(v)}" for k, v in plan.disk.items()))
 

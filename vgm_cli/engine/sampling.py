@@ -14,8 +14,10 @@ from vgm_cli.engine.distributed import keep_memory, pick_device
 from vgm_cli.engine.generate import Plan, class_labels, class_numbers, sampler_node
 from vgm_cli.engine.run import bf16_supported
 from vgm_cli.errors import USAGE, VgmError, unknown
+from vgm_cli.ranges import Images, NonNegative, Steps, fit
 from vgm_cli.recipe import parse_yaml
 from vgm_cli.ui import ui
+from vgm_cli.validation import check_sampler
 
 
 def device_for(name: str | None = None) -> torch.device:
@@ -74,6 +76,11 @@ def plan_for(
     if sampler in (None, (recipe.get("sampler") or {}).get("name")):
         told = {k: v for k, v in (recipe.get("sampler") or {}).items() if k not in own}
         foreign.tell_files(told, loaded.path)
+    guidance_scale = fit(guidance_scale, NonNegative | None, "--guidance-scale")
+    steps = fit(steps, Steps | None, "--steps")
+    n = fit(n, Images, "-n")
+    node = sampler_node(recipe, sampler, own)
+    check_sampler(node)
     wanted = class_numbers([w.strip() for w in label.split(",") if w.strip()], loaded) if label else []
     interval = None
     if guidance_interval is not None:
@@ -81,6 +88,10 @@ def plan_for(
             low, high = (float(v) for v in guidance_interval.split(","))
         except ValueError as e:
             raise VgmError(f"--guidance-interval {guidance_interval} is not LO,HI", "example: 0.1,0.8", USAGE) from e
+        if not 0 <= low <= high <= 1:
+            raise VgmError(
+                f"--guidance-interval {guidance_interval} is no part of [0, 1]", "t is 0 at the data, 1 at noise", USAGE
+            )
         interval = (low, high)
     wishes = {
         "seed": seed or None,
@@ -93,7 +104,7 @@ def plan_for(
         n=n,
         seed=seed,
         labels=class_labels(n, loaded.header.data.get("num_classes") or 0, wanted),
-        sampler=sampler_node(recipe, sampler, own),
+        sampler=node,
         steps=steps,
         guidance_scale=recipe.get("guidance_scale") if guidance_scale is None else guidance_scale,
         guidance_interval=interval,

@@ -23,13 +23,14 @@ import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, nullcontext
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vgm_cli import atomic, limits
+from vgm_cli import atomic, limits, validation
 from vgm_cli.api import Batch, Phase, Step, seed_of
 from vgm_cli.data.fingerprint import older
 from vgm_cli.engine import build, data_feed, generate, sharding, tracking
@@ -38,7 +39,7 @@ from vgm_cli.engine.distributed import keep_memory, pick_device
 from vgm_cli.engine.ema import EMA
 from vgm_cli.engine.run import Run, bf16_supported, read_record
 from vgm_cli.errors import DIVERGED, FAILED, INTERRUPTED, USAGE, VgmError
-from vgm_cli.recipe import TORCH_OPTIMIZERS, Optimizer, Recipe, load, parse_yaml
+from vgm_cli.recipe import TORCH_OPTIMIZERS, Optimizer, Recipe, parse_yaml
 from vgm_cli.registry import registry
 from vgm_cli.ui import Progress, duration, flat, ui
 
@@ -99,6 +100,11 @@ def train(
     if accelerator.device.type == "cpu":
         keep_memory()
     opts = recipe.node("train")
+    if open_feed is data_feed.open_feed:
+        dataset = validation.before_start(recipe, accelerator.num_processes)
+        open_feed = partial(open_feed, dataset=dataset)
+    else:
+        validation.before_start(recipe, accelerator.num_processes, reads_data=False)
     with open_run(recipe, out, resume, overwrite, accelerator) as run, Guard() as guard:
         trainer = Trainer(recipe, run, accelerator, roles or {}, track, open_feed)
         if resume:
@@ -184,7 +190,11 @@ def compare(recipe: Recipe, run: Run) -> None:
         raise VgmError(f"{file} is damaged: it is no recipe", code=FAILED)
     free = {f"train.{k}" for k in MAY_CHANGE}
     before, now = flat(then), flat(parse_yaml(recipe.dump(), "the recipe"))
-    changed = sorted(k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and k not in free)
+    order = ("paper", "model", "teacher", "codec", "objective", "data")  # what says most comes first
+    changed = sorted(
+        (k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and k not in free),
+        key=lambda k: (order.index(head) if (head := k.split(".")[0]) in order else len(order), k != f"{head}.name", k),
+    )
     if changed:
         k = changed[0]
         raise VgmError(
@@ -236,13 +246,6 @@ class Trainer:
         self.opts = recipe.node("train")
         self.world, self.rank, self.device = accelerator.num_processes, accelerator.process_index, accelerator.device
         per_step = self.world * self.opts.accumulate
-        if self.opts.batch_size % per_step:
-            raise VgmError(
-                f"train.batch_size={self.opts.batch_size} does not divide over {self.world} processes × "
-                f"{self.opts.accumulate} micro-batches",
-                f"a multiple of {per_step} does",
-                USAGE,
-            )
         self.micro_size = self.opts.batch_size // per_step
         self.start, self.images, self.seconds = 0, 0, 0.0
         self.window: dict[str, Tensor] = {}  # sums of what is logged, since the last row
@@ -384,7 +387,7 @@ class Trainer:
                 if due(done, opts.save_every) or last:
                     self._stop_if_diverged(finite, done)
                     self.save(done, self.seconds + time.perf_counter() - began)
-                if (due(done, opts.preview_every) or done == until) and opts.preview_n:
+                if opts.preview_every and (due(done, opts.preview_every) or done == until) and opts.preview_n:
                     self.preview(done, progress)
                     mark, mark_images = time.perf_counter(), self.images
                 if stop:
@@ -855,13 +858,7 @@ def channels_last(network: nn.Module, asked: bool | None) -> bool:
 def train_codec(recipe_name: str, recipe: Recipe, out: Path, device: str | None = None) -> Path:
     """Train the fallback codec on this recipe's data into `out`, a run like any other; returns its weights file. A
     finished one is reused, an unfinished one goes on."""
-    data = recipe.node("data")
-    assignments = [f"train.seed={recipe.node('train').seed}"]
-    for key in ("path", "size", "channels", "crop", "hflip"):
-        value = getattr(data, key)
-        if value is not None:
-            assignments.append(f"data.{key}={json.dumps(value)}")
-    own = load(recipe_name, None, assignments)
+    own = build.codec_recipe(recipe_name, recipe)
     last = Run(out).last()
     if last is None or read_state(last, [])["step"] < own.node("train").steps:
         train(own, out, resume=out.exists(), quiet_end=True, device=device)

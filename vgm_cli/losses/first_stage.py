@@ -22,6 +22,7 @@ from vgm_cli.api import Batch, ObjectiveBase, Phase, Step
 from vgm_cli.losses.adversarial import DiscLoss, GenLoss, adaptive_weight, discriminator_loss, generator_loss
 from vgm_cli.nets.first_stage import DiagonalGaussian
 from vgm_cli.nn.quantize import code_usage, recent_usage, warmup_cosine
+from vgm_cli.ranges import NonNegative, Whole
 
 Reduction = Literal["sum", "mean"]
 Perceptual = Callable[[Tensor, Tensor], Tensor]
@@ -111,13 +112,13 @@ class AutoencoderObjective(ObjectiveBase):
         model: nn.Module,
         discriminator: nn.Module | None = None,
         perceptual: nn.Module | None = None,
-        kl_weight: float = 1e-6,
-        codebook_weight: float = 1.0,
+        kl_weight: NonNegative = 1e-6,
+        codebook_weight: NonNegative = 1.0,
         pixel_loss: Literal["l1", "l2"] = "l1",
-        perceptual_weight: float = 1.0,
-        disc_weight: float = 0.5,
-        disc_start: int = 50001,
-        disc_factor: float = 1.0,
+        perceptual_weight: NonNegative = 1.0,
+        disc_weight: NonNegative = 0.5,
+        disc_start: Whole = 50001,
+        disc_factor: NonNegative = 1.0,
         disc_loss: DiscLoss = "hinge",
         gen_loss: GenLoss = "hinge",
         adaptive: bool = True,

@@ -35,6 +35,9 @@ class LPIPS(nn.Module):
         super().__init__()
         if (vgg is None) != (heads is None):
             raise VgmError("LPIPS needs both files, vgg and heads", WHERE, USAGE)
+        for file in (vgg, heads):
+            if file is not None and not Path(file).is_file():
+                raise VgmError(f"no such file: {file}", WHERE, MISSING_ASSET)
         self.vgg = VGG16Features()
         self.heads = nn.ModuleList(nn.Conv2d(c, 1, 1, bias=False) for c in WIDTHS)
         self.register_buffer("shift", torch.tensor(SHIFT)[:, None, None], persistent=False)

@@ -2,7 +2,8 @@
 
 A metric is any object with `needs_samples`, `needs_reference` (subsets of NEEDS) and
 `__call__(samples, reference, seed) -> list[Value]`; constructor keywords are its options. It may set
-`network = "mnist" | "dinov2" | "clip"` to insist on one kind of features.
+`network = "mnist" | "dinov2" | "clip"` to insist on one kind of features, and `gives`, the names of its numbers where
+that is not its own name alone.
 
 A model metric looks at the trained model instead of at images: `needs_model = True` and
 `__call__(subject, seed) -> list[Value]`. It shares its work over processes by `subject.shares`.

@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.ranges import Few, Steps, Whole
 
 if TYPE_CHECKING:
     from vgm_cli.metrics.base import Measured, Value
@@ -179,7 +180,7 @@ class FID:
     name = "fid"
     needs_reference = frozenset({"moments"})
 
-    def __init__(self, bootstrap: int | None = None):
+    def __init__(self, bootstrap: Whole | None = None):
         self.bootstrap = bootstrap
         self.needs_samples = frozenset({"moments"} if bootstrap == 0 else {"moments", "pool"})
 
@@ -224,7 +225,7 @@ class FIDInfinity:
     needs_samples = frozenset({"pool"})
     needs_reference = frozenset({"moments"})
 
-    def __init__(self, points: int = 15, smallest: int | None = None):
+    def __init__(self, points: Few = 15, smallest: Steps | None = None):
         self.points = points
         self.smallest = smallest
 

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.metrics.base import Measured, Value
+from vgm_cli.ranges import Steps, Width
 
 
 def inception_score(
@@ -44,7 +45,7 @@ class InceptionScore:
     needs_samples = frozenset({"logits"})
     needs_reference: frozenset[str] = frozenset()
 
-    def __init__(self, splits: int = 10, split_size: int | None = None, shuffle: bool = True):
+    def __init__(self, splits: Steps = 10, split_size: Width | None = None, shuffle: bool = True):
         self.splits = splits
         self.split_size = split_size
         self.shuffle = shuffle

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.metrics.base import Measured, Value
+from vgm_cli.ranges import Few, NonNegative, Positive, Steps, Width
 
 
 def polynomial_mmd(x: Tensor, y: Tensor, degree: int = 3, gamma: float | None = None, coef0: float = 1.0) -> float:
@@ -54,7 +55,7 @@ class KID:
 
     needs_samples = needs_reference = frozenset({"pool"})
 
-    def __init__(self, subsets: int = 100, subset_size: int = 1000, degree: int = 3):
+    def __init__(self, subsets: Steps = 100, subset_size: Width = 1000, degree: Few = 3):
         self.subsets = subsets
         self.subset_size = subset_size
         self.degree = degree
@@ -94,7 +95,7 @@ class CMMD:
     network = "clip"
     needs_samples = needs_reference = frozenset({"pool"})
 
-    def __init__(self, sigma: float = 10.0, scale: float = 1000.0):
+    def __init__(self, sigma: NonNegative = 10.0, scale: Positive = 1000.0):
         self.sigma = sigma
         self.scale = scale
 

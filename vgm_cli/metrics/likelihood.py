@@ -44,6 +44,7 @@ from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.diffusion.likelihood import bits_per_dim, log_likelihood, rademacher
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.metrics.base import Subject, Value
+from vgm_cli.ranges import Count, Positive, Steps
 
 IMAGES = 256  # measured where -n does not say
 LEVELS = 127.5  # data are uint8 / LEVELS - 1
@@ -97,16 +98,17 @@ class BitsPerDim:
     draws of latent-variable models, None for the model's own number."""
 
     needs_model = True
+    gives = ("bits-per-dim", "bits-per-latent-dim")
 
     def __init__(
         self,
-        n: int | None = None,
+        n: Count | None = None,
         probes: int = 1,
         method: str = "dopri5",
-        steps: int = 100,
-        rtol: float = 1e-5,
-        atol: float = 1e-5,
-        samples: int | None = None,
+        steps: Steps = 100,
+        rtol: Positive = 1e-5,
+        atol: Positive = 1e-5,
+        samples: Count | None = None,
     ):
         self.n, self.samples = n, samples
         self.ode: dict[str, Any] = {

@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.metrics.base import Measured, Value
+from vgm_cli.ranges import Few
 
 BLOCK = 2048  # rows of the distance matrix in memory at once
 
@@ -67,9 +68,10 @@ def density_coverage(samples: Tensor, reference: Tensor, k: int = 5) -> tuple[fl
 class PrecisionRecall:
     """k: neighbour that sets the radius."""
 
+    gives = ("precision", "recall")
     needs_samples = needs_reference = frozenset({"pool"})
 
-    def __init__(self, k: int = 3):
+    def __init__(self, k: Few = 3):
         self.k = k
 
     def __call__(self, samples: Measured, reference: Measured, seed: int) -> list[Value]:
@@ -81,9 +83,10 @@ class PrecisionRecall:
 class DensityCoverage:
     """k: neighbour that sets the radius."""
 
+    gives = ("density", "coverage")
     needs_samples = needs_reference = frozenset({"pool"})
 
-    def __init__(self, k: int = 5):
+    def __init__(self, k: Few = 5):
         self.k = k
 
     def __call__(self, samples: Measured, reference: Measured, seed: int) -> list[Value]:

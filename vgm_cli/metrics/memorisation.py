@@ -16,6 +16,7 @@ from torch import Tensor
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.metrics.base import Measured, Value
 from vgm_cli.metrics.manifold import distance_blocks
+from vgm_cli.ranges import Fraction
 
 SHOWN = 16  # closest samples listed
 
@@ -47,10 +48,11 @@ class Memorisation:
     """Per space (features, pixels): "memorisation" as `closer` has it, and "copies", the share of samples nearer to a
     training image than `quantile` of real images are (about `quantile` when nothing was copied)."""
 
+    gives = ("memorisation", "copies", "memorisation-pixels", "copies-pixels")
     needs_samples = needs_reference = frozenset({"pool", "pixels"})
     uses_held_out = True
 
-    def __init__(self, quantile: float = 0.01):
+    def __init__(self, quantile: Fraction = 0.01):
         if not 0 < quantile < 1:
             raise VgmError(f"quantile={quantile} is not between 0 and 1", code=USAGE)
         self.quantile = quantile

@@ -25,6 +25,7 @@ from vgm_cli.api import generators, seed_of
 from vgm_cli.errors import USAGE, VgmError, unknown
 from vgm_cli.metrics.base import Subject, Value
 from vgm_cli.metrics.image import load_lpips
+from vgm_cli.ranges import Count, NonNegative
 
 PAIRS = 50_000
 SIDE = 256  # larger images are box-averaged to this
@@ -63,8 +64,8 @@ class PerceptualPathLength:
 
     def __init__(
         self,
-        n: int | None = None,
-        epsilon: float = 1e-4,
+        n: Count | None = None,
+        epsilon: NonNegative = 1e-4,
         space: str = "w",
         sampling: str = "end",
         crop: bool = False,

@@ -17,6 +17,7 @@ from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.diffusion.guidance import ClassifierFreeGuidance
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.metrics.base import Subject, Value
+from vgm_cli.ranges import Count, NonNegative, Steps
 
 IMAGES = 256  # trajectories where -n does not say
 
@@ -43,7 +44,7 @@ class Straightness:
 
     needs_model = True
 
-    def __init__(self, n: int | None = None, steps: int = 100, guidance_scale: float = 1.0):
+    def __init__(self, n: Count | None = None, steps: Steps = 100, guidance_scale: NonNegative = 1.0):
         self.n, self.steps, self.guidance_scale = n, steps, guidance_scale
 
     def __call__(self, subject: Subject, seed: int) -> list[Value]:

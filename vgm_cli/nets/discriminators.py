@@ -8,6 +8,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor, nn
 
+from vgm_cli.ranges import Depth, Width
+
 
 class ActNorm(nn.Module):
     """Per-channel shift and scale, set by the first training batch to zero mean and unit deviation.
@@ -50,7 +52,7 @@ class NLayerDiscriminator(nn.Module):
     place of BatchNorm. Weights start from N(0, 0.02), BatchNorm's from N(1, 0.02).
     """
 
-    def __init__(self, in_channels: int = 3, ndf: int = 64, n_layers: int = 3, use_actnorm: bool = False):
+    def __init__(self, in_channels: Width = 3, ndf: Width = 64, n_layers: Depth = 3, use_actnorm: bool = False):
         super().__init__()
         layers: list[nn.Module] = [nn.Conv2d(in_channels, ndf, 4, stride=2, padding=1), nn.LeakyReLU(0.2, True)]
         width = ndf

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.ranges import Depth, Fraction, Side, Whole, Width
 
 
 def zero(module: nn.Module) -> Any:
@@ -119,17 +120,17 @@ class DhariwalUNet(nn.Module):
 
     def __init__(
         self,
-        img_resolution: int = 64,
-        in_channels: int = 3,
-        out_channels: int | None = None,
-        num_classes: int | None = 1000,
-        model_channels: int = 192,
+        img_resolution: Side = 64,
+        in_channels: Width = 3,
+        out_channels: Width | None = None,
+        num_classes: Whole | None = 1000,
+        model_channels: Width = 192,
         channel_mult: Sequence[int] = (1, 2, 3, 4),
-        channel_mult_emb: int = 4,
-        num_blocks: int = 3,
+        channel_mult_emb: Width = 4,
+        num_blocks: Depth = 3,
         attn_resolutions: Sequence[int] = (32, 16, 8),
-        head_channels: int = 64,
-        dropout: float = 0.1,
+        head_channels: Width = 64,
+        dropout: Fraction = 0.1,
     ):
         super().__init__()
         levels = len(channel_mult)

@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.nets.autoencoder import AttnType, Decoder, Encoder
 from vgm_cli.nn.quantize import EMAVectorQuantizer, GumbelQuantizer, Unknown, VectorQuantizer
+from vgm_cli.ranges import Blocks, Fraction, NonNegative, Positive, Side, Vocabulary, Width
 
 # -- posterior ---------------------------------------------------------------------------------------------------------
 
@@ -106,12 +107,12 @@ class FirstStage(nn.Module):
         encoder: Encoder,
         decoder: Decoder,
         convs: tuple[nn.Conv2d, nn.Conv2d],
-        embed_dim: int,
+        embed_dim: Width,
         factor: int,
         scaling: tuple[float, float],
         latent_stats: bool,
-        tile: int | None,
-        tile_overlap: float,
+        tile: Width | None,
+        tile_overlap: Fraction,
     ):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
@@ -214,37 +215,37 @@ class VQModel(FirstStage):
 
     def __init__(
         self,
-        n_embed: int = 8192,  # codes
-        ch: int = 128,  # width of the highest resolution
+        n_embed: Vocabulary = 8192,  # codes
+        ch: Width = 128,  # width of the highest resolution
         ch_mult: tuple[int, ...] = (1, 2, 4),  # widths per level; each level after the first halves the size
         decoder_ch_mult: tuple[int, ...] | None = None,  # None: as ch_mult
-        num_res_blocks: int = 2,  # per level; the decoder has one more
+        num_res_blocks: Blocks = 2,  # per level; the decoder has one more
         attn_resolutions: tuple[int, ...] = (),  # in units of `resolution`
-        resolution: int = 256,  # nominal; only decides where attention goes
-        z_channels: int = 3,
-        embed_dim: int = 3,  # dimensions of a code
-        in_channels: int = 3,
-        out_ch: int | None = None,  # None: as in_channels
-        dropout: float = 0.0,
+        resolution: Side = 256,  # nominal; only decides where attention goes
+        z_channels: Width = 3,
+        embed_dim: Width = 3,  # dimensions of a code
+        in_channels: Width = 3,
+        out_ch: Width | None = None,  # None: as in_channels
+        dropout: Fraction = 0.0,
         attn_type: AttnType = "vanilla",
         resamp_with_conv: bool = True,
         tanh_out: bool = False,
-        norm_groups: int = 32,
+        norm_groups: Width = 32,
         quantizer: Literal["nearest", "ema", "gumbel"] = "nearest",
-        beta: float = 0.25,  # weight of the commitment, or of the codebook term when legacy
+        beta: NonNegative = 0.25,  # weight of the commitment, or of the codebook term when legacy
         legacy: bool = True,
         l2_norm: bool = False,  # latents and codes of unit length
-        entropy_weight: float = 0.0,
-        ema_decay: float = 0.99,
+        entropy_weight: NonNegative = 0.0,
+        ema_decay: Fraction = 0.99,
         straight_through: bool = True,  # gumbel
-        kl_weight: float = 5e-4,  # gumbel
+        kl_weight: NonNegative = 5e-4,  # gumbel
         remap: str | None = None,  # .npy of the codes in use
         unknown_index: Unknown = "random",
-        scale_factor: float = 1.0,
+        scale_factor: Positive = 1.0,
         shift_factor: float = 0.0,
         latent_stats: bool = False,
-        tile: int | None = None,  # encode and decode in tiles of this many pixels; None: never
-        tile_overlap: float = 0.25,
+        tile: Width | None = None,  # encode and decode in tiles of this many pixels; None: never
+        tile_overlap: Fraction = 0.25,
     ):
         shared: dict[str, Any] = {
             "ch": ch,

@@ -21,6 +21,7 @@ from torch.utils.checkpoint import checkpoint
 
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.nn.fir import conv_downsample_fir, downsample_fir, upsample_conv_fir, upsample_fir
+from vgm_cli.ranges import Blocks, Fraction, NonNegative, Positive, Side, Whole, Width, ordered
 
 Activation = Literal["swish", "elu", "relu", "lrelu"]
 Progressive = Literal["none", "output_skip", "residual"]
@@ -249,13 +250,13 @@ class NCSNpp(nn.Module):
 
     def __init__(
         self,
-        image_size: int = 32,
-        in_channels: int = 3,
-        nf: int = 128,
+        image_size: Side = 32,
+        in_channels: Width = 3,
+        nf: Width = 128,
         ch_mult: Sequence[int] = (1, 2, 2, 2),
-        num_res_blocks: int = 4,
+        num_res_blocks: Blocks = 4,
         attn_resolutions: Sequence[int] = (16,),
-        dropout: float = 0.1,
+        dropout: Fraction = 0.1,
         resblock_type: Literal["biggan", "ddpm"] = "biggan",
         resamp_with_conv: bool = True,
         fir: bool = False,
@@ -265,20 +266,21 @@ class NCSNpp(nn.Module):
         progressive_input: ProgressiveInput = "none",
         progressive_combine: Literal["sum", "cat"] = "sum",
         embedding_type: Literal["positional", "fourier"] = "positional",
-        fourier_scale: float = 16.0,
+        fourier_scale: Positive = 16.0,
         scale_by_sigma: bool = False,
         centered: bool = True,
         conditional: bool = True,
-        init_scale: float = 0.0,
+        init_scale: NonNegative = 0.0,
         nonlinearity: Activation = "swish",
-        sigma_min: float = 0.01,
-        sigma_max: float = 50.0,
-        num_scales: int = 1000,
-        num_classes: int | None = 0,
+        sigma_min: Positive = 0.01,
+        sigma_max: Positive = 50.0,
+        num_scales: Width = 1000,
+        num_classes: Whole | None = 0,
         null_class: bool = False,
-        patch_size: int = 1,
+        patch_size: Width = 1,
     ):
         super().__init__()
+        ordered(sigma_min, sigma_max, "sigma_min, sigma_max")
         levels, side = len(ch_mult), image_size // patch_size
         if side * patch_size != image_size or side % 2 ** (levels - 1):
             raise VgmError(

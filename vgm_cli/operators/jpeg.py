@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.operators.base import Operator
+from vgm_cli.ranges import Percent
 
 LUMINANCE = (
     (16, 11, 10, 16, 24, 40, 51, 61),
@@ -71,7 +72,7 @@ class JPEG(Operator):
     name = "jpeg"
     linear = False
 
-    def __init__(self, quality: int = 10, subsampling: Literal["4:2:0", "4:4:4"] = "4:2:0"):
+    def __init__(self, quality: Percent = 10, subsampling: Literal["4:2:0", "4:4:4"] = "4:2:0"):
         if not 1 <= quality <= 100:
             raise VgmError(f"quality={quality}: 1 to 100", "quality=10", USAGE)
         self.quality, self.subsampling = quality, subsampling

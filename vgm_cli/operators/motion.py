@@ -23,6 +23,7 @@ from vgm_cli.operators.base import SVD, Operator, conjugate_gradient, mirrored
 from vgm_cli.operators.files import read_arrays
 from vgm_cli.operators.noise import numpy_rng
 from vgm_cli.operators.separable import check_kernel_size
+from vgm_cli.ranges import Fraction, Width
 
 DENSE = 2048  # pixels of one channel up to which a blur without structure is decomposed as a matrix
 
@@ -70,8 +71,8 @@ class MotionDeblurring(Operator):
 
     def __init__(
         self,
-        kernel_size: int = 61,
-        intensity: float = 0.5,
+        kernel_size: Width = 61,
+        intensity: Fraction = 0.5,
         kernel: str | None = None,
         padding: Literal["reflect", "circular"] = "reflect",
     ):

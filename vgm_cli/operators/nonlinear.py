@@ -13,6 +13,7 @@ from torch import Tensor
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.operators.base import Operator
 from vgm_cli.operators.motion import MotionDeblurring
+from vgm_cli.ranges import Fraction, NonNegative, Width
 
 
 class NonlinearDeblurring(Operator):
@@ -29,12 +30,12 @@ class NonlinearDeblurring(Operator):
 
     def __init__(
         self,
-        kernel_size: int = 61,
-        intensity: float = 0.5,
+        kernel_size: Width = 61,
+        intensity: Fraction = 0.5,
         kernel: str | None = None,
-        gamma: float = 2.2,
+        gamma: NonNegative = 2.2,
         weights: str | None = None,
-        code_scale: float = 1.2,
+        code_scale: NonNegative = 1.2,
         resample: bool = False,
     ):
         if gamma <= 0:

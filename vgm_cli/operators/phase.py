@@ -8,6 +8,7 @@ from torch import Tensor
 
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.operators.base import Operator
+from vgm_cli.ranges import Positive, Whole
 
 
 class PhaseRetrieval(Operator):
@@ -21,7 +22,7 @@ class PhaseRetrieval(Operator):
     name = "phase-retrieval"
     linear = False
 
-    def __init__(self, oversample: float = 2.0, pad: int | None = None):
+    def __init__(self, oversample: Positive = 2.0, pad: Whole | None = None):
         self.pad = int(oversample / 8.0 * 256) if pad is None else pad
         if self.pad < 0:
             raise VgmError(f"a frame of {self.pad} pixels", "oversample=2", USAGE)

@@ -19,6 +19,7 @@ from torch import Tensor
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.operators.base import SVD, Operator, mirrored
 from vgm_cli.operators.resize import KERNELS, matrix, output_size
+from vgm_cli.ranges import NonNegative, Positive, Width
 
 Axes = tuple[Tensor | None, Tensor | None, Tensor | None]  # of channels, rows, columns; None leaves an axis alone
 
@@ -91,7 +92,9 @@ class SuperResolution(Separable):
 
     name = "super-resolution"
 
-    def __init__(self, scale: float = 4, kernel: Literal["cubic", "lanczos2", "lanczos3", "box", "linear"] = "cubic"):
+    def __init__(
+        self, scale: Positive = 4, kernel: Literal["cubic", "lanczos2", "lanczos3", "box", "linear"] = "cubic"
+    ):
         if scale < 1:
             raise VgmError(f"scale={scale}: super-resolution enlarges, scale is at least 1", "scale=4", USAGE)
         assert kernel in KERNELS
@@ -145,7 +148,9 @@ class GaussianDeblurring(Separable):
 
     name = "gaussian-deblurring"
 
-    def __init__(self, kernel_size: int = 61, std: float = 3.0, padding: Literal["reflect", "circular"] = "reflect"):
+    def __init__(
+        self, kernel_size: Width = 61, std: NonNegative = 3.0, padding: Literal["reflect", "circular"] = "reflect"
+    ):
         check_kernel_size(kernel_size)
         if not std >= 0:
             raise VgmError(f"std={std}: a width in pixels is not negative", "std=3", USAGE)

@@ -16,6 +16,7 @@ from torch import Tensor
 from vgm_cli.data.decode import Unreadable, load_image
 from vgm_cli.errors import MISSING_ASSET, USAGE, VgmError
 from vgm_cli.images import uint8_round
+from vgm_cli.ranges import Fraction, Percent
 
 
 def pictures(images: Tensor) -> list[Image.Image]:
@@ -29,7 +30,7 @@ def pictures(images: Tensor) -> list[Image.Image]:
 class JPEGIncompressibility:
     """Kilobytes (of 1000) of a JPEG (Black et al. 2023, 2305.13301); quality 95 as in yifan123/flow_grpo rewards.py."""
 
-    def __init__(self, quality: int = 95):
+    def __init__(self, quality: Percent = 95):
         if not 1 <= quality <= 95:
             raise VgmError(f"quality={quality}: JPEG takes 1 to 95", code=USAGE)
         self.quality = quality
@@ -60,7 +61,7 @@ class Brightness:
 class Ink:
     """Share of pixels brighter than `threshold` (0 black, 1 white): the area of white strokes on black."""
 
-    def __init__(self, threshold: float = 0.5):
+    def __init__(self, threshold: Fraction = 0.5):
         self.threshold = threshold
 
     def __call__(self, images: Tensor, batch: Mapping[str, Any]) -> Tensor:
