@@ -131,14 +131,13 @@ def explain(e: Exception, verb: str = "") -> VgmError:
     if isinstance(e, RecursionError):
         return VgmError("something in a file is nested too deeply")
     if isinstance(e, OSError) and e.errno in (errno.ENAMETOOLONG, errno.ELOOP, errno.EACCES, errno.EISDIR):
-        return VgmError(f"cannot open {short(e.filename or 'a file')}: {e.strerror}")
+        code = USAGE if e.errno == errno.ENAMETOOLONG else FAILED
+        return VgmError(f"cannot open {short(e.filename or 'a file')}: {e.strerror}", code=code)
     if out_of_memory(e):
         lower = "train.accumulate=2 with the same train.batch_size, train.checkpointing=true, or a smaller batch"
         if verb in ("sample", "evaluate", "restore"):
             lower = "a smaller --batch-size"
         return VgmError("out of memory" if isinstance(e, MemoryError) else "out of GPU memory", lower)
-    if isinstance(e, OSError) and e.errno == errno.ENAMETOOLONG:
-        return VgmError("a word is too long for the name of a file", "check the paths given", USAGE)
     return VgmError(f"{type(e).__name__}: {first}", "--debug shows the traceback; this may be a bug worth reporting")
 
 
