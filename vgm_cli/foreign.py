@@ -56,7 +56,7 @@ def fields() -> dict[str, dict[str, Any]]:
         "n": Annotated[int, Field(gt=0)],
         "seed": int,
         "labels": list[int],
-        "steps": size,
+        "steps": size | str,  # a spacing such as "ddim50"
         "asked": list[str],
         "input": text,
         "precision": Literal["fp32", "bf16"],

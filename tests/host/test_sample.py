@@ -220,6 +220,12 @@ def test_rerun_makes_the_same_image(run: Path, vgm, tmp_path: Path, kind: str) -
     assert code == 2 and "no complete checkpoint" in err
 
 
+def test_steps_that_are_a_spacing_are_remembered() -> None:
+    from vgm_cli import foreign
+
+    assert foreign.check({"steps": "ddim50"}, "picture", "a.png") == {"steps": "ddim50"}
+
+
 def test_rerun_refuses_other_images_and_other_weights(run: Path, vgm, tmp_path: Path) -> None:
     Image.new("L", (8, 8)).save(tmp_path / "plain.png")
     code, _, err = vgm("rerun", tmp_path / "plain.png")
