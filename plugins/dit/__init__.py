@@ -1,7 +1,8 @@
 """DiT: Scalable Diffusion Models with Transformers. Peebles & Xie, ICCV 2023 (arXiv 2212.09748).
 
 Official code: facebookresearch/DiT@ed81ce2 (CC-BY-NC; nothing of it is copied here).
-The process and the objective are IDDPM's, shared with ADM: vgm_cli/diffusion/{discrete,iddpm}.py.
+The network is vgm_cli/nets/dit.py, shared with SiT; the process and the objective are IDDPM's, shared with ADM:
+vgm_cli/diffusion/{discrete,iddpm}.py.
 Deviations: label dropout is drawn by the objective, not inside the network's forward; attention is fused.
 """
 
@@ -30,20 +31,14 @@ def vgm_components() -> Iterable[Component | Paper]:
                 "ImageNet 512 IS (XL/2, guidance 1.5)": 240.82,
             },
         ),
-        *(
-            Component(
-                kind="model",
-                name=name,
-                target=f"vgm_plugins.dit.model:{attr}",
-                presets=f"vgm_plugins.dit.presets:{presets}",
-                from_data={"input_size": "size", "in_channels": "channels", "num_classes": "num_classes"},
-                summary=summary,
-                denoiser=True,
-            )
-            for name, attr, presets, summary in (
-                ("dit", "DiT", "PRESETS", "diffusion transformer with adaLN-Zero"),
-                ("sit", "SiT", "SIT_PRESETS", "DiT for t in [0, 1], variance half of the output discarded"),
-            )
+        Component(
+            kind="model",
+            name="dit",
+            target="vgm_cli.nets.dit:DiT",
+            presets="vgm_plugins.dit.presets:PRESETS",
+            from_data={"input_size": "size", "in_channels": "channels", "num_classes": "num_classes"},
+            summary="diffusion transformer with adaLN-Zero",
+            denoiser=True,
         ),
         *(
             Component(kind="converter", name=name, target=f"vgm_plugins.dit.checkpoints:{attr}", summary=summary)
@@ -51,7 +46,6 @@ def vgm_components() -> Iterable[Component | Paper]:
                 ("dit", "CONVERTER", "facebookresearch/DiT checkpoints"),
                 ("dit-diffusers", "DIFFUSERS", "diffusers DiTTransformer2DModel, 256 pixels"),
                 ("dit-diffusers-512", "DIFFUSERS_512", "diffusers DiTTransformer2DModel, 512 pixels"),
-                ("sit", "SIT", "willisma/SiT checkpoints"),
             )
         ),
     ]

@@ -1,4 +1,4 @@
-"""DiT weights: the official layout, which is ours, and diffusers' DiTTransformer2DModel.
+"""DiT weights: the official layout, which is ours (nets/dit_checkpoints.py), and diffusers' DiTTransformer2DModel.
 
 Official files (facebookresearch/DiT@ed81ce2): a bare state dict (DiT-XL-2-256x256.pt) or train.py's dict with "model"
 and "ema", see vgm_cli.convert_api.unwrap. diffusers (0.35): q, k, v apart; one copy of the timestep and label embedders
@@ -10,7 +10,6 @@ outputs differ.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
-from dataclasses import replace
 from typing import Any
 
 import torch
@@ -18,80 +17,13 @@ from torch import Tensor
 
 from vgm_cli.convert_api import Converter
 from vgm_cli.errors import MISSING_ASSET, USAGE, VgmError
-
-from .model import sincos_2d
+from vgm_cli.nets.dit import sincos_2d
+from vgm_cli.nets.dit_checkpoints import assumes, config_from, converter, depth_of, latents
 
 State = Mapping[str, Tensor]
 
 
 # -- official --------------------------------------------------------------------------------------------------------
-
-
-def recognise(keys: Iterable[str]) -> bool:
-    """DiT's names and nothing that only a descendant (LightningDiT, MAR, ...) has."""
-    keys = set(keys)
-    own = {"pos_embed", "x_embedder.proj.weight", "y_embedder.embedding_table.weight", "final_layer.linear.weight"}
-    return own | {"blocks.0.attn.qkv.bias", "blocks.0.mlp.fc1.bias", "t_embedder.mlp.2.weight"} <= keys and not any(
-        "norm" in k or "rope" in k for k in keys
-    )
-
-
-def official(state: State) -> dict[str, Tensor]:
-    """Official names are ours, both ways; a missing tensor is a KeyError."""
-    for name in names(depth_of(state)):
-        if name not in state:
-            raise KeyError(name)
-    return dict(state)
-
-
-def config_from(state: State) -> dict[str, Any]:
-    """Constructor keywords of an official state. A null class is assumed; heads follow the published widths."""
-    hidden, in_channels, patch, _ = state["x_embedder.proj.weight"].shape
-    out_channels = state["final_layer.linear.weight"].shape[0] // patch**2
-    return {
-        "input_size": round(state["pos_embed"].shape[1] ** 0.5) * patch,
-        "patch_size": patch,
-        "in_channels": in_channels,
-        "hidden_size": hidden,
-        "depth": depth_of(state),
-        "num_heads": heads_of(hidden),
-        "mlp_ratio": state["blocks.0.mlp.fc1.weight"].shape[0] / hidden,
-        "num_classes": state["y_embedder.embedding_table.weight"].shape[0] - 1,
-        "learn_sigma": out_channels == 2 * in_channels,
-    }
-
-
-def depth_of(state: State, prefix: str = "blocks.") -> int:
-    return 1 + max(int(k.removeprefix(prefix).split(".")[0]) for k in state if k.startswith(prefix))
-
-
-PUBLISHED = {384: 6, 768: 12, 1024: 16, 1152: 16}  # heads by width
-
-
-def heads_of(hidden: int) -> int:
-    """64 channels per head as in S, B and L; 72 in XL; else the largest head size up to 64 that divides the width."""
-    return PUBLISHED.get(hidden) or next(hidden // d for d in range(min(64, hidden), 0, -1) if hidden % d == 0)
-
-
-def names(depth: int) -> list[str]:
-    """Every tensor of a DiT, in the official layout."""
-    layers = ["x_embedder.proj", "t_embedder.mlp.0", "t_embedder.mlp.2"]
-    for i in range(depth):
-        parts = ("attn.qkv", "attn.proj", "mlp.fc1", "mlp.fc2", "adaLN_modulation.1")
-        layers += [f"blocks.{i}.{p}" for p in parts]
-    layers += ["final_layer.linear", "final_layer.adaLN_modulation.1"]
-    tensors = [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
-    return ["pos_embed", "y_embedder.embedding_table.weight", *tensors]
-
-
-def latents(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Data facts of the published networks: latents of an autoencoder of factor 8, ImageNet's classes."""
-    size, channels, classes = config["input_size"], config.get("in_channels", 4), config.get("num_classes", 1000)
-    image = {"image_size": 8 * size, "image_channels": 3}
-    if channels in (1, 3):  # pixels
-        image = {"image_size": size, "image_channels": channels}
-    facts = {**image, "num_classes": classes, "size": size, "channels": channels}
-    return {**facts, "sample_shape": [channels, size, size]}
 
 
 def header(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -110,38 +42,15 @@ def header(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"view": view, "recipe": recipe, "data": latents(config)}
 
 
-def assumes(state: State, config: Mapping[str, Any]) -> dict[str, str]:
-    """What no tensor tells, where the network is not of a published width with ImageNet's classes."""
-    hidden, classes = config["hidden_size"], config["num_classes"]
-    rows, found = classes + 1, {}
-    if hidden not in PUBLISHED:
-        width = hidden // heads_of(hidden)
-        found["num_heads"] = f"num_heads={heads_of(hidden)}, heads of {width} channels (num_heads=N tells otherwise)"
-    if rows != 1001:
-        found["class_dropout_prob"] = (
-            f"the {rows} rows of the label table are {classes} class{'' if classes == 1 else 'es'} and a null class "
-            f"(num_classes={rows} class_dropout_prob=0: {rows} classes and none)"
-        )
-    return found
-
-
 def assumes_training(state: State, config: Mapping[str, Any]) -> dict[str, str]:
-    """The same, and how a network that is not a published one was trained."""
+    """What no tensor tells of the network, and of the training of one that is not a published one."""
     found = assumes(state, config)
     told = "schedule=linear over 1000 steps, as published (schedule=cosine tells otherwise)"
     return {**found, "schedule": told} if found else found
 
 
-CONVERTER = Converter(
-    name="dit",
-    component="dit",
-    recognise=recognise,
-    to_ours=official,
-    from_ours=official,
-    config_from=config_from,
-    header=header,
-    assumes=assumes_training,
-    summary="facebookresearch/DiT (bare state, or train.py's model/ema)",
+CONVERTER = converter(
+    "dit", header, "facebookresearch/DiT (bare state, or train.py's model/ema)", assumes=assumes_training
 )
 
 
@@ -288,27 +197,3 @@ def diffusers(name: str, input_size: int) -> Converter:
 
 DIFFUSERS = diffusers("dit-diffusers", input_size=32)
 DIFFUSERS_512 = diffusers("dit-diffusers-512", input_size=64)
-
-# -- SiT -------------------------------------------------------------------------------------------------------------
-
-
-def sit_header(config: Mapping[str, Any]) -> dict[str, Any]:
-    """The released networks: linear path, velocity, told 1 - t; recipes/sit/imagenet256.yaml."""
-    view = {"name": "denoiser", "path": {"name": "linear"}, "prediction": "velocity", "time": "reversed"}
-    sampler = {"name": "sit-sde", "method": "Euler", "form": "sigma", "norm": 1.0, "last_step": "Mean"}
-    sampler |= {"last_step_size": 0.04, "steps": 250, "cfg_channels": 3}
-    return {
-        "view": view,
-        "recipe": {"paper": "sit", "sampler": sampler, "guidance_scale": 1.5},
-        "data": latents(config),
-    }
-
-
-SIT = replace(
-    CONVERTER,
-    name="sit",
-    component="sit",
-    header=sit_header,
-    assumes=assumes,
-    summary="willisma/SiT: the same tensors as DiT's",
-)

@@ -1,8 +1,8 @@
 """SiT: Scalable Interpolant Transformers. Ma et al., ECCV 2024 (arXiv 2401.08740).
 
-Official code: willisma/SiT@947f95b. The network is DiT's with half of its output thrown away, so plugins/dit
-brings it; this plugin brings the process: path, prediction, ODE and SDE samplers with a diffusion coefficient chosen
-after training.
+Official code: willisma/SiT@947f95b. The network is DiT's with half of its output thrown away (vgm_cli/nets/dit.py).
+This plugin brings the process: path, prediction, ODE and SDE samplers with a diffusion coefficient chosen after
+training.
 Deviations: see transport.py and sampler.py (diffusion forms that crash officially work; one evaluation per drift).
 """
 
@@ -30,6 +30,16 @@ def vgm_components() -> Iterable[Component | Paper]:
                 "ImageNet 256 FID-50K (XL/2, ODE, guidance 1.5)": 2.15,
             },
         ),
+        Component(
+            kind="model",
+            name="sit",
+            target="vgm_cli.nets.dit:SiT",
+            presets="vgm_plugins.sit.presets:PRESETS",
+            from_data={"input_size": "size", "in_channels": "channels", "num_classes": "num_classes"},
+            summary="DiT for t in [0, 1], variance half of the output discarded",
+            denoiser=True,
+        ),
+        Component("converter", "sit", "vgm_plugins.sit.checkpoints:CONVERTER", summary="willisma/SiT checkpoints"),
         Component(
             kind="objective",
             name="flow-matching",

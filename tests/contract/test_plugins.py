@@ -84,6 +84,27 @@ def test_a_plugin_can_be_left_out(vgm) -> None:
     assert [p["error"] for p in listed if p["name"] == "nowhere"] == ["no such plugin file: nowhere.py"]
 
 
+@pytest.mark.parametrize(("out", "paper"), [("dit", "sit"), ("sit", "dit")])
+def test_papers_that_share_a_network_do_not_need_each_other(out: str, paper: str, vgm, tmp_path: Path) -> None:
+    """DiT's network is the host's: either paper validates, plans, trains, samples and converts without the other."""
+    without = ("-p", f"no:{out}")
+    assert f"\n{out}\t" not in vgm(*without, "ls", "models")[1]
+    assert vgm(*without, "train", paper, "--recipe", "imagenet256", "--plan")[0] == 0
+    path = tmp_path / "small.yaml"
+    small = "hidden_size: 16, depth: 1, num_heads: 2"
+    path.write_text(f"base: {paper}/mnist\ncodec: null\nmodel: {{{small}, patch_size: 14}}\ntrain: {{batch_size: 2}}\n")
+    assert vgm(*without, "validate", path)[0] == 0
+    run = tmp_path / "run"
+    code, _, err = vgm(*without, "train", path, "train.steps=1", "train.preview_every=0", "--out", run)
+    assert code == 0, err
+    code, _, err = vgm(*without, "sample", run, "-n", "1", "--steps", "3", "--out", tmp_path / "pictures")
+    assert code == 0, err
+    assert list((tmp_path / "pictures").glob("*.png"))
+    (model,) = (run / "checkpoints" / "last").glob("model*.safetensors")
+    code, _, err = vgm(*without, "convert", model, tmp_path / "official.safetensors", "--to", paper)
+    assert code == 0, err
+
+
 def test_names_of_plugins_do_not_collide() -> None:
     """Two distributions with one plugin name: the second is listed under its distribution's name, with the reason."""
 

@@ -190,7 +190,7 @@ def test_a_converter_that_errs_is_noticed(damage: str, dit: Path, vgm: Call, mon
     import vgm_plugins.dit.checkpoints as checkpoints
 
     def wrong(state: dict[str, Tensor]) -> dict[str, Tensor]:
-        out = dict(checkpoints.official(state))
+        out = dict(checkpoints.CONVERTER.to_ours(state))
         a, b = "blocks.0.mlp.fc2.bias", "blocks.1.mlp.fc2.bias"
         if damage == "swapped":
             out[a], out[b] = out[b], out[a]

@@ -404,7 +404,7 @@ def test_a_network_that_is_not_registered_is_not_trained(vgm: Vgm, tmp_path: Pat
     code, _, err = vgm("train", path, "model={name: 'mine:Net'}", "--out", tmp_path / "run")
     assert code == 2 and "registered models only" in err and "--plugin" in err, err
     assert not (tmp_path / "run").exists()
-    code, _, err = vgm("validate", path, "model.name=vgm_plugins.dit.model:DiT")
+    code, _, err = vgm("validate", path, "model.name=vgm_cli.nets.dit:DiT")
     assert code == 0, err  # where a registered one lies
 
 

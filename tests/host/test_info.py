@@ -44,7 +44,7 @@ def test_cat_cp_validate_train(vgm, tmp_path: Path) -> None:
 def test_explain(vgm) -> None:
     code, out, _ = vgm("explain", "dit")
     assert code == 0
-    for word in ("2212.09748", "2.27", "vgm_plugins.dit.model:DiT", "iddpm", "imagenet256"):
+    for word in ("2212.09748", "2.27", "vgm_cli.nets.dit:DiT", "iddpm", "imagenet256"):
         assert word in out
     assert vgm("explain", "dti")[0] == 2
 

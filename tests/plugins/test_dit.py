@@ -10,17 +10,19 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from official_guidance import doubled
 from torch import Tensor
-from vgm_plugins.dit.checkpoints import CONVERTER, DIFFUSERS, DIFFUSERS_512, diffusers_to_ours, names
-from vgm_plugins.dit.model import DiT, SiT
+from vgm_plugins.dit.checkpoints import CONVERTER, DIFFUSERS, DIFFUSERS_512, diffusers_to_ours
 from vgm_plugins.dit.presets import PRESETS
 
 from vgm_cli.api import Request, Step, generators
 from vgm_cli.convert_api import unwrap
 from vgm_cli.diffusion.discrete import DiscreteDiffusion, named_betas, space_timesteps
-from vgm_cli.diffusion.iddpm import IDDPM, DDPMSampler
+from vgm_cli.diffusion.iddpm import IDDPM, DDPMSampler, guided
 from vgm_cli.diffusion.iddpm_manifest import components
 from vgm_cli.errors import VgmError
+from vgm_cli.nets.dit import DiT, SiT
+from vgm_cli.nets.dit_checkpoints import names
 from vgm_cli.registry import load_target, registry
 from vgm_cli.testing.golden import GoldenCase, GoldenChecks, assert_close
 
@@ -95,9 +97,10 @@ def forward(case: GoldenCase) -> None:
 
 @golden.check(lambda c: "in/x" in c and "out/out" in c and "cfg_scale" in c.config)
 def forward_with_cfg(case: GoldenCase) -> None:
-    model = load(case)
+    model, (y, null) = load(case), case.inputs["y"].chunk(2)
+    assert bool((null == model.num_classes).all())
     with torch.no_grad():
-        out = model.forward_with_cfg(case.inputs["x"], case.inputs["t"], case.inputs["y"], case.config["cfg_scale"])
+        out = doubled(model, y, case.config["cfg_scale"])(case.inputs["x"], case.inputs["t"])
     assert_close(out, case.outputs["out"], ROUNDED, "out")
 
 
@@ -152,12 +155,9 @@ def guided_sampling(case: GoldenCase) -> None:
     model, scale, steps = load(case), case.config["cfg_scale"], case.inputs["step_noise"]
     diffusion = process(case.config["diffusion"])
     z, y = case.inputs["z"], case.inputs["y"]
-    doubled = torch.cat([y, torch.full_like(y, model.num_classes)])
     draws = iter(steps)
     with torch.no_grad():
-        *_, (x, _) = diffusion.sample_loop(
-            lambda x, t: model.forward_with_cfg(x, t, doubled, scale), torch.cat([z, z]), lambda: next(draws)
-        )
+        *_, (x, _) = diffusion.sample_loop(doubled(model, y, scale), torch.cat([z, z]), lambda: next(draws))
     assert_close(x[: len(z)], case.outputs["samples"], 1e-4, "conditional half")
     if "samples_null_half" in case.outputs:
         assert_close(x[len(z) :], case.outputs["samples_null_half"], 1e-4, "null half")
@@ -306,9 +306,8 @@ def test_without_a_null_class_it_cannot_be_unconditional() -> None:
 
 
 def test_guidance_of_all_channels_differs_only_in_the_fourth() -> None:
-    model, x = filled(), torch.randn(4, 4, 8, 8)
-    t, y = torch.full((4,), 500), torch.tensor([1, 2, 7, 7])
-    three, every = (model.forward_with_cfg(x, t, y, 3.0, channels) for channels in (3, None))
+    model, x, t = filled(), torch.randn(2, 4, 8, 8), torch.full((2,), 500)
+    three, every = (guided(model, {"y": torch.tensor([1, 2])}, 3.0, channels)(x, t) for channels in (3, None))
     assert torch.equal(three[:, :3], every[:, :3]) and torch.equal(three[:, 4:], every[:, 4:])
     assert not torch.allclose(three[:, 3], every[:, 3])
 

@@ -9,18 +9,19 @@ from typing import Any
 
 import pytest
 import torch
+from official_guidance import doubled
 from torch import Tensor
-from vgm_plugins.dit.checkpoints import SIT
-from vgm_plugins.dit.model import SiT
-from vgm_plugins.dit.presets import SIT_PRESETS as PRESETS
+from vgm_plugins.sit.checkpoints import CONVERTER
 from vgm_plugins.sit.objective import FlowMatching
 from vgm_plugins.sit.ode import METHODS, integrate
+from vgm_plugins.sit.presets import PRESETS
 from vgm_plugins.sit.sampler import ODESampler, SDESampler, log_likelihood, sample_ode, sample_sde
 from vgm_plugins.sit.transport import PATHS, Transport, transport_of
 
 from vgm_cli.api import Request, Step, generators
 from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.errors import VgmError
+from vgm_cli.nets.dit import DiT, SiT
 from vgm_cli.registry import registry
 from vgm_cli.testing.golden import GoldenCase, GoldenChecks, assert_close
 
@@ -36,7 +37,7 @@ def transport(case: GoldenCase) -> Transport:
 
 def load(case: GoldenCase) -> SiT:
     model = SiT(**case.config["model"])
-    model.load_state_dict(SIT.to_ours(case.state))
+    model.load_state_dict(CONVERTER.to_ours(case.state))
     return model.eval()
 
 
@@ -174,11 +175,10 @@ def likelihood(case: GoldenCase) -> None:
 @golden.check(lambda c: "out/out_cfg" in c)
 def forward(case: GoldenCase) -> None:
     model, x, t, y = load(case), case.inputs["x"], case.inputs["t"], case.inputs["y"]
-    null = torch.full_like(y, model.num_classes)
     with torch.no_grad():
         assert_close(model(x, t, y), case.outputs["out"], 1e-5, "out")
-        both = torch.cat([x, x]), torch.cat([t, t]), torch.cat([y, null])
-        assert_close(model.forward_with_cfg(*both, case.config["cfg_scale"]), case.outputs["out_cfg"], 1e-5, "out_cfg")
+        model_cfg = doubled(model, y, case.config["cfg_scale"])
+        assert_close(model_cfg(torch.cat([x, x]), torch.cat([t, t])), case.outputs["out_cfg"], 1e-5, "out_cfg")
 
 
 @golden.check(lambda c: "in/z" in c)
@@ -186,11 +186,7 @@ def guided_sampling(case: GoldenCase) -> None:
     """The official doubled batch, and the shipped samplers on its conditional half."""
     model, plan, scale, steps = load(case), transport(case), case.config["cfg_scale"], case.config["num_steps"]
     z, y, w = (case.inputs[k] for k in ("z", "y", "w"))
-    labels = torch.cat([y, torch.full_like(y, model.num_classes)])
-
-    def network(x: Tensor, t: Tensor) -> Tensor:
-        return model.forward_with_cfg(x, t, labels, scale)
-
+    network = doubled(model, y, scale)
     draws = iter(w)
     objective = FlowMatching(model, plan.path.lower(), plan.prediction)
     view = stand_in(model, objective)
@@ -237,7 +233,7 @@ def test_presets_are_dit_sized() -> None:
     assert sum(p.numel() for p in model.parameters()) == 675_129_632
     assert sum(p.numel() for p in model.parameters() if p.requires_grad) == 674_834_720
     assert len(PRESETS) == 12 and all(name.startswith("SiT-") for name in PRESETS)
-    assert SIT.recognise(model.state_dict()) and SIT.component == "sit"
+    assert CONVERTER.recognise(model.state_dict()) and CONVERTER.component == "sit"
 
 
 # -- conversions -----------------------------------------------------------------------------------------------------
@@ -423,8 +419,6 @@ def test_objective_draws(time_sampling: str) -> None:
 
 
 def test_variance_channels_are_refused_with_the_way_out() -> None:
-    from vgm_plugins.dit.model import DiT
-
     with pytest.raises(VgmError) as e:
         FlowMatching(DiT(**TINY)).loss("main", {"x": torch.zeros(1, 4, 8, 8), "y": torch.zeros(1).long()}, Step(0))
     assert "learn_sigma=false" in e.value.hint

@@ -1,8 +1,8 @@
 """DiT: a plain transformer on latent patches, conditioned by adaLN-Zero. Peebles & Xie 2022 (arXiv 2212.09748).
 
 Same function and parameter names as facebookresearch/DiT@ed81ce2 models.py. Deviations: fused attention; labels are
-dropped by an explicit mask, never by a draw inside forward; y may be None
-(unconditional). `SiT` below is the same network with the variance half of its output thrown away.
+dropped by an explicit mask, never by a draw inside forward; y may be None (unconditional); guidance is the host's, so
+there is no forward_with_cfg. `SiT` below is the same network with the variance half of its output thrown away.
 """
 
 from __future__ import annotations
@@ -232,20 +232,6 @@ class DiT(nn.Module):
             else:
                 x = block(x, c)  # (N, T, D)
         return self.unpatchify(self.final_layer(x, c))  # (N, C or 2C, H, W)
-
-    def forward_with_cfg(self, x: Tensor, t: Tensor, y: Tensor, cfg_scale: float, channels: int | None = 3) -> Tensor:
-        """Guided output of a doubled batch, labels [y; null]; the second half of x is ignored, as in the official code.
-
-        channels: how many leading channels are guided (3 gave the published FIDs; None: all predicted ones). The rest
-        stay conditional in the first half and unconditional in the second.
-        """
-        half = x[: len(x) // 2]
-        output = self.forward(torch.cat([half, half]), t, y)
-        channels = self.in_channels if channels is None else channels
-        eps, rest = output[:, :channels], output[:, channels:]
-        cond, uncond = eps.chunk(2)
-        guided = uncond + cfg_scale * (cond - uncond)
-        return torch.cat([torch.cat([guided, guided]), rest], dim=1)
 
 
 class SiT(DiT):
