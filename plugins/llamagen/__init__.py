@@ -1,8 +1,8 @@
 """LlamaGen: Autoregressive Model Beats Diffusion: Llama for Scalable Image Generation. Sun et al. 2024.
 
-arXiv 2406.06525. Official code: FoundationVision/LlamaGen@ce98ec4 (MIT). The tokenizer is the host's
-VQModel with unit-length codes.
-Deviations: see model.py, sampler.py, text.py; ten stored crops per image become random crops encoded on the fly.
+arXiv 2406.06525. Official code: FoundationVision/LlamaGen@ce98ec4 (MIT). The network is vgm_cli/nets/llama.py, the
+tokenizer the host's VQModel with unit-length codes.
+Deviations: see nets/llama.py, sampler.py, text.py; ten stored crops per image become random crops encoded on the fly.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from vgm_cli.hookspecs import Component, Paper, hookimpl
 
 HERE = "vgm_plugins.llamagen"
 CODEC_FACTS = {"in_channels": "image_channels", "out_ch": "image_channels", "resolution": "image_size"}
-GPT = (f"{HERE}.model:LlamaGen", f"{HERE}.presets:GPT")
+GPT = ("vgm_cli.nets.llama:LlamaGen", f"{HERE}.presets:GPT")
 FACTS = {"vocab_size": "vocab_size", "grid": "grid", "num_classes": "num_classes"}
 CONVERTERS = (
     ("llamagen", "CONVERTER", "official GPT, 16x16 codes"),
@@ -21,7 +21,7 @@ CONVERTERS = (
     ("llamagen-512", "CONVERTER_512", "official GPT, 32x32 codes"),
     ("llamagen-tokenizer", "TOKENIZER_CONVERTER", "official tokenizers"),
 )
-TOKENIZER = (f"{HERE}.model:VQModel", f"{HERE}.presets:TOKENIZER", CODEC_FACTS, (), "VQ-16, VQ-8 tokenizers")
+TOKENIZER = ("vgm_cli.nets.first_stage:VQModel", f"{HERE}.presets:TOKENIZER", CODEC_FACTS, (), "VQ-16, VQ-8 tokenizers")
 
 
 @hookimpl

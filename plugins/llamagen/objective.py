@@ -13,9 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vgm_cli.api import Batch, ObjectiveBase, Step
+from vgm_cli.nets.llama import LlamaGen, padded_causal
 from vgm_cli.ranges import Fraction
-
-from .model import LlamaGen, padded_causal
 
 
 def next_token_loss(logits: Tensor, ids: Tensor, valid: Tensor | None = None) -> Tensor:

@@ -13,9 +13,8 @@ from torch import Tensor
 
 from vgm_cli.api import Request
 from vgm_cli.ar.sampling import Decoding, Pick, generate, guided, in_one_dtype
+from vgm_cli.nets.llama import Decoder, LlamaGen
 from vgm_cli.ranges import Fraction, NonNegative, Whole
-
-from .model import Decoder, LlamaGen
 
 
 @torch.no_grad()

@@ -641,10 +641,9 @@ def dit_sampling(job: Job) -> None:
 
 def llamagen_sampling(job: Job) -> None:
     """LlamaGen-XL with its cache, guided, against the same network without one's help: a bare loop of its decoder."""
-    from vgm_plugins.llamagen.model import Decoder
-
     from vgm_cli.api import Request, generators
     from vgm_cli.engine import generate
+    from vgm_cli.nets.llama import Decoder
     from vgm_cli.registry import registry
 
     n = 2 if job.dry else 32

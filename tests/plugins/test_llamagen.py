@@ -12,7 +12,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from vgm_plugins.llamagen import checkpoints as ck
-from vgm_plugins.llamagen.model import Decoder, LlamaGen, padded_causal
 from vgm_plugins.llamagen.objective import LlamaGenObjective, next_token_loss
 from vgm_plugins.llamagen.presets import GPT, TOKENIZER
 from vgm_plugins.llamagen.sampler import LlamaGenSampler, decode, decode_naively
@@ -26,6 +25,7 @@ from vgm_cli.losses.adversarial import discriminator_loss, generator_loss
 from vgm_cli.losses.first_stage import AutoencoderObjective, discriminator_term, generator_term, reconstruction_loss
 from vgm_cli.nets.discriminators import NLayerDiscriminator
 from vgm_cli.nets.first_stage import VQModel
+from vgm_cli.nets.llama import Decoder, LlamaGen, padded_causal
 from vgm_cli.nn.attention import causal_attention
 from vgm_cli.nn.embed import apply_rope, rope_angles_2d, rope_table
 from vgm_cli.nn.kv_cache import KVCache

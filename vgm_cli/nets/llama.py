@@ -16,14 +16,11 @@ from torch.utils.checkpoint import checkpoint
 
 from vgm_cli.ar.sampling import token_log_probs
 from vgm_cli.errors import USAGE, VgmError
-from vgm_cli.nets.first_stage import VQModel
 from vgm_cli.nn.attention import causal_attention
 from vgm_cli.nn.embed import apply_rope, rope_angles_2d, rope_table
 from vgm_cli.nn.kv_cache import KVCache
 from vgm_cli.nn.norm import RMSNorm
 from vgm_cli.ranges import Depth, Fraction, Positive, Vocabulary, Whole, Width
-
-__all__ = ["Decoder", "LlamaGen", "VQModel", "padded_causal"]  # VQModel: the tokenizer, as recipes name it
 
 
 class LabelEmbedder(nn.Module):
