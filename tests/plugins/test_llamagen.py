@@ -469,6 +469,70 @@ def test_cache_positions_and_masks() -> None:
     assert mask[0, 0, 5].tolist() == [False, False, True, True, True, True] + [False] * 3
 
 
+@torch.no_grad()
+@pytest.mark.parametrize("positions", [[2, 5], [0], [8], [3, 4, 5, 6, 7, 8], list(range(9))])
+def test_overwritten_positions_attend_as_in_one_pass(positions: list[int]) -> None:
+    """Keys and values that are replaced in a cache are those of a sequence that had them from the start."""
+    g = torch.Generator().manual_seed(0)
+    q, k, v = (torch.randn(2, heads, 9, 8, generator=g) for heads in (4, 2, 2))
+    other_k, other_v = torch.randn(2, 2, 9, 8, generator=g), torch.randn(2, 2, 9, 8, generator=g)
+    cache, at = KVCache(1, 2, 2, 12, 8), torch.tensor(positions)
+    causal_attention(q, other_k, other_v, cache=cache)
+    cache.advance(9)
+    with cache.overwriting(at):
+        found = causal_attention(q[:, :, at], k[:, :, at], v[:, :, at], cache=cache)
+        cache.advance(len(at))
+    assert cache.filled == 9 and cache.positions is None
+    other_k[:, :, at], other_v[:, :, at] = k[:, :, at], v[:, :, at]
+    torch.testing.assert_close(found, causal_attention(q, other_k, other_v)[:, :, at])
+    torch.testing.assert_close(cache.keys[0, :, :, :9], other_k)
+    for wrong in ([], [-1], [9]):
+        with pytest.raises(ValueError), cache.overwriting(torch.tensor(wrong, dtype=torch.int64)):
+            pass
+    with pytest.raises(ValueError):
+        cache.truncate(10)
+
+
+@torch.no_grad()
+def test_decoding_goes_on_from_a_rewound_or_overwritten_cache() -> None:
+    """The next logits are those of a fresh forward on the codes that stand there now."""
+    model = tiny()
+    g, n = torch.Generator().manual_seed(0), model.block_size
+    old, new = torch.randint(11, (2, 3, n), generator=g)
+    y = torch.tensor([0, 4, 2])
+    decoder = Decoder(model, y)
+    decoder.first()
+    for i in range(n - 1):
+        decoder.step(old[:, i])
+    decoder.cache.truncate(decoder.prefix + 3)
+    ids = torch.cat([old[:, :3], new[:, 3:]], dim=1)
+    for i in range(3, 6):
+        torch.testing.assert_close(decoder.step(ids[:, i]), model(ids[:, : i + 1], y)[:, -1])
+    at = torch.arange(2, 6)  # codes: again others, several in one pass, everything behind them included
+    ids[:, 2:6] = old[:, 2:6] + 1
+    rows = at + decoder.prefix
+    with decoder.cache.overwriting(rows):
+        table = model.table(ids.device)[rows]
+        logits = model.run(model.tok_embeddings(ids[:, at]), table, None, decoder.cache)[:, -1]
+    torch.testing.assert_close(logits, model(ids[:, :6], y)[:, -1])
+    torch.testing.assert_close(decoder.step(ids[:, 6]), model(ids[:, :7], y)[:, -1])
+
+
+@torch.no_grad()
+def test_positions_of_their_own() -> None:
+    """A rotation table per item gives each item what its table alone gives."""
+    model = tiny()
+    table, g = model.table(torch.device("cpu")), torch.Generator().manual_seed(0)
+    orders = torch.stack([torch.randperm(len(table), generator=g) for _ in range(3)])
+    x = torch.randn(3, len(table), 2, model.head_dim, generator=g)
+    each = torch.cat([apply_rope(x[i : i + 1], table[orders[i]]) for i in range(3)])
+    assert torch.equal(apply_rope(x, table[orders]), each)
+    assert not torch.allclose(apply_rope(x, table), each)
+    h = torch.randn(3, len(table), model.tok_embeddings.embedding_dim, generator=g)
+    alone = torch.cat([model.run(h[i : i + 1], table[orders[i]]) for i in range(3)])
+    torch.testing.assert_close(model.run(h, table[orders]), alone)
+
+
 def test_attention_is_the_same_with_and_without_gradients() -> None:
     q, k, v = (torch.randn(2, 3, 7, 8, requires_grad=True) for _ in range(3))
     mask = padded_causal(torch.ones(2, 7))

@@ -20,8 +20,9 @@ def causal_attention(
 ) -> Tensor:
     """q: (B, heads, T, d); k, v: (B, kv_heads, T, d), each repeated for heads / kv_heads neighbouring queries.
 
-    With a cache the T positions follow those in it, are written to it, and attend to all of them. mask: bool or float,
-    broadcast to (B, heads, T, S), in place of the causal one; S counts the cached positions too. -> (B, heads, T, d).
+    With a cache the T positions follow those in it (or overwrite some of them, see KVCache), are written to it, and
+    attend to all up to their own. mask: bool or float, broadcast to (B, heads, T, S), in place of the causal one; S
+    counts the cached positions too. -> (B, heads, T, d).
     """
     past = 0
     if cache is not None:
@@ -29,7 +30,9 @@ def causal_attention(
         k, v = cache.write(layer, k, v)
     if k.shape[1] != q.shape[1]:
         k, v = (x.repeat_interleave(q.shape[1] // k.shape[1], dim=1) for x in (k, v))
-    if mask is None and past and q.shape[2] > 1:
+    if mask is None and cache is not None and cache.positions is not None:
+        mask = torch.arange(k.shape[2], device=q.device) <= cache.positions[:, None]
+    elif mask is None and past and q.shape[2] > 1:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(past)
     causal = mask is None and not past and q.shape[2] > 1
     if q.device.type == "cpu" and q.requires_grad and torch.is_grad_enabled() and k.shape[2] <= SHORT:

@@ -27,8 +27,9 @@ def rope_table(angles: Tensor, prefix: int = 0) -> Tensor:
 
 
 def apply_rope(x: Tensor, table: Tensor) -> Tensor:
-    """Turn adjacent channel pairs (2i, 2i + 1). x: (B, T, heads, d); table: (T, d/2, 2). In float32, cast back."""
-    pairs, table = x.float().unflatten(-1, (-1, 2)), table[:, None]  # (B, T, heads, d/2, 2)
+    """Turn adjacent channel pairs (2i, 2i + 1). x: (B, T, heads, d); table: (T, d/2, 2), or (B, T, d/2, 2) where every
+    item has positions of its own. In float32, cast back."""
+    pairs, table = x.float().unflatten(-1, (-1, 2)), table.unsqueeze(-3)  # (B, T, heads, d/2, 2); (..., T, 1, d/2, 2)
     if torch.compiler.is_compiling():  # complex numbers are not fused
         (a, b), (cos, sin) = pairs.unbind(-1), table.unbind(-1)
         turned = torch.stack([a * cos - b * sin, b * cos + a * sin], dim=-1)
