@@ -14,14 +14,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from vgm_cli.ar.orders import Order, permutation_on
 from vgm_cli.ar.sampling import token_log_probs
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.nets.first_stage import VQModel
 from vgm_cli.nn.attention import causal_attention
 from vgm_cli.nn.kv_cache import KVCache
 from vgm_cli.ranges import Blocks, Depth, Fraction, Vocabulary, Whole, Width
-
-from .orders import Order, permutation_on
 
 __all__ = ["GPT", "Decoder", "VQModel", "coordinate_map", "coordinate_tokens"]  # VQModel: the first stage
 

@@ -13,12 +13,12 @@ import torch
 from torch import Tensor
 
 from vgm_cli.api import Request
+from vgm_cli.ar.orders import inverse
 from vgm_cli.ar.sampling import Decoding, Pick, generate, in_one_dtype
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.ranges import Fraction, NonNegative, Whole
 
 from .model import GPT, Decoder
-from .orders import inverse
 
 
 @torch.no_grad()

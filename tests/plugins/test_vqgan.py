@@ -8,7 +8,7 @@ import math
 from collections.abc import Callable
 from importlib import resources
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any, ClassVar, get_args
 
 import numpy as np
 import pytest
@@ -18,11 +18,11 @@ from torch import Tensor, nn
 from vgm_plugins.vqgan import checkpoints as ck
 from vgm_plugins.vqgan.model import GPT, Decoder, coordinate_map, coordinate_tokens
 from vgm_plugins.vqgan.objective import PriorObjective, corrupt, prior_logits
-from vgm_plugins.vqgan.orders import Order, inverse, order_of
 from vgm_plugins.vqgan.presets import FIRST_STAGE, PRIOR
 from vgm_plugins.vqgan.sampler import PriorSampler, local, sample_codes, sliding_window
 
 from vgm_cli.api import Request, Step, Tokenizer, generators
+from vgm_cli.ar.orders import Order, inverse, order_of
 from vgm_cli.ar.sampling import Decoding, filter_logits
 from vgm_cli.convert_api import unwrap
 from vgm_cli.engine import checkpoint as files
@@ -805,7 +805,7 @@ def test_corruption_changes_inputs_and_not_targets() -> None:
     assert torch.equal(corrupt(codes, torch.zeros(1), seen[1]), seen[1])
 
 
-@pytest.mark.parametrize("kind", ["raster", "subsample", "z-curve", "spiral-out", "spiral-in", "random", "alternate"])
+@pytest.mark.parametrize("kind", get_args(Order))
 def test_orders_visit_every_code_once(kind: Order) -> None:
     order = order_of(kind, 4, 4)
     assert torch.equal(order.sort().values, torch.arange(16))

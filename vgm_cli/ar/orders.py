@@ -1,5 +1,8 @@
-"""The order in which the codes of a grid are predicted. Official code: CompVis/taming-transformers@3ba01b2
-taming/modules/transformer/permuter.py."""
+"""The order in which the codes of a grid are predicted: fixed ones by name, and one of its own for every item.
+
+Official code: CompVis/taming-transformers@3ba01b2 taming/modules/transformer/permuter.py; for halton (Besnier et al.
+2025, arXiv 2503.17076) valeoai/Halton-MaskGIT@f61b0a1 Sampler/halton_sampler.py.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from torch import Tensor
 
 from vgm_cli.errors import USAGE, VgmError
 
-Order = Literal["raster", "subsample", "z-curve", "spiral-out", "spiral-in", "random", "alternate"]
+Order = Literal["raster", "subsample", "z-curve", "spiral-out", "spiral-in", "random", "alternate", "halton"]
 
 
 def order_of(kind: Order, height: int, width: int) -> Tensor:
@@ -29,6 +32,8 @@ def order_of(kind: Order, height: int, width: int) -> Tensor:
         order = np.argsort([interleave(i, j) for i in range(height) for j in range(width)], kind="stable")
     elif kind in ("spiral-out", "spiral-in"):
         order = spiral(grid)[:: 1 if kind == "spiral-out" else -1]
+    elif kind == "halton":
+        order = halton(height, width)
     elif kind == "random":
         order = np.random.RandomState(1).permutation(height * width)
     else:
@@ -45,7 +50,19 @@ def permutation_on(kind: Order, height: int, width: int, device: torch.device) -
 
 
 def inverse(order: Tensor) -> Tensor:
-    return order.argsort()
+    """(..., N): when each raster position comes; what undoes the order."""
+    return order.argsort(-1)
+
+
+def random_orders(u: Tensor) -> Tensor:
+    """(B, N) uniform draws, each row from its item's own stream -> (B, N) int64: one random order per item."""
+    return u.argsort(stable=True, dim=-1)
+
+
+def rolled(order: Tensor, shifts: Tensor) -> Tensor:
+    """An order (N,) per item, begun elsewhere: row b of (B, N) is torch.roll(order, shifts[b]). shifts: (B,) int64."""
+    places = torch.arange(len(order), device=order.device) - shifts[:, None]
+    return order[places % len(order)]
 
 
 def subsample(grid: np.ndarray) -> np.ndarray:
@@ -78,3 +95,25 @@ def spiral(grid: np.ndarray) -> np.ndarray:
                 i, j = i + di, j + dj
                 order.append(grid[i, j])
     return np.array(order)
+
+
+def halton(height: int, width: int) -> np.ndarray:
+    """The cells in the order in which the Halton sequence (base 2 down, base 3 across) first visits them: every
+    beginning of the order is spread evenly over the grid."""
+    points = 4 * height * width
+    while True:
+        index = np.arange(1, points + 1)
+        cells = scaled_radical_inverse(index, 2, height) * width + scaled_radical_inverse(index, 3, width)
+        visited, first = np.unique(cells, return_index=True)
+        if len(visited) == height * width:
+            return visited[first.argsort()]
+        points *= 2
+
+
+def scaled_radical_inverse(index: np.ndarray, base: int, size: int) -> np.ndarray:
+    """floor(size * x) in whole numbers, x in [0, 1) being the digits of index behind the point in reverse."""
+    numerator, denominator = np.zeros_like(index), 1
+    while index.any():
+        index, digit = np.divmod(index, base)
+        numerator, denominator = numerator * base + digit, denominator * base
+    return size * numerator // denominator

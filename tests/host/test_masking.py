@@ -1,0 +1,133 @@
+"""MAR's masks against LTH14/mar (golden), and properties of every schedule and choice."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+
+from vgm_cli.ar.masking import (
+    confidence,
+    first_of,
+    gumbel,
+    known_after,
+    least_confident,
+    mask_rate,
+    still_masked,
+    truncated_normal_rate,
+)
+from vgm_cli.ar.orders import inverse, order_of, random_orders, rolled
+from vgm_cli.errors import VgmError
+from vgm_cli.testing.golden import GoldenCase, GoldenChecks, assert_close
+
+golden = GoldenChecks("mar", partial="masks")
+
+SCHEDULES = ["cosine", "arccos", "log", "exp", "root", "linear", "square", "cubic", "pow1.5"]
+
+
+def test_golden(golden_case: GoldenCase) -> None:
+    golden.run(golden_case)
+
+
+@golden.check(lambda c: c.kind == "mar_mask_ratio")
+def mask_ratio(case: GoldenCase) -> None:
+    """One rate for a batch, a truncated normal; as many positions, rounded up."""
+    minimum, total = case.config["mask_ratio_min"], case.config["seq_len"]
+    rate = truncated_normal_rate(case.inputs["u"], minimum)
+    assert_close(rate, case.outputs["mask_rate"], 1e-9, "rate")
+    assert torch.equal((total * rate).ceil().long(), case.outputs["num_masked"])
+    u = (torch.arange(10000, dtype=torch.float64) + 0.5) / 10000
+    assert_close(truncated_normal_rate(u, minimum).mean()[None], case.outputs["mean"], 1e-6, "mean")
+
+
+@golden.check(lambda c: c.kind == "mar_sample_tokens")
+def masks_in_sampling(case: GoldenCase) -> None:
+    """How many tokens every iteration leaves masked, how many it draws, and the guidance that follows from it."""
+    config, run, orders = case.config, case.config["_run"], case.inputs["orders"]
+    side = config["img_size"] // config["vae_stride"] // config["patch_size"]
+    total, steps = side * side, run["num_iter"]
+    assert orders.shape[1] == total
+    masked = total
+    for k in range(steps):
+        rate = mask_rate(torch.tensor((k + 1) / steps, dtype=torch.float64), "cosine", total)
+        left = int(still_masked(torch.tensor(total), torch.tensor(masked), rate))
+        if k + 1 < steps:  # in the last iteration all that is left is drawn, whatever this says
+            assert left == int(case.outputs["mask_len"][k])
+            scale = 1 + (run["cfg"] - 1) * (total - left) / total if run["cfg_schedule"] == "linear" else run["cfg"]
+            assert_close(torch.tensor([scale]), case.outputs["cfg_iter"][k : k + 1], 1e-6, "guidance")
+        else:
+            left = 0
+        drawn = first_of(orders, masked) & ~first_of(orders, left)
+        rows = (2 if run["cfg"] != 1 else 1) * int(drawn.sum())
+        assert rows == len(case.outputs[f"z_{k}"])
+        masked = left
+    assert masked == 0
+
+
+# -- properties ----------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+def test_rates_fall_from_all_to_none(schedule: str) -> None:
+    rate = mask_rate(torch.linspace(0, 1, 33, dtype=torch.float64), schedule, 64)
+    assert float(rate[0]) == pytest.approx(1, abs=0.02) and float(rate[-1]) == pytest.approx(0, abs=1e-9)
+    assert bool((rate.diff() <= 1e-12).all())
+
+
+@pytest.mark.parametrize("schedule", ["sine", "pow", "pow-1", "powx", "pownan", "2", ""])
+def test_unknown_schedules_are_refused(schedule: str) -> None:
+    with pytest.raises(VgmError, match="no mask schedule"):
+        mask_rate(torch.zeros(1), schedule, 16)
+
+
+@pytest.mark.parametrize("schedule", SCHEDULES)
+@pytest.mark.parametrize("steps", [1, 3, 12, 49])
+def test_decoding_ends_whatever_the_steps(schedule: str, steps: int) -> None:
+    """Every step makes a position known as long as there are two, and leaves one; no step makes one unknown."""
+    total = torch.tensor([49, 20])
+    masked = total
+    for k in range(steps - 1):
+        left = still_masked(total, masked, mask_rate(torch.tensor((k + 1) / steps), schedule, 49))
+        assert bool(((left < masked) | (masked == 1)).all()) and bool((left >= 1).all())
+        masked = left
+    known = known_after(torch.arange(1, steps + 1, dtype=torch.float64) / steps, schedule, 49)
+    assert (
+        int(known[-1]) == 49 and bool((known.diff() >= 0).all()) and bool((known >= torch.arange(1, steps + 1)).all())
+    )
+
+
+def test_the_least_confident_are_masked_and_known_ones_never() -> None:
+    u = torch.rand(3, 10, generator=torch.Generator().manual_seed(0))
+    known = torch.zeros(3, 10, dtype=torch.bool)
+    known[:, :4] = True
+    sure = confidence(torch.linspace(-5, -1, 10).expand(3, -1), known, gumbel(u), 0.0)
+    again = least_confident(sure, torch.tensor([0, 2, 6]))
+    assert again.sum(1).tolist() == [0, 2, 6]
+    assert again[1].nonzero().flatten().tolist() == [4, 5] and not again[:, :4].any()
+    assert torch.equal(least_confident(sure, 10), ~known), "known ones are not masked even where more is asked for"
+    noisy = confidence(torch.linspace(-5, -1, 10).expand(3, -1), known, gumbel(u), 100.0)
+    assert torch.equal(least_confident(noisy, 1)[:, 4:].float().argmax(1), u[:, 4:].argmin(1)), "noise decides"
+    assert float(gumbel(torch.rand(100000, generator=torch.Generator().manual_seed(1))).mean()) == pytest.approx(
+        0.5772, abs=0.02
+    )
+
+
+def test_orders_of_their_own() -> None:
+    u = torch.rand(4, 12, generator=torch.Generator().manual_seed(0))
+    orders = random_orders(u)
+    assert torch.equal(orders.sort(1).values, torch.arange(12).expand(4, -1)) and len(orders.unique(dim=0)) == 4
+    assert torch.equal(random_orders(u[2:3]), orders[2:3]), "an item's order is its own draw's"
+    assert torch.equal(orders.gather(1, inverse(orders)), torch.arange(12).expand(4, -1))
+    mask = first_of(orders, 5)
+    assert mask.sum(1).tolist() == [5] * 4 and bool(mask.gather(1, orders[:, :5]).all())
+    order = order_of("halton", 3, 5)
+    assert torch.equal(order.sort().values, torch.arange(15))
+    for row, shift in zip(rolled(order, torch.tensor([0, 4, 20])), (0, 4, 20)):
+        assert torch.equal(row, order.roll(shift))
+
+
+def test_beginnings_of_the_halton_order_are_spread() -> None:
+    order = order_of("halton", 16, 16)
+    for n in (16, 64, 128):
+        row, column = order[:n] // 16, order[:n] % 16
+        quarters = torch.bincount(2 * (row // 8) + column // 8, minlength=4)
+        assert bool(((quarters - n / 4).abs() <= 3).all()), n
