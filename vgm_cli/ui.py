@@ -190,10 +190,11 @@ class Progress:
 
 
 def human(n: float) -> str:
-    """1234567 -> '1.23 M'."""
+    """1234567 -> '1.23 M', 1.35e15 -> '1,350 T': never an exponent."""
     for unit, size in (("T", 1e12), ("G", 1e9), ("M", 1e6), ("k", 1e3)):
         if abs(n) >= size:
-            return f"{n / size:.3g} {unit}"
+            n /= size
+            return f"{n:,.0f} {unit}" if abs(n) >= 999.5 else f"{n:.3g} {unit}"
     return f"{n:.4g}"
 
 
@@ -208,10 +209,12 @@ def counted(n: int, thing: str) -> str:
 
 
 def duration(seconds: float) -> str:
-    """3725 -> '1 h 2 min'."""
+    """3725 -> '1 h 2 min', 5.97e9 -> '189 years'."""
     s = int(seconds)
+    if s >= 2 * 365.25 * 86400:
+        return f"{s / (365.25 * 86400):,.0f} years"
     if s >= 172800:
-        return f"{s / 86400:.1f} days"
+        return f"{s / 86400:.1f} days" if s < 100 * 86400 else f"{s / 86400:,.0f} days"
     if s >= 3600:
         return f"{s // 3600} h {s % 3600 // 60} min"
     return f"{s // 60} min {s % 60} s" if s >= 60 else f"{s} s"

@@ -113,7 +113,10 @@ def headline(path: Path) -> str:
         if not line.startswith("# ") or line.startswith("#  "):
             break
         lines.append(line[2:].strip())
-    return re.split(r"(?<=[.:])\s+(?=[A-Z])", " ".join(lines))[0].rstrip(":")
+    text = re.sub(r"\([^()]*\)", lambda m: m[0].replace(". ", ".\N{NO-BREAK SPACE}"), " ".join(lines))
+    # a sentence ends at a full stop or colon that is followed by a capital, not inside brackets, not after "et al"
+    first = re.split(r"(?<=[.:])(?<!et al\.)(?<!app\.)(?<!vs\.)\s+(?=[A-Z])", text)[0]
+    return first.replace("\N{NO-BREAK SPACE}", " ").rstrip(":")
 
 
 def presets_table() -> list[tuple[Any, ...]]:
@@ -138,7 +141,7 @@ def components_table(kind: str) -> list[tuple[Any, ...]]:
 
 
 def cat(
-    recipe: Annotated[str, typer.Argument(help="PAPER/RECIPE, PAPER or a YAML file.", autocompletion=complete.papers)],
+    recipe: Annotated[str, typer.Argument(help="PAPER/RECIPE, PAPER or a YAML file.", autocompletion=complete.trainable)],
     resolved: Annotated[bool, typer.Option("--resolved", help="With its `base:` recipes merged in.")] = False,
 ) -> None:
     """Show a recipe.
@@ -166,7 +169,7 @@ def cat(
 
 
 def cp(
-    recipe: Annotated[str, typer.Argument(help="PAPER/RECIPE, PAPER or a YAML file.", autocompletion=complete.papers)],
+    recipe: Annotated[str, typer.Argument(help="PAPER/RECIPE, PAPER or a YAML file.", autocompletion=complete.trainable)],
     dest: Annotated[Path, typer.Argument(help="A new .yaml file, or a folder to put it in.")],
     make_parents: Annotated[bool, typer.Option("--make-parents", help="Create the folders above it.")] = False,
     force: Annotated[bool, typer.Option("--force/--no-clobber", help="Replace a file that is there.")] = False,
@@ -220,7 +223,7 @@ def with_full_base(text: str, path: Path) -> str:
 
 
 def validate(
-    recipe: Annotated[str, typer.Argument(help="A YAML file, PAPER/RECIPE or PAPER.", autocompletion=complete.papers)],
+    recipe: Annotated[str, typer.Argument(help="A YAML file, PAPER/RECIPE or PAPER.", autocompletion=complete.trainable)],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="As for train.", autocompletion=complete.keys)
     ] = None,

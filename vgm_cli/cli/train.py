@@ -29,7 +29,7 @@ def train(
         typer.Argument(
             help="A paper (`vgm ls`), PAPER/RECIPE, or a YAML file; with --resume, the run's own recipe.",
             show_default=False,
-            autocompletion=complete.papers,
+            autocompletion=complete.trainable,
         ),
     ] = None,
     overrides: Annotated[
