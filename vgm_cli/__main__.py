@@ -49,6 +49,9 @@ def take_globals(argv: list[str]) -> list[str]:
         else:
             rest.append(arg)
         i += 1
+    for file in files:
+        if not os.path.isfile(file):
+            raise VgmError(f"no such plugin file: {file}", "--plugin takes the path of a .py file", USAGE)
     if blocked or files:
         registry.configure(tuple(blocked), tuple(files))
     return rest

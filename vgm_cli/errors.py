@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import sys
 from collections.abc import Iterable
 from typing import Any
 
@@ -39,3 +40,9 @@ def unknown(what: str, name: Any, known: Iterable[str], where: str = "") -> VgmE
     close = nearest(name, known)
     hint = f"did you mean {', '.join(close)}?" if close else f"known: {', '.join(known[:12]) or 'none'}"
     return VgmError(f"unknown {what} '{name}'{' in ' + where if where else ''}", hint, USAGE)
+
+
+def needs_extra(what: str, package: str, extra: str) -> VgmError:
+    """An optional package is missing: names it, its extra of pyproject.toml, and the command for this very Python."""
+    hint = f"{sys.executable} -m pip install {package}"
+    return VgmError(f"{what} needs the package {package}, an optional one (extra {extra})", hint, MISSING_ASSET)

@@ -68,6 +68,7 @@ class Registry:
         self.trusted: set[str] = set()
         self.trusts_recipes = False
         self.sources: dict[str, tuple[str, str]] = {}  # "module:attr" -> (the file that names it, what helps)
+        self.left_out: set[str] = set()  # plugins that are installed and were not wanted
 
     def add(self, info: PluginInfo, load: Callable[[], ModuleType | object]) -> PluginInfo:
         """Load one plugin, validate it, index what it brings; whatever goes wrong is kept in info.error."""
@@ -135,6 +136,7 @@ class Registry:
         package = importlib.import_module(BUILTIN)
         for mod in sorted(pkgutil.iter_modules(package.__path__), key=lambda m: m.name):
             if mod.name in blocked or mod.name.replace("_", "-") in blocked or not mod.ispkg:
+                self.left_out.add(mod.name.replace("_", "-"))
                 continue
             path = f"{BUILTIN}.{mod.name}"
             self.add(
@@ -144,11 +146,16 @@ class Registry:
         chosen = None if plugins is None else {p.strip() for p in plugins.split(",") if p.strip()}
         for ep in sorted(importlib.metadata.entry_points(group=hookspecs.PROJECT), key=lambda e: e.name):
             if ep.name in blocked or (chosen is not None and ep.name not in chosen):
+                self.left_out.add(ep.name)
                 continue
             dist = ep.dist
             self.add(
                 PluginInfo(ep.name, dist.name if dist else "?", dist.version if dist else "", module=ep.value), ep.load
             )
+        for name in blocked:
+            if name.replace("_", "-") not in self.left_out and name not in self.left_out:
+                known = [p.name for p in self.plugins.values() if p.name != "vgm"]
+                raise unknown("plugin", name, known, where="-p no:NAME")
         for file in files:
             name = os.path.splitext(os.path.basename(file))[0]
             self.add(PluginInfo(name, file, module=file), partial(_load_file, file, name))

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vgm_cli.convert_api import Converter
-from vgm_cli.errors import MISSING_ASSET, USAGE, VgmError
+from vgm_cli.errors import USAGE, VgmError, needs_extra
 
 from .model import EncoderUNetModel, UNetModel
 
@@ -427,7 +427,7 @@ def diffusers_forward(state: State, config: Mapping[str, Any], head_channels: in
     try:
         from diffusers import UNet2DModel
     except ImportError as e:
-        raise VgmError("diffusers is not installed", "pip install vgm[hf]", MISSING_ASSET) from e
+        raise needs_extra("this proof", "diffusers", "hf") from e
     network = UNet2DModel.from_config(diffusers_config(config, head_channels)).eval()
     network.load_state_dict({k: v.float() for k, v in state.items()})
     x, t, y = example(config)

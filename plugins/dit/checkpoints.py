@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vgm_cli.convert_api import Converter
-from vgm_cli.errors import MISSING_ASSET, USAGE, VgmError
+from vgm_cli.errors import USAGE, VgmError, needs_extra
 from vgm_cli.nets.dit import sincos_2d
 from vgm_cli.nets.dit_checkpoints import assumes, config_from, converter, depth_of, latents
 
@@ -153,7 +153,7 @@ def diffusers_forward(state: State, config: Mapping[str, Any]) -> Tensor:
     try:
         from diffusers import DiTTransformer2DModel
     except ImportError as e:
-        raise VgmError("diffusers is not installed", "pip install vgm[hf]", MISSING_ASSET) from e
+        raise needs_extra("this proof", "diffusers", "hf") from e
     network = DiTTransformer2DModel.from_config(diffusers_config(config)).eval()
     network.load_state_dict({k: v.float() for k, v in state.items()}, strict=False)  # its position table is no weight
     x, t, y = at_start(config)

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from vgm_cli.convert_api import Converter
-from vgm_cli.errors import MISSING_ASSET, USAGE, VgmError
+from vgm_cli.errors import USAGE, VgmError, needs_extra
 
 from .presets import KL
 
@@ -298,7 +298,7 @@ def diffusers_forward(state: State, config: Mapping[str, Any]) -> Tensor:
     try:
         from diffusers import AutoencoderKL
     except ImportError as e:
-        raise VgmError("diffusers is not installed", "pip install vgm[hf]", MISSING_ASSET) from e
+        raise needs_extra("this proof", "diffusers", "hf") from e
     own = {f"use_{name}": f"{name}.weight" in state for name in ("quant_conv", "post_quant_conv")}
     network = AutoencoderKL.from_config({**diffusers_config(config), **own}).eval()
     network.load_state_dict({modern(k): v.float() for k, v in state.items()})

@@ -146,7 +146,10 @@ def test_completion_needs_no_torch() -> None:
 
     code = (
         "import sys; from vgm_cli.cli import complete as c; "
-        "assert 'dit' in c.papers('di') and 'imagenet256' in c.recipes('ima') and 'train.steps=' in c.keys('train.st');"
+        "from types import SimpleNamespace as ctx; one, none = ctx(params={'paper': 'sit'}), ctx(params={});"
+        "assert c.papers('di') == ['dit'] and 'dit/mnist' in c.trainable('di') and 'train.steps=' in c.keys('train.st');"
+        "assert c.recipes(one, '') == ['imagenet256', 'mnist'] and 'imagenet512' in c.recipes(none, 'ima');"
+        "assert c.methods('') == ['consistency', 'dmd', 'rectified-flow'] and c.rl_methods('') == ['flow-grpo'];"
         "assert 'heun' in c.samplers('h'); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0
@@ -166,3 +169,37 @@ def test_examples_of_every_command_fit_80_columns(vgm) -> None:
     ]
     text = (Path(__file__).parents[2] / "docs/cli.md").read_text(encoding="utf-8")
     assert all(len(line) <= 80 for line in text.splitlines() if line.startswith(("  vgm ", "  # ")))
+
+
+def test_a_recipes_headline_is_its_first_sentence(vgm) -> None:
+    rows = {r["recipe"]: r["summary"] for r in json.loads(vgm("ls", "recipes", "--json")[1])}
+    assert rows["stylegan/lsun-bedroom256"] == "StyleGAN on LSUN bedrooms at 256x256 (Karras et al. 2019, app. C)"
+    assert all(s.count("(") == s.count(")") for s in rows.values())
+
+
+def test_numbers_for_people() -> None:
+    from vgm_cli.ui import duration, human
+
+    assert [human(n) for n in (12, 1234567, 1.35e15)] == ["12", "1.23 M", "1,350 T"]
+    assert [duration(s) for s in (59, 3725, 200000, 69104.2 * 86400)] == ["59 s", "1 h 2 min", "2.3 days", "189 years"]
+
+
+def test_every_key_of_the_host_and_of_digit_recipes_is_explained() -> None:
+    import dataclasses
+
+    from vgm_cli.cli import meanings
+    from vgm_cli.recipe import COMPONENT_NODES, NODES, load, shipped
+    from vgm_cli.registry import load_target, registry, signature
+
+    for node, cls in NODES.items():
+        names = [f.name for f in dataclasses.fields(cls)]
+        assert [n for n in names if not meanings.of_class(cls, names).get(n)] == [], node
+    unexplained = set()
+    for name in (n for n in shipped() if n.endswith("/mnist")):
+        config = load(*name.split("/")).config
+        for kind in COMPONENT_NODES:
+            if config.get(kind):
+                target = load_target(registry().find(kind, config[kind]["name"]).target)
+                found = meanings.of_keys(target, signature(target).parameters)
+                unexplained |= {f"{kind} {config[kind]['name']}: {k}" for k, text in found.items() if not text}
+    assert not unexplained, sorted(unexplained)

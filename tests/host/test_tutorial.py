@@ -56,7 +56,8 @@ def lessons() -> list[Path]:
     """The tutorial's pages, in its order."""
     index = ROOT / "docs/tutorial.md"
     return [
-        index.parent / page for page in re.findall(r"\]\((tutorial/[\w-]+\.md)\)", index.read_text(encoding="utf-8"))
+        index.parent / page
+        for page in re.findall(r"^\d\. \[\w[\w-]*\]\((tutorial/[\w-]+\.md)\)", index.read_text(encoding="utf-8"), re.M)
     ]
 
 

@@ -141,7 +141,9 @@ def components_table(kind: str) -> list[tuple[Any, ...]]:
 
 
 def cat(
-    recipe: Annotated[str, typer.Argument(help="PAPER/RECIPE, PAPER or a YAML file.", autocompletion=complete.trainable)],
+    recipe: Annotated[
+        str, typer.Argument(help="PAPER/RECIPE, PAPER or a YAML file.", autocompletion=complete.trainable)
+    ],
     resolved: Annotated[bool, typer.Option("--resolved", help="With its `base:` recipes merged in.")] = False,
 ) -> None:
     """Show a recipe.
@@ -169,7 +171,9 @@ def cat(
 
 
 def cp(
-    recipe: Annotated[str, typer.Argument(help="PAPER/RECIPE, PAPER or a YAML file.", autocompletion=complete.trainable)],
+    recipe: Annotated[
+        str, typer.Argument(help="PAPER/RECIPE, PAPER or a YAML file.", autocompletion=complete.trainable)
+    ],
     dest: Annotated[Path, typer.Argument(help="A new .yaml file, or a folder to put it in.")],
     make_parents: Annotated[bool, typer.Option("--make-parents", help="Create the folders above it.")] = False,
     force: Annotated[bool, typer.Option("--force/--no-clobber", help="Replace a file that is there.")] = False,
@@ -223,7 +227,9 @@ def with_full_base(text: str, path: Path) -> str:
 
 
 def validate(
-    recipe: Annotated[str, typer.Argument(help="A YAML file, PAPER/RECIPE or PAPER.", autocompletion=complete.trainable)],
+    recipe: Annotated[
+        str, typer.Argument(help="A YAML file, PAPER/RECIPE or PAPER.", autocompletion=complete.trainable)
+    ],
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="As for train.", autocompletion=complete.keys)
     ] = None,

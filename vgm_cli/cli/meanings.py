@@ -1,4 +1,4 @@
-"""What the keys of a recipe mean, read where they are explained: comments beside fields and parameters, or docstrings."""
+"""What the keys of a recipe mean, read where it is said: in comments beside fields and parameters, or in docstrings."""
 
 from __future__ import annotations
 
@@ -27,7 +27,8 @@ def of_target(target: Any, names: Iterable[str]) -> dict[str, str]:
     classes = [c for c in target.__mro__ if c is not object] if inspect.isclass(target) else [target]
     found: dict[str, str] = {}
     for part in classes:
-        for place in (part.__dict__.get("__init__") if inspect.isclass(part) else None, part):
+        places: tuple[Any, ...] = (part.__dict__.get("__init__") if inspect.isclass(part) else None, part)
+        for place in places:
             if place is not None:
                 for name, text in {**from_docstring(place, names), **comments(place, names)}.items():
                     found.setdefault(name, text)

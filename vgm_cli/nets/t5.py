@@ -8,7 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgm_cli.errors import MISSING_ASSET, VgmError
+from vgm_cli.errors import MISSING_ASSET, VgmError, needs_extra
 
 
 class T5Features:
@@ -26,7 +26,7 @@ class T5Features:
         try:
             from transformers import AutoTokenizer, T5EncoderModel
         except ImportError as e:
-            raise VgmError("captions need the package transformers", "pip install 'vgm[hf]'", MISSING_ASSET) from e
+            raise needs_extra("a text encoder", "transformers", "hf") from e
         self.tokenizer = AutoTokenizer.from_pretrained(path, local_files_only=True, trust_remote_code=False)
         encoder: Any = T5EncoderModel.from_pretrained(path, local_files_only=True)
         self.encoder = encoder.to(device=device, dtype=dtype).eval().requires_grad_(False)

@@ -10,7 +10,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgm_cli.errors import MISSING_ASSET, USAGE, VgmError
+from vgm_cli.errors import MISSING_ASSET, USAGE, VgmError, needs_extra
 from vgm_cli.rewards.image import pictures
 
 TOKENS = 77  # CLIP's context
@@ -29,7 +29,7 @@ class CLIPScore:
     def __init__(self, path: str, processor: str | None = None, prompts: Sequence[str] | None = None):
         name = type(self).__name__
         if importlib.util.find_spec("transformers") is None:
-            raise VgmError(f"the reward {name} needs an extra", "pip install 'vgm[hf]'", MISSING_ASSET)
+            raise needs_extra(f"the reward {name}", "transformers", "hf")
         for folder in (path, processor or path):
             if (
                 not (Path(folder) / "config.json").is_file()
