@@ -42,7 +42,8 @@ def comments(place: type | Callable[..., Any], names: Iterable[str]) -> dict[str
         source = textwrap.dedent(inspect.getsource(place))
     except (OSError, TypeError):
         return {}
-    found, line_name = {}, ""
+    found: dict[str, str] = {}
+    line_name = ""
     try:
         for token in tokenize.generate_tokens(io.StringIO(source).readline):
             before = token.line[: token.start[1]]
