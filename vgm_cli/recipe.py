@@ -44,7 +44,7 @@ class Data:
     channels: Literal[1, 3] | None = None  # null: as found
     num_classes: Whole | None = None  # used only where there is no data to count (--plan)
     count: Count | None = None  # images in the set; used only where there is no data to count (--plan)
-    crop: Literal["adm", "center", "random", "resize", "none"] = "adm"
+    crop: Literal["adm", "center", "random", "resize", "none"] = "adm"  # adm: the centre as ADM and DiT cut it
     hflip: bool = False  # random horizontal flips
     labels: bool | None = None  # null: use labels where the data has them
     split: str | None = None  # train | val | test where the set has them; shipped sets: test is every tenth image
@@ -57,10 +57,10 @@ class Optimizer:
     """`optimizer:` the default of every optimizer; `optimizers: {NAME: {...}}` changes one of them."""
 
     name: str = "adamw"  # one of TORCH_OPTIMIZERS, or an optimizer component
-    lr: NonNegative = 1e-4
-    betas: tuple[Decay, Decay] = (0.9, 0.999)
-    eps: Positive = 1e-8
-    weight_decay: NonNegative = 0.0
+    lr: NonNegative = 1e-4  # learning rate
+    betas: tuple[Decay, Decay] = (0.9, 0.999)  # of Adam and its kin; SGD's momentum is the first
+    eps: Positive = 1e-8  # added to Adam's denominator
+    weight_decay: NonNegative = 0.0  # decoupled where the optimizer is AdamW
     decay: Literal["all", "matrices", "linear"] = "all"  # what weight_decay touches: see trainer.decay_groups
     warmup: Whole = 0  # steps of linear warm-up
     schedule: Literal["constant", "linear", "cosine"] = "constant"  # decay after the warm-up
@@ -71,7 +71,7 @@ class Optimizer:
 class Train:
     """`train:` length, batch, precision, averaging, saving."""
 
-    steps: Count = 10_000
+    steps: Count = 10_000  # optimizer steps
     batch_size: Annotated[int, Ge(1), Le(10**6)] = 64  # images per optimizer step, over all processes and accumulation
     accumulate: Annotated[int, Ge(1), Le(10**6)] = 1  # micro-batches per step
     precision: Precision = "auto"  # auto: bf16 where the hardware has it
@@ -80,12 +80,12 @@ class Train:
     channels_last: bool | None = None  # null: on where convolutions gain from it
     clip: Positive | None = None  # gradient-norm limit
     ema: list[Decay | dict[AverageKey, NonNegative]] = field(default_factory=lambda: [0.9999])  # several at once
-    seed: Seed = 0
+    seed: Seed = 0  # of initial weights, data order and every draw
     log_every: Whole | None = 50  # steps between log lines; 0 or null: only at the end
     save_every: Whole | None = 1000  # steps between checkpoints; 0 or null: only at the end
     keep: Whole = 3  # checkpoints kept, the newest among them; the newest always is
     preview_every: Whole | None = 1000  # steps between previews; 0 or null: none
-    preview_n: Annotated[int, Ge(0), Le(10_000)] = 64
+    preview_n: Annotated[int, Ge(0), Le(10_000)] = 64  # images of a preview; 0: none
     fsdp: bool = False  # shard weights and optimizer over GPUs (FSDP2)
 
 

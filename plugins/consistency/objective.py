@@ -31,41 +31,35 @@ from .schedules import ScaleMode, TargetMode, draw_pairs, scales, target_ema
 class Consistency(ObjectiveBase):
     """With a teacher its distillation, without one training from data.
 
-    mode: cd, ct or progdist; None is cd with a teacher and ct without. solver: the teacher's ODE step. guidance_scale:
-    of the teacher; None is none. view: how a network without a teacher is asked, None as the official ones (EDM's F,
-    told 250 ln sigma). scale_mode, start_scales, end_scales, total_steps (None: the run's), steps_per_stage: see
-    schedules.scales. target, target_decay: see schedules.target_ema. distance, weighting: see losses (lpips needs the
-    role of that name); huber_c: None is iCT's. time_sampling: of neighbours, uniform or iCT's lognormal with P_mean and
-    P_std. sigma_min, sigma_max: None is 0.002 and 80, or the teacher's where those are beyond it. sigma_data: of the
-    boundary scalings, None is the view's. VgmError: parts that do not go together.
+    VgmError: parts that do not go together.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        teacher: Denoiser | None = None,
-        lpips: nn.Module | None = None,
-        mode: Literal["cd", "ct", "progdist"] | None = None,
-        solver: Literal["heun", "euler"] = "heun",
-        guidance_scale: NonNegative | None = None,
-        view: dict[str, Any] | None = None,
-        scale_mode: ScaleMode = "fixed",
-        start_scales: Width = 40,
-        end_scales: Width = 40,
-        total_steps: Count | None = None,
-        steps_per_stage: Count = 50_000,
-        target: TargetMode = "fixed",
-        target_decay: Fraction = 0.95,
-        distance: Distance = "l2",
-        weighting: Weighting = "uniform",
-        huber_c: Positive | None = None,
-        time_sampling: Literal["uniform", "lognormal"] = "uniform",
-        P_mean: float = -1.1,
-        P_std: NonNegative = 2.0,
-        sigma_min: Positive | None = None,
-        sigma_max: Positive | None = None,
-        rho: Positive = RHO,
-        sigma_data: Positive | None = None,
+        model: nn.Module,  # the student
+        teacher: Denoiser | None = None,  # distilled; None: training from data
+        lpips: nn.Module | None = None,  # role of the perceptual distance
+        mode: Literal["cd", "ct", "progdist"] | None = None,  # None: cd with a teacher, ct without
+        solver: Literal["heun", "euler"] = "heun",  # of the teacher's ODE step
+        guidance_scale: NonNegative | None = None,  # of the teacher; None is 1
+        view: dict[str, Any] | None = None,  # how a network without a teacher is asked; None: as the official ones
+        scale_mode: ScaleMode = "fixed",  # how the number of levels grows, see schedules.scales
+        start_scales: Width = 40,  # levels at first
+        end_scales: Width = 40,  # levels at last
+        total_steps: Count | None = None,  # over which they grow; None: the run's
+        steps_per_stage: Count = 50_000,  # of progressive distillation and iCT
+        target: TargetMode = "fixed",  # which weights the target has, see schedules.target_ema
+        target_decay: Fraction = 0.95,  # of the target's average at first
+        distance: Distance = "l2",  # lpips needs the role of that name
+        weighting: Weighting = "uniform",  # of the levels, see losses
+        huber_c: Positive | None = None,  # of pseudo-huber; None: iCT's
+        time_sampling: Literal["uniform", "lognormal"] = "uniform",  # of neighbouring levels; lognormal: iCT's
+        P_mean: float = -1.1,  # of ln sigma, for lognormal
+        P_std: NonNegative = 2.0,  # of ln sigma, for lognormal
+        sigma_min: Positive | None = None,  # None: 0.002, or the teacher's where that is above
+        sigma_max: Positive | None = None,  # None: 80, or the teacher's where that is below
+        rho: Positive = RHO,  # of the levels
+        sigma_data: Positive | None = None,  # of the boundary scalings; None: the view's
     ):
         ordered(sigma_min, sigma_max, "sigma_min, sigma_max")
         self.mode = mode or ("ct" if teacher is None else "cd")

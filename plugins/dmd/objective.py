@@ -32,41 +32,32 @@ from .losses import discriminator_loss, dm_gradient, dm_loss, fake_loss, generat
 class DMD(ObjectiveBase):
     """Roles: model (the student) and fake_score start as copies of the teacher; the discriminator is made here.
 
-    weighting: dmd2 (per-image |x - D_real|), or dmd (that times alpha(t)). update_ratio: fake-score steps per generator
-    step (DMD 1, DMD2 5 or 10). guidance_scale: of the teacher, which the fake score never has; None is none.
-    gan_weight, discriminator_weight: of the GAN loss in the generator's and in the fake score's phase, gan_weight 0 for
-    no GAN; diffusion_gan: the discriminator sees noisy images (levels below gan_max_level), else clean ones.
-    feature_layer: where it looks, None for the network's middle. regression_weight: DMD's lambda, on ODE pairs of the
-    teacher (`pairs:` node); regression: lpips (role `lpips`), l2, l1, pseudo-huber. denoising_steps: of the generator;
-    backward_simulation: it learns on its own intermediate images, else on noisy data. first_time: host time of its
-    first step, None for generator.denoising_times. min_level, max_level: share of the noise levels that
-    distribution matching draws from. grad_floor: added to the weight's denominator (FastGen: 1e-6).
     VgmError: the teacher cannot be guided, or parts that do not go together.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        teacher: Denoiser,
-        fake_score: nn.Module,
-        pairs: Mapping[str, Tensor] | None = None,
-        lpips: nn.Module | None = None,
-        weighting: Literal["dmd2", "dmd"] = "dmd2",
-        update_ratio: Width = 5,
-        guidance_scale: NonNegative | None = None,
-        gan_weight: NonNegative = 3e-3,
-        discriminator_weight: NonNegative = 1e-2,
-        diffusion_gan: bool = True,
-        gan_max_level: Width = 1000,
-        feature_layer: str | None = None,
-        regression_weight: NonNegative = 0.0,
-        regression: Literal["lpips", "l2", "l1", "pseudo-huber"] = "l2",
-        denoising_steps: Steps = 1,
-        backward_simulation: bool = True,
-        first_time: float | None = None,
-        min_level: Fraction = 0.02,
-        max_level: Positive = 0.98,
-        grad_floor: NonNegative = 0.0,
+        model: nn.Module,  # the student
+        teacher: Denoiser,  # frozen
+        fake_score: nn.Module,  # follows the student's distribution
+        pairs: Mapping[str, Tensor] | None = None,  # the teacher's ODE pairs (`pairs:` node), for regression
+        lpips: nn.Module | None = None,  # role of the perceptual regression
+        weighting: Literal["dmd2", "dmd"] = "dmd2",  # dmd2: per-image |x - D_real|; dmd: that times alpha(t)
+        update_ratio: Width = 5,  # fake-score steps per generator step (DMD 1, DMD2 5 or 10)
+        guidance_scale: NonNegative | None = None,  # of the teacher, which the fake score never has; None is 1
+        gan_weight: NonNegative = 3e-3,  # of the GAN loss in the generator's phase; 0: no GAN
+        discriminator_weight: NonNegative = 1e-2,  # of the GAN loss in the fake score's phase
+        diffusion_gan: bool = True,  # the discriminator sees noisy images, else clean ones
+        gan_max_level: Width = 1000,  # noisiest level that the discriminator sees, of 1000
+        feature_layer: str | None = None,  # where the discriminator looks; None: the network's middle
+        regression_weight: NonNegative = 0.0,  # DMD's lambda
+        regression: Literal["lpips", "l2", "l1", "pseudo-huber"] = "l2",  # distance of the regression
+        denoising_steps: Steps = 1,  # of the student
+        backward_simulation: bool = True,  # it learns on its own intermediate images, else on noisy data
+        first_time: float | None = None,  # of its first step; None: generator.denoising_times
+        min_level: Fraction = 0.02,  # share of the noise levels at which distribution matching starts
+        max_level: Positive = 0.98,  # share of the noise levels at which it ends
+        grad_floor: NonNegative = 0.0,  # added to the weight's denominator (FastGen: 1e-6)
     ):
         ordered(min_level, max_level, "min_level, max_level")
         with torch.device("cpu"):  # numbers, also when the networks are built without memory

@@ -33,54 +33,39 @@ THUMBNAIL = 32  # pixels per side in which the spread of a group is measured
 class FlowGRPO(ObjectiveBase):
     """GRPO on a diffusion or flow network.
 
-    teacher: the network as it was at first, frozen; it says how the trained one is read. reward(images (B, C, H, W) in
-    [-1, 1], {"y": (B,)}) -> (B,). codec: decodes what the network samples, None for pixels. One step's batch holds
-    groups of group_size images of one class each.
-
-    Roll-outs: `steps` levels shifted by `shift`, noise_level of the SDE or of CPS. window: noise and training on that
-    many neighbouring steps only, at a place drawn from window_range, the others follow the ODE (Flow-GRPO-Fast); None:
-    every step is noisy, the first int(steps * timestep_fraction) train. same_latent: a group shares its first noise.
-    guidance_scale: of roll-outs and training alike, None for 1.
-
-    Training: advantage grpo | rwr | sft | dpo, among images of a class (per_class), by the standard deviation of the
-    whole batch (global_std); clip_range and advantage_clip of the surrogate; beta times the KL to the frozen start;
-    `updates` optimizer steps per pass over a roll-out, `epochs` passes. lora: {rank, alpha, targets, init} trains
-    adapters (nn.lora.attach), None the whole network. chunk: images per forward; the rest is recomputed in backward, so
-    that memory does not grow with the batch. max_level: the noisiest level at which a network that predicts noise is
-    asked (flow_velocity); more for large images. min_diversity: the run stops when images of a class differ by less
-    than this share of what they did at first.
+    One step's batch holds groups of group_size images of one class each.
 
     VgmError: options that do not go together; collapse (exit code 5).
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        teacher: Denoiser,
-        reward: Any,
-        codec: Any = None,
-        group_size: Width = 24,
-        steps: Steps = 10,
-        shift: Positive = 3.0,
-        noise_level: NonNegative = 0.7,
-        sde: Kind = "sde",
-        timestep_fraction: Fraction = 0.99,
-        window: Width | None = None,
-        window_range: tuple[int, int] | None = None,
-        same_latent: bool = False,
-        guidance_scale: NonNegative | None = None,
-        advantage: Advantage = "grpo",
-        per_class: bool = True,
-        global_std: bool = True,
-        advantage_clip: Positive = 5.0,
-        clip_range: Positive = 1e-4,
-        beta: NonNegative = 0.04,
-        updates: Width = 2,
-        epochs: Few = 1,
-        lora: dict[str, Any] | None = None,
-        chunk: Width | None = None,
-        max_level: Positive = 20.0,
-        min_diversity: NonNegative = 0.1,
+        model: nn.Module,  # the policy
+        teacher: Denoiser,  # the policy as it was at first, frozen; says how the network is read
+        reward: Any,  # (images (B, C, H, W) in [-1, 1], {"y": (B,)}) -> (B,)
+        codec: Any = None,  # decodes what the network samples; None: pixels
+        group_size: Width = 24,  # images of one class that are compared with each other
+        steps: Steps = 10,  # levels of a roll-out
+        shift: Positive = 3.0,  # of the levels; above 1 more of them at high noise
+        noise_level: NonNegative = 0.7,  # of the SDE or of CPS
+        sde: Kind = "sde",  # how noise enters a step: sde, or cps (coefficients-preserving)
+        timestep_fraction: Fraction = 0.99,  # share of the steps that train, the first ones, where window is None
+        window: Width | None = None,  # noise and training on that many neighbouring steps only (Flow-GRPO-Fast)
+        window_range: tuple[int, int] | None = None,  # first and last place of the window; None: anywhere
+        same_latent: bool = False,  # a group shares its first noise
+        guidance_scale: NonNegative | None = None,  # of roll-outs and training alike; None is 1
+        advantage: Advantage = "grpo",  # grpo | rwr | sft | dpo
+        per_class: bool = True,  # advantages among images of a class
+        global_std: bool = True,  # divided by the standard deviation of the whole batch
+        advantage_clip: Positive = 5.0,  # largest absolute advantage
+        clip_range: Positive = 1e-4,  # of the surrogate's ratio
+        beta: NonNegative = 0.04,  # weight of the KL to the frozen start
+        updates: Width = 2,  # optimizer steps in a pass over a roll-out
+        epochs: Few = 1,  # passes over a roll-out
+        lora: dict[str, Any] | None = None,  # {rank, alpha, targets, init} trains adapters; None: everything
+        chunk: Width | None = None,  # images per forward, recomputed in backward, so that memory stays; None: all
+        max_level: Positive = 20.0,  # noisiest level at which a network that predicts noise is asked
+        min_diversity: NonNegative = 0.1,  # stops when images of a class differ less than this share of the first
     ):
         positive: dict[str, float] = {"steps": steps, "group_size": group_size, "updates": updates, "epochs": epochs}
         positive |= {"noise_level": noise_level, "clip_range": clip_range}

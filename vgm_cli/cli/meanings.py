@@ -78,6 +78,18 @@ def from_docstring(place: Any, names: Iterable[str]) -> dict[str, str]:
 
 # words that mean the same wherever they stand; a component's own explanation goes before
 WORDS = {
+    "adaptive": "the adversarial weight balances the gradients at the last layer",
+    "channel_mult_emb": "width of the embedding, as a multiple of the first channels",
+    "classifier_scale": "of classifier guidance",
+    "conditional": "the noise level is an input",
+    "conv_resample": "levels are halved and doubled by convolutions",
+    "form": "of the diffusion coefficient",
+    "latent_stats": "mean and deviation of the latents are measured in training",
+    "norm": "factor on the diffusion coefficient",
+    "num_scales": "number of noise levels",
+    "progressive_combine": "how skip and main branch are joined: sum or cat",
+    "sample_eps": "where the SDE ends; none given: the path's own",
+    "sampler": "ddpm or ddim",
     "P_mean": "mean of ln sigma in training",
     "P_std": "standard deviation of ln sigma in training",
     "activation": "nonlinearity of the layers",

@@ -244,7 +244,8 @@ def show_config(resolved: object) -> None:
 
 
 def show_keys(resolved: object) -> None:
-    """Typed keys of the host's nodes and of the recipe's components."""
+    """Keys of the host's nodes and of the recipe's components: type, value here, meaning."""
+    from vgm_cli.cli import meanings
     from vgm_cli.ranges import explain
     from vgm_cli.recipe import COMPONENT_NODES, NODES, Recipe, keys_of
     from vgm_cli.registry import load_target, registry, signature
@@ -252,16 +253,21 @@ def show_keys(resolved: object) -> None:
     assert isinstance(resolved, Recipe)
     rows = []
     for node, cls in NODES.items():
-        for name, kind_of in keys_of(cls).items():
-            rows.append((f"{node}.{name}", explain(kind_of), resolved.config[node].get(name)))
+        keys = keys_of(cls)
+        found = meanings.of_class(cls, keys)
+        for name, kind_of in keys.items():
+            rows.append((f"{node}.{name}", explain(kind_of), resolved.config[node].get(name), found.get(name, "")))
     for kind in COMPONENT_NODES:
         config = resolved.config.get(kind)
         if config:
             component = registry().find(kind, config["name"])
-            for name, p in signature(load_target(component.target, component.name)).parameters.items():
+            target = load_target(component.target, component.name)
+            parameters = signature(target).parameters
+            found = meanings.of_keys(target, parameters)
+            for name, p in parameters.items():
                 if p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY) and (name != "model" or kind == "model"):
                     default = config.get(name, None if p.default is p.empty else p.default)
                     kind_of = "" if p.annotation is p.empty else explain(p.annotation)
-                    rows.append((f"{kind}.{name}", kind_of, default))
-    ui.document([{"key": k, "type": t, "value": v} for k, t, v in rows])
-    ui.table(("key", "type", "value here"), rows)
+                    rows.append((f"{kind}.{name}", kind_of, default, found[name]))
+    ui.document([{"key": k, "type": t, "value": v, "meaning": m} for k, t, v, m in rows])
+    ui.table(("key", "type", "value here", "meaning"), rows)
