@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import copy
 import hashlib
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
@@ -162,6 +162,9 @@ class ObjectiveBase:
 
     networks: Mapping[str, nn.Module]
     shardable = False  # True: networks are used in `loss` alone, so that train.fsdp may cut their weights into pieces
+    # roles that train.compile leaves alone: networks that a loss differentiates through twice, or more than once
+    # (create_graph, retain_graph), which a compiled graph does not allow
+    uncompiled: Sequence[str] = ()
     prepare_size: int | None = None  # images that `prepare` wants, the same on every process; None: a training batch
 
     def phases(self) -> list[Phase]:

@@ -75,7 +75,7 @@ class Train:
     batch_size: Annotated[int, Ge(1), Le(10**6)] = 64  # images per optimizer step, over all processes and accumulation
     accumulate: Annotated[int, Ge(1), Le(10**6)] = 1  # micro-batches per step
     precision: Precision = "auto"  # auto: bf16 where the hardware has it
-    compile: Literal["auto", "off", "on"] | bool = "auto"  # torch.compile; auto: on a GPU and for long runs
+    compile: Literal["auto", "off", "on"] | bool = "auto"  # torch.compile; auto: on a GPU, for long runs
     checkpointing: bool = False  # recompute activations in backward
     channels_last: bool | None = None  # null: on where convolutions gain from it
     clip: Positive | None = None  # gradient-norm limit

@@ -71,8 +71,7 @@ class Features:
 
     def hooked(self, *inputs: Tensor, **cond: Any) -> Tensor:
         seen: list[Tensor] = []
-        # recomputation and compiled graphs need the whole forward
-        whole = getattr(self.network, "checkpointing", False) or self.network._compiled_call_impl is not None
+        whole = getattr(self.network, "checkpointing", False)  # recomputation needs the whole forward
 
         def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
             seen.append(output if isinstance(output, Tensor) else output[0])
@@ -81,7 +80,7 @@ class Features:
 
         handle = self.module.register_forward_hook(note)
         try:
-            self.network(*inputs, **cond)
+            self.network.forward(*inputs, **cond)  # not its compiled call, which knows no hooks
         except _Reached:
             pass
         finally:

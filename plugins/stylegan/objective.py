@@ -61,6 +61,7 @@ class StyleGANObjective(ObjectiveBase):
 
     model: StyleGenerator
     discriminator: nn.Module
+    uncompiled = ("model", "discriminator")  # path lengths and R1 are gradients that are differentiated
     sparse_grads = True  # a level that is not in yet, and biases under gradient penalties, receive none
 
     def __init__(

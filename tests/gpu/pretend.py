@@ -199,6 +199,8 @@ class _Made(TorchFunctionMode):
 
     def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         kwargs = kwargs or {}
+        if func is torch.tensor and not isinstance(args[0], Tensor):  # a list of the device's numbers: read one by one
+            args = (tree_map(lambda v: v.item() if isinstance(v, PretendTensor) else v, args[0]), *args[1:])
         if func in (torch.tensor, torch.as_tensor, torch.asarray) and _pretended(kwargs.get("device")):
             made = func(*args, **{k: v for k, v in kwargs.items() if k != "device"})
             return made if made.device.type == NAME else made.to(kwargs["device"])

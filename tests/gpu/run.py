@@ -30,6 +30,7 @@ def arguments(argv: Sequence[str] | None = None) -> argparse.Namespace:
     p.add_argument("--budget", type=float, default=470.0, help="seconds for everything")
     p.add_argument("--only", default="", help="comma list of " + ", ".join(jobs.ALL))
     p.add_argument("--dry-run", action="store_true", help="on the CPU, tiny sizes, this process: does the script work?")
+    p.add_argument("--table", action="store_true", help="print the figures of OUT/gpu.json as Markdown and stop")
     p.add_argument("--job", help=argparse.SUPPRESS)
     return p.parse_args(argv)
 
@@ -68,28 +69,67 @@ def shown(value: Any) -> str:
     return str(value)
 
 
-class Child:
-    """One check in a process of its own."""
+def markdown(content: dict[str, Any]) -> str:
+    """The figures as docs/gpu.md has them: a table for training, one for sampling, the other rows as they are."""
+    rows = [r for c in content["checks"].values() for r in c["rows"]]
+    named = {r["what"]: r for r in rows}
+    train = ["| training | a step | images/s | MFU | memory | plain loop |", "|---|---|---|---|---|---|"]
+    for what, r in named.items():
+        name, _, kind = what.rpartition(": ")
+        if kind == "ours":
+            plain = named.get(f"{name}: plain", {})
+            how = ", ".join(["compiled"] * bool(r["compiled"]) + ["checkpointed"] * bool(r["checkpointing"]))
+            told = f"{name}, {r['batch']} images{', ' + how if how else ''}"
+            mfu = f"{100 * r['mfu']:.1f} %" if isinstance(r["mfu"], float) and r["mfu"] == r["mfu"] else "not counted"
+            theirs = f"{plain['ms']:.0f} ms" if plain else "not measured"
+            train.append(
+                f"| {told} | {r['ms']:.0f} ms | {r['images_per_s']:.0f} | {mfu} | {r['gib']:.1f} GiB | {theirs} |"
+            )
+    sample = ["| sampling | time | plain loop |", "|---|---|---|"]
+    sample += [f"| {r['what']} | {r['ours_s']:.2f} s | {r['plain_s']:.2f} s |" for r in rows if "ours_s" in r]
+    used = {w for w in named if w.endswith((": ours", ": plain"))} | {r["what"] for r in rows if "ours_s" in r}
+    lines = [f"{content['device']}, torch {content['torch']}, {content['cores']} cores, {content['date']}", ""]
+    lines += [*train, ""] * (len(train) > 2) + [*sample, ""] * (len(sample) > 2)
+    for check, result in content["checks"].items():
+        said = f": {result['error']}" if result.get("error") else ""
+        lines.append(f"- `{check}`: {result['status']} in {result['seconds']:.0f} s{said}")
+        for r in result["rows"]:
+            if r["what"] not in used:
+                lines.append(f"  - {r['what']}: " + ", ".join(f"{k} {shown(v)}" for k, v in r.items() if k != "what"))
+    return "\n".join(lines)
 
-    def __init__(self, name: str, out: Path, folder: Path, limit: float):
+
+class Child:
+    """One check in a process of its own. go: it waits, everything imported, until start()."""
+
+    def __init__(self, name: str, out: Path, folder: Path, limit: float = 0.0, go: bool = False):
         self.name, self.began, self.limit = name, time.time(), limit
+        self.go = folder / f"{name}.go" if go else None
         self.result, self.log = folder / f"{name}.json", folder / f"{name}.log"
         self.file = open(self.log, "w")  # open as long as the process
         env = {**os.environ, **jobs.environment(name)}
+        env |= {"VGM_GPU_PART": str(self.result), "VGM_GPU_GO": str(self.go or "")}
         command = [sys.executable, __file__, str(out), "--job", name]
         self.process = subprocess.Popen(
-            command, stdout=self.file, stderr=subprocess.STDOUT, env={**env, "VGM_GPU_PART": str(self.result)},
-            start_new_session=True,
-        )  # fmt: skip
+            command, stdout=self.file, stderr=subprocess.STDOUT, env=env, start_new_session=True
+        )
+
+    def start(self, limit: float) -> None:
+        self.began, self.limit = time.time(), limit
+        if self.go is not None:
+            self.go.touch()
+
+    def stop(self) -> None:
+        import signal
+
+        os.killpg(self.process.pid, signal.SIGKILL)  # its own session: itself and what it started
+        self.process.wait()
 
     def done(self) -> bool:
         if self.process.poll() is not None:
             return True
         if time.time() - self.began > self.limit:
-            import signal
-
-            os.killpg(self.process.pid, signal.SIGKILL)  # its own session: itself and what it started
-            self.process.wait()
+            self.stop()
             return True
         return False
 
@@ -110,8 +150,12 @@ class Child:
 def main() -> int:
     args = arguments()
     began = time.time()
+    if args.table:
+        print(markdown(json.loads((args.out / "gpu.json").read_text())))
+        return 0
     if args.job:
-        return jobs.run(args.job, Path(os.environ["VGM_GPU_PART"]), dry=False)
+        go = os.environ.get("VGM_GPU_GO")
+        return jobs.run(args.job, Path(os.environ["VGM_GPU_PART"]), dry=False, go=Path(go) if go else None)
     args.out.mkdir(parents=True, exist_ok=True)
     wanted = [w for w in args.only.split(",") if w] or list(jobs.ALL)
     unknown = set(wanted) - set(jobs.ALL)
@@ -145,14 +189,18 @@ def main() -> int:
 
 
 def together(report: Report, names: list[str], out: Path, folder: Path, deadline: float) -> None:
-    """Side by side, as many as there are cores for, each with its own limit."""
+    """Side by side, as many as there are cores and memory of the card for, each with its own limit."""
     waiting, running = list(names), []
-    slots = max(2, (os.cpu_count() or 2) - 2)
+    slots, room = max(2, (os.cpu_count() or 2) - 2), 0.95 * report.content.get("memory_gib", 0.0)
+
+    def fits(name: str) -> bool:
+        cores = jobs.cores(name) + sum(jobs.cores(c.name) for c in running)
+        memory = jobs.gib(name) + sum(jobs.gib(c.name) for c in running)
+        return not running or (cores <= slots and memory <= room)
+
     while waiting or running:
-        while waiting and sum(jobs.cores(c.name) for c in running) + jobs.cores(waiting[0]) <= max(
-            slots, jobs.cores(waiting[0])
-        ):
-            name = waiting.pop(0)
+        while name := next((n for n in waiting if fits(n)), ""):
+            waiting.remove(name)
             left = deadline - time.time()
             if left < jobs.LEAST:
                 report.add(name, {"status": "no time", "rows": [], "error": "no time left", "seconds": 0.0})
@@ -165,12 +213,19 @@ def together(report: Report, names: list[str], out: Path, folder: Path, deadline
 
 
 def alone(report: Report, names: list[str], out: Path, folder: Path, deadline: float) -> None:
-    for name in names:
+    """One after the other; the next one imports what it needs meanwhile."""
+    following: list[Child] = []
+    for i, name in enumerate(names):
+        child = following.pop() if following else Child(name, out, folder, go=True)
         left = deadline - time.time()
         if left < jobs.least(name):
+            child.stop()
+            child.file.close()
             report.add(name, {"status": "no time", "rows": [], "error": "no time left", "seconds": 0.0})
             continue
-        child = Child(name, out, folder, min(jobs.limit(name), left))
+        child.start(min(jobs.limit(name), left))
+        if i + 1 < len(names):
+            following.append(Child(names[i + 1], out, folder, go=True))
         while not child.done():
             time.sleep(0.1)
         child.finish(report)

@@ -30,9 +30,18 @@ import pretend
 needs_pretend = pytest.mark.skipif(not pretend.available(), reason="this torch has no devices written in Python")
 
 
-def test_the_script_runs_dry(tmp_path: Path) -> None:
-    """Every timed check and some of the others, tiny and on the CPU: all parts of the report are there."""
-    checks = "peak,dit,dit-sampling,glow,llamagen-sampling,sampling,networks,compile-0,memory"
+@pytest.mark.parametrize(
+    "checks",
+    [
+        "peak,dit,memory",
+        pytest.param(
+            "peak,dit,dit-sampling,glow,llamagen-sampling,sampling,networks,compile-sit,memory,precision,warm-1,sit",
+            marks=pytest.mark.slow,
+        ),
+    ],
+)
+def test_the_script_runs_dry(checks: str, tmp_path: Path) -> None:
+    """Tiny and on the CPU: all parts of the report are there."""
     command = ["bash", str(ROOT / "tests/gpu/run.sh"), str(tmp_path / "out"), "--dry-run", "--only", checks]
     found = subprocess.run(command, capture_output=True, text=True, env={**os.environ, "PYTHON": sys.executable})
     assert found.returncode == 0, found.stdout[-3000:] + found.stderr[-3000:]
@@ -41,7 +50,7 @@ def test_the_script_runs_dry(tmp_path: Path) -> None:
     assert {c["status"] for c in report["checks"].values()} == {"ok"}
     rows = {r["what"]: r for c in report["checks"].values() for r in c["rows"]}
     assert rows["DiT-XL/2 256: plain"]["ours_over_plain"] > 0 and rows["DiT-XL/2 256: ours"]["mfu"] > 0
-    assert rows["sit/mnist"] and "says" in rows["vgm train out of memory"]
+    assert ("networks" not in checks or rows["sit/mnist"]) and "says" in rows["vgm train out of memory"]
     last = found.stdout.strip().splitlines()
     assert any("DiT-XL/2 256: ours" in line for line in last) and (tmp_path / "out/log.txt").is_file()
 
@@ -63,9 +72,9 @@ def pretended(monkeypatch: pytest.MonkeyPatch) -> Iterator[pretend.Pretend]:
     with pretend.Pretend() as mode:
         make = trainers.make_accelerator
 
-        def made(recipe: Any, track: str = "jsonl") -> Any:
+        def made(*args: Any) -> Any:
             AcceleratorState._reset_state(True)
-            accelerator = make(recipe, track)
+            accelerator = make(*args)
             for state in (PartialState, AcceleratorState):
                 state._shared_state["device"] = mode.device
             return accelerator
@@ -110,18 +119,7 @@ KNOWN = {
     "vqgan/small-tokenizer": ("vgm_cli/losses/first_stage.py",),  # how much of the codebook was used lately
 }
 EVERY = [n for n in sorted(recipes.shipped()) if n.split("/")[1].startswith(("mnist", "small"))]
-ONCE = [  # one of each objective; the others run with -m slow
-    *(
-        "adm-unet/mnist-classifier",
-        "consistency/mnist-cd",
-        "dit/mnist",
-        "dmd/mnist",
-        "flow-grpo/mnist-fast",
-        "glow/mnist",
-    ),
-    *("ldm/small-codec", "llamagen/mnist", "rectified-flow/mnist-reflow", "sit/mnist", "stylegan/mnist-ada"),
-    *("vae/mnist-bernoulli", "vqgan/mnist-prior", "vqgan/small-tokenizer"),
-]
+ONCE = ["dmd/mnist", "llamagen/mnist", "sit/mnist", "stylegan/mnist-ada", "vae/mnist-bernoulli"]  # the others: -m slow
 
 
 @needs_pretend
@@ -152,8 +150,14 @@ def test_trains_on_a_device_without_waiting(
     assert not waits
 
 
+SAMPLED_SLOWLY = ("sit/mnist", "dit/mnist", "consistency/mnist", "llamagen/mnist")
+
+
 @needs_pretend
-@pytest.mark.parametrize("name", ["dit/mnist", "sit/mnist", "consistency/mnist", "llamagen/mnist", "stylegan/mnist"])
+@pytest.mark.parametrize(
+    "name",
+    ["stylegan/mnist", *(pytest.param(n, marks=pytest.mark.slow) for n in SAMPLED_SLOWLY)],
+)
 def test_samples_on_a_device_are_those_of_the_cpu(name: str, pretended: pretend.Pretend) -> None:
     import jobs
 
@@ -204,6 +208,7 @@ def test_golden_cases_compute_where_they_are_told(paper: str) -> None:
 # -- sharding ---------------------------------------------------------------------------------------------------------
 
 
+@pytest.mark.slow
 def test_sharded_over_two_processes_equals_one(tiny: Path, tmp_path: Path, process: type) -> None:
     """FSDP2: 4 steps in two processes, and 4 more that go on from there unsharded in one, leave the weights, averages
     and moments of 8 unsharded steps."""
@@ -272,3 +277,85 @@ def test_out_of_memory_is_one_sentence(
     code, _, err = vgm(*command)
     assert code == 1 and "out of GPU memory" in err and lower in err
     assert "Traceback" not in err and "bug" not in err
+
+
+# -- compilation ------------------------------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize(
+    ("name", "more", "left"),
+    [
+        ("stylegan/mnist", ["objective.path_weight=2"], ["discriminator", "model"]),
+        (
+            "vqgan/small-tokenizer",
+            [
+                "objective.disc_start=0",
+                "roles.discriminator={kind: model, name: patchgan, in_channels: 1, n_layers: 1}",
+            ],
+            ["discriminator", "model"],
+        ),
+        ("sit/mnist", ["codec=null", "model={name: sit, patch_size: 7, hidden_size: 32, depth: 1, num_heads: 2}"], []),
+    ],
+)
+def test_networks_that_are_differentiated_twice_are_not_compiled(
+    vgm: Any, name: str, more: list[str], left: list[str], digits: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """train.compile=on says so in one sentence and trains; the other networks are compiled, which differentiates once."""
+    compiled: list[Any] = []
+    original = torch.nn.Module.compile
+
+    def compile_(self: Any) -> None:
+        compiled.append(self)
+        original(self, backend="aot_eager")
+
+    monkeypatch.setattr(torch.nn.Module, "compile", compile_)
+    own = ["train.steps=1", "train.batch_size=4", "train.preview_n=0", "train.precision=fp32", f"data.path={digits}"]
+    code, _, err = vgm("train", name, "train.compile=on", "--out", tmp_path / "run", *own, *more)
+    assert code == 0, err
+    assert (f"not compiled: {', '.join(left)};" in err) == bool(left) and len(compiled) == (not left)
+
+
+@pytest.mark.parametrize(
+    ("asked", "device", "steps", "width", "want"),
+    [
+        ("auto", "cuda", 2400, 8, False),  # the shipped demo: a small network is compiled longer than it trains
+        ("auto", "cuda", 20_000, 8, True),
+        ("auto", "cuda", 2400, 8000, True),  # 64 M parameters
+        ("auto", "cuda", 1999, 8000, False),
+        ("auto", "cpu", 10**6, 8000, False),
+        ("on", "cpu", 1, 8, True),
+        (False, "cuda", 10**6, 8000, False),
+    ],
+)
+def test_auto_compiles_where_the_run_wins_it_back(asked: Any, device: str, steps: int, width: int, want: bool) -> None:
+    from types import SimpleNamespace
+
+    network = torch.nn.Linear(width, width, device="meta")
+    options = SimpleNamespace(compile=asked, steps=steps)
+    assert trainers.should_compile(options, torch.device(device), [network]) is want
+
+
+def test_full_precision_breaks_no_graph() -> None:
+    from vgm_cli.nn.precision import full_precision
+
+    def inside(x: torch.Tensor) -> torch.Tensor:
+        with full_precision(x.device):
+            return x.float() @ x.float()
+
+    x = torch.randn(4, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        got = torch.compile(inside, backend="eager", fullgraph=True)(x)
+    assert got.dtype == torch.float32 and torch.equal(got, x @ x)
+
+
+def test_the_script_prints_its_figures_as_markdown(tmp_path: Path) -> None:
+    ours = {"what": "A: ours", "ms": 10.0, "images_per_s": 100.0, "mfu": 0.5, "gib": 2.0, "batch": 8,
+            "compiled": True, "checkpointing": False}  # fmt: skip
+    rows = [ours, {"what": "A: plain", "ms": 11.0}, {"what": "other", "value": 0.25}]
+    checks = {"a": {"status": "ok", "seconds": 3.0, "error": "", "rows": rows}}
+    facts = {"device": "A card", "torch": "2", "cores": 4, "date": "2026-01-01", "checks": checks}
+    (tmp_path / "gpu.json").write_text(json.dumps(facts))
+    command = [sys.executable, str(ROOT / "tests/gpu/run.py"), str(tmp_path), "--table"]
+    found = subprocess.run(command, capture_output=True, text=True)
+    assert "| A, 8 images, compiled | 10 ms | 100 | 50.0 % | 2.0 GiB | 11 ms |" in found.stdout, found.stderr
+    assert "- `a`: ok in 3 s\n  - other: value 0.25" in found.stdout and found.stdout.startswith("A card, torch 2")

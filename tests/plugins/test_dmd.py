@@ -542,6 +542,10 @@ def test_features_stop_half_way(name: str) -> None:
         view.raw(x, t, y=y)
         handle.remove()
         assert torch.equal(as_map(whole[0]), got)
+    if name == "dit":  # a compiled network has its graph before anybody looks inside
+        view.network.compile(backend="eager")
+        view.raw(x, t, y=y)
+        assert torch.equal(Features(view.network)(view, x, t, y=y), got)
 
 
 def test_features_name_the_alternatives() -> None:

@@ -250,9 +250,11 @@ def port_layers(case: GoldenCase) -> None:
     channels, width = config["channels"], config["filter_size"]
     positions = x.shape[2] * x.shape[3]
 
-    def same(name: str, y: Tensor, logdet: Tensor | None, back: Tensor) -> None:
+    def same(name: str, y: Tensor, logdet: Tensor | None, back: Tensor, terms: Tensor | None = None) -> None:
         assert_close(y, out[f"{name}/y"], 1e-6, f"{name} y")
-        if logdet is not None:
+        if terms is not None and logdet is not None:  # their sum is zero but for its rounding
+            assert (logdet.cpu() - out[f"{name}/logdet"]).abs() <= 1e-7 * positions * terms.abs().sum().cpu(), name
+        elif logdet is not None:
             assert_close(logdet.double(), out[f"{name}/logdet"].double().expand(logdet.shape), 1e-5, f"{name} logdet")
         assert_close(back, out[f"{name}/reverse_of_x"], 1e-4, f"{name} reverse")
 
@@ -271,7 +273,8 @@ def port_layers(case: GoldenCase) -> None:
         m = layer.matrix()
         logdet = layer.log_det()
         logdet = positions * (torch.linalg.slogdet(m.double())[1] if logdet is None else logdet)
-        same(name, channel_map(x, m), logdet, channel_map(x, torch.linalg.inv(m.double()).float()))
+        back = channel_map(x, torch.linalg.inv(m.double()).float())
+        same(name, channel_map(x, m), logdet, back, getattr(layer, "w_s", None))
         if f"{name}/weight" in out:
             assert_close(PORT_PLAIN[1](m), out[f"{name}/weight"], 1e-6, "assembled weight")
 

@@ -122,7 +122,11 @@ def losses_drifts_scores(case: GoldenCase) -> None:
         else:
             output = network(x1, t)
             got = plan.velocity(output, x1, t) if rest[-1] == "ode_drift" else plan.score(output, x1, t)
-        assert_close(got, want, 1e-5, key)
+        rtol = 1e-5
+        if (path, rest[-1]) == ("VP", "loss") and weight and case.device.type != "cpu":
+            # sigma^2 = 1 - exp(...) is 1e-4 near the data: one rounding of the device's own exp is 5e-4 of the weight
+            rtol = max(rtol, torch.finfo(torch.float32).eps / plan.plan.sigma(t)[0].square().min().item())
+        assert_close(got, want, rtol, key)
 
 
 @golden.check(lambda c: "num_steps" in c.config and "form" not in c.config and "out/trajectory" in c)

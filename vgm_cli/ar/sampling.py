@@ -21,14 +21,15 @@ Pick = Callable[[Tensor, int], Tensor]  # logits (B, V) of position i, i -> ids 
 
 def filter_logits(logits: Tensor, top_k: int = 0, top_p: float = 1.0, min_keep: int = 1) -> Tensor:
     """logits (..., V) with what is out at -inf: first all below the top_k-th largest (ties stay; 0 keeps all), then,
-    of what remains in falling order, every token before which the probability already exceeds top_p."""
+    of what remains in falling order, every token before which the probability already exceeds top_p. Among equal logits
+    the first stay, and sums are in float64: every device keeps the same tokens."""
     if top_k > 0:
         k = min(max(top_k, min_keep), logits.shape[-1])
         smallest = logits.topk(k, dim=-1).values[..., -1:]
         logits = logits.masked_fill(logits < smallest, -torch.inf)
     if top_p < 1.0:
-        ordered, places = logits.sort(dim=-1, descending=True)
-        out = ordered.softmax(-1).cumsum(-1) > top_p
+        ordered, places = logits.sort(dim=-1, descending=True, stable=True)
+        out = ordered.double().softmax(-1).cumsum(-1) > top_p
         if min_keep > 1:
             out[..., :min_keep] = False
         out = out.roll(1, dims=-1)  # the first token above the threshold stays

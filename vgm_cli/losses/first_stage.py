@@ -5,8 +5,7 @@ taming/modules/losses/vqperceptual.py. LDM: Rombach et al. 2022 (arXiv 2112.1075
 CompVis/latent-diffusion@a506df5 ldm/modules/losses/{contperceptual,vqperceptual}.py. LlamaGen's tokenizer: Sun et al.
 2024 (arXiv 2406.06525); FoundationVision/LlamaGen@ce98ec4 tokenizer/tokenizer_image/vq_loss.py.
 Deviations: before disc_start the discriminator is not evaluated (officially its terms are multiplied by zero); the
-log-variance of the reconstruction, which no official optimizer trains, is a constant. Better not compiled: the adaptive
-weight would run the whole compiled backward twice more.
+log-variance of the reconstruction, which no official optimizer trains, is a constant.
 """
 
 from __future__ import annotations
@@ -135,6 +134,10 @@ class AutoencoderObjective(ObjectiveBase):
         self.disc_weight, self.disc_start = disc_weight, disc_start
         self.disc_factor, self.disc_loss = disc_factor, disc_loss
         self.gen_loss, self.adaptive = gen_loss, adaptive
+        if (
+            adaptive and discriminator is not None
+        ):  # its weight is a ratio of two gradients, taken before the loss's own
+            self.uncompiled = ("model", "discriminator")
         self.temperature, self.place_codes = temperature, place_codes
         self.prepare_size = 32 if place_codes else None  # the same images on every process
         self.recent = None if self.variational else torch.zeros(self.RECENT, dtype=torch.int32, device="cpu")
