@@ -64,7 +64,20 @@ def fields() -> dict[str, dict[str, Any]]:
         "guidance_interval": Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)] | None,
         **sampling,
     }
-    return {"header": header, "picture": picture}
+    features = {"features": text, "features_kind": text, "features_sha256": text, "features_dim": size, "resize": text}
+    reference = {"reference": text, "reference_fingerprint": text, "reference_subset": text}
+    shape = Annotated[list[Annotated[int, Field(gt=0)]], Field(min_length=3, max_length=3)] | None
+    statistics = {**features, **reference, "reference_shape": shape}
+    result = {
+        "metric": str,
+        "value": float | None,
+        "uncertainty": FiniteFloat | None,
+        "n": count,
+        "n_reference": count,
+        "protocol": mapping,
+        "protocol.options": mapping | None,
+    }
+    return {"header": header, "picture": picture, "statistics": statistics, "result": result}
 
 
 @cache

@@ -4,6 +4,7 @@ JSON lines while training) and never colour. Torch-free."""
 from __future__ import annotations
 
 import contextlib
+import math
 import os
 import sys
 import time
@@ -196,6 +197,20 @@ def human(n: float) -> str:
             n /= size
             return f"{n:,.0f} {unit}" if abs(n) >= 999.5 else f"{n:.3g} {unit}"
     return f"{n:.4g}"
+
+
+def with_error(value: float, error: float | None) -> str:
+    """A number and its standard deviation to the same digit: (802.9, 137) -> '803 ± 140', (0.61728, 0.0123) ->
+    '0.617 ± 0.012'."""
+    if error is None or not (math.isfinite(value) and math.isfinite(error)):
+        return f"{value:.4g}"
+    if error <= 0:
+        return f"{value:.4g} ± 0"
+    digits = 1 - math.floor(math.log10(error))  # two digits of the error count
+    if digits > 7 or max(abs(value), error) >= 1e9:
+        return f"{value:.4g} ± {error:.1e}"
+    places = max(digits, 0)
+    return f"{value:.{places}f} ± {round(error, digits):.{places}f}"
 
 
 def some(names: Sequence[str], n: int = 3) -> str:

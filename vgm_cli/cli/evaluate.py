@@ -9,7 +9,7 @@ import typer
 from typer.core import TyperCommand, TyperGroup
 
 from vgm_cli.cli import complete
-from vgm_cli.ui import Progress, ui
+from vgm_cli.ui import counted, ui, with_error
 
 DEFAULT = "(measure)"  # no target's name
 Features = Annotated[
@@ -21,6 +21,8 @@ Features = Annotated[
 ProtocolName = Annotated[str, typer.Option("--protocol", help="vgm | adm | edm | clean | torch-fidelity | mar")]
 BatchSize = Annotated[int, typer.Option(min=1, help="Of sampling and feature passes.")]
 NProc = Annotated[int, typer.Option(help="Processes that share the work; the numbers stay the same.", min=1)]
+Device = Annotated[str, typer.Option(help="auto | cpu | cuda | cuda:N | mps.")]
+Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace what is there.")]
 
 
 class ShortContext(typer.Context):
@@ -58,14 +60,22 @@ def register(app: typer.Typer) -> None:
     app.add_typer(group, name="evaluate")
 
 
+def given(ctx: typer.Context) -> frozenset[str]:
+    """Names of the parameters that the user typed."""
+    typed = {name for name in ctx.params if getattr(ctx.get_parameter_source(name), "name", "") == "COMMANDLINE"}
+    return frozenset(name for name in typed if ctx.params[name] not in (None, [], ()))
+
+
 def evaluate(
+    ctx: typer.Context,
     target: Annotated[
-        str,
+        str | None,
         typer.Argument(
-            help="A run or checkpoint (sampled first), a folder of images or an ADM .npz.",
+            help="A run or checkpoint, sampled first (the newest run of a paper, of a folder of runs, of all: last), "
+            "a codec, a folder of images or an ADM .npz. Default: last.",
             autocompletion=complete.runs,
         ),
-    ],
+    ] = None,
     overrides: Annotated[
         list[str] | None, typer.Argument(metavar="[KEY=VALUE]…", help="Keywords of the sampler, for a run.")
     ] = None,
@@ -95,15 +105,19 @@ def evaluate(
     batch_size: BatchSize = 100,
     precision: Annotated[str, typer.Option(help="auto | fp32 | bf16, of sampling. auto: as trained.")] = "auto",
     nproc: NProc = 1,
+    device: Device = "auto",
     check: Annotated[list[str] | None, typer.Option("--assert", help='Exit code 3 unless it holds: "fid<5".')] = None,
     save_stats: Annotated[Path | None, typer.Option(help="Also write the reference's statistics here.")] = None,
     out: Annotated[
         Path | None, typer.Option(help="Also write the results here (JSON), for `vgm evaluate diff`.")
     ] = None,
+    overwrite: Overwrite = False,
 ) -> None:
     """Measure samples against a reference. Every number carries its protocol.
 
     Examples:
+
+        vgm evaluate                                        # the newest run
 
         vgm evaluate RUN --metrics fid,precision-recall -n 5000
 
@@ -117,11 +131,29 @@ def evaluate(
 
     if relaunched(nproc):
         return
-    from vgm_cli.engine.evaluate import check_assertion, parse_assertion
-    from vgm_cli.engine.evaluating import Options, evaluate_target
+    from vgm_cli import atomic
+    from vgm_cli.engine import ranks
+    from vgm_cli.engine.evaluate import check_assertion, finite, parse_assertion, refuse_non_finite
+    from vgm_cli.engine.evaluating import Options, evaluate_target, is_model
+    from vgm_cli.engine.run import newest
+    from vgm_cli.errors import INTERRUPTED, USAGE, VgmError
+    from vgm_cli.metrics.statistics import check_target
     from vgm_cli.recipe import allow_typed
 
-    allow_typed([sampler, *(overrides or [])])
+    words = list(overrides or [])
+    if target is not None and "=" in target and not Path(target).exists():
+        words.insert(0, target)
+        target = None
+    if target is None and newest("last") is None:
+        hint = "name a run, a file or a folder of images; vgm train dit makes a run"
+        raise VgmError("nothing to measure is named, and there is no run below ./runs", hint, USAGE)
+    target = target or "last"
+    allow_typed([sampler, *words])
+    ranks.join()
+    if out is not None:
+        ranks.on_main(lambda: atomic.refuse_existing(out, overwrite and not out.is_dir()))
+    if save_stats is not None:
+        ranks.on_main(lambda: check_target(save_stats, overwrite))
     for expression in check or []:
         parse_assertion(expression)  # a typo is told before the work
     options = Options(
@@ -140,21 +172,28 @@ def evaluate(
         weights=weights,
         batch_size=batch_size,
         precision=precision,
-        overrides=overrides or [],
+        overrides=words,
         save_stats=save_stats,
         assertions=check or [],
+        device=device,
+        named=given(ctx) | ({"overrides"} if words else frozenset()),
     )
-    with Progress("evaluating", n or 0, every=10) as progress:
-        results = evaluate_target(target, options, progress)
+    if overwrite and out is None and save_stats is None:
+        ui.warn("--overwrite has no effect: nothing is written without --out or --save-stats")
+    try:
+        results = evaluate_target(target, options)
+    except KeyboardInterrupt as e:
+        hint = f"vgm sample {target} --out FOLDER keeps what it makes and goes on; vgm evaluate FOLDER measures it"
+        text = "interrupted: no number is made, and nothing is written"
+        raise VgmError(text, hint if is_model(target) else "the same command begins anew", INTERRUPTED) from e
     ui.document(results)
-    for r in results:
-        spread = f" ± {r['uncertainty']:.2g}" if r.get("uncertainty") is not None else ""
+    for r in filter(finite, results):
         against = f", reference {r['n_reference']}" if r["n_reference"] else ""
-        ui.data(f"{r['metric']}: {r['value']:.4g}{spread}  (n={r['n']}{against}, {r['protocol']['features']})")
+        number = with_error(r["value"], r.get("uncertainty"))
+        ui.data(f"{r['metric']}: {number}  (n={r['n']}{against}, {r['protocol']['features']})")
     if out is not None and ui.main:
-        from vgm_cli import atomic
-
         atomic.write_json(out, results)
+    refuse_non_finite(results)
     for expression in check or []:
         check_assertion(expression, results)
         ui.data(f"holds: {expression}")
@@ -192,6 +231,7 @@ def diff(
 
 
 def stats(
+    ctx: typer.Context,
     data: Annotated[str, typer.Argument(help="A data set, or statistics in another format.")],
     out: Annotated[Path, typer.Option("--out", "-o", help="The .safetensors to write.")],
     features: Features = None,
@@ -203,6 +243,8 @@ def stats(
         bool, typer.Option("--keep-features", help="Also every image's features, for KID, precision and recall.")
     ] = False,
     nproc: NProc = 1,
+    device: Device = "auto",
+    overwrite: Overwrite = False,
 ) -> None:
     """Write a reference's feature statistics, to be given to --reference instead of the images.
 
@@ -225,6 +267,10 @@ def stats(
         protocol=protocol,
         batch_size=batch_size,
         keep_features=keep_features,
+        device=device,
+        overwrite=overwrite,
+        named=given(ctx) - {"data"},
     )
     ui.document(found)
-    ui.data(f"{out}: {found['n']} images, {found['dim']} features of {found.get('features', 'an unknown network')}")
+    n = "an unknown number of images" if found["n"] is None else counted(found["n"], "image")
+    ui.data(f"{out}: {n}, {found['dim']} features of {found.get('features') or 'an unknown network'}")

@@ -18,6 +18,9 @@ from vgm_cli.errors import FAILED, VgmError, nearest
 from vgm_cli.ui import counted, some, ui
 
 if TYPE_CHECKING:
+    from collections.abc import Callable
+
+    from vgm_cli.data.decode import File
     from vgm_cli.data.latents import Latents
 
 __all__ = ["FORMATS", "SHIPPED", "Dataset", "Facts", "open_dataset", "tell", "tell_skipped"]
@@ -39,6 +42,7 @@ def open_dataset(
     label_key: str | None = None,
     split: str | None = None,
     quiet: bool = False,
+    without: Callable[[str, Callable[[], File]], bool] | None = None,
 ) -> Dataset | Any:
     """Open a set of images (`Dataset`), or of latents (`vgm_cli.data.latents.Latents`).
 
@@ -46,14 +50,19 @@ def open_dataset(
     name). size, channels: as found if None (rules: dataset.py). crop: adm, center, random, resize, none.
     labels: True refuses a set without. label_key: the column of metadata.jsonl, array of the .npz or key of the .json
     that holds the labels. split: train, val or test, where the set has them; of the shipped sets, test is every tenth
-    image and train the others. What was assumed or left out is told (`tell`), unless quiet.
+    image and train the others. What was assumed or left out is told (`tell`), unless quiet. without: of a folder,
+    (name, file to open) of pictures that do not belong to it.
 
     Raises VgmError: nothing there or unknown kind (exit code 2), labels wanted but missing (2), empty or unreadable
     (1).
     """
     if path is not None and not isinstance(path, str):
         path = str(path)
+    from vgm_cli.data.files import Folder
+
     source = shipped(path, size, split) or find(path or "", label_key, split)
+    if without is not None and isinstance(source, Folder):
+        source.leave_out(without)
     dataset: Any = source if not isinstance(source, Source) else Dataset(source, size, channels, crop)
     if labels and not dataset.facts.num_classes:
         hint = source.no_labels if isinstance(source, Source) else "these latents were stored without"

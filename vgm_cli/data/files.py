@@ -18,7 +18,8 @@ import struct
 import zipfile
 import zlib
 from collections import Counter
-from collections.abc import Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator
+from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -292,6 +293,18 @@ class Folder(Files):
                         yield prefix + e.name, e.stat().st_size
                     elif is_image(e.name):  # a link to nothing, a pipe
                         self.skipped.append(prefix + e.name)
+
+    def leave_out(self, unwanted: Callable[[str, Callable[[], File]], bool]) -> None:
+        """Drop the pictures that do not belong to the set, and say so."""
+        keep = [not unwanted(name, partial(self.open, full)) for name, full in zip(self.names, self.full)]
+        if all(keep):
+            return
+        gone = [name for name, kept in zip(self.names, keep) if not kept]
+        self.full = [n for n, kept in zip(self.full, keep) if kept]
+        self.names = [n for n, kept in zip(self.names, keep) if kept]
+        self.sizes = [n for n, kept in zip(self.sizes, keep) if kept]
+        self.labels = None if self.labels is None else self.labels[keep]
+        self.remarks.append(f"{self.root}: {counted(len(gone), 'picture')} made of others left out: {some(gone)}")
 
     def get(self, name: str) -> bytes:
         return (self.path / name).read_bytes()

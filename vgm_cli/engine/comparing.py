@@ -2,12 +2,13 @@
 
 from __future__ import annotations
 
-import json
 import math
+import os
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+from vgm_cli import foreign, limits
 from vgm_cli.data.fingerprint import older
 from vgm_cli.errors import FAILED, USAGE, VgmError
 
@@ -28,15 +29,21 @@ HARMLESS = ("seed", "vgm")
 
 def read_results(path: str | Path) -> list[dict[str, Any]]:
     """The list that `vgm evaluate --out` wrote. VgmError: missing (exit code 2), something else (1)."""
+    if not os.path.lexists(path):
+        raise VgmError(f"no such file: {path}", "write one with `vgm evaluate … --out FILE`", USAGE)
     try:
-        found = json.loads(Path(path).read_text())
-    except FileNotFoundError as e:
-        raise VgmError(f"no such file: {path}", "write one with `vgm evaluate … --out FILE`", USAGE) from e
+        found = limits.parse_json(limits.read_text(path), str(path))
     except (OSError, ValueError) as e:
-        raise VgmError(f"{path} is not a results file: {e}", code=FAILED) from e
+        raise VgmError(f"{path} is not a results file: {limits.short(str(e))}", code=FAILED) from e
     results = found if isinstance(found, list) else [found]
     if not all(isinstance(r, dict) and {"metric", "value", "protocol"} <= set(r) for r in results):
         raise VgmError(f"{path} does not hold results of `vgm evaluate`", code=FAILED)
+    for r in results:
+        foreign.check(r, "result", path)
+        if r["value"] is None:  # JSON has no infinity
+            if not r.get("identical_pairs"):
+                raise VgmError(f"{path}: {r['metric']} is not a number", "measure it again", FAILED)
+            r["value"] = math.inf
     return results
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 import time
 from collections.abc import Mapping, Sequence
@@ -13,15 +14,16 @@ import torch
 
 from vgm_cli import __version__
 from vgm_cli.engine import ranks
-from vgm_cli.engine.measure import Progress, measure, measure_reference, save_statistics, source_facts
-from vgm_cli.errors import CHECK_FAILED, USAGE, VgmError, unknown
+from vgm_cli.engine.measure import Progress, measure, measure_reference, refuse_few, save_statistics, source_facts
+from vgm_cli.errors import CHECK_FAILED, FAILED, USAGE, VgmError, unknown
 from vgm_cli.metrics import features as networks
 from vgm_cli.metrics.base import OF_NETWORK, Measured, Subject, Value
 from vgm_cli.metrics.features import FeatureNet
-from vgm_cli.metrics.pictures import ArrayPictures, DataPictures, Pictures
+from vgm_cli.metrics.pictures import ArrayPictures, DataPictures, InColour, Pictures, items_of, pairs
 from vgm_cli.metrics.statistics import Statistics, read_statistics
 from vgm_cli.recipe import parse_yaml
 from vgm_cli.registry import registry
+from vgm_cli.ui import ui
 
 ALIASES = {"pr": "precision-recall", "prdc": "density-coverage", "is": "inception-score", "bpd": "bits-per-dim"}
 NO_NETWORK = "pixels"
@@ -51,7 +53,8 @@ def evaluate(
     images: uint8 (N, H, W, C) or Pictures; None where only model metrics are asked. reference: a data set, Pictures, an
     array, a statistics file or None. metrics: names, options as "kid:subset_size=100". features: see `features.choose`.
     facts: what the samples came from. protocol: more to record. subject: for model metrics. held_out: images that no
-    training saw, for memorisation. progress(images done).
+    training saw, for memorisation. progress(images done), those of the reference first. Grey pictures against colour
+    ones get three equal channels.
     Raises VgmError: unknown metric or missing reference (exit code 2), missing weights (4).
     """
     pictures = ArrayPictures(images, labels) if isinstance(images, np.ndarray) else images
@@ -59,7 +62,11 @@ def evaluate(
     of_images = [m for _, m in chosen if not of_model(m)]
     sides = Sides(pictures, as_reference(reference), features, resize, batch_size, torch.device(device), progress)
     sides.held_out = as_reference(held_out)
+    if any(m.needs_reference for m in of_images):
+        sides.in_common()
     sides.plan(of_images)
+    if save_stats is not None:
+        sides.first_network()
     results: list[dict[str, Any]] = []
     for name, metric in chosen:
         began = time.time()
@@ -77,6 +84,8 @@ def evaluate(
         else:
             values, data, counts = sides.values(metric, seed)
             more = {"name": "vgm", **(protocol or {})}
+            if metric.needs_reference and sides.told:
+                more["channels"] = sides.told
         shared = {"protocol": {**more, **data}, "facts": facts or {}, "seed": seed}
         results += [result_of(v, counts, shared, time.time() - began) for v in values]
     if save_stats is not None:
@@ -91,17 +100,31 @@ def result_of(
     return {
         "metric": value.metric,
         "value": value.value,
-        "uncertainty": value.uncertainty,
+        "uncertainty": value.uncertainty if value.uncertainty is None or math.isfinite(value.uncertainty) else None,
         "n": counts[0] if value.n is None else value.n,
         "n_reference": counts[1],
         "protocol": {**shared["protocol"], "options": dict(value.options)},
         **shared["facts"],
         **value.facts,
+        **({"remarks": list(value.remarks)} if value.remarks else {}),
         "seed": shared["seed"],
         "vgm": __version__,
         "time": time.strftime("%Y-%m-%dT%H:%M:%S%z"),
         "seconds": round(seconds, 2),
     }
+
+
+def refuse_non_finite(results: Sequence[Mapping[str, Any]]) -> None:
+    """VgmError (exit code 1): some number is NaN or infinite; of identical pairs infinity is right."""
+    bad = [r["metric"] for r in results if not finite(r)]
+    if bad:
+        hint = "the samples, the reference or a network's weights are out of all range"
+        raise VgmError(f"{', '.join(bad)} came out as NaN or infinity", hint, FAILED)
+
+
+def finite(result: Mapping[str, Any]) -> bool:
+    """Whether a result's value is a number to be shown."""
+    return math.isfinite(result["value"]) or (result["value"] == math.inf and bool(result.get("identical_pairs")))
 
 
 def of_model(metric: Any) -> bool:
@@ -155,8 +178,31 @@ class Sides:
         self.nets: dict[str, FeatureNet | None] = {}  # by weights and resize rule, so that one network runs once
         self.needs: dict[str, tuple[set[str], set[str]]] = {}
         self.held_out: Pictures | Statistics | None = None
+        self.told = ""  # how grey and colour were brought together, for the protocol
         self.samples: dict[str, Measured] = {}
         self.references: dict[str, Measured] = {}
+
+    def in_common(self) -> None:
+        """Grey pictures on one side of a comparison become colour; statistics of others than the samples are told."""
+        if self.pictures is None or self.reference is None:
+            return
+        h, w, c = self.pictures.shape()
+        if isinstance(self.reference, Statistics):
+            made_of = self.reference.facts.get("reference_shape") or [h, w, c]
+            if list(made_of) != [h, w, c]:
+                mine, theirs = (f"{a[1]}×{a[0]} {'grey' if a[2] == 1 else 'colour'}" for a in ((h, w, c), made_of))
+                self.told = f"{mine} samples, statistics of {theirs} pictures"
+                ui.warn(f"{self.reference.path}: {self.told}")
+            return
+        channels = c, self.reference.shape()[2]
+        if len(set(channels)) > 1:
+            grey, colour = ("samples", "references") if c == 1 else ("references", "samples")
+            self.told = f"grey {grey} against colour {colour}: the {grey} have three equal channels"
+            ui.warn(self.told)
+        if max(channels) == 3:
+            self.pictures, self.reference = in_colour(self.pictures), in_colour(self.reference)
+            if self.held_out is not None and not isinstance(self.held_out, Statistics):
+                self.held_out = in_colour(self.held_out)
 
     def plan(self, metrics: Sequence[Any]) -> None:
         """What each network has to give for all metrics together; whatever can be refused is refused before work."""
@@ -174,6 +220,7 @@ class Sides:
                 self.needs.setdefault(key, (set(), set()))
             key = self.keys[kind]
             self._check(metric, self.nets[key])
+            self._count(metric)
             self.needs[key][0].update(metric.needs_samples)
             self.needs[key][1].update(metric.needs_reference)
 
@@ -192,6 +239,18 @@ class Sides:
         if metric.needs_reference and self.reference is None:
             raise VgmError(f"{name} compares with a reference", "give --reference: data or a statistics file", USAGE)
 
+    def _count(self, metric: Any) -> None:
+        """VgmError: so many images of that shape, or those two sets of pairs, cannot be measured."""
+        assert self.pictures is not None
+        r = self.reference if metric.needs_reference else None
+        if getattr(metric, "pairs", False) and r is not None and not isinstance(r, Statistics):
+            pairs(items_of(self.pictures), items_of(r))
+        for n in (len(self.pictures), count_of(r)):
+            if n is not None:
+                refuse_few(n)
+        if callable(check := getattr(metric, "check", None)):
+            check(len(self.pictures), count_of(r), self.pictures.shape())
+
     def values(self, metric: Any, seed: int) -> tuple[list[Value], dict[str, Any], tuple[int | None, int | None]]:
         """(numbers, protocol, counts of either side); numbers on the first process only."""
         key = self.keys[kind_of(metric)]
@@ -199,10 +258,12 @@ class Sides:
         assert self.pictures is not None
         if key not in self.references:  # before the samples: what a statistics file lacks is known before they are made
             where = self.reference, of_reference, net, self.batch_size, self.device
-            self.references[key] = measure_reference(*where)
+            self.references[key] = measure_reference(*where, progress=self.progress)
         if not self.samples:
             wants = {k: (self.nets[k], self.needs[k][0]) for k in self.nets}
-            self.samples = measure(self.pictures, wants, self.batch_size, self.device, self.progress)
+            there = count_of(self.reference) if of_reference and not isinstance(self.reference, Statistics) else 0
+            tell = None if self.progress is None else shifted(self.progress, there)
+            self.samples = measure(self.pictures, wants, self.batch_size, self.device, tell)
         samples, reference = self.samples[key], self.references[key]
         more = {}
         if getattr(metric, "uses_held_out", False) and self.held_out is not None:
@@ -219,10 +280,27 @@ class Sides:
 
     def save(self, path: Path) -> None:
         """The reference's statistics under the first network."""
+        assert self.reference is not None
+        save_statistics(self.reference, self.first_network(), path, self.batch_size, self.device)
+
+    def first_network(self) -> FeatureNet:
+        """The one that a reference's statistics are of. VgmError: none."""
         net = next((n for n in self.nets.values() if n is not None), None)
         if net is None or self.reference is None:
-            raise VgmError("there are no statistics to write: no metric looked at features of a reference", code=USAGE)
-        save_statistics(self.reference, net, path, self.batch_size, self.device)
+            raise VgmError("there are no statistics to write: no metric looks at features of a reference", code=USAGE)
+        return net
+
+
+def in_colour(pictures: Pictures) -> Pictures:
+    return pictures if pictures.shape()[2] == 3 else InColour(pictures)
+
+
+def count_of(reference: Pictures | Statistics | None) -> int | None:
+    return reference.n if isinstance(reference, Statistics) else None if reference is None else len(reference)
+
+
+def shifted(progress: Progress, by: int | None) -> Progress:
+    return lambda done: progress((by or 0) + done)
 
 
 def kind_of(metric: Any) -> str | None:

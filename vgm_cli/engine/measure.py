@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -16,8 +17,9 @@ from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.metrics.base import OF_NETWORK, Measured
 from vgm_cli.metrics.features import FeatureNet
 from vgm_cli.metrics.frechet import Moments
-from vgm_cli.metrics.pictures import DataPictures, Pictures, small
+from vgm_cli.metrics.pictures import DataPictures, Pictures, items_of, small
 from vgm_cli.metrics.statistics import Statistics, write_statistics
+from vgm_cli.ui import counted, ui
 
 GATHERED = 2**31  # bytes of features up to which they are kept, and moments made of them in order
 CACHED = 4  # references whose measurements this process keeps
@@ -39,8 +41,7 @@ def measure(
     nothing. Only moments of more than GATHERED bytes of features are merged process by process, equal to rounding.
     """
     n = len(pictures)
-    if n < 2:
-        raise VgmError(f"{n} image{'s' * (n != 1)} cannot be measured", "at least 2 are needed", USAGE)
+    refuse_few(n)
     jobs = {key: Job(net, needs, n) for key, (net, needs) in wants.items()}
     shared = {need for _, needs in wants.values() for need in needs}
     parts: dict[int, dict[Any, Any]] = {}
@@ -56,9 +57,13 @@ def measure(
             progress(last)
     merged = {key: {o: m.gather() for o, m in job.streamed.items()} for key, job in jobs.items()}
     ordered = ranks.in_order(parts)
+    items = items_of(pictures)
+    if shared & {"images"} and ranks.joined():  # each process knows which of its own could not be read
+        lost = ranks.shares(range(ranks.rank_world()[1]), lambda _: items.lost)
+        items = replace(items, lost=frozenset().union(*lost))
     sides = {}
     for key, (_, needs) in wants.items():
-        sides[key] = Measured(n, labels=pictures.labels)
+        sides[key] = Measured(n, labels=pictures.labels, items=items)
         if ordered:
             fill(sides[key], needs, [p[key] for p in ordered], merged[key])
             if "images" in needs:
@@ -66,6 +71,11 @@ def measure(
             if "pixels" in needs:
                 sides[key].pixels = torch.cat([p["pixels"] for p in ordered])
     return sides
+
+
+def refuse_few(n: int) -> None:
+    if n < 2:
+        raise VgmError(f"{counted(n, 'image')} cannot be measured", "at least 2 are needed", USAGE)
 
 
 class Job:
@@ -119,6 +129,7 @@ def measure_reference(
     net: FeatureNet | None,
     batch_size: int = 100,
     device: torch.device | str = "cpu",
+    progress: Progress | None = None,
 ) -> Measured:
     """The reference's side: read from statistics as far as they go, measured from pictures once per process.
 
@@ -139,7 +150,7 @@ def measure_reference(
     )
     if fingerprint and key in _cache:
         return _cache[key]
-    side = measure(reference, {None: (net, needs)}, batch_size, device)[None]
+    side = measure(reference, {None: (net, needs)}, batch_size, device, progress)[None]
     if fingerprint:
         while len(_cache) >= CACHED:
             _cache.pop(next(iter(_cache)))
@@ -175,6 +186,8 @@ def _from_statistics(
         raise VgmError(
             f"{stats.path} holds no {what}, which this metric compares with", "give the images instead", USAGE
         )
+    if net is not None and own is None and needs & set(OF_NETWORK):
+        ui.warn(f"{stats.path} does not say which network it was made with: {net.name} is assumed")
     dim = side.moments.dim if side.moments is not None else side.pool.shape[1] if side.pool is not None else None
     if net is not None and dim is not None and dim != net.dim:
         raise VgmError(
@@ -200,6 +213,8 @@ def save_statistics(
         needs.discard("spatial")
     side = measure_reference(reference, needs, net, batch_size, device)
     facts = {**net.describe(), **source_facts(reference), "vgm": __version__}
+    if not isinstance(reference, Statistics):
+        facts["reference_shape"] = list(reference.shape())
     if ranks.rank_world()[0] == 0:
         assert side.moments is not None
         write_statistics(path, side.moments, side.spatial, facts, side.pool)

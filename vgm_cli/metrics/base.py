@@ -3,7 +3,8 @@
 A metric is any object with `needs_samples`, `needs_reference` (subsets of NEEDS) and
 `__call__(samples, reference, seed) -> list[Value]`; constructor keywords are its options. It may set
 `network = "mnist" | "dinov2" | "clip"` to insist on one kind of features, and `gives`, the names of its numbers where
-that is not its own name alone.
+that is not its own name alone, `uses_seed`, and `check(n, n_reference, shape)`, called before the work, which raises
+VgmError where so many images (None: not known) of that (H, W, C) cannot be measured.
 
 A model metric looks at the trained model instead of at images: `needs_model = True` and
 `__call__(subject, seed) -> list[Value]`. It shares its work over processes by `subject.shares`.
@@ -20,6 +21,7 @@ import torch
 from torch import Tensor
 
 from vgm_cli.metrics.frechet import Moments
+from vgm_cli.metrics.pictures import Items
 
 # moments, spatial: mean and covariance of pooled and of spatial features; pool, logits: features of every image;
 # images: uint8 (N, H, W, C); pixels: small copies for distances; labels: int64 (N,)
@@ -31,7 +33,8 @@ OF_NETWORK = {"moments": "pool", "pool": "pool", "spatial": "spatial", "logits":
 class Measured:
     """One side of a comparison. Only what the metrics asked for is there.
 
-    pool: (N, D), logits: (N, K), pixels: (N, P) in [0, 1], all fp32; images: uint8 (N, H, W, C), labels: (N,) int64.
+    pool: (N, D), logits: (N, K), pixels: (N, P) in [0, 1], all fp32; images: uint8 (N, H, W, C), labels: (N,) int64;
+    items: which pictures they are.
     """
 
     n: int | None
@@ -42,13 +45,15 @@ class Measured:
     images: np.ndarray | None = None
     pixels: Tensor | None = None
     labels: np.ndarray | None = None
+    items: Items | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 
 @dataclass(frozen=True)
 class Value:
     """One number. uncertainty: a standard deviation where there is one; options: what it depends on, for the protocol;
-    facts: what was seen on the way; n: images it was made of, where that is not the number of samples."""
+    facts: what was seen on the way; n: images it was made of, where that is not the number of samples; remarks: what
+    a reader has to know, as sentences; unbounded: infinity is the right value."""
 
     metric: str
     value: float
@@ -56,6 +61,8 @@ class Value:
     options: Mapping[str, Any] = field(default_factory=dict)
     facts: Mapping[str, Any] = field(default_factory=dict)
     n: int | None = None
+    remarks: tuple[str, ...] = ()
+    unbounded: bool = False
 
 
 class Metric(Protocol):

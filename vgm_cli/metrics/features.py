@@ -21,7 +21,7 @@ from PIL import Image
 from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from vgm_cli.errors import MISSING_ASSET, USAGE, VgmError
+from vgm_cli.errors import FAILED, MISSING_ASSET, USAGE, VgmError
 from vgm_cli.nets import inception, vit
 from vgm_cli.nets import mnist_features as digits
 
@@ -51,7 +51,10 @@ class FeatureNet:
         self.net.to(device)
         cudnn = torch.backends.cudnn.flags(enabled=torch.backends.cudnn.enabled, allow_tf32=False)  # full fp32
         with cudnn, torch.autocast(torch.device(device).type, enabled=False):
-            return {k: v.float().cpu() for k, v in self.run(x.to(device)).items()}
+            found = {k: v.float().cpu() for k, v in self.run(x.to(device)).items()}
+        if not all(bool(v.isfinite().all()) for v in found.values()):
+            raise VgmError(f"{self.name} gives features that are NaN or infinite", "its weights are damaged", FAILED)
+        return found
 
     def describe(self) -> dict[str, Any]:
         """What a result's protocol says of it."""

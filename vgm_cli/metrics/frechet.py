@@ -87,8 +87,13 @@ class Moments:
 def _factor(sigma: Tensor) -> Tensor:
     """L: (D, R) with L L^T = sigma for a positive semi-definite sigma; directions without variance are left out."""
     values, vectors = torch.linalg.eigh(sigma)
-    keep = values > values[-1] * sigma.shape[0] * torch.finfo(sigma.dtype).eps
+    keep = positive(values)
     return vectors[:, keep] * values[keep].sqrt()
+
+
+def positive(values: Tensor) -> Tensor:
+    """Which of the ascending eigenvalues (D,) are above 0 but for rounding; of identical images none is."""
+    return values > values[-1:].clamp(min=0) * len(values) * torch.finfo(values.dtype).eps
 
 
 def _distance(mu1: Tensor, sigma1: Tensor, mu2: Tensor, trace2: float, factor2: Tensor) -> float:
@@ -136,7 +141,7 @@ def frechet_with_error(features: Tensor, mu: Tensor, sigma: Tensor) -> tuple[flo
     x, mu, sigma = features.double(), mu.double(), sigma.double()
     factor, own = _factor(sigma), Moments.of(x)
     values, vectors = torch.linalg.eigh(factor.T @ own.cov @ factor)
-    keep = values > values[-1] * len(values) * torch.finfo(values.dtype).eps
+    keep = positive(values)
     roots = values.clamp(min=0).sqrt()
     centred, offset = x - own.mean, own.mean - mu
     turned = centred @ (factor @ vectors[:, keep])  # (N, R)
@@ -181,7 +186,10 @@ class FID:
     needs_reference = frozenset({"moments"})
 
     def __init__(self, bootstrap: Whole | None = None):
+        if bootstrap == 1:
+            raise VgmError(f"{self.name}:bootstrap=1: 0, or at least 2 resamples", code=USAGE)
         self.bootstrap = bootstrap
+        self.uses_seed = bool(bootstrap)
         self.needs_samples = frozenset({"moments"} if bootstrap == 0 else {"moments", "pool"})
 
     def __call__(self, samples: Measured, reference: Measured, seed: int) -> list[Value]:
@@ -224,10 +232,18 @@ class FIDInfinity:
 
     needs_samples = frozenset({"pool"})
     needs_reference = frozenset({"moments"})
+    uses_seed = True
 
     def __init__(self, points: Few = 15, smallest: Steps | None = None):
+        if points < 3 or (smallest or 2) < 2:
+            raise VgmError("fid-inf: a line needs at least 3 points, each of at least 2 samples", code=USAGE)
         self.points = points
         self.smallest = smallest
+
+    def check(self, n: int | None, n_reference: int | None, shape: tuple[int, int, int]) -> None:
+        if n is not None and n < 20:
+            text = f"an extrapolation in the number of samples needs at least 20, there are {n}"
+            raise VgmError(text, code=USAGE)
 
     def __call__(self, samples: Measured, reference: Measured, seed: int) -> list[Value]:
         from vgm_cli.metrics.base import Value
@@ -235,4 +251,8 @@ class FIDInfinity:
         assert samples.pool is not None and reference.moments is not None
         r = reference.moments
         value, error = frechet_infinity(samples.pool, r.mean, r.cov, self.points, self.smallest, seed)
-        return [Value("fid-inf", value, error, {"points": self.points})]
+        half = len(samples.pool) // 2
+        told: tuple[str, ...] = ()
+        if self.smallest is not None and self.smallest > half:
+            told = (f"fid-inf: subsets begin at {half} samples, half of those there are, not at {self.smallest}",)
+        return [Value("fid-inf", value, error, {"points": self.points}, remarks=told)]

@@ -14,8 +14,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vgm_cli.errors import MISSING_ASSET, USAGE, VgmError
+from vgm_cli.errors import MISSING_ASSET, USAGE, VgmError, unknown
 from vgm_cli.metrics.base import Measured, Value
+from vgm_cli.metrics.pictures import Items, pairs
 
 WINDOW, SIGMA, K1, K2 = 11, 1.5, 0.01, 0.03
 BETAS = (0.0448, 0.2856, 0.3001, 0.2363, 0.1333)
@@ -86,9 +87,11 @@ def ms_ssim(x: Tensor, y: Tensor, data_range: float = 1.0, padding: str = "valid
 
 
 class PairMetric:
-    """The mean over pairs (sample i, reference i), uint8 pixels over 255."""
+    """The mean over pairs of a sample and the reference of its name (or position), uint8 pixels over 255."""
 
     needs_samples = needs_reference = frozenset({"images"})
+    pairs = True
+    unbounded = False  # identical pictures give infinity
     name = ""
 
     def measure(self, x: Tensor, y: Tensor) -> Tensor:
@@ -101,25 +104,36 @@ class PairMetric:
     def __call__(self, samples: Measured, reference: Measured, seed: int) -> list[Value]:
         a, b = samples.images, reference.images
         assert a is not None and b is not None
-        if a.shape != b.shape:
+        if a.shape[1:] != b.shape[1:]:
             raise VgmError(
                 f"{self.name} compares pairs: the samples are {tuple(a.shape)}, the reference is {tuple(b.shape)}",
-                "give as many reference images of the same size, in the same order",
+                "give reference images of the same size",
                 USAGE,
             )
+        found = pairs(*(s.items or Items(range(len(x)), len(x)) for s, x in ((samples, a), (reference, b))))
 
-        def batch(images: np.ndarray, i: int) -> Tensor:
-            return torch.from_numpy(np.ascontiguousarray(images[i : i + 32])).permute(0, 3, 1, 2).double() / 255
+        def batch(images: np.ndarray, rows: list[int]) -> Tensor:
+            return torch.from_numpy(np.ascontiguousarray(images[rows])).permute(0, 3, 1, 2).double() / 255
 
-        values = torch.cat([self.measure(batch(a, i), batch(b, i)) for i in range(0, len(a), 32)])
-        spread = float(values.std()) / len(values) ** 0.5 if len(values) > 1 and bool(values.isfinite().all()) else None
-        return [Value(self.name, float(values.mean()), spread, self.options())]
+        n = len(found.samples)
+        spans = [slice(i, i + 32) for i in range(0, n, 32)]
+        values = torch.cat([self.measure(batch(a, found.samples[s]), batch(b, found.reference[s])) for s in spans])
+        same = int(values.isposinf().sum()) if self.unbounded else 0
+        remarks, facts = found.remarks(), found.facts()
+        if same:
+            facts["identical_pairs"] = same
+            if same < n:
+                remarks += (f"{same} of {n} pairs are identical, which makes the mean infinite",)
+        spread = float(values.std()) / n**0.5 if n > 1 and bool(values.isfinite().all()) else None
+        value = float(values.mean())
+        return [Value(self.name, value, spread, self.options(), facts, n, remarks, unbounded=bool(same))]
 
 
 class PSNR(PairMetric):
     """Mean over images of each image's PSNR (not the PSNR of the mean error); identical pairs make it infinite."""
 
     name = "psnr"
+    unbounded = True
 
     def measure(self, x: Tensor, y: Tensor) -> Tensor:
         return psnr(x, y)
@@ -130,8 +144,18 @@ class SSIM(PairMetric):
 
     name = "ssim"
 
+    smallest = WINDOW
+
     def __init__(self, padding: str = "valid"):
+        if padding not in ("valid", "reflect"):
+            raise unknown("padding", padding, ("valid", "reflect"))
         self.padding = padding
+
+    def check(self, n: int | None, n_reference: int | None, shape: tuple[int, int, int]) -> None:
+        h, w, _ = shape
+        if min(h, w) < self.smallest:
+            text = f"{self.name} needs images of at least {self.smallest} pixels, these are {w}×{h}"
+            raise VgmError(text, "psnr takes any", USAGE)
 
     def options(self) -> dict[str, str]:
         return {"padding": self.padding}
@@ -144,6 +168,7 @@ class MSSSIM(SSIM):
     """padding: "valid" (Wang et al.) or "reflect" (torchmetrics)."""
 
     name = "ms-ssim"
+    smallest = WINDOW * 2 ** (len(BETAS) - 1)
 
     def measure(self, x: Tensor, y: Tensor) -> Tensor:
         return ms_ssim(x, y, padding=self.padding)

@@ -48,10 +48,18 @@ class InceptionScore:
     def __init__(self, splits: Steps = 10, split_size: Width | None = None, shuffle: bool = True):
         self.splits = splits
         self.split_size = split_size
-        self.shuffle = shuffle
+        self.shuffle = self.uses_seed = shuffle
+
+    def check(self, n: int | None, n_reference: int | None, shape: tuple[int, int, int]) -> None:
+        if n is not None and n < self.splits and self.split_size is None:
+            text = f"{self.splits} splits need at least as many images, there are {n}"
+            raise VgmError(text, f"inception-score:splits={max(n // 10, 1)}", USAGE)
 
     def __call__(self, samples: Measured, reference: Measured, seed: int) -> list[Value]:
         assert samples.logits is not None
         mean, spread = inception_score(samples.logits, self.splits, self.split_size, self.shuffle, seed)
         how = {"split_size": self.split_size} if self.split_size else {"splits": self.splits}
-        return [Value("inception-score", mean, spread, {**how, "shuffle": self.shuffle})]
+        single = (self.split_size or 0) >= len(samples.logits) or (self.split_size is None and self.splits == 1)
+        told = ("inception-score: one split has no uncertainty",) if single else ()
+        options = {**how, "shuffle": self.shuffle}
+        return [Value("inception-score", mean, None if single else spread, options, remarks=told)]

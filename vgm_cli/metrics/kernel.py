@@ -51,20 +51,38 @@ def kernel_distance(
 
 
 class KID:
-    """Mean over subsets. Subsets shrink to the smaller side when there are fewer images; the result says so."""
+    """Mean over subsets. Subsets shrink to the smaller side when there are fewer images; the result says so. Where
+    every subset is the whole of both sides there is one value, and no spread of them."""
 
     needs_samples = needs_reference = frozenset({"pool"})
+    uses_seed = True
 
     def __init__(self, subsets: Steps = 100, subset_size: Width = 1000, degree: Few = 3):
+        if subset_size < 2:
+            raise VgmError("kid:subset_size=1: at least 2 images are needed", code=USAGE)
         self.subsets = subsets
         self.subset_size = subset_size
         self.degree = degree
 
     def __call__(self, samples: Measured, reference: Measured, seed: int) -> list[Value]:
         assert samples.pool is not None and reference.pool is not None
-        size = min(self.subset_size, len(samples.pool), len(reference.pool))
-        mean, spread = kernel_distance(samples.pool, reference.pool, self.subsets, size, self.degree, seed)
-        return [Value("kid", mean, spread, {"subsets": self.subsets, "subset_size": size, "degree": self.degree})]
+        n, m = len(samples.pool), len(reference.pool)
+        size = min(self.subset_size, n, m)
+        subsets = 1 if size == n == m else self.subsets
+        mean, spread = kernel_distance(samples.pool, reference.pool, subsets, size, self.degree, seed)
+        options = {"subsets": subsets, "subset_size": size, "degree": self.degree}
+        facts, remarks = {}, []
+        if size < self.subset_size:
+            facts["subset_size_asked"] = self.subset_size
+            remarks.append(f"kid: subsets of {size} instead of {self.subset_size}, of {n} samples and {m} references")
+        if size == n == m:
+            remarks.append("kid: every subset is the whole of both sides, so there is one value and no uncertainty")
+        elif size in (n, m):
+            one, count = ("samples", n) if size == n else ("references", m)
+            remarks.append(f"kid: every subset has all {count} {one}, so the uncertainty is that of the others alone")
+        elif subsets == 1:
+            remarks.append("kid: one subset has no uncertainty")
+        return [Value("kid", mean, None if subsets == 1 else spread, options, facts, remarks=tuple(remarks))]
 
 
 BLOCK = 2048  # rows of a kernel matrix in memory at once
@@ -96,6 +114,8 @@ class CMMD:
     needs_samples = needs_reference = frozenset({"pool"})
 
     def __init__(self, sigma: NonNegative = 10.0, scale: Positive = 1000.0):
+        if not sigma > 0:
+            raise VgmError(f"cmmd:sigma={sigma} is not above 0", code=USAGE)
         self.sigma = sigma
         self.scale = scale
 

@@ -42,7 +42,8 @@ from torch import Tensor
 from vgm_cli.api import generators, seed_of
 from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.diffusion.likelihood import bits_per_dim, log_likelihood, rademacher
-from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.diffusion.solvers.ode import ODE
+from vgm_cli.errors import USAGE, VgmError, unknown
 from vgm_cli.metrics.base import Subject, Value
 from vgm_cli.ranges import Count, Positive, Steps
 
@@ -98,6 +99,7 @@ class BitsPerDim:
     draws of latent-variable models, None for the model's own number."""
 
     needs_model = True
+    needs_data = True
     gives = ("bits-per-dim", "bits-per-latent-dim")
 
     def __init__(
@@ -110,6 +112,10 @@ class BitsPerDim:
         atol: Positive = 1e-5,
         samples: Count | None = None,
     ):
+        if method != "dopri5" and method not in ODE:
+            raise unknown("ODE method", method, ("dopri5", *ODE))
+        if probes < 0:
+            raise VgmError(f"bits-per-dim:probes={probes}: 0 is the exact trace", code=USAGE)
         self.n, self.samples = n, samples
         self.ode: dict[str, Any] = {
             "probes": probes or None,

@@ -28,10 +28,16 @@ def distance_blocks(x: Tensor, y: Tensor) -> Iterator[tuple[slice, Tensor]]:
         yield rows, torch.cdist(x[rows].double(), y)
 
 
+def check_neighbours(k: int, *counts: int | None) -> None:
+    """VgmError (exit code 2): a side has no k-th neighbour."""
+    for n in counts:
+        if n is not None and n <= k:
+            raise VgmError(f"{k} nearest neighbours need more than {k} images, there are {n}", code=USAGE)
+
+
 def radii(x: Tensor, k: int) -> Tensor:
     """Distance of every row of x: (N, D) to its k-th nearest other row -> (N,). Needs more than k rows."""
-    if len(x) <= k:
-        raise VgmError(f"{k} nearest neighbours need more than {k} images, there are {len(x)}", code=USAGE)
+    check_neighbours(k, len(x))
     out = torch.empty(len(x), dtype=torch.float64)
     for rows, d in distance_blocks(x, x):
         i = torch.arange(rows.start, rows.stop)
@@ -74,6 +80,9 @@ class PrecisionRecall:
     def __init__(self, k: Few = 3):
         self.k = k
 
+    def check(self, n: int | None, n_reference: int | None, shape: tuple[int, int, int]) -> None:
+        check_neighbours(self.k, n, n_reference)
+
     def __call__(self, samples: Measured, reference: Measured, seed: int) -> list[Value]:
         assert samples.pool is not None and reference.pool is not None
         precision, recall = precision_recall(samples.pool, reference.pool, self.k)
@@ -88,6 +97,9 @@ class DensityCoverage:
 
     def __init__(self, k: Few = 5):
         self.k = k
+
+    def check(self, n: int | None, n_reference: int | None, shape: tuple[int, int, int]) -> None:
+        check_neighbours(self.k, n_reference)
 
     def __call__(self, samples: Measured, reference: Measured, seed: int) -> list[Value]:
         assert samples.pool is not None and reference.pool is not None

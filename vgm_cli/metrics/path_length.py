@@ -72,6 +72,8 @@ class PerceptualPathLength:
         vgg: str | None = None,
         heads: str | None = None,
     ):
+        if epsilon == 0:
+            raise VgmError("ppl:epsilon=0: there is no step", code=USAGE)
         if space not in SPACES:
             raise unknown("latent space", space, SPACES)
         if sampling not in SAMPLINGS:

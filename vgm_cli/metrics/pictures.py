@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import PurePosixPath
 from typing import Any, Protocol
 
 import numpy as np
@@ -10,8 +13,25 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.ui import some
 
 SIDE = 32  # of the small copies that pixel distances are taken on
+
+
+@dataclass(frozen=True)
+class Items:
+    """Which pictures were measured, for pairs of them. places: the position of each in a set of `total`; names: their
+    file names where they are files of their own; lost: positions in this list whose pictures could not be read."""
+
+    places: Sequence[int]
+    total: int
+    names: Sequence[str] | None = None
+    lost: frozenset[int] = frozenset()
+
+
+def items_of(pictures: Any) -> Items:
+    own: Callable[[], Items] | None = getattr(pictures, "items", None)
+    return Items(range(len(pictures)), len(pictures)) if own is None else own()
 
 
 class Pictures(Protocol):
@@ -66,6 +86,8 @@ class DataPictures:
         self.facts = {"reference": str(dataset.facts.root), "reference_fingerprint": dataset.fingerprint()}
         if n < count:
             self.facts["reference_subset"] = f"{'first' if first else 'every k-th,'} {n} of {count}"
+        if dataset.facts.skipped:
+            self.facts["reference_unreadable"] = len(dataset.facts.skipped)
 
     def __len__(self) -> int:
         return len(self.rows)
@@ -75,6 +97,106 @@ class DataPictures:
 
     def batch(self, first: int, last: int) -> np.ndarray:
         return self.dataset.images(self.rows[first:last].tolist()).permute(0, 2, 3, 1).numpy()
+
+    def items(self) -> Items:
+        """After the pictures were read: those for which another stood in count as lost."""
+        data = self.dataset
+        if not hasattr(data, "source"):
+            return Items(self.rows.tolist(), len(data))
+        places = np.asarray(data.rows)[self.rows].tolist()
+        names = [data.source.names[i] for i in places]
+        lost = frozenset(i for i, name in enumerate(names) if name in set(data.facts.skipped))
+        return Items(places, len(data.source), names if data.facts.kind in NAMED else None, lost)
+
+
+class InColour:
+    """Grey pictures with three equal channels."""
+
+    def __init__(self, pictures: Pictures):
+        self.pictures, self.labels, self.facts = pictures, pictures.labels, pictures.facts
+
+    def __len__(self) -> int:
+        return len(self.pictures)
+
+    def shape(self) -> tuple[int, int, int]:
+        h, w, _ = self.pictures.shape()
+        return h, w, 3
+
+    def batch(self, first: int, last: int) -> np.ndarray:
+        return np.repeat(self.pictures.batch(first, last), 3, axis=-1)
+
+    def items(self) -> Items:
+        return items_of(self.pictures)
+
+
+# -- pairs -----------------------------------------------------------------------------------------------------------
+
+NAMED = ("folder", "zip", "tar")  # kinds of sets whose pictures are files
+SHOWN = 10  # names listed of those without a partner
+
+
+@dataclass(frozen=True)
+class Pairs:
+    """(samples[i], reference[i]) are positions of partners; alone: names of those without one, of either side."""
+
+    samples: list[int]
+    reference: list[int]
+    by: str
+    alone: tuple[list[str], list[str]]
+
+    def facts(self) -> dict[str, Any]:
+        sides = zip(("samples_unpaired", "reference_unpaired"), self.alone)
+        return {"paired_by": self.by, **{k: {"n": len(v), "first": v[:SHOWN]} for k, v in sides if v}}
+
+    def remarks(self) -> tuple[str, ...]:
+        told = []
+        for side, other, names in zip(("samples", "reference"), ("reference", "samples"), self.alone):
+            if names:
+                of = f"{len(names)} of the {side} without a partner among the {other}"
+                told.append(f"{of}, left out of pairs: {some(names)}")
+        return tuple(told)
+
+
+KEYS: tuple[Callable[[str], str], ...] = (
+    lambda name: str(PurePosixPath(name).with_suffix("")),
+    lambda name: PurePosixPath(name).stem,
+    lambda name: name,
+)
+
+
+def pairs(a: Items, b: Items) -> Pairs:
+    """Partners by file name, whatever the suffix (and the folder, where that is needed), if both sides are files; by
+    position in their sets otherwise. VgmError: no partners at all, or by position sets of different size."""
+    if a.names is not None and b.names is not None:
+        found = [p for key in KEYS if (p := by_key([key(n) for n in a.names], [key(n) for n in b.names], a, b))]
+        best = max(found, key=lambda p: len(p.samples), default=None)
+        if best is None or not best.samples:
+            shown = f"{a.names[0]} and {b.names[0]}"
+            hint = "partners have one file name, whatever the suffix; arrays (.npz) pair by position"
+            raise VgmError(f"no picture of the samples has a partner in the reference: {shown}", hint, USAGE)
+        return best
+    if a.total != b.total:
+        raise VgmError(
+            f"the metric compares pairs, by position: there are {a.total} samples and {b.total} references",
+            "folders on both sides pair by file name",
+            USAGE,
+        )
+    best = by_key(list(a.places), list(b.places), a, b, "position")
+    if best is None or not best.samples:
+        raise VgmError("no sample has a partner in the reference: none of either is readable at one position")
+    return best
+
+
+def by_key(x: Sequence[Any], y: Sequence[Any], a: Items, b: Items, by: str = "file name") -> Pairs | None:
+    """None where a key stands for two pictures of one side."""
+    if len(set(x)) < len(x) or len(set(y)) < len(y):
+        return None
+    there = {key: j for j, key in enumerate(y) if j not in b.lost}
+    chosen = [i for i, key in enumerate(x) if key in there and i not in a.lost]
+    partners = [there[x[i]] for i in chosen]
+    alone = [sorted({*range(len(k))} - {*own}) for k, own in ((x, chosen), (y, partners))]
+    named = [[str(n[i]) for i in left] for n, left in zip((a.names or x, b.names or y), alone)]
+    return Pairs(chosen, partners, by, (named[0], named[1]))
 
 
 def small(images: np.ndarray, side: int = SIDE) -> Tensor:

@@ -10,6 +10,7 @@ batch (mu, sigma, mu_s, sigma_s and images arr_0). Pickles are read only if they
 from __future__ import annotations
 
 import hashlib
+import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -19,7 +20,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vgm_cli import atomic, limits, unpickle
+from vgm_cli import atomic, foreign, limits, unpickle
 from vgm_cli.errors import FAILED, USAGE, VgmError
 from vgm_cli.metrics.frechet import Moments
 
@@ -53,12 +54,20 @@ class Statistics:
         return f"statistics-{h.hexdigest()}"
 
 
+def check_target(path: Path, overwrite: bool = False) -> None:
+    """VgmError (exit code 2): statistics are not written there, or something is there already."""
+    if path.suffix != ".safetensors":
+        raise VgmError(f"statistics are written as .safetensors, not {path.suffix or 'a folder'}", code=USAGE)
+    if path.is_dir():
+        raise VgmError(f"{path} is a folder", code=USAGE)
+    atomic.refuse_existing(path, overwrite)
+
+
 def write_statistics(
     path: Path, moments: Moments, spatial: Moments | None, facts: Mapping[str, Any], pool: Tensor | None = None
 ) -> None:
     """Atomic. facts: features, features_sha256, resize, reference, reference_fingerprint, …"""
-    if path.suffix != ".safetensors":
-        raise VgmError(f"statistics are written as .safetensors, not {path.suffix or 'a folder'}", code=USAGE)
+    check_target(path, overwrite=True)
     tensors = {"mu": moments.mean, "sigma": moments.cov}
     if spatial is not None:
         tensors |= {"mu_s": spatial.mean, "sigma_s": spatial.cov}
@@ -106,6 +115,7 @@ def _interpret(path: Path, arrays: Mapping[str, Any], n: int | None, facts: dict
     for key in ACTIVATIONS:
         if key in arrays:
             pool = torch.as_tensor(np.asarray(arrays[key])).float()
+            refuse_non_finite(path, pool)
             out.pool = pool.reshape(len(pool), -1)
             out.n = out.n or len(pool)
             out.moments = out.moments or Moments.of(out.pool)
@@ -121,9 +131,21 @@ def _interpret(path: Path, arrays: Mapping[str, Any], n: int | None, facts: dict
 def _moments(path: Path, mu: Any, sigma: Any, n: int | None) -> Moments:
     mean, cov = (torch.as_tensor(np.asarray(a)).double() for a in (mu, sigma))
     mean = mean.flatten()
+    refuse_non_finite(path, mean, cov)
     if cov.shape != (len(mean), len(mean)):
         raise VgmError(f"{path}: mean {tuple(mean.shape)} and covariance {tuple(cov.shape)} do not fit", code=FAILED)
+    scale = 1e-6 * float(cov.abs().amax()) if len(mean) else 0
+    symmetric = torch.allclose(cov, cov.T, rtol=1e-3, atol=scale)
+    if not len(mean) or not symmetric or bool((cov.diagonal() < -scale).any()):
+        raise VgmError(f"{path}: what should be a covariance is none: it is not symmetric, or negative", code=FAILED)
     return Moments.given(mean, cov, n)
+
+
+def refuse_non_finite(path: Path, *arrays: Tensor) -> None:
+    """VgmError (exit code 1): statistics that hold NaN or infinity."""
+    bad = sum(int((~a.isfinite()).sum()) for a in arrays)
+    if bad:
+        raise VgmError(f"{path} holds {bad:,} values that are NaN or infinite", "make the statistics again", FAILED)
 
 
 def _safetensors(path: Path) -> tuple[dict[str, Tensor], int | None, dict[str, Any]]:
@@ -132,8 +154,10 @@ def _safetensors(path: Path) -> tuple[dict[str, Tensor], int | None, dict[str, A
     with safe_open(path, framework="pt") as f:
         meta = f.metadata() or {}
         arrays = {k: f.get_tensor(k) for k in f.keys()}
-    n = int(meta["vgm.n"]) if meta.get("vgm.n", "").isdigit() else None
-    return arrays, n, limits.parse_json(meta.get("vgm.statistics", "{}"), f"the header of {path}")
+    count = re.fullmatch(r"\d{1,12}", meta.get("vgm.n", ""), re.ASCII)
+    n = int(count[0]) or None if count else None  # 0: unknown
+    said = limits.parse_json(meta.get("vgm.statistics", "{}"), f"the header of {path}")
+    return arrays, n, foreign.check(said, "statistics", path)
 
 
 class _Unread:
