@@ -201,7 +201,12 @@ def test_the_wheel_carries_everything(tmp_path: Path) -> None:
                           capture_output=True, text=True)  # fmt: skip
     assert done.returncode == 0, done.stderr[-2000:]
     names = set(zipfile.ZipFile(next(tmp_path.glob("*.whl"))).namelist())
-    for package, folder in (("vgm_plugins", "plugins"), ("vgm_recipes", "recipes"), ("vgm_cli", "vgm_cli")):
+    for package, folder in (
+        ("vgm_plugins", "plugins"),
+        ("vgm_recipes", "recipes"),
+        ("vgm_papers", "docs/papers"),
+        ("vgm_cli", "vgm_cli"),
+    ):
         for file in (ROOT / folder).rglob("*"):
             if file.suffix in (".py", ".yaml", ".npz", ".safetensors", ".tmpl"):
                 assert f"{package}/{file.relative_to(ROOT / folder)}" in names, file

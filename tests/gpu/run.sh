@@ -14,6 +14,7 @@ trap 'rm -rf "$site"' EXIT
 ln -s "$root/vgm_cli" "$site/vgm_cli"
 ln -s "$root/plugins" "$site/vgm_plugins"
 ln -s "$root/recipes" "$site/vgm_recipes"
+ln -s "$root/docs/papers" "$site/vgm_papers"
 export PYTHONPATH="$site${PYTHONPATH:+:$PYTHONPATH}" VGM_PLUGINS="" VGM_CACHE="$site/cache" PYTHONUNBUFFERED=1
 if ! "$python" -c 'import pydantic' 2>/dev/null; then
   for wheel in "$root"/.wheels/*.whl; do

@@ -47,6 +47,12 @@ def test_explain(vgm) -> None:
     for word in ("2212.09748", "2.27", "vgm_cli.nets.dit:DiT", "iddpm", "imagenet256"):
         assert word in out
     assert vgm("explain", "dti")[0] == 2
+    assert "10. That last finding is why" in out and "vgm_cli/nets/dit.py:DiTBlock" in out and "\\n" not in out
+    from vgm_cli.registry import registry
+
+    for paper in registry().papers:
+        facts = json.loads(vgm("explain", paper, "--json")[1])
+        assert len(facts["idea"]) == 10 and facts["equations"], paper
 
 
 def test_env(vgm) -> None:

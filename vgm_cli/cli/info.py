@@ -5,6 +5,8 @@ from __future__ import annotations
 import importlib.util
 import json
 import re
+import textwrap
+from importlib import resources
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -437,6 +439,7 @@ def explain(
     p = r.papers[paper]
     recipes = recipes_of(paper)
     parts = [describe_component(c) for c in used_by(paper)]
+    page, idea, equations = page_of(paper)
     ui.document(
         {
             "name": p.name,
@@ -447,6 +450,9 @@ def explain(
             "family": p.family,
             "summary": p.summary,
             "expects": dict(p.expects),
+            "page": page,
+            "idea": idea,
+            "equations": equations,
             "components": parts,
             "recipes": recipes,
         }
@@ -458,15 +464,40 @@ def explain(
             ui.data(f"  {label:<14} {text}")
     for what, value in p.expects.items():
         ui.data(f"  published      {what}: {value:g}")
+    if idea:
+        ui.data("  the idea")
+    for sentence in idea:
+        for line in textwrap.wrap(sentence, 110, initial_indent="    ", subsequent_indent="       "):
+            ui.data(line)
+    if equations:
+        ui.data("  equations and where they live")
+    for equation, code in equations:
+        ui.data(f"    {equation}")
+        ui.data(f"               {code}")
     ui.data("  parts")
     for part in parts:
         ui.data(f"    {part['kind']:<10} {part['name']:<18} {part['target']}")
         ui.data(f"               {part['file']}" if part["file"] else f"               {part['summary']}")
+    if page:
+        ui.data(f"  page           {page}")
     ui.data(f"  recipes        {', '.join(f'{paper}/{n}' for n in recipes) or 'none'}")
     if recipes:
         from vgm_cli.recipe import next_command
 
         ui.info(f"next: {next_command(paper)}")
+
+
+def page_of(paper: str) -> tuple[str, list[str], list[tuple[str, str]]]:
+    """The paper's page: its file, the lines of the idea, (equation, code) pairs; empty for a plugin without a page."""
+    found = importlib.util.find_spec("vgm_papers") is not None  # not in an editable installation of before
+    path = Path(str(resources.files("vgm_papers"))) / f"{paper}.md" if found else Path()
+    if not path.is_file():
+        return "", [], []
+    sections = {s.partition("\n")[0]: s for s in re.split(r"^## ", path.read_text(encoding="utf-8"), flags=re.M)}
+    idea = re.findall(r"^\d+\. .*(?:\n   .*)*", sections.get("The idea in ten lines", ""), re.M)
+    table = sections.get("Equations and where they live", "")
+    rows = re.findall(r"^\| (?!equation|---)(.*?) \| (.*?) \|$", table.replace("\\|", "∣"), re.M)
+    return str(path), [" ".join(line.split()) for line in idea], [(a.strip(), b.replace("`", "")) for a, b in rows]
 
 
 def used_by(paper: str) -> list[Component]:
