@@ -25,26 +25,27 @@ from vgm_cli.ranges import Steps
 EPS_LEVEL = 1.16
 
 
-def level_times(view: Denoiser, n: int = 1000) -> Tensor:
+def level_times(view: Denoiser, n: int = 1000, rho: float = 7.0) -> Tensor:
     """The host times of the noise levels 0 (cleanest) to n - 1: (n,) float64.
 
-    Discrete paths: their own steps, whatever n. EDM's: Karras et al.'s levels, rho 7. Others: uniform in t.
+    Discrete paths: their own steps, whatever n. EDM's: Karras et al.'s levels. Others: uniform in t.
     """
     if isinstance(view.path, DiscreteVPPath):
         return view.path.t_of_timestep(torch.arange(view.path.steps))
     low, high = view.t_range()
     if isinstance(view.path, EDMPath):
-        return karras(n, low, high, dtype=torch.float64)[:-1].flip(0)
+        return karras(n, low, high, rho, dtype=torch.float64)[:-1].flip(0)
     return torch.linspace(low, high, n, dtype=torch.float64)
 
 
-def denoising_times(view: Denoiser, steps: int, first: float | None = None) -> list[float]:
+def denoising_times(view: Denoiser, steps: int, first: float | None = None, count: int | None = None) -> list[float]:
     """Times at which a generator of `steps` steps is asked, noise first: every 1000/steps-th level from the last.
 
     first: the first one; None is pure noise, except for one step of a network that predicts eps or the score, which is
-    asked at EPS_LEVEL. VgmError: more steps than levels.
+    asked at EPS_LEVEL. count: of the `count` cleanest levels alone (DMD2's denoising_timestep), None of all. VgmError:
+    more steps than levels.
     """
-    levels = level_times(view)
+    levels = level_times(view)[:count]
     if not 1 <= steps <= len(levels):
         raise VgmError(f"denoising_steps={steps} of {len(levels)} levels", "1 to 4 are usual", USAGE)
     interval = len(levels) // steps
@@ -75,7 +76,7 @@ class Generator(Denoiser):
         """Of the standard normal input: sigma at pure noise, 1 where a VP network is asked at a cleaner time."""
         t = self.times[0]
         alpha, sigma = float(self.path.alpha(t)), float(self.path.sigma(t))
-        return sigma if t >= self.t_range()[1] else (alpha**2 + sigma**2) ** 0.5
+        return sigma if t >= self.t_range()[1] or alpha == 1.0 else (alpha**2 + sigma**2) ** 0.5
 
     def generate(self, x_t: Tensor, i: int, **cond: Any) -> Tensor:
         """Images (B, ...) from the input x_t of step i."""

@@ -55,13 +55,15 @@ class DMD(ObjectiveBase):
         denoising_steps: Steps = 1,  # of the student
         backward_simulation: bool = True,  # it learns on its own intermediate images, else on noisy data
         first_time: float | None = None,  # of its first step; None: generator.denoising_times
+        denoising_timestep: Width | None = None,  # its steps: spread over so many of the cleanest levels; None: all
         min_level: Fraction = 0.02,  # share of the noise levels at which distribution matching starts
         max_level: Positive = 0.98,  # share of the noise levels at which it ends
         grad_floor: NonNegative = 0.0,  # added to the weight's denominator (FastGen: 1e-6)
     ):
         ordered(min_level, max_level, "min_level, max_level")
         with torch.device("cpu"):  # numbers, also when the networks are built without memory
-            self.student = Generator(model, teacher, denoising_times(teacher, denoising_steps, first_time))
+            times = denoising_times(teacher, denoising_steps, first_time, denoising_timestep)
+            self.student = Generator(model, teacher, times)
             self.levels = level_times(teacher)
         self.fake = Denoiser.from_config(fake_score, teacher.config())
         guided = guidance_scale not in (None, 1.0)

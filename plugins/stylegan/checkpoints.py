@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vgm_cli.convert_api import Converter
-from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.errors import FAILED, USAGE, VgmError
 
 from .port import FUSED_FROM, WIDTHS
 from .stylegan2 import setup_filter
@@ -213,12 +213,27 @@ def stylegan2_to_ours(state: State) -> dict[str, Tensor]:
         raise KeyError("synthesis.b4.const")
     out = {k.removeprefix("synthesis.").replace("mapping.w_avg", "w_avg"): v
            for k, v in state.items() if not k.endswith(FILTER)}  # fmt: skip
-    kernels = [v for k, v in state.items() if k.endswith(f"conv1.{FILTER}")]
-    return {**out, FILTER: kernels[0] if kernels else setup_filter((1, 3, 3, 1))}
+    return {**out, FILTER: resampling(state)}
+
+
+def resampling(state: State) -> Tensor:
+    """The filter of everything that doubles or halves: (n, n), or (n,) separable. Official convolutions that do neither
+    store one too, always (1, 3, 3, 1), and use none. VgmError: layers with different filters."""
+    layers = ("conv0", "skip") if is_stylegan2(state) else ("conv1", "skip")
+    used = rf"(synthesis\.)?b\d+\.(({'|'.join(layers)})\.)?{FILTER}"
+    kernels = [v for k, v in state.items() if re.fullmatch(used, k)]
+    if any(not torch.equal(v, kernels[0]) for v in kernels):
+        raise VgmError("the layers resample with different filters, which a network here cannot", code=FAILED)
+    return kernels[0] if kernels else setup_filter((1, 3, 3, 1))
+
+
+def taps_of(state: State) -> list[float]:
+    f = resampling(state)
+    return (f.sum(0) if f.ndim == 2 else f).tolist()  # type: ignore[no-any-return]
 
 
 def stylegan2_from_ours(state: State) -> dict[str, Tensor]:
-    f = need(state, FILTER)
+    f, plain = need(state, FILTER), setup_filter((1, 3, 3, 1))
     names = [k for k in state if k not in (FILTER, "w_avg")]
     generator = "w_avg" in state
     out = {k if not generator or k.startswith("mapping.") else f"synthesis.{k}": state[k] for k in names}
@@ -228,7 +243,7 @@ def stylegan2_from_ours(state: State) -> dict[str, Tensor]:
         k.rpartition(".")[0] for k in names if re.fullmatch(r"b\d+\.(conv0|conv1|conv|skip|fromrgb)\.weight", k)
     }:
         block, _, layer = module.partition(".")
-        own = f if generator or layer in ("conv1", "skip") else setup_filter((1, 3, 3, 1))
+        own = f if layer in (("conv0", "skip") if generator else ("conv1", "skip")) else plain
         prefix = "synthesis." if generator else ""
         out[f"{prefix}{module}.{FILTER}"] = own
         if layer == "conv1":
@@ -254,7 +269,7 @@ def stylegan2_config(state: State) -> dict[str, Any]:
         "architecture": "skip" if skip else "resnet" if resnet else "orig",
         "use_noise": f"{top}.conv1.noise_const" in state,
         "clamp": 256.0,
-        "taps": need(state, f"{top}.conv1.{FILTER}").sum(0).tolist(),
+        "taps": taps_of(state),
     }
 
 
@@ -295,7 +310,7 @@ def stylegan2_discriminator_config(state: State) -> dict[str, Any]:
         "architecture": "skip" if skip else "resnet" if resnet else "orig",
         "group_features": need(state, f"b{own[0]}.conv.weight").shape[1] - widths[own[0]],
         "clamp": 256.0,
-        "taps": need(state, f"b{own[-1]}.conv1.{FILTER}").sum(0).tolist(),
+        "taps": taps_of(state),
     }
 
 
@@ -406,6 +421,14 @@ def blur_buffers(name: str, channels: int) -> dict[str, Tensor]:
     return {f"{name}.weight": kernel, f"{name}.weight_flip": kernel.clone()}
 
 
+def check_blur(state: State) -> None:
+    """VgmError: a blur other than the networks' own [1, 2, 1]."""
+    for name in (k.removesuffix(".weight_flip") for k in state if k.endswith(".weight_flip")):
+        for key, own in blur_buffers(name, len(state[f"{name}.weight_flip"])).items():
+            if key in state and not (state[key].shape == own.shape and torch.allclose(state[key].float(), own)):
+                raise VgmError(f"{key} is another blur than [1, 2, 1], which the network here has", code=FAILED)
+
+
 def port_names(mapping_layers: int) -> list[tuple[str, str]]:
     """(theirs, ours) of every module of the generator but the doubling convolutions; theirs end in weight_orig."""
     rows = [(f"style.{2 * i + 1}.linear", f"style.{i}") for i in range(mapping_layers)]
@@ -419,6 +442,7 @@ def port_names(mapping_layers: int) -> list[tuple[str, str]]:
 
 
 def port_to_ours(state: State) -> dict[str, Tensor]:
+    check_blur(state)
     count = sum(bool(re.fullmatch(r"style\.\d+\.linear\.bias", k)) for k in state)
     out = {"levels.0.input": need(state, "generator.progression.0.conv1.input")}
     for theirs, ours in port_names(count):
@@ -490,6 +514,7 @@ def port_discriminator(activated: bool, name: str, summary: str) -> Converter:
     mark = "from_rgb.0.0.conv.bias" if activated else "from_rgb.0.conv.bias"
 
     def to_ours(state: State) -> dict[str, Tensor]:
+        check_blur(state)
         return {ours: need(state, theirs) for theirs, ours in pairs_of(activated)}
 
     def from_ours(state: State) -> dict[str, Tensor]:

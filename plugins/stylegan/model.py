@@ -29,9 +29,13 @@ def feature_maps(levels: int, base: int, limit: int) -> list[int]:
     return [min(int(base / 2**stage), limit) for stage in range(levels + 1)]
 
 
-def blur(x: Tensor) -> Tensor:
-    """The filter [1, 2, 1] x [1, 2, 1] / 16: (B, C, H, W) -> (B, C, H, W)."""
-    return upfirdn2d(x, fir_kernel((1, 2, 1), x), pad=(1, 1))
+BLUR = (1.0, 2.0, 1.0)
+
+
+def blur(x: Tensor, taps: Sequence[float] = BLUR) -> Tensor:
+    """The filter taps x taps, of sum 1: (B, C, H, W) -> (B, C, H, W)."""
+    before = (len(taps) - 1) // 2
+    return upfirdn2d(x, fir_kernel(taps, x), pad=(before, len(taps) - 1 - before))
 
 
 def enlarge(x: Tensor, factor: int = 2) -> Tensor:
@@ -90,9 +94,18 @@ class Mapping(nn.Module):
 class Layer(nn.Module):
     """Convolution (none on the constant), then noise, bias, leaky ReLU, instance norm and style, in this order."""
 
-    def __init__(self, fan_in: int, out: int, side: int, w_dim: int, conv: bool = True, up: bool = False):
+    def __init__(
+        self,
+        fan_in: int,
+        out: int,
+        side: int,
+        w_dim: int,
+        conv: bool = True,
+        up: bool = False,
+        blur_filter: Sequence[float] = BLUR,
+    ):
         super().__init__()
-        self.up = up
+        self.up, self.blur_filter = up, blur_filter
         self.conv = EqualConv(fan_in, out, 3, GAIN, bias=False) if conv else None
         self.noise_strength = nn.Parameter(torch.zeros(out))
         self.bias = nn.Parameter(torch.zeros(out))
@@ -102,7 +115,7 @@ class Layer(nn.Module):
     def forward(self, x: Tensor, w: Tensor, noise: Tensor | None) -> Tensor:
         """x: (B, in, h, w) or twice as small where `up`, w: (B, w_dim), noise: (B or 1, 1, h, w)."""
         if self.conv is not None:
-            x = blur(enlarge_conv(x, self.conv.scaled())) if self.up else self.conv(x)
+            x = blur(enlarge_conv(x, self.conv.scaled()), self.blur_filter) if self.up else self.conv(x)
         if noise is not None:
             x = torch.addcmul(x, noise.to(x.dtype), self.noise_strength.to(x.dtype).view(-1, 1, 1))
         x = F.leaky_relu(x + self.bias.to(x.dtype).view(-1, 1, 1), 0.2)
@@ -115,8 +128,9 @@ class Generator(StyleGenerator):
     """Mapping and synthesis networks.
 
     size: pixels per side. in_channels: of an image. fmap_base, fmap_max: a level of side 4 * 2^i has
-    min(fmap_base / 2^(i + 1), fmap_max) channels. num_classes: 0 for an unconditional network. base: side of the
-    constant, see layers.sides. VgmError: a size that does not grow by doubling.
+    min(fmap_base / 2^(i + 1), fmap_max) channels. num_classes: 0 for an unconditional network. blur_filter: taps of
+    what follows every doubling. base: side of the constant, see layers.sides. VgmError: a size that does not grow by
+    doubling.
     """
 
     def __init__(
@@ -132,6 +146,7 @@ class Generator(StyleGenerator):
         fmap_base: Width = 8192,
         fmap_max: Width = 512,
         base: Width | None = None,
+        blur_filter: Sequence[float] = BLUR,
     ):
         super().__init__()
         self.sides = sides(size, base)
@@ -146,7 +161,7 @@ class Generator(StyleGenerator):
             Layer(maps[0], maps[0], self.sides[0], w_dim),
         ]
         rest = [
-            Layer(a if up else b, b, side, w_dim, up=up)
+            Layer(a if up else b, b, side, w_dim, up=up, blur_filter=blur_filter)
             for a, b, side in zip(maps, maps[1:], self.sides[1:])
             for up in (True, False)
         ]
@@ -186,23 +201,24 @@ class Generator(StyleGenerator):
 class Block(nn.Module):
     """Discriminator level: convolution, then blur, convolution and halving."""
 
-    def __init__(self, fan_in: int, out: int):
+    def __init__(self, fan_in: int, out: int, blur_filter: Sequence[float] = BLUR):
         super().__init__()
+        self.blur_filter = blur_filter
         self.conv0 = EqualConv(fan_in, fan_in, 3, GAIN)
         self.conv1 = EqualConv(fan_in, out, 3, GAIN)
 
     def forward(self, x: Tensor) -> Tensor:
         """(B, in, h, w) -> (B, out, h / 2, w / 2)."""
         x = F.leaky_relu(self.conv0(x), 0.2)
-        x = conv_shrink(blur(x), self.conv1.scaled(), self.conv1.bias)
+        x = conv_shrink(blur(x, self.blur_filter), self.conv1.scaled(), self.conv1.bias)
         return F.leaky_relu(x, 0.2)
 
 
 class Discriminator(nn.Module):
     """Scores of images, one per class of which the label selects one (Mescheder et al. 2018).
 
-    size, in_channels, num_classes, fmap_base, fmap_max, base: as the generator's. group_size, group_features: of the
-    minibatch standard deviation; 1 for none.
+    size, in_channels, num_classes, fmap_base, fmap_max, blur_filter, base: as the generator's. group_size,
+    group_features: of the minibatch standard deviation; 1 for none.
     """
 
     def __init__(
@@ -215,13 +231,14 @@ class Discriminator(nn.Module):
         group_size: Width = 4,
         group_features: Width = 1,
         base: Width | None = None,
+        blur_filter: Sequence[float] = BLUR,
     ):
         super().__init__()
         self.sides, self.size, self.num_classes = sides(size, base), size, num_classes
         self.group_size, self.group_features = group_size, group_features
         maps = feature_maps(len(self.sides), fmap_base, fmap_max)
         self.from_rgb = nn.ModuleList(EqualConv(in_channels, c, 1, GAIN) for c in maps[1:])
-        self.blocks = nn.ModuleList(Block(a, b) for a, b in zip(maps[2:], maps[1:]))  # of level 1 and up
+        self.blocks = nn.ModuleList(Block(a, b, blur_filter) for a, b in zip(maps[2:], maps[1:]))  # of level 1 and up
         self.conv = EqualConv(maps[1] + (group_features if group_size > 1 else 0), maps[1], 3, GAIN)
         self.dense = EqualLinear(maps[1] * self.sides[0] ** 2, maps[0], GAIN)
         self.out = EqualLinear(maps[0], max(num_classes, 1))

@@ -37,9 +37,9 @@ HALF = math.sqrt(0.5)
 
 
 def setup_filter(taps: Sequence[float]) -> Tensor:
-    """(n,) taps -> (n, n) kernel of sum 1."""
+    """(n,) taps -> (n, n) kernel of sum 1, from eight taps on the (n,) taps of a separable one."""
     f = torch.tensor(taps, dtype=torch.float32)
-    f = torch.outer(f, f)
+    f = torch.outer(f, f) if len(taps) < 8 else f
     return f / f.sum()
 
 
@@ -67,7 +67,9 @@ def conv(x: Tensor, weight: Tensor, f: Tensor | None = None, up: bool = False, d
         if k == 1:
             return upsample(F.conv2d(x, weight), f)
         x = F.conv_transpose2d(x, weight.transpose(0, 1), stride=2)
-        return upfirdn2d(x, (f * 4).to(x), pad=(k // 2 + (n + 1) // 2 - (k - 1), k // 2 + (n - 2) // 2 - (k - 2)))
+        return upfirdn2d(
+            x, (f * 2**f.ndim).to(x), pad=(k // 2 + (n + 1) // 2 - (k - 1), k // 2 + (n - 2) // 2 - (k - 2))
+        )
     if k == 1:
         return F.conv2d(downsample(x, f), weight)
     x = upfirdn2d(x, f.to(x), pad=(k // 2 + (n - 1) // 2, k // 2 + (n - 2) // 2))

@@ -9,21 +9,17 @@ from vgm_cli.testing.golden import GoldenChecks, assert_close
 
 golden = GoldenChecks("diffusionflow")
 RTOL = 1e-10
-PATHS = {
-    "vp_linear": VPPath(),
-    "cosine": CosinePath(),
-    "flow": LinearPath(),
-    "ve": VEPath(0.01, 50.0),
-    "edm": EDMPath(),
-}
+PATHS = {"vp_linear": VPPath, "cosine": CosinePath, "flow": LinearPath, "ve": VEPath, "edm": EDMPath}
 KINDS = {"x0": "x0", "eps": "eps", "score": "score", "v": "v", "u": "velocity"}
 
 
 @golden.check(lambda case: "schedule" in case.config)
 def conversions(case):
-    path = PATHS[case.config["schedule"]]
+    given = dict(case.config)
+    schedule = given.pop("schedule")
+    path = PATHS[schedule](**given)
     t, x0, eps, out = case.inputs["t"], case.inputs["x0"], case.inputs["eps"], dict(case.outputs)
-    rate = 80.0 if case.config["schedule"] == "edm" else 1.0  # the file's EDM time is sigma / 80
+    rate = path.t_max if schedule == "edm" else 1.0  # the file's EDM time is sigma / 80
     t = t * rate
     for name, function in {"alpha": path.alpha, "sigma": path.sigma, "lambda": path.logsnr}.items():
         assert_close(function(t), out.pop(name), RTOL, name)
@@ -48,6 +44,7 @@ def conversions(case):
 @golden.check(lambda case: "out/flow_euler" in case)
 def ddim_is_flow_euler(case):
     z, t = case.inputs["z"], case.inputs["t"]
+    assert_close(t, torch.tensor(case.config["times"], dtype=t.dtype), RTOL, "times")
     flow, vp = LinearPath(), VPPath()
 
     def x0_of(z, t):

@@ -44,9 +44,14 @@ OPTIONS = {"timestep_respacing": "respacing", "noise_schedule": "schedule", "dif
 MEANS = {"EPSILON": "eps", "START_X": "x0", "PREVIOUS_X": "x_prev"}
 
 
-def process(config: dict[str, Any]) -> DiscreteDiffusion:
+def process(case: GoldenCase) -> DiscreteDiffusion:
     """create_gaussian_diffusion's options and defaults -> ours."""
-    return DiscreteDiffusion.create(**{"learn_sigma": False, **{OPTIONS.get(k, k): v for k, v in config.items()}})
+    config = case.config["diffusion"]
+    made = DiscreteDiffusion.create(**{"learn_sigma": False, **{OPTIONS.get(k, k): v for k, v in config.items()}})
+    if len(made.timestep_map) == 1000 or config.get("steps", config.get("diffusion_steps", 1000)) == 1000:
+        same = ("diffusion.rescale_learned_sigmas", "diffusion.rescale_timesteps")
+        case.ignore(*same, why="both multiply by steps / 1000, which is 1 here")
+    return made
 
 
 OFFICIAL = {  # defaults of the official constructors where ours follow the published models
@@ -58,23 +63,39 @@ OFFICIAL = {  # defaults of the official constructors where ours follow the publ
     "num_heads": 1,
     "num_head_channels": -1,
 }
-OURS = ("use_checkpoint", "use_fp16", "dims")  # what has no effect on values here
+OURS = ("use_checkpoint", "use_fp16")  # what has no effect on values here
+
+
+def without_effect(case: GoldenCase, name: str) -> None:
+    """Say which keys of the network at config[name] nothing here depends on."""
+    config = case.config[name]
+    case.ignore(*(f"{name}.{k}" for k in OURS), why="they spend memory otherwise; values are the same")
+    case.ignore(f"{name}.dropout", why="evaluated without dropout")
+    if config.get("pool") != "attention":
+        case.ignore(f"{name}.image_size", why="no layer depends on it: attention is placed by factors of it")
+    levels = {2**i for i in range(len(config["channel_mult"]))}
+    if len(levels) == 1:
+        case.ignore(f"{name}.resblock_updown", f"{name}.conv_resample", why="one level: nothing is resampled")
+    if not levels & set(config["attention_resolutions"]):
+        case.ignore(f"{name}.attention_resolutions", why="no level is so small: only the middle has attention")
 
 
 def unet(config: dict[str, Any], **own: Any) -> UNetModel:
-    kept = {k: v for k, v in config.items() if k not in OURS}
+    assert config.get("dims", 2) == 2, "images"
+    kept = {k: config[k] for k in config if k not in (*OURS, "dims")}
     return UNetModel(**{**OFFICIAL, **kept, **own})
 
 
 def classifier(config: dict[str, Any]) -> EncoderUNetModel:
-    kept = {k: v for k, v in config.items() if k not in (*OURS, "out_channels", "num_heads_upsample")}
+    kept = {k: config[k] for k in config if k not in (*OURS, "out_channels", "num_heads_upsample")}
     base = {k: v for k, v in OFFICIAL.items() if k != "num_classes"}
     return EncoderUNetModel(**{**base, "pool": "adaptive", **kept, "num_classes": config["out_channels"]})
 
 
 def load(case: GoldenCase) -> UNetModel:
     """The case's network, its weights through the shipped converter."""
-    model = unet(case.config["model"], super_res=case.config.get("cls") == "sr")
+    without_effect(case, "model")
+    model = unet(case.config["model"], super_res={"unet": False, "sr": True}[case.config.get("cls", "unet")])
     model.load_state_dict(CONVERTER.to_ours(case.state))
     return model.eval()
 
@@ -109,6 +130,8 @@ def forward(case: GoldenCase) -> None:
 
 @golden.check(lambda c: c.config.get("cls") == "enc")
 def classify(case: GoldenCase) -> None:
+    without_effect(case, "model")
+    case.ignore("model.num_heads_upsample", why="an encoder has no way up")
     model = classifier(case.config["model"])
     model.load_state_dict(CLASSIFIER.to_ours(case.state))
     model.eval()
@@ -121,7 +144,7 @@ def classify(case: GoldenCase) -> None:
 
 @golden.check(lambda c: "out/grad_norm_all" in c)
 def loss_and_gradients(case: GoldenCase) -> None:
-    model, diffusion = load(case), process(case.config["diffusion"])
+    model, diffusion = load(case), process(case)
     y = case.inputs.get("y")
     terms = diffusion.losses(lambda x, t: model(x, t, y), *(case.inputs[k] for k in ("x0", "t", "noise")))
     for name in ("loss", "mse", "vb"):
@@ -132,6 +155,7 @@ def loss_and_gradients(case: GoldenCase) -> None:
     for name, want in case.outputs.items():
         if name.startswith("grad."):
             assert_close(gradients[name.removeprefix("grad.")], want, 1e-4, name)
+    assert set(case.config["gradkeys"]) == {k.removeprefix("grad.") for k in case.outputs if k.startswith("grad.")}
     norm = torch.stack([g.norm() for g in gradients.values()]).norm()
     assert_close(norm, case.outputs["grad_norm_all"], 1e-4, "gradient norm")
 
@@ -154,9 +178,17 @@ def guided_by_a_classifier(case: GoldenCase) -> None:
     config, own = case.config, {}
     for name, build, converter in (("model", unet, CONVERTER), ("classifier", classifier, CLASSIFIER)):
         state = {k.removeprefix(f"{name}."): v for k, v in case.state.items() if k.startswith(f"{name}.")}
+        without_effect(case, name)
         own[name] = build(config[name]).eval()
         own[name].load_state_dict(converter.to_ours(state))
-    options = {OPTIONS.get(k, k): v for k, v in config["diffusion"].items()}
+    options = {"learn_sigma": False} | {OPTIONS.get(k, k): v for k, v in config["diffusion"].items()}
+    if options.pop("predict_xstart", False):
+        options["prediction"] = "x0"
+    if options.pop("sigma_small", False) and not options["learn_sigma"]:
+        options["variance"] = "fixed_small"
+    for key in ("use_kl", "rescale_learned_sigmas"):
+        options.pop(key, None)
+        case.ignore(f"diffusion.{key}", why="nothing is trained")
     respacing = options.pop("respacing", options.get("steps", 1000))
     objective = IDDPM(
         own["model"], options.pop("schedule", "linear"), options.pop("steps", 1000), label_dropout=0, **options
@@ -186,7 +218,7 @@ def guided_by_a_classifier(case: GoldenCase) -> None:
 
 @golden.check(lambda c: is_toy(c) and "out/loss" in c)
 def toy_losses(case: GoldenCase) -> None:
-    diffusion = process(case.config["diffusion"])
+    diffusion = process(case)
     terms = diffusion.losses(toy(diffusion), *(case.inputs[k] for k in ("x0", "t", "noise")))
     assert set(terms) == set(case.outputs)
     for name, got in terms.items():
@@ -206,9 +238,13 @@ def every_loss_type(case: GoldenCase) -> None:
 @golden.check(lambda c: is_toy(c) and "in/xT" in c)
 def toy_sampling(case: GoldenCase) -> None:
     config, inputs = case.config, case.inputs
-    diffusion = process(config["diffusion"])
+    diffusion = process(case)
     assert diffusion.timestep_map == case.outputs["timestep_map"].tolist()
-    eta, ddim = config.get("eta", 0.0), config["loop"] == "ddim"
+    eta, ddim = config.get("eta", 0.0), {"p": False, "ddim": True}[config["loop"]]
+    if ddim:
+        case.ignore("diffusion.learn_sigma", "diffusion.sigma_small", why="DDIM's variance is its own")
+    else:
+        case.ignore("eta", why="ancestral steps have no eta")
     draws = iter(inputs["step_noise"])
     y = inputs["y"].view(-1, *[1] * (inputs["xT"].ndim - 1))
 
@@ -231,7 +267,8 @@ def toy_sampling(case: GoldenCase) -> None:
 
 @golden.check(lambda c: is_toy(c) and "in/x0" in c and "out/trajectory" in c)
 def toy_encoding(case: GoldenCase) -> None:
-    diffusion = process(case.config["diffusion"])
+    diffusion = process(case)
+    case.ignore("diffusion.learn_sigma", "diffusion.sigma_small", why="DDIM's variance is its own")
     clip = case.config.get("clip_denoised", False)  # the stored encodings are unclipped
     steps = diffusion.ddim_reverse_loop(toy(diffusion), case.inputs["x0"], clip_denoised=clip)
     assert_close(torch.stack([x for x, _ in steps]), case.outputs["trajectory"], 1e-4, "trajectory")
@@ -239,7 +276,7 @@ def toy_encoding(case: GoldenCase) -> None:
 
 @golden.check(lambda c: "out/total_bpd" in c)
 def bits_per_dimension(case: GoldenCase) -> None:
-    diffusion, draws = process(case.config["diffusion"]), iter(case.inputs["noises"])
+    diffusion, draws = process(case), iter(case.inputs["noises"])
     out = diffusion.bpd_loop(toy(diffusion), case.inputs["x0"], lambda: next(draws), case.config["clip"])
     for name, want in case.outputs.items():
         assert_close(out[name], want, 1e-4, name)
@@ -247,6 +284,9 @@ def bits_per_dimension(case: GoldenCase) -> None:
 
 @golden.check(lambda c: "spaces" in c.config)
 def schedules_and_spacings(case: GoldenCase) -> None:
+    spaces = {f"space_{n}_{sections}" for n, sections in case.config["spaces"]}
+    tables = {f"betas_{kind}_{n}" for kind in ("linear", "cosine") for n in case.config["steps"]}
+    assert set(case.outputs) == spaces | tables
     for name, want in case.outputs.items():
         kind, *rest = name.split("_")
         if kind == "betas":

@@ -134,6 +134,7 @@ def zero_advantage_filter(case: GoldenCase) -> None:
 @golden.check(lambda c: "num_replicas" in c.config)
 def k_repeat_sampler(case: GoldenCase) -> None:
     config = case.config
+    assert {int(name.partition("_epoch")[2]) for name in case.outputs} == set(config["epochs"])
     for name, want in case.outputs.items():
         rank, epoch = (int(part) for part in name.removeprefix("rank").split("_epoch"))
         seed = config["seed"] + epoch

@@ -36,6 +36,7 @@ def transport(case: GoldenCase) -> Transport:
 
 
 def load(case: GoldenCase) -> SiT:
+    case.ignore("model.class_dropout_prob", why="nothing is dropped: eval mode, and the labels are given")
     model = SiT(**case.config["model"])
     model.load_state_dict(CONVERTER.to_ours(case.state))
     return model.eval()
@@ -141,6 +142,8 @@ def ode(case: GoldenCase) -> None:
 @golden.check(lambda c: "form" in c.config)
 def sde(case: GoldenCase) -> None:
     config, plan, draws = case.config, transport(case), iter(case.inputs["w"])
+    if config["last_step"] is None:
+        case.ignore("last_step_size", why="there is no last step")
     states = sample_sde(
         toy_of(plan),
         case.inputs["init"],
@@ -213,6 +216,7 @@ def guided_sampling(case: GoldenCase) -> None:
 @golden.check(lambda c: "out/loss" in c and bool(c.state))
 def loss_and_gradients(case: GoldenCase) -> None:
     model, plan, y = load(case), transport(case), case.inputs["y"]
+    case.ignore("cfg_scale", why="nothing is guided in training")
     t0, t1 = plan.interval()
     t = case.inputs["u"] * (t1 - t0) + t0
     losses = plan.losses(lambda x, s: model(x, s, y), case.inputs["x1"], case.inputs["x0"], t)

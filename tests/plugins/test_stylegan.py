@@ -77,17 +77,36 @@ def tf(case: GoldenCase) -> bool:
 def tf_generator(case: GoldenCase) -> model.Generator:
     state = {re.sub("^G_(synthesis|mapping)/", r"\1/", k): v for k, v in part(case, "G/").items()}
     c, g = case.config["common"], case.config["G"]
+    tf_widths(case, {f"G/G_synthesis/{s}x{s}/{'Conv' if s == 4 else 'Conv1'}/bias": s for s in tf_sides(case)})
     stated(
         {"size": c["resolution"], "in_channels": c["num_channels"], "num_classes": c["label_size"],
          "latent_size": g.get("latent_size"), "w_dim": g.get("dlatent_size"), "mapping_layers": g.get("mapping_layers"),
          "mapping_width": g.get("mapping_fmaps"), "fmap_max": c.get("fmap_max")},
         checkpoints.GENERATOR.config_from(state),
     )  # fmt: skip
-    return restore(checkpoints.GENERATOR, model.Generator, state)
+    options = {"lr_multiplier": g.get("mapping_lrmul", 0.01), "blur_filter": blur_filter(case, "G")}
+    return restore(checkpoints.GENERATOR, model.Generator, state, **options)
+
+
+def blur_filter(case: GoldenCase, network: str) -> list[float]:
+    return case.config[network].get("blur_filter", case.config["common"].get("blur_filter", [1, 2, 1]))
+
+
+def tf_sides(case: GoldenCase) -> list[int]:
+    return [4 << i for i in range(int(math.log2(case.config["common"]["resolution"])) - 1)]
+
+
+def tf_widths(case: GoldenCase, biases: dict[str, int]) -> None:
+    """The layers are as wide as fmap_base, fmap_decay and fmap_max say."""
+    c = case.config["common"]
+    base, decay, limit = c.get("fmap_base", 8192), c.get("fmap_decay", 1.0), c.get("fmap_max", 512)
+    for key, side in biases.items():
+        assert len(case.state[key]) == min(int(base / 2 ** ((math.log2(side) - 1) * decay)), limit), key
 
 
 def tf_discriminator(case: GoldenCase) -> model.Discriminator:
-    options = {"group_size": case.config["D"].get("mbstd_group_size", 4)}
+    tf_widths(case, {f"D/{s}x{s}/{'Conv' if s == 4 else 'Conv0'}/bias": s for s in tf_sides(case)})
+    options = {"group_size": case.config["D"].get("mbstd_group_size", 4), "blur_filter": blur_filter(case, "D")}
     if "mbstd_num_features" in case.config["D"]:
         options["group_features"] = case.config["D"]["mbstd_num_features"]
     return restore(checkpoints.DISCRIMINATOR, model.Discriminator, part(case, "D/"), **options)
@@ -118,6 +137,7 @@ def tf_images(case: GoldenCase) -> None:
         assert_close(g.synthesis(g.styles(w), noise, 0.0), out["img_trunc1_const"], 1e-4, "without truncation")
     given = case.inputs["dlatents"]  # the levels of detail are of these styles
     seen = 0
+    assert {float(k.removeprefix("img_lod")) for k in out if k.startswith("img_lod")} == set(case.config["lods"])
     for name, want in out.items():
         if m := re.fullmatch(r"img_lod([\d.]+)", name):
             got = g.synthesis(given, noise, float(m[1]))
@@ -153,11 +173,13 @@ def tf_scores(case: GoldenCase) -> None:
     assert_close(generator_loss(scores_fake), out["G_loss"], 1e-4, "generator's loss")
     assert_close(discriminator_loss(scores_real, scores_fake), out["D_loss_no_reg"], 1e-4, "discriminator's loss")
     assert_close(penalty, out["r1_penalty"], 1e-4, "R1")
-    loss = (discriminator_loss(scores_real, scores_fake) + 5 * penalty[:, None]).mean()
+    gamma = case.config["D"].get("r1_gamma", 10.0)
+    loss = (discriminator_loss(scores_real, scores_fake) + gamma / 2 * penalty[:, None]).mean()
     assert_close(loss.reshape(out["D_loss_total_mean"].shape), out["D_loss_total_mean"], 1e-4, "discriminator with R1")
     loss.backward()
     grads = {k: torch.zeros_like(p) if p.grad is None else p.grad for k, p in d.named_parameters()}
     gradients = checkpoints.DISCRIMINATOR.from_ours({"lod": d.lod, **grads})
+    assert {f"grad_D/{k}" for k in case.config["watch_D"]} == {k for k in out if k.startswith("grad_D/")}
     for name in (k for k in out if k.startswith("grad_D/")):
         assert_close(gradients[name.removeprefix("grad_D/")], out[name], 1e-4, name)
 
@@ -173,11 +195,16 @@ def assert_matches(got: Tensor, want: Tensor) -> bool:
 @golden.check(lambda c: tf(c) and "in/blur_in" in c)
 def tf_ops(case: GoldenCase) -> None:
     x, out = case.inputs["blur_in"], case.outputs
-    assert_close(model.blur(x), out["op/blur"], 1e-5, "blur")
+    assert_close(model.blur(x, blur_filter(case, "G")), out["op/blur"], 1e-5, "blur")
     assert_close(model.enlarge(x), out["op/up"], 0.0, "doubling")
     assert_close(model.shrink(x), out["op/down"], 1e-5, "halving")
     assert_close(pixel_norm(x), out["op/pixel_norm"], 1e-5, "pixel norm")
-    assert_close(minibatch_stddev(x, 2), out["op/mbstd"], 1e-5, "minibatch standard deviation")
+    assert_close(
+        minibatch_stddev(x, case.config["D"].get("mbstd_group_size", 4)),
+        out["op/mbstd"],
+        1e-5,
+        "minibatch standard deviation",
+    )
     layer = model.Layer(x.shape[1], x.shape[1], 8, 4, conv=False).eval()
     with torch.no_grad():  # noise, bias and style neutral, activation undone: the instance norm is left
         layer.style.weight.zero_()
@@ -195,6 +222,9 @@ def ported(case: GoldenCase) -> bool:
 def port_networks(case: GoldenCase) -> tuple[port.Generator, port.Discriminator]:
     size = 4 << case.config["step"]
     g = restore(checkpoints.PORT, port.Generator, part(case, "G."), size=size)
+    width, read = case.config["_width"], checkpoints.PORT.config_from(part(case, "G."))
+    assert read["w_dim"] == width and read["mapping_layers"] == case.config["n_mlp"]
+    assert read["widths"] == [max(c * width // 512, 2) for c in port.WIDTHS]
     activated = case.config["from_rgb_activate"]
     which = checkpoints.PORT_DISCRIMINATOR if activated else checkpoints.PORT_DISCRIMINATOR_PLAIN
     d = restore(which, port.Discriminator, part(case, "D."), size=size)
@@ -258,9 +288,15 @@ def sg2_generator(case: GoldenCase) -> stylegan2.Generator:
     stated(
         {"size": c["img_resolution"], "in_channels": c["img_channels"], "num_classes": c["c_dim"],
          "latent_size": c["z_dim"], "w_dim": c["w_dim"], "mapping_layers": mapping.get("num_layers", 8),
+         "mapping_width": mapping.get("layer_features"), "embed": mapping.get("embed_features"),
          "architecture": synthesis.get("architecture", "skip"), "use_noise": synthesis.get("use_noise", True)},
         read,
     )  # fmt: skip
+    sg2_widths(case.config["G"]["synthesis_kwargs"], {s: state[f"synthesis.b{s}.conv1.bias"] for s in sg2_sides(c)})
+    own = stylegan2.setup_filter(synthesis.get("resample_filter", [1, 3, 3, 1]))
+    assert_close(checkpoints.resampling(state), own, 1e-6, "filter")
+    case.ignore("G.mapping_kwargs.w_avg_beta", why="only the mean of w moves by it: see sg2_images")
+    case.ignore("G.synthesis_kwargs.num_fp16_res", "G.synthesis_kwargs.fp16_channels_last", why="all is fp32 on a CPU")
     return restore(
         checkpoints.GENERATOR2, stylegan2.Generator, state,
         clamp=synthesis.get("conv_clamp"), activation=synthesis.get("activation", "lrelu"),
@@ -268,11 +304,36 @@ def sg2_generator(case: GoldenCase) -> stylegan2.Generator:
     )  # fmt: skip
 
 
+def sg2_sides(config: Any) -> list[int]:
+    return [4 << i for i in range(int(math.log2(config["img_resolution"])) - 1)]
+
+
+def sg2_widths(config: Any, biases: dict[int, Tensor]) -> None:
+    for side, bias in biases.items():
+        assert len(bias) == min(config.get("channel_base", 32768) // side, config.get("channel_max", 512)), side
+
+
 def sg2_discriminator(case: GoldenCase) -> stylegan2.Discriminator:
     c = case.config["D"]
     block, mapping, end = (c.get(k, {}) for k in ("block_kwargs", "mapping_kwargs", "epilogue_kwargs"))
+    state = part(case, "D.")
+    stated(
+        {"size": c["img_resolution"], "in_channels": c["img_channels"], "num_classes": c["c_dim"],
+         "architecture": c.get("architecture", "resnet"), "cmap_dim": c.get("cmap_dim"),
+         "mapping_width": mapping.get("layer_features"), "embed": mapping.get("embed_features"),
+         "mapping_layers": mapping.get("num_layers", 8) if c["c_dim"] else None,
+         "group_features": end.get("mbstd_num_channels", 1)},
+        checkpoints.DISCRIMINATOR2.config_from(state),
+    )  # fmt: skip
+    sg2_widths(c, {s: state[f"b{s}.conv.bias" if s == 4 else f"b{s}.conv0.bias"] for s in sg2_sides(c)})
+    own = stylegan2.setup_filter(block.get("resample_filter", [1, 3, 3, 1]))
+    assert_close(checkpoints.resampling(state), own, 1e-6, "filter")
+    if not c["c_dim"]:
+        case.ignore("D.mapping_kwargs", "D.cmap_dim", why="there is no label to map")
+    case.ignore("D.num_fp16_res", "D.block_kwargs.fp16_channels_last", why="all is fp32 on a CPU")
+    case.ignore("D.block_kwargs.freeze_layers", why="evaluated, with every gradient")
     return restore(
-        checkpoints.DISCRIMINATOR2, stylegan2.Discriminator, part(case, "D."), clamp=c.get("conv_clamp"),
+        checkpoints.DISCRIMINATOR2, stylegan2.Discriminator, state, clamp=c.get("conv_clamp"),
         activation=block.get("activation", "lrelu"), mapping_activation=mapping.get("activation", "lrelu"),
         lr_multiplier=mapping.get("lr_multiplier", 0.01), group_size=end.get("mbstd_group_size", 4),
     )  # fmt: skip
@@ -283,6 +344,10 @@ def sg2_discriminator(case: GoldenCase) -> stylegan2.Discriminator:
 def sg2_images(case: GoldenCase) -> None:
     g, out, y = sg2_generator(case), case.outputs, case.inputs.get("c")
     w, noise = g.map(case.inputs["z"], y), g.fixed_noise()
+    free = sg2_generator(case)
+    free.clamp = None
+    if torch.equal(free.synthesis(g.styles(w), noise), g.synthesis(g.styles(w), noise)):
+        case.ignore("G.synthesis_kwargs.conv_clamp", why="no value is so large")
     assert_close(w, out["ws"], 1e-5, "w")
     for name in (k for k in out if k.startswith("ws_psi")):
         m = re.fullmatch(r"ws_psi([\d.]+)(?:_cut(\d+))?", name)
@@ -297,7 +362,8 @@ def sg2_images(case: GoldenCase) -> None:
     mixed = torch.cat([g.styles(w)[:, :cutoff], second[:, cutoff:]], dim=1)
     assert_close(g.synthesis(mixed, noise), out["img_mixed"], 1e-4, "mixed")
     if "w_avg_after_train_step" in out:
-        objective = StyleGANObjective(g, nn.Identity())
+        beta = case.config["G"].get("mapping_kwargs", {}).get("w_avg_beta", 0.995)
+        objective = StyleGANObjective(g, nn.Identity(), w_decay=beta)
         objective.seen = {"generator": [w.mean(0)]}
         objective.after_step(Step(0))
         assert_close(g.w_avg, out["w_avg_after_train_step"], 1e-5, "mean of w")
@@ -307,6 +373,13 @@ def sg2_images(case: GoldenCase) -> None:
 def sg2_scores(case: GoldenCase) -> None:
     d, out, y = sg2_discriminator(case), case.outputs, case.inputs.get("c")
     fake = d(case.inputs["fake"], y)
+    free = sg2_discriminator(case)
+    free.clamp = None
+    if torch.equal(free(case.inputs["fake"], y), fake):
+        case.ignore("D.conv_clamp", why="no value is so large")
+    group = case.config["D"].get("epilogue_kwargs", {}).get("mbstd_group_size", 4)
+    if all(len(case.inputs[k]) <= group for k in ("fake", "real", "mbstd_in") if k in case.inputs):
+        case.ignore("D.epilogue_kwargs.mbstd_group_size", why="a group is the whole batch")
     real, penalty = r1_penalty(lambda x: d(x, y), case.inputs["real"])
     loss = penalty.mean() * (case.config["_r1_gamma"] / 2)
     for got, name in (
@@ -321,6 +394,7 @@ def sg2_scores(case: GoldenCase) -> None:
     loss.backward()
     parameters = dict(d.named_parameters())
     watched = [k for k in out if k.startswith("grad_r1/")]
+    assert set(watched) == {f"grad_r1/{k}" for k in case.config["_watch"]}
     for name in watched:
         assert_close(parameters[name.removeprefix("grad_r1/")].grad, out[name], 1e-4, name)
     assert watched
@@ -409,6 +483,7 @@ def sg2_augment(case: GoldenCase) -> None:
     x, out = case.inputs["img"], case.outputs
     assert_close(AugmentPipe("geom").lowpass, out["Hz_geom"], 1e-6, "low-pass filter")
     assert_close(filter_bank(), out["Hz_fbank"], 1e-6, "filter bank")
+    case.ignore("_p", why="draws at a quantile fire whatever the probability is")
     ranges = set(AugmentPipe.__init__.__code__.co_varnames)
     for name, options in case.config["pipes"].items():
         strengths = {k: v for k, v in options.items() if k in DRAWS}
@@ -990,3 +1065,81 @@ def test_train_sample_and_mix(vgm: Any, tiny_dataset: Path, tmp_path: Path) -> N
                        "--label", "disc", "--out", tmp_path / "b.png")  # fmt: skip
     assert code == 0, err
     assert (tmp_path / "a.png").is_file() and (tmp_path / "b.png").is_file()
+
+
+# -- filters in checkpoints ------------------------------------------------------------------------------------------
+
+
+def official_state(taps: list[float], generator: bool = True) -> dict[str, Tensor]:
+    """An official state of a network with another resampling filter; what neither doubles nor halves has (1, 3, 3, 1)
+    all the same."""
+    torch.manual_seed(0)
+    size = {"size": 16, "channel_base": 64, "channel_max": 8, "mapping_layers": 1, "taps": taps}
+    net: nn.Module = stylegan2.Discriminator(**size)
+    if generator:
+        net = stylegan2.Generator(**size, latent_size=8, w_dim=8)
+    return checkpoints.stylegan2_from_ours(net.state_dict())
+
+
+@pytest.mark.parametrize(
+    "taps", [[1.0, 1.0], [1.0, 2.0, 1.0], [1.0, 4.0, 6.0, 4.0, 1.0], [float(i) for i in range(1, 9)]]
+)
+@pytest.mark.parametrize("generator", [True, False])
+def test_the_stored_resampling_filter_is_the_networks(taps: list[float], generator: bool) -> None:
+    """Read where the network resamples: the plain convolutions' own, always (1, 3, 3, 1), says nothing."""
+    state = official_state(taps, generator)
+    plain = "synthesis.b8.conv1" if generator else "b8.conv0"
+    assert_close(state[f"{plain}.resample_filter"], stylegan2.setup_filter((1, 3, 3, 1)), 0)
+    converter, cls = checkpoints.DISCRIMINATOR2, stylegan2.Discriminator
+    if generator:
+        converter, cls = checkpoints.GENERATOR2, stylegan2.Generator
+    again = restore(converter, cls, state)
+    assert_close(again.resample_filter, stylegan2.setup_filter(taps), 1e-6)
+    resized = {False: stylegan2.downsample, True: stylegan2.upsample}[generator](
+        torch.ones(1, 1, 8, 8), again.resample_filter
+    )
+    assert resized.shape[-1] == (16 if generator else 4)
+
+
+@pytest.mark.parametrize("generator", [True, False])
+def test_different_resampling_filters_in_one_checkpoint_are_refused(generator: bool) -> None:
+    state = official_state([1.0, 3.0, 3.0, 1.0], generator)
+    state[f"synthesis.b8.conv0.{checkpoints.FILTER}" if generator else f"b8.conv1.{checkpoints.FILTER}"] = torch.ones(
+        4, 4
+    )
+    with pytest.raises(VgmError, match="different filters"):
+        checkpoints.stylegan2_to_ours(state)
+
+
+def test_another_blur_in_a_port_is_refused() -> None:
+    g = port.Generator(size=8, w_dim=8, mapping_layers=1, widths=[8] * 9)
+    state = checkpoints.PORT.from_ours(g.state_dict())
+    checkpoints.PORT.to_ours(state)
+    key = next(k for k in state if k.endswith("weight_flip"))
+    with pytest.raises(VgmError, match="another blur"):
+        checkpoints.PORT.to_ours({**state, key: torch.ones_like(state[key]) / 9})
+
+
+def test_blur_filter_is_the_networks() -> None:
+    x = torch.randn(2, 3, 8, 8, generator=torch.Generator().manual_seed(0))
+    for taps in ((1.0, 1.0), (1.0, 3.0, 3.0, 1.0), (1.0, 2.0, 3.0)):
+        f = torch.outer(torch.tensor(taps), torch.tensor(taps))
+        n = len(taps)
+        wide = F.pad(x, ((n - 1) // 2, n // 2, (n - 1) // 2, n // 2))  # TensorFlow's "SAME"
+        want = F.conv2d(wide, (f / f.sum()).flip(0, 1).expand(3, 1, n, n), groups=3)
+        assert_close(model.blur(x, taps), want, 1e-5)
+    torch.manual_seed(0)
+    g = model.Generator(size=8, latent_size=4, w_dim=4, mapping_layers=1, mapping_width=4, fmap_base=16, fmap_max=8)
+    other = model.Generator(
+        size=8,
+        latent_size=4,
+        w_dim=4,
+        mapping_layers=1,
+        mapping_width=4,
+        fmap_base=16,
+        fmap_max=8,
+        blur_filter=(1, 1, 1),
+    )
+    other.load_state_dict(g.state_dict())
+    ws = torch.randn(2, g.num_layers, 4)
+    assert not torch.allclose(g.synthesis(ws), other.synthesis(ws))

@@ -44,7 +44,7 @@ def paper_model(case: GoldenCase) -> VAE:
     pixels, hidden = case.state["W_dec_mu"].shape
     model = VAE(
         size=(1, pixels), latent_dim=case.state["W_enc_mu"].shape[0], hidden=[hidden], activation="tanh",
-        likelihood="bernoulli" if name == "bernoulli" else "gaussian", squash="sigmoid" in name,
+        likelihood=name.partition("_")[0], squash={"": False, "sigmoid_mean": True}[name.partition("_")[2]],
     )  # fmt: skip
     state = {f"{ours}.weight": case.state[f"W_{theirs}"] for theirs, ours in APPENDIX_C.items()}
     state |= {f"{ours}.bias": case.state[f"b_{theirs}"] for theirs, ours in APPENDIX_C.items()}
@@ -98,8 +98,10 @@ def pythae(case: GoldenCase) -> None:
     config, out, x = case.config, case.outputs, case.inputs["x"]
     channels, height, width = config["input_dim"]
     gaussian = {"bce": False, "mse": True}[config["recon"]]
-    read = CONVERTER.config_from(case.state) if channels == 1 and height == width else {"hidden": [512]}
-    assert read.get("latent_dim", config["latent_dim"]) == config["latent_dim"]
+    read = {"hidden": [len(case.state["encoder.layers.0.0.bias"])]}
+    if channels == 1 and height == width:
+        read = CONVERTER.config_from(case.state)
+        assert read["latent_dim"] == config["latent_dim"] and read["size"] == height
     model = VAE(
         size=(height, width), channels=channels, latent_dim=config["latent_dim"], hidden=read["hidden"],
         activation="relu", likelihood="gaussian" if gaussian else "bernoulli", scale=1.0,
@@ -109,7 +111,11 @@ def pythae(case: GoldenCase) -> None:
     constant = 0.5 * math.log(2 * math.pi) * x[0].numel() if gaussian else 0.0
 
     eps = case.inputs["eps"]
-    iwae = config["model"] == "iwae"
+    iwae = {"vae": False, "iwae": True}[config["model"]]
+    if iwae:
+        assert eps.shape[1] == config["number_samples"]
+    else:
+        case.ignore("number_samples", why="a VAE draws one")
     eps = eps.transpose(0, 1) if iwae else eps[None]  # (L, B, D)
     mu, logvar = model.posterior(x)
     z = bounds.reparameterise(mu, logvar, eps)
@@ -126,6 +132,7 @@ def pythae(case: GoldenCase) -> None:
     got |= {f"grad.{k}": p.grad for k, p in model.named_parameters() if f"grad.{k}" in out}
     if "nll_mean_log_p" in out:
         draws = case.inputs["nll_eps"].transpose(0, 1)  # (L, B, D)
+        assert len(draws) == config["nll_batch"]
         with torch.no_grad():
             log_w = model.double().terms(x.double(), draws.double()).log_w
         got["nll_mean_log_p"] = bounds.log_mean_exp(log_w).mean()
