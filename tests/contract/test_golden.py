@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import importlib
 import json
+import re
 import sys
 import zlib
 from pathlib import Path
@@ -18,23 +19,22 @@ from vgm_cli.testing.golden import Config, GoldenCase, GoldenChecks, altered, as
 
 ROOT = Path(__file__).resolve().parents[2]
 MODULES = {
-    **{p.name: f"test_{p.name.replace('-', '_')}" for p in (ROOT / "tests" / "golden").iterdir()},
-    "samplers": "test_samplers_golden",
-    "diffusionflow": "test_diffusionflow_golden",
+    paper: module
+    for module in sorted(
+        [*(ROOT / "tests" / "plugins").glob("test_*.py"), *(ROOT / "tests" / "host").glob("test_*.py")]
+    )
+    for paper in re.findall(r'^golden = GoldenChecks\("([\w-]+)"', module.read_text(), re.M)
 }
-FILES = sorted((ROOT / "tests" / "golden").rglob("*.safetensors"))
-FEW = [
-    path
-    for paper in sorted(MODULES)
-    for path in sorted((p for p in FILES if p.parent.name == paper), key=lambda p: (p.stat().st_size, p.name))[:5]
-]
+FILES = {paper: sorted((ROOT / "tests" / "golden" / paper).glob("*.safetensors")) for paper in MODULES}
+ALL = [path for files in FILES.values() for path in files]
+FEW = [path for files in FILES.values() for path in sorted(files, key=lambda p: (p.stat().st_size, p.name))[:4]]
 
 
 def checks_of(paper: str) -> GoldenChecks:
-    for folder in ("plugins", "host"):
-        if str(ROOT / "tests" / folder) not in sys.path:
-            sys.path.insert(0, str(ROOT / "tests" / folder))
-    return importlib.import_module(MODULES[paper]).golden  # type: ignore[no-any-return]
+    module = MODULES[paper]
+    if str(module.parent) not in sys.path:
+        sys.path.insert(0, str(module.parent))
+    return importlib.import_module(module.stem).golden  # type: ignore[no-any-return]
 
 
 def assumed(path: Path, chosen: slice = slice(None)) -> list[str]:
@@ -52,7 +52,7 @@ def test_checks_refuse_another_value_of_a_key(path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("path", FILES, ids=lambda p: f"{p.parent.name}-{p.stem}")
+@pytest.mark.parametrize("path", ALL, ids=lambda p: f"{p.parent.name}-{p.stem}")
 def test_checks_refuse_another_value_of_every_key(path: Path) -> None:
     assert assumed(path) == []
 
