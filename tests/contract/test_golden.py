@@ -23,7 +23,7 @@ MODULES = {
     for module in sorted(
         [*(ROOT / "tests" / "plugins").glob("test_*.py"), *(ROOT / "tests" / "host").glob("test_*.py")]
     )
-    for paper in re.findall(r'^golden = GoldenChecks\("([\w-]+)"', module.read_text(), re.M)
+    for paper in re.findall(r'^golden = GoldenChecks\("([\w-]+)"\)', module.read_text(), re.M)  # complete ones
 }
 FILES = {paper: sorted((ROOT / "tests" / "golden" / paper).glob("*.safetensors")) for paper in MODULES}
 ALL = [path for files in FILES.values() for path in files]
