@@ -164,6 +164,6 @@ def build_on_meta(recipe: Recipe, facts: Facts, planned: PlannedCodec | None = N
         built = build.build_objective(recipe, facts, {**codec, **plan_roles(recipe, facts)})
     known = {p.optimizer for p in built.objective.phases()}
     for name in recipe.config.get("optimizers") or {}:
-        if name not in known:
+        if name not in known and name not in (recipe.config.get("roles") or {}):  # a role that was set to null is known
             raise unknown("optimizer", name, known, "optimizers")
     return built
