@@ -329,6 +329,20 @@ def test_our_own_by_products_are_not_samples(vgm: Run, tmp_path: Path) -> None:
     assert json.loads(vgm("evaluate", where, "--reference", where, "--metrics", "psnr", "--json")[1])[0]["n"] == 5
 
 
+def test_a_folder_of_restorations_is_not_samples(vgm: Run, tmp_path: Path) -> None:
+    x = noise(2, 1)
+    where = folder(tmp_path / "r", {"restored/0.png": x[0], "degraded/0.png": x[1]})
+    (where / "results.json").write_text("{}")
+    code, _, err = vgm("evaluate", where, "--metrics", "psnr", "--reference", where / "restored")
+    assert code == USAGE and "vgm restore" in err and str(where / "restored") in err
+
+
+def test_metrics_with_their_own_number_do_not_heed_n() -> None:
+    found = Target("model", 28, 1, torch.device("cpu"))
+    own = ineffective(Options(), found, [build_metric("straightness:n=5")], None)
+    assert "n" in own and "n" not in ineffective(Options(), found, [build_metric("straightness")], None)
+
+
 def test_without_a_name_the_newest_run_is_meant(vgm: Run, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VGM_INCEPTION", raising=False)
     code, _, err = vgm("evaluate")
@@ -338,6 +352,8 @@ def test_without_a_name_the_newest_run_is_meant(vgm: Run, monkeypatch: pytest.Mo
     for target in ([], ["vqgan"], ["runs"]):  # a codec of colour images, without weights for rFID
         code, out, err = vgm("evaluate", *target, "-n", 4, "--device", "cpu")
         assert code == 0 and out.startswith("psnr: ") and "\nssim: " in out and "Inception weights" in err, err
+    code, _, err = vgm("evaluate", next(Path("runs").glob("*/*")), "--reference", next(Path("runs").glob("*/*")))
+    assert code == USAGE and "is a run, not data" in err
     assert "--steps has no effect" in vgm("evaluate", "vqgan", "-n", 4, "--steps", 3)[2]
     assert vgm("evaluate", "vqgan", "--device", "tpu")[0] == USAGE
 

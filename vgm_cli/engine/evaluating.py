@@ -95,7 +95,7 @@ def evaluate_target(target: str, options: Options) -> list[dict[str, Any]]:
     of_images = [m for m in built if not measuring.of_model(m)]
     if reference is None and any(m.needs_reference for m in of_images):
         reference = open_reference(options, found)
-    if found.subject is not None and any(getattr(m, "needs_data", False) for m in built):
+    if found.subject is not None and any(map(needs_data, built)):
         found.subject.dataset = scored(options, found, reference)
     tell_ineffective(target, options, found, built, reference)
     sides: list[Any] = [reference, found.pictures]
@@ -139,6 +139,10 @@ def metrics_of(names: Sequence[str], protocol: Protocol) -> tuple[list[str], lis
     return texts, [measuring.build_metric(m) for m in texts]
 
 
+def needs_data(metric: Any) -> bool:
+    return measuring.of_model(metric) and getattr(metric, "needs_data", True)
+
+
 def of_codec(found: Target, options: Options, protocol: Protocol) -> Sequence[str]:
     """What a codec is measured by unless told: the protocol's metrics, or without weights for them what needs none."""
     try:
@@ -163,9 +167,10 @@ def caution(results: Sequence[dict[str, Any]], options: Options) -> None:
         if r["metric"] in CAUTIONED and dim and r["n_reference"] is not None and r["n_reference"] <= dim:
             few = f"{counted(r['n_reference'], 'reference')} with {dim} features"
             ui.warn(f"{r['metric']} against {few} means little: take more references, or kid")
-        for remark in r.get("remarks", ()):
-            if not (r.get("samples_subset") and "reference without" in remark):  # only a part of the samples is wanted
-                ui.warn(remark)
+    said = {remark: bool(r.get("samples_subset")) for r in results for remark in r.get("remarks", ())}
+    for remark, part in said.items():
+        if not (part and "reference without" in remark):  # only a part of the samples is wanted
+            ui.warn(remark)
     told = [r["protocol"] for r in results if r["protocol"].get("features_kind") == "mnist"]
     if options.features is None and told and "mnist" not in str(told[0].get("reference", "mnist")).lower():
         ui.warn("the shipped network knows digits only: for other pictures give Inception weights with --features")
@@ -186,7 +191,7 @@ def ineffective(options: Options, found: Target, built: Sequence[Any], reference
     protocol = protocols.protocol(options.protocol)
     of_images = [m for m in built if not measuring.of_model(m)]
     networked = [m for m in of_images if measuring.kind_of(m) != measuring.NO_NETWORK]
-    compares = any(m.needs_reference for m in of_images) or any(getattr(m, "needs_data", False) for m in built)
+    compares = any(m.needs_reference for m in of_images) or any(map(needs_data, built))
     out: dict[str, str] = {}
     if not isinstance(found.pictures, Sampled):
         out |= dict.fromkeys(SAMPLING, MADE[found.kind])
@@ -204,6 +209,8 @@ def ineffective(options: Options, found: Target, built: Sequence[Any], reference
         out |= dict.fromkeys(("reference", "split"), "no metric compares with a reference")
     elif isinstance(reference, Statistics):
         out["split"] = "the reference is statistics"
+    if all(measuring.of_model(m) and getattr(m, "n", None) for m in built):
+        out["n"] = "the metrics say their own"
     if not any(getattr(m, "uses_held_out", False) for m in of_images):
         out["held_out"] = "only memorisation looks at held-out images"
     return out
@@ -266,6 +273,10 @@ def is_model(target: str) -> bool:
 
 def images_of(target: str, options: Options, protocol: Protocol) -> Target:
     """A folder or .npz; n of them are taken evenly, as the first ones by a published protocol."""
+    restored = Path(target) / "restored"
+    if restored.is_dir() and (Path(target) / "results.json").is_file():
+        hint = f"vgm evaluate {restored} --reference TRUTH"
+        raise VgmError(f"{target} was made by vgm restore: it holds degraded and restored pictures", hint, USAGE)
     dataset = open_dataset(target, crop="none", without=by_product)
     if not hasattr(dataset, "source"):
         raise VgmError(f"{target} holds latents; images are measured", "give the images themselves", USAGE)
@@ -433,7 +444,11 @@ def trained_on(data: dict[str, Any], model: Path | str) -> str:
 
 
 def open_data(where: str, size: int | None, channels: int | None, split: str | None = None) -> Any:
-    """Images at a size; says so when they had another."""
+    """Images at a size; says so when they had another. VgmError: no data set, such as a run with its previews."""
+    if (Path(where) / "checkpoints").is_dir():
+        raise VgmError(
+            f"{where} is a run, not data", "name the images: a folder, .zip, .tar, .npz or statistics", USAGE
+        )
     dataset = open_dataset(where, size=size, channels=channels, split=split, without=by_product)
     if not hasattr(dataset, "source"):
         raise VgmError(f"{where} holds latents; images are compared", "give the images themselves", USAGE)

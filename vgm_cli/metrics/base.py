@@ -7,7 +7,8 @@ that is not its own name alone, `uses_seed`, and `check(n, n_reference, shape)`,
 VgmError where so many images (None: not known) of that (H, W, C) cannot be measured.
 
 A model metric looks at the trained model instead of at images: `needs_model = True` and
-`__call__(subject, seed) -> list[Value]`. It shares its work over processes by `subject.shares`.
+`__call__(subject, seed) -> list[Value]`. It shares its work over processes by `subject.shares`, and sets
+`needs_data = False` where it looks at no images of the reference.
 """
 
 from __future__ import annotations

@@ -99,7 +99,6 @@ class BitsPerDim:
     draws of latent-variable models, None for the model's own number."""
 
     needs_model = True
-    needs_data = True
     gives = ("bits-per-dim", "bits-per-latent-dim")
 
     def __init__(

@@ -61,6 +61,7 @@ class PerceptualPathLength:
     """n: pairs; epsilon, space, sampling, crop: see above; vgg, heads: LPIPS' weight files."""
 
     needs_model = True
+    needs_data = False
 
     def __init__(
         self,

@@ -43,6 +43,7 @@ class Straightness:
     flow that is measured, 1 for the network itself."""
 
     needs_model = True
+    needs_data = False
 
     def __init__(self, n: Count | None = None, steps: Steps = 100, guidance_scale: NonNegative = 1.0):
         self.n, self.steps, self.guidance_scale = n, steps, guidance_scale
