@@ -220,6 +220,24 @@ class Sampler(Protocol):
 
 
 @runtime_checkable
+class HasFeatures(Protocol):
+    """A network that shows what its layers compute: to a discriminator's head, to a loss on features.
+
+    middle: the name of the layer half way, for whoever has no other choice.
+    """
+
+    middle: str
+
+    def features(self, x: Tensor, t: Tensor, layers: Sequence[str], **cond: Any) -> list[Tensor]:
+        """Outputs of the named layers, in the order of the names: maps (B, C, h, w) or tokens (B, T, D).
+
+        Arguments are those of forward. Differentiable; what comes after the last of the layers is not run. VgmError:
+        no such layer.
+        """
+        ...
+
+
+@runtime_checkable
 class Codec(Protocol):
     """A frozen first stage between pixels and what the model sees.
 

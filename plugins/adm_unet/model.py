@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.nn.features import places
 from vgm_cli.nn.sdpa import sdpa
 from vgm_cli.ranges import Blocks, Depth, Fraction, Side, Whole, Width
 
@@ -385,6 +386,45 @@ class UNetModel(Trunk):
         null = torch.full((len(x),), self.num_classes, device=x.device)
         return null if y is None or force_drop_ids is None else torch.where(force_drop_ids.bool(), null, y)
 
+    def start(
+        self, x: Tensor, t: Tensor, y: Tensor | None, low_res: Tensor | None, force_drop_ids: Tensor | None
+    ) -> tuple[Tensor, Tensor]:
+        """What forward is given -> what the first block sees, (N, C p^2, H/p, W/p), and its condition (N, 4M)."""
+        if self.super_res:
+            if low_res is None:
+                raise VgmError("an upsampler needs the small image", "cond={'low_res': (N, C, h, w)}", USAGE)
+            x = torch.cat([x, F.interpolate(low_res, x.shape[2:], mode="bilinear")], dim=1)
+        emb = self.embed(t)
+        if self.num_classes:
+            emb = emb + self.label_emb(self.labels(y, force_drop_ids, x))
+        return F.pixel_unshuffle(x, self.patch_size) if self.patch_size > 1 else x, emb
+
+    middle = "middle_block"
+
+    def features(
+        self,
+        x: Tensor,
+        t: Tensor,
+        layers: Sequence[str],
+        y: Tensor | None = None,
+        low_res: Tensor | None = None,
+        force_drop_ids: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Maps (N, C, h, w) behind "input_blocks.3", "middle_block" or "output_blocks.0"; see api.HasFeatures."""
+        ins, outs = len(self.input_blocks), len(self.output_blocks)
+        down, up = ([f"{part}_blocks.{i}" for i in range(n)] for part, n in (("input", ins), ("output", outs)))
+        at = places(layers, [*down, "middle_block", *up])
+        h, emb = self.start(x, t, y, low_res, force_drop_ids)
+        found: list[Tensor] = []
+        for i, stage in enumerate(
+            [*self.input_blocks, self.middle_block, *self.output_blocks][: max(at, default=-1) + 1]
+        ):
+            if i > ins:
+                h = torch.cat([h, found[2 * ins - i]], dim=1)
+            h = self.run(stage, h, emb)
+            found.append(h)
+        return [found[i] for i in at]
+
     def forward(
         self,
         x: Tensor,
@@ -396,14 +436,7 @@ class UNetModel(Trunk):
         """x: (N, C, H, W), H and W multiples of patch_size * 2^(levels - 1); t: (N,) timesteps in [0, 1000);
         y: (N,) int64 labels; low_res: (N, C, h, w) for super_res; force_drop_ids: (N,), true where the label becomes
         the null class. Gives (N, out_channels, H, W). VgmError: low_res or labels are missing."""
-        if self.super_res:
-            if low_res is None:
-                raise VgmError("an upsampler needs the small image", "cond={'low_res': (N, C, h, w)}", USAGE)
-            x = torch.cat([x, F.interpolate(low_res, x.shape[2:], mode="bilinear")], dim=1)
-        emb = self.embed(t)  # (N, 4M)
-        if self.num_classes:
-            emb = emb + self.label_emb(self.labels(y, force_drop_ids, x))
-        h = F.pixel_unshuffle(x, self.patch_size) if self.patch_size > 1 else x  # (N, C p^2, H/p, W/p)
+        h, emb = self.start(x, t, y, low_res, force_drop_ids)
         skips = []
         for stage in self.input_blocks:
             h = self.run(stage, h, emb)

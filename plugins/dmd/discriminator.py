@@ -7,18 +7,15 @@ are for maps of 8 x 8 and 32 x 32; this one is for any side, with the same layer
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
+from vgm_cli.api import HasFeatures
 from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.ranges import Few, Width
-
-MIDDLES = ("middle_block", "mid_block", "bottleneck")
-LISTS = ("blocks", "transformer_blocks", "layers")
 
 
 class Head(nn.Sequential):
@@ -40,68 +37,26 @@ def norm(channels: int) -> nn.GroupNorm:
     return nn.GroupNorm(math.gcd(32, channels), channels)
 
 
-class _Reached(Exception):
-    """The wanted layer has run; the rest of the network is not needed."""
-
-
 class Features:
     """Features of x_t as a network computes them: (B, C, h, w).
 
-    layer: a submodule by name; None asks the network's own `features` method, else takes its middle (middle_block,
-    mid_block, or the middle one of its blocks). Tokens become maps. VgmError: no such layer, or no middle to be found.
+    layer: the name of one of its layers, None for its middle. Tokens become maps. VgmError: the network shows none.
     """
 
     def __init__(self, network: nn.Module, layer: str | None = None):
-        self.call: Callable[..., Tensor] | None = None
-        self.network = network
-        if layer is not None:
-            modules = dict(network.named_modules())
-            if layer not in modules:
-                raise VgmError(f"the network has no layer '{layer}'", "feature_layer: e.g. blocks.3", USAGE)
-            self.module = modules[layer]
-        elif hasattr(network, "features"):
-            self.call = network.features
-        else:
-            self.module = middle(network)
+        if not isinstance(network, HasFeatures):
+            raise VgmError(
+                f"{type(network).__name__} shows the discriminator no features",
+                "a network with `features` (docs/writing-a-plugin.md); or objective.gan_weight=0",
+                USAGE,
+            )
+        self.network, self.layers = network, [network.middle if layer is None else layer]
 
     def __call__(self, view: Denoiser, x_t: Tensor, t: Tensor, **cond: Any) -> Tensor:
-        """At x_t (B, ...), host times t (B,); the network is fed as `view` feeds it."""
+        """At x_t (B, ...), host times t (B,); the network is fed as `view` feeds it. VgmError: no such layer."""
         inputs = view.input_of(x_t, t.double()), view.time_argument(t)
-        return as_map(self.hooked(*inputs, **cond) if self.call is None else self.call(*inputs, **cond))
-
-    def hooked(self, *inputs: Tensor, **cond: Any) -> Tensor:
-        seen: list[Tensor] = []
-        whole = getattr(self.network, "checkpointing", False)  # recomputation needs the whole forward
-
-        def note(_module: nn.Module, _inputs: Any, output: Any) -> None:
-            seen.append(output if isinstance(output, Tensor) else output[0])
-            if not whole:
-                raise _Reached
-
-        handle = self.module.register_forward_hook(note)
-        try:
-            self.network.forward(*inputs, **cond)  # not its compiled call, which knows no hooks
-        except _Reached:
-            pass
-        finally:
-            handle.remove()
-        return seen[0]
-
-
-def middle(network: nn.Module) -> nn.Module:
-    for name in MIDDLES:
-        if isinstance(getattr(network, name, None), nn.Module):
-            return getattr(network, name)
-    for name in LISTS:
-        blocks = getattr(network, name, None)
-        if isinstance(blocks, nn.ModuleList) and len(blocks):
-            return blocks[len(blocks) // 2]
-    known = [n for n, _ in network.named_children()]
-    raise VgmError(
-        f"no middle was found in {type(network).__name__} for the discriminator",
-        f"objective.feature_layer=NAME, a layer of {', '.join(known)}; or objective.gan_weight=0",
-        USAGE,
-    )
+        (found,) = self.network.features(*inputs, self.layers, **cond)
+        return as_map(found)
 
 
 def as_map(features: Tensor) -> Tensor:

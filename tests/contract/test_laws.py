@@ -5,6 +5,8 @@ from __future__ import annotations
 
 import ast
 import importlib
+import inspect
+import re
 import subprocess
 import sys
 import zipfile
@@ -69,6 +71,27 @@ def test_networks_of_the_host_know_no_plugin() -> None:
         for file in (ROOT / "vgm_cli" / folder).rglob("*.py"):
             assert not [m for m, *_ in imports(file) if m.split(".")[0] in ("vgm_plugins", "plugins")], file.name
             assert "vgm_plugins" not in file.read_text(encoding="utf-8"), file.name
+
+
+@pytest.mark.parametrize(
+    "name", [n for (kind, n), c in registry().components.items() if kind == "model" and c.denoiser]
+)
+def test_every_denoising_network_shows_its_features(name: str) -> None:
+    """api.HasFeatures, which is asked for by name: nobody guesses what a network calls its middle."""
+    from vgm_cli.api import HasFeatures
+
+    network = load_target(registry().find("model", name).target, name)
+    assert callable(network.features) and network.middle
+    arguments = list(inspect.signature(network.features).parameters)
+    assert arguments[:4] == ["self", *list(inspect.signature(HasFeatures.features).parameters)[1:4]]
+    assert set(inspect.signature(network.forward).parameters) <= set(arguments), "what forward takes"
+
+
+def test_no_protocol_is_probed_for() -> None:
+    probe = re.compile(r"""(has|get)attr\([^)]*["'](features|middle|truncate|overwriting)["']""")
+    for folder in ("vgm_cli", "plugins"):
+        for file in (ROOT / folder).rglob("*.py"):
+            assert not probe.search(file.read_text(encoding="utf-8")), file
 
 
 @pytest.mark.parametrize("folder", PLUGINS, ids=lambda p: p.name)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import re
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import pytest
@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from vgm_plugins.dmd.checkpoints import EDM, HEAD
-from vgm_plugins.dmd.discriminator import Features, Head, as_map, head_for
+from vgm_plugins.dmd.discriminator import Features, Head, head_for
 from vgm_plugins.dmd.generator import Generator, denoising_times, level_times
 from vgm_plugins.dmd.losses import (
     discriminator_loss,
@@ -71,9 +71,12 @@ class EDMToy(nn.Module):
         out = x * 0.25 / (s**2 + 0.25) + self.p * torch.tanh(x) * s / (s + 1)
         return out if y is None else out + spread(0.01 * (y * torch.arange(y.shape[1])).sum(1), x)
 
-    def features(self, x: Tensor, sigma: Tensor, y: Tensor | None = None) -> Tensor:
+    middle = "h"
+
+    def features(self, x: Tensor, sigma: Tensor, layers: Sequence[str], y: Tensor | None = None) -> list[Tensor]:
+        assert layers == ["h"]
         h = F.adaptive_avg_pool2d(torch.tanh(x * (1 + self.p) / (1 + spread(sigma, x))), 8)
-        return h.repeat(1, 11, 1, 1)[:, : self.channels]
+        return [h.repeat(1, 11, 1, 1)[:, : self.channels]]
 
 
 def edm(case: GoldenCase, role: str, channels: int = 32) -> Denoiser:
@@ -326,8 +329,11 @@ class TinyNet(nn.Module):
     def forward(self, x: Tensor, c_noise: Tensor) -> Tensor:
         return self.c2(self.hidden(x, c_noise))
 
-    def features(self, x: Tensor, c_noise: Tensor) -> Tensor:
-        return F.adaptive_avg_pool2d(self.hidden(x, c_noise), 8)
+    middle = "hidden"
+
+    def features(self, x: Tensor, c_noise: Tensor, layers: Sequence[str]) -> list[Tensor]:
+        assert layers == ["hidden"]
+        return [F.adaptive_avg_pool2d(self.hidden(x, c_noise), 8)]
 
 
 class Given(Step):
@@ -558,6 +564,8 @@ def small(name: str, **keywords: Any) -> nn.Module:
                      "attention_resolutions": [2], "channel_mult": [1, 1], "null_class": True},
         "edm-unet": {"img_resolution": 8, "in_channels": 2, "model_channels": 32, "channel_mult": [1, 1],
                      "num_blocks": 1},
+        "ncsnpp": {"image_size": 8, "in_channels": 2, "nf": 32, "ch_mult": [1, 1], "num_res_blocks": 1,
+                   "attn_resolutions": [4], "null_class": True},
     }  # fmt: skip
     torch.manual_seed(0)
     net = registry().build("model", {"name": name, "num_classes": 3, **base[name], **keywords})
@@ -569,18 +577,18 @@ VIEWS = {
     "dit": {"path": "vp-discrete", "prediction": "eps", "time": "index", "learned_sigma": True},
     "adm-unet": {"path": "linear", "prediction": "velocity", "time": "reversed"},
     "edm-unet": {"path": "edm", "prediction": "F", "time": "edm"},
+    "ncsnpp": {"path": "linear", "prediction": "velocity", "time": "reversed"},
 }
 
 
 def teacher_of(name: str) -> Denoiser:
-    keywords = {} if VIEWS[name].get("learned_sigma") else {"learn_sigma": False}
-    net = small(name, **({} if name == "edm-unet" else keywords)).eval().requires_grad_(False)
+    keywords = {"learn_sigma": False} if name == "adm-unet" else {}
+    net = small(name, **keywords).eval().requires_grad_(False)
     return Denoiser.from_config(net, VIEWS[name])
 
 
 def copied(teacher: Denoiser, name: str) -> nn.Module:
-    keywords = {} if name == "edm-unet" else {"learn_sigma": VIEWS[name].get("learned_sigma", False)}
-    net = small(name, **keywords)
+    net = small(name, **({"learn_sigma": False} if name == "adm-unet" else {}))
     net.load_state_dict(teacher.network.state_dict())
     return net
 
@@ -595,24 +603,59 @@ def test_features_stop_half_way(name: str) -> None:
     assert got.ndim == 4 and got.shape[1] >= 32
     (gradient,) = torch.autograd.grad(got.square().mean(), x)
     assert gradient.abs().max() > 0
-    whole: list[Tensor] = []
-    if name != "edm-unet":
-        module = view.network.middle_block if name == "adm-unet" else view.network.blocks[1]
-        handle = module.register_forward_hook(lambda _m, _i, out: whole.append(out))
-        view.raw(x, t, y=y)
-        handle.remove()
-        assert torch.equal(as_map(whole[0]), got)
+    middle, ran = view.network.middle, []
+    hooks = [m.register_forward_hook(lambda *_, n=n: ran.append(n)) for n, m in view.network.named_modules()]
+    assert torch.equal(Features(view.network, middle)(view, x, t, y=y), got)
+    assert ran[-1] == LAYERS.get(name, {}).get(middle, middle), "nothing ran behind the middle"
+    for hook in hooks:
+        hook.remove()
     if name == "dit":  # a compiled network has its graph before anybody looks inside
         view.network.compile(backend="eager")
         view.raw(x, t, y=y)
         assert torch.equal(Features(view.network)(view, x, t, y=y), got)
 
 
+LAYERS = {  # {network: {layer: the module that computes it}}
+    "dit": {name: name for name in ("blocks.0", "blocks.1")},
+    "adm-unet": {
+        name: name
+        for name in ("input_blocks.0", "input_blocks.2", "middle_block", "output_blocks.0", "output_blocks.1")
+    },
+    "edm-unet": {name: name for name in ("enc.8x8_conv", "enc.8x8_block0", "dec.4x4_in0", "dec.8x8_block1")},
+    "ncsnpp": {
+        "down.0": "all_modules.2",
+        "down.1": "all_modules.3",
+        "down.3": "all_modules.6",
+        "middle": "all_modules.9",
+    },
+}
+
+
+@pytest.mark.parametrize("name", VIEWS)
+def test_features_are_what_the_layers_give(name: str) -> None:
+    """Every named layer, in any order, gives what it gives inside the whole forward."""
+    network, known, whole = teacher_of(name).network, LAYERS[name], {}
+    x, t, y = torch.randn(2, 2, 8, 8), torch.tensor([0.3, 0.6]), torch.tensor([0, 2])
+    for layer, module in known.items():
+        network.get_submodule(module).register_forward_hook(lambda _m, _i, out, n=layer: whole.update({n: out}))
+    network(x, t, y)
+    want = dict(whole)
+    for wanted in (list(known), list(known)[::-1], list(known)[1:2]):
+        for layer, got in zip(wanted, network.features(x, t, wanted, y=y), strict=True):
+            assert torch.equal(got, want[layer]), layer
+    assert len(want) == len(known)
+    with pytest.raises(VgmError, match="no layer 'nowhere'"):
+        network.features(x, t, ["nowhere"], y=y)
+
+
 def test_features_name_the_alternatives() -> None:
-    with pytest.raises(VgmError, match="no middle"):
+    with pytest.raises(VgmError, match="no features") as e:
         Features(nn.Sequential(nn.Conv2d(3, 3, 1)))
-    with pytest.raises(VgmError, match=r"no layer 'blocks\.9'"):
-        Features(small("dit"), "blocks.9")
+    assert "objective.gan_weight=0" in e.value.hint
+    teacher = teacher_of("dit")
+    with pytest.raises(VgmError, match=r"no layer 'blocks\.9'") as e:
+        DMD(copied(teacher, "dit"), teacher, copied(teacher, "dit"), feature_layer="blocks.9")
+    assert "blocks.1" in e.value.hint
 
 
 @pytest.mark.parametrize("name", VIEWS)

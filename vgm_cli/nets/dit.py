@@ -8,6 +8,7 @@ there is no forward_with_cfg. `SiT` below is the same network with the variance 
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -17,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.nn.features import places
 from vgm_cli.nn.sdpa import sdpa
 from vgm_cli.ranges import Depth, Fraction, Positive, Side, Whole, Width
 
@@ -217,20 +219,47 @@ class DiT(nn.Module):
         x = x.view(len(x), grid, grid, p, p, -1)  # (N, h, w, p, p, C)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, self.input_size, self.input_size)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, force_drop_ids: Tensor | None = None) -> Tensor:
-        """x: (N, C, H, W); t: (N,) timesteps in [0, 1000); y: (N,) int64 labels; force_drop_ids: (N,), true where the
-        label becomes the null class. Gives (N, C or 2C, H, W). VgmError: x has another size than the positions."""
+    def embed(self, x: Tensor, t: Tensor, y: Tensor | None, force_drop_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+        """What forward is given -> tokens (N, T, D) and their condition (N, D)."""
         if x.shape[1:] != self.sample_shape:
             raise VgmError(f"the network is built for {self.sample_shape}, got {tuple(x.shape[1:])}", code=USAGE)
         if y is None:
             y = self.null_labels(x)
-        x = self.x_embedder(x) + self.pos_embed  # (N, T, D)
-        c = self.t_embedder(t) + self.y_embedder(y, force_drop_ids)  # (N, D)
+        return self.x_embedder(x) + self.pos_embed, self.t_embedder(t) + self.y_embedder(y, force_drop_ids)
+
+    def run(self, block: nn.Module, x: Tensor, c: Tensor) -> Tensor:
+        """block(x, c), recomputed in backward when `checkpointing` is on."""
+        if self.checkpointing and torch.is_grad_enabled():
+            return checkpoint(block, x, c, use_reentrant=False)
+        return block(x, c)
+
+    @property
+    def middle(self) -> str:
+        return f"blocks.{len(self.blocks) // 2}"
+
+    def features(
+        self,
+        x: Tensor,
+        t: Tensor,
+        layers: Sequence[str],
+        y: Tensor | None = None,
+        force_drop_ids: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Tokens (N, T, D) behind the blocks that are named "blocks.3"; see api.HasFeatures."""
+        at = places(layers, [f"blocks.{i}" for i in range(len(self.blocks))])
+        x, c = self.embed(x, t, y, force_drop_ids)
+        found: list[Tensor] = []
+        for block in self.blocks[: max(at, default=-1) + 1]:
+            x = self.run(block, x, c)
+            found.append(x)
+        return [found[i] for i in at]
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, force_drop_ids: Tensor | None = None) -> Tensor:
+        """x: (N, C, H, W); t: (N,) timesteps in [0, 1000); y: (N,) int64 labels; force_drop_ids: (N,), true where the
+        label becomes the null class. Gives (N, C or 2C, H, W). VgmError: x has another size than the positions."""
+        x, c = self.embed(x, t, y, force_drop_ids)
         for block in self.blocks:
-            if self.checkpointing and torch.is_grad_enabled():
-                x = checkpoint(block, x, c, use_reentrant=False)
-            else:
-                x = block(x, c)  # (N, T, D)
+            x = self.run(block, x, c)  # (N, T, D)
         return self.unpatchify(self.final_layer(x, c))  # (N, C or 2C, H, W)
 
 

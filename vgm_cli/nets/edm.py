@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.nn.features import places
 from vgm_cli.ranges import Depth, Fraction, Side, Whole, Width
 
 
@@ -211,9 +212,32 @@ class DhariwalUNet(nn.Module):
             skips.append(self.run(block, skips[-1] if skips else x, emb))
         return skips
 
-    def features(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """The bottleneck (N, C, h, w), as DMD2's classifier sees it; the decoder is not run."""
-        return self.encode(x, self.embed(t, y))[-1]
+    @property
+    def middle(self) -> str:
+        """The bottleneck, which DMD2's classifier looks at."""
+        return f"enc.{list(self.enc)[-1]}"
+
+    def features(
+        self,
+        x: Tensor,
+        t: Tensor,
+        layers: Sequence[str],
+        y: Tensor | None = None,
+        force_drop_ids: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Maps (N, C, h, w) behind the blocks that are named "enc.8x8_block0" or "dec.8x8_up"; see api.HasFeatures."""
+        at = places(layers, [*(f"enc.{name}" for name in self.enc), *(f"dec.{name}" for name in self.dec)])
+        emb = self.embed(t, y, force_drop_ids)
+        found: list[Tensor] = []
+        skips: list[Tensor] = []
+        for i, block in enumerate([*self.enc.values(), *self.dec.values()][: max(at, default=-1) + 1]):
+            if i >= len(self.enc) and x.shape[1] != block.in_channels:
+                x = torch.cat([x, skips.pop()], dim=1)
+            x = self.run(block, x, emb)
+            found.append(x)
+            if i < len(self.enc):
+                skips.append(x)
+        return [found[i] for i in at]
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, force_drop_ids: Tensor | None = None) -> Tensor:
         """x: (N, C, H, W) scaled by c_in; t: (N,) ln(sigma) / 4; y: (N,) int64 labels or (N, num_classes) rows;

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.nn.features import places
 from vgm_cli.nn.fir import conv_downsample_fir, downsample_fir, upsample_conv_fir, upsample_fir
 from vgm_cli.ranges import Blocks, Fraction, NonNegative, Positive, Side, Whole, Width, ordered
 
@@ -411,11 +412,11 @@ class NCSNpp(nn.Module):
             return checkpoint(layer, *inputs, use_reentrant=False)
         return layer(*inputs)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, force_drop_ids: Tensor | None = None) -> Tensor:
-        """x: (B, C, H, W); t: (B,), what the objective tells of time or noise, above 0 for fourier embeddings; y: (B,)
-        int64 labels; force_drop_ids: (B,), true where the label becomes the null class. Gives (B, C, H, W). VgmError:
-        labels are missing."""
-        layers = iter(self.all_modules)
+    def descend(
+        self, layers: Iterator[nn.Module], x: Tensor, t: Tensor, y: Tensor | None, drop: Tensor | None
+    ) -> tuple[Tensor, list[Tensor], Tensor | None]:
+        """What forward is given -> features behind the middle, those on the way down, and what blocks are told of time
+        and class. layers: all of them; those up to the middle are taken from it."""
         attends = self.attn_sides
         temb = None
         emb = next(layers)(t.log()) if self.embedding_type == "fourier" else positions(t, self.nf)  # (B, nf or 2 nf)
@@ -423,7 +424,7 @@ class NCSNpp(nn.Module):
             first, second = next(layers), next(layers)
             temb = second(self.act(first(emb)))  # (B, 4 nf)
             if self.num_classes:
-                temb = temb + self.label_emb(self.labels(y, force_drop_ids, x))
+                temb = temb + self.label_emb(self.labels(y, drop, x))
         h = x if self.centered else 2 * x - 1
         if self.patch_size > 1:
             h = F.pixel_unshuffle(h, self.patch_size)  # (B, C p^2, H / p, W / p)
@@ -448,7 +449,31 @@ class NCSNpp(nn.Module):
 
         h = self.run(next(layers), h, temb)
         h = self.run(next(layers), h)
-        h = self.run(next(layers), h, temb)
+        return self.run(next(layers), h, temb), skips, temb
+
+    middle = "middle"
+
+    def features(
+        self,
+        x: Tensor,
+        t: Tensor,
+        layers: Sequence[str],
+        y: Tensor | None = None,
+        force_drop_ids: Tensor | None = None,
+    ) -> list[Tensor]:
+        """Maps (B, C, h, w): "down.0", "down.1", ... are what the decoder is handed, "middle" lies between the two; see
+        api.HasFeatures."""
+        h, skips, _ = self.descend(iter(self.all_modules), x, t, y, force_drop_ids)
+        at = places(layers, [*(f"down.{i}" for i in range(len(skips))), "middle"])
+        return [[*skips, h][i] for i in at]
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, force_drop_ids: Tensor | None = None) -> Tensor:
+        """x: (B, C, H, W); t: (B,), what the objective tells of time or noise, above 0 for fourier embeddings; y: (B,)
+        int64 labels; force_drop_ids: (B,), true where the label becomes the null class. Gives (B, C, H, W). VgmError:
+        labels are missing."""
+        layers = iter(self.all_modules)
+        attends = self.attn_sides
+        h, skips, temb = self.descend(layers, x, t, y, force_drop_ids)
 
         out: Tensor | None = None
         for level in reversed(range(self.levels)):
