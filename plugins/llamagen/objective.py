@@ -53,7 +53,7 @@ class LlamaGenObjective(ObjectiveBase):
         if model.model_type == "c2i":
             y = model.labels(batch.get("y"), len(ids), ids.device)
             return torch.where(dropped, model.num_classes, y), None
-        null = model.cls_embedding.uncond_embedding
+        null = model.null_caption
         captions: Any = batch.get("text")
         if captions is None or self.text is None:  # without captions, all are the null one
             return null.expand(len(ids), -1, -1), None

@@ -67,7 +67,7 @@ class TimestepEmbedder(nn.Module):
         steps = torch.arange(half, dtype=torch.float32, device=t.device)
         angles = t[:, None].float() * torch.exp(-math.log(10000) * steps / half)  # (N, half)
         waves = torch.cat([angles.cos(), angles.sin()], dim=-1)  # cosines first
-        return self.mlp(waves.to(self.mlp[0].weight.dtype))
+        return self.mlp(waves.to(self.mlp[0].weight.dtype))  # type: ignore[arg-type]
 
 
 class LabelEmbedder(nn.Module):
@@ -190,13 +190,14 @@ class DiT(nn.Module):
                 nn.init.zeros_(module.bias)
         grid = self.input_size // self.patch_size
         self.pos_embed[0].copy_(torch.from_numpy(sincos_2d(self.pos_embed.shape[-1], grid, grid)))
-        nn.init.xavier_uniform_(self.x_embedder.proj.weight.flatten(1))  # as the linear layer on patches that it is
-        nn.init.zeros_(self.x_embedder.proj.bias)
+        patches = self.x_embedder.proj
+        nn.init.xavier_uniform_(patches.weight.flatten(1))  # as the linear layer on patches that it is
+        nn.init.zeros_(patches.bias)  # type: ignore[arg-type]
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[0].weight, std=0.02)
-        nn.init.normal_(self.t_embedder.mlp[2].weight, std=0.02)
-        for layer in (*(b.adaLN_modulation[1] for b in self.blocks), self.final_layer.adaLN_modulation[1]):
-            nn.init.zeros_(layer.weight)
+        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
+            nn.init.normal_(layer.weight, std=0.02)  # type: ignore[arg-type]
+        for part in (*self.blocks, self.final_layer):
+            nn.init.zeros_(part.adaLN_modulation[1].weight)  # type: ignore[union-attr, index]
         nn.init.zeros_(self.final_layer.linear.weight)
 
     def null_labels(self, like: Tensor) -> Tensor:

@@ -41,13 +41,12 @@ class CaptionEmbedder(nn.Module):
 
     def __init__(self, caption_dim: int, dim: int, tokens: int):
         super().__init__()
-        self.cap_proj = nn.Module()
-        self.cap_proj.fc1 = nn.Linear(caption_dim, dim, bias=False)
-        self.cap_proj.fc2 = nn.Linear(dim, dim, bias=False)
+        layers = {"fc1": nn.Linear(caption_dim, dim, bias=False), "fc2": nn.Linear(dim, dim, bias=False)}
+        self.cap_proj = nn.ModuleDict(layers)
         self.register_buffer("uncond_embedding", torch.randn(tokens, caption_dim) / caption_dim**0.5)
 
     def forward(self, features: Tensor) -> Tensor:
-        return self.cap_proj.fc2(F.gelu(self.cap_proj.fc1(features), approximate="tanh"))
+        return self.cap_proj["fc2"](F.gelu(self.cap_proj["fc1"](features), approximate="tanh"))
 
 
 class FeedForward(nn.Module):
@@ -159,7 +158,9 @@ class LlamaGen(nn.Module):
         self.head_dim, self.n_kv_head, self.rope_base = dim // n_head, n_kv_head or n_head, rope_base
         self.checkpointing = checkpointing
         if model_type == "c2i":
-            self.cls_embedding: nn.Module = LabelEmbedder(num_classes, dim, null_class or not num_classes)
+            self.cls_embedding: LabelEmbedder | CaptionEmbedder = LabelEmbedder(
+                num_classes, dim, null_class or not num_classes
+            )
         else:
             self.cls_embedding = CaptionEmbedder(caption_dim, dim, cls_token_num)
         self.tok_embeddings = nn.Embedding(vocab_size, dim)
@@ -192,9 +193,15 @@ class LlamaGen(nn.Module):
     def table(self, device: torch.device) -> Tensor:
         """(cls_token_num + tokens, head_dim / 2, 2): the rotation of every position."""
         if device not in self._tables:
-            angles = rope_angles_2d(*self.grid, self.head_dim, self.rope_base)
+            height, width = self.grid
+            angles = rope_angles_2d(height, width, self.head_dim, self.rope_base)
             self._tables[device] = rope_table(angles, self.cls_token_num).to(device)
         return self._tables[device]
+
+    @property
+    def null_caption(self) -> Tensor:
+        """(cls_token_num, caption_dim): the text features of no caption."""
+        return self.cls_embedding.uncond_embedding  # type: ignore[return-value]
 
     def null_condition(self, cond: dict[str, Tensor]) -> dict[str, Tensor]:
         """The condition of guidance's other half: the null class, or the null caption behind the same mask."""
@@ -202,7 +209,7 @@ class LlamaGen(nn.Module):
         if "y" in cond:
             null["y"] = torch.full_like(cond["y"], self.num_classes)
         if "text" in cond:
-            null["text"] = torch.zeros_like(cond["text"]) + self.cls_embedding.uncond_embedding.to(cond["text"])
+            null["text"] = torch.zeros_like(cond["text"]) + self.null_caption.to(cond["text"])
         return null
 
     def labels(self, y: Tensor | None, n: int, device: torch.device) -> Tensor:
@@ -242,7 +249,7 @@ class LlamaGen(nn.Module):
         """
         ids = x.flatten(1)
         if self.model_type == "t2i":
-            cond, given = self.cls_embedding.uncond_embedding.expand(len(ids), -1, -1), "given the null caption"
+            cond, given = self.null_caption.expand(len(ids), -1, -1), "given the null caption"
         else:
             cond = self.labels(y, len(ids), ids.device)
             given = "given the class" if y is not None else "given the null class"
