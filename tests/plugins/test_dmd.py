@@ -481,7 +481,7 @@ def test_step_order() -> None:
     def logits(x: Tensor, step: Step, name: str) -> Tensor:
         s = sigmas[step.randint(1000, batch, f"gan level {name}")]
         x = x + s.view(-1, 1, 1, 1) * step.randn(x.shape, f"gan noise {name}")
-        return head(critic.features(x / (s.view(-1, 1, 1, 1) ** 2 + 0.25).sqrt(), s.log() / 4))
+        return head(critic.features(x / (s.view(-1, 1, 1, 1) ** 2 + 0.25).sqrt(), s.log() / 4, ["hidden"])[0])
 
     for index in range(7):
         real, step = torch.randn(batch, 3, 8, 8), Step(index, seed=5)
