@@ -132,7 +132,7 @@ def test_full_disk_loses_nothing(vgm, tiny: Path, tmp_path: Path, monkeypatch: p
         calls.append(path)
         if len(calls) == 5:
             Path(path).write_bytes(b"half")
-            raise atomic._failure(Path(path), OSError(errno.ENOSPC, "No space left on device"))
+            raise atomic.failure(Path(path), OSError(errno.ENOSPC, "No space left on device"))
         real(tensors, path, metadata)
 
     monkeypatch.setattr(atomic, "save_safetensors", full)

@@ -360,7 +360,7 @@ def test_a_full_disk_leaves_a_build_that_goes_on(few: Any, tmp_path: Path, monke
     def full(tensors: Any, path: Any, metadata: Any) -> None:
         calls.append(path)
         if len(calls) == 2:
-            raise atomic._failure(Path(path), OSError(28, "No space left on device"))
+            raise atomic.failure(Path(path), OSError(28, "No space left on device"))
         real(tensors, path, metadata)
 
     monkeypatch.setattr(latent_cache.atomic, "save_safetensors", full)
