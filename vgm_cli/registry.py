@@ -101,7 +101,8 @@ class Registry:
         return info
 
     def _index(self, info: PluginInfo, items: list[Any]) -> None:
-        components, papers = [], []
+        components: list[Component] = []
+        papers: list[Paper] = []
         for item in items:
             if isinstance(item, Paper):
                 if item.name in self.papers:
@@ -113,10 +114,9 @@ class Registry:
             if item.kind not in KINDS:
                 raise unknown("component kind", item.kind, KINDS)
             key = (item.kind, item.name)
-            if key in self.components:
-                raise VgmError(
-                    f"duplicate {item.kind} '{item.name}': brought by both {self.owners[key]} and {info.name}"
-                )
+            if key in self.components or any(key == (c.kind, c.name) for c in components):
+                who = f"both {self.owners[key]} and {info.name}" if key in self.components else f"{info.name} twice"
+                raise VgmError(f"duplicate {item.kind} '{item.name}': brought by {who}")
             components.append(item)
         for c in components:
             self.components[c.kind, c.name] = c

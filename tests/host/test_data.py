@@ -696,8 +696,8 @@ def test_grid(tmp_path: Path, vgm: Any) -> None:
     code, out, _ = vgm("data", "grid", root, "--out", "x.png", "-n", 4, "--label", "owls,0", "--json")
     assert code == 0 and {row["label"] for row in json.loads(out)["images"]} <= {"owls", "cats"}
     with Image.open("x.png") as grid:
-        assert grid.size == (2 * 16 + 3 * 2,) * 2
-        shown = np.asarray(grid)[2:18, 2:18]
+        assert grid.size == (2 * 6 * 16 + 3 * 2,) * 2  # 16 pixels shown as 96
+        shown = np.asarray(grid)[2:98:6, 2:98:6]
     assert np.array_equal(shown, open_dataset(root).item(json.loads(out)["images"][0]["index"])[0])
     for args, words in (
         (("--out", "x.jpg"), "not a .png"),

@@ -90,7 +90,7 @@ VERBS = {
     "finetune-rl": ["finetune-rl", "flow-grpo", "--model", "MODEL", "--reward", "ink", "--out", "rl", "train.steps=1"],
     "convert": ["convert", "MODEL", "y.safetensors", "--verify"],
     "train --codec": ["train", "dit", "--codec", "MODEL", "train.steps=1", "--out", "trained"],
-    "classifier": ["sample", "GOOD", "-n", 2, "--out", "x.png", "--sampler", "adm-ddim", "classifier=MODEL"],
+    "classifier": ["sample", "GOOD", "-n", 2, "--out", "x.png", "--sampler", "iddpm-ddim", "classifier=MODEL"],
     "inspect": ["inspect", "MODEL"],
     "data encode": ["data", "encode", "mnist5k", "--codec", "MODEL", "--out", "cache"],
 }

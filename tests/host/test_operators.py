@@ -355,7 +355,7 @@ def test_noise_has_the_spread_it_says() -> None:
         (lambda: registry().build("operator", "superresolution"), "unknown operator"),
         (lambda: make("colorization", {}, (1, 8, 8)), "colour images"),
         (lambda: make("inpainting", {"box": 27}, (1, 28, 28)), "does not fit"),
-        (lambda: make("phase-retrieval", {"pad": -1}, (1, 28, 28)), "frame"),
+        (lambda: make("phase-retrieval", {"pad": -1}, (1, 28, 28)), "pad=-1"),
     ],
 )
 def test_errors_have_a_sentence_and_exit_code_2(build: Any, text: str) -> None:

@@ -6,7 +6,7 @@ from vgm_cli.hookspecs import Component
 
 SAMPLERS = {
     "ddim": ("DDIMSampler", "DDIM, deterministic (eta 0) to ancestral (eta 1)"),
-    "ddpm": ("DDPMSampler", "DDPM's ancestral sampling, variance fixed_small or fixed_large"),
+    "ancestral": ("AncestralSampler", "DDPM's ancestral sampling, variance fixed_small or fixed_large"),
     "euler": ("EulerSampler", "probability-flow ODE, Euler"),
     "heun": ("ODESampler", "probability-flow ODE, second order; method: euler, midpoint, heun, rk4, dopri5"),
     "dopri5": ("Dopri5Sampler", "probability-flow ODE, adaptive Runge-Kutta 5(4), per image"),

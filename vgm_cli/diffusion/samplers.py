@@ -219,7 +219,7 @@ class DDIMSampler(GaussianSampler):
 
 
 @dataclass(kw_only=True)
-class DDPMSampler(GaussianSampler):
+class AncestralSampler(GaussianSampler):
     """DDPM's ancestral sampling. variance: of the noise, fixed_small (the posterior's) or fixed_large (the
     transition's). clip, grid: as DDIM's."""
 

@@ -124,6 +124,8 @@ def adopt(config: dict[str, Any], origins: dict[str, str], path: Path) -> None:
         replace(config, origins, "codec", {"name": ckpt.read_header(file).component["name"], "weights": weights})
     own = {k: v for k, v in (config.get("data") or {}).items() if v is not None}
     seen = {k: v for k, v in (header.recipe.get("data") or {}).items() if v is not None and k in IMAGES}
+    if "path" in seen and own.get("path") in SHIPPED:
+        del own["path"]  # what the recipe assumes without a teacher
     if "path" not in own and seen.get("path", "mnist5k") not in SHIPPED:
         ui.info(f"data: {seen['path']}, as {path} says")
     for key in seen.keys() - own.keys():

@@ -180,6 +180,7 @@ class ClassFeed:
     codec: Any
     codec_ref: dict[str, Any] | None
     device: torch.device
+    dataset: None = None
     count: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:

@@ -301,8 +301,8 @@ def real_images(feed: Any, n: int) -> Tensor:
 
 
 def reals(feed: Any, path: Path, n: int) -> None:
-    """A grid of training images, to hold samples against."""
-    if n:
+    """A grid of training images, to hold samples against; nothing where images are made, not read."""
+    if n and feed.dataset is not None:
         save_grid(real_images(feed, n), path)
 
 

@@ -15,7 +15,7 @@ from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.operators.base import SVD, Operator
 from vgm_cli.operators.files import read_arrays
 from vgm_cli.operators.noise import numpy_rng
-from vgm_cli.ranges import Fraction
+from vgm_cli.ranges import NonNegative
 
 Range = tuple[float, float]
 
@@ -60,7 +60,7 @@ class Inpainting(Operator):
         self,
         mask: str = "box",
         box: float | tuple[int, int] = 0.5,
-        margin: Fraction = 1 / 16,
+        margin: NonNegative = 1 / 16,
         removed: float | tuple[float, float] = (0.3, 0.7),
     ):
         low, high = removed if isinstance(removed, tuple) else (removed, removed)
