@@ -50,7 +50,7 @@ def test_jpeg_sizes() -> None:
     torch.testing.assert_close(build("jpeg-compressibility")(images, {}), -size / 500)
     assert build("jpeg-incompressibility", quality=20)(images, {})[1] < size[1]
     for bad in (0, 96):
-        with pytest.raises(VgmError, match="1 to 95|does not fit"):
+        with pytest.raises(VgmError, match=r"1 to 95|does not fit"):
             build("jpeg-compressibility", quality=bad)
     with pytest.raises(VgmError, match="1 or 3 channels"):
         build("jpeg-compressibility")(torch.zeros(1, 4, 7, 7), {})
