@@ -195,12 +195,19 @@ def test_listing_imports_no_torch(args: list[str]) -> None:
 
 
 def test_help_is_quick() -> None:
-    """CPU time of the whole process, the best of five (the machine may be busy)."""
-    code = "import resource, subprocess, sys; subprocess.run([sys.executable, '-m', 'vgm_cli', '--help'], stdout=-3); u = resource.getrusage(resource.RUSAGE_CHILDREN); print(u.ru_utime + u.ru_stime)"
-    times = [
-        float(subprocess.run([sys.executable, "-c", code], capture_output=True, text=True).stdout) for _ in range(5)
-    ]
-    assert min(times) < 0.45, times  # 0.2 to 0.3 s measured on an idle core; a busy machine counts stolen time too
+    """CPU time of the whole process against that of the libraries that write help, the best of five of each: 1.6 to 1.9
+    times on a busy machine, 0.2 to 0.3 s on an idle core."""
+    measure = (
+        "import resource, subprocess, sys; subprocess.run([sys.executable, *sys.argv[1:]], stdout=-3); "
+        "u = resource.getrusage(resource.RUSAGE_CHILDREN); print(u.ru_utime + u.ru_stime)"
+    )
+    libraries = "import typer, typer.rich_utils, rich.markdown, rich.columns, yaml, pluggy, importlib.metadata"
+    times: dict[str, list[float]] = {"vgm --help": [], "libraries": []}
+    for _ in range(5):
+        for what, args in (("vgm --help", ["-m", "vgm_cli", "--help"]), ("libraries", ["-c", libraries])):
+            done = subprocess.run([sys.executable, "-c", measure, *args], capture_output=True, text=True)
+            times[what].append(float(done.stdout))
+    assert min(times["vgm --help"]) < 2.4 * min(times["libraries"]), times
 
 
 def test_converters_do_not_mistake_each_other(tmp_path: Path) -> None:
