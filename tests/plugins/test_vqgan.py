@@ -976,5 +976,6 @@ class TestFirstStageTraining(suites.ObjectiveSuite):
 def test_recipe(name: str) -> None:
     suite = suites.RecipeSuite()
     suite.recipe = f"vqgan/{name}"
+    suite.overrides = ("data.path=mnist5k",) if name == "small-tokenizer" else ()  # it takes the user's images
     suite.test_opens_with_what_it_is()
     suite.test_validates_and_builds()

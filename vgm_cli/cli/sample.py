@@ -171,5 +171,7 @@ def rerun(
     ui.document(result)
     ui.data(result["again"])
     if not result["identical"]:
-        raise VgmError(f"not the same image: pixels differ by up to {result['largest_difference']}", code=CHECK_FAILED)
+        most = result["largest_difference"]
+        how = "it has another size" if most is None else f"pixels differ by up to {most}"
+        raise VgmError(f"not the same image: {how}", code=CHECK_FAILED)
     ui.info("identical; both are there")
