@@ -191,7 +191,7 @@ def not_a_mapping(where: str, value: Any) -> VgmError:
 
 # words of other programs, and what is meant here
 ELSEWHERE = {
-    "device": "a GPU is used where there is one; CUDA_VISIBLE_DEVICES chooses among several",
+    "device": "--device cuda:0 (cpu, mps); a GPU is used where there is one",
     "gpus": "--nproc N trains on N GPUs of this machine",
     "epochs": "train.steps counts: epochs × images / train.batch_size",
     "max_steps": "did you mean train.steps?",
