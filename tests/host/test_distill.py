@@ -201,7 +201,11 @@ def test_teacher_codec_and_data_come_along(vgm: Vgm, teachers: Callable[[str, st
 
 
 @pytest.mark.parametrize(
-    "more", [("objective.update_ratio=1",), ("--recipe", "mnist-regression", "pairs.count=8", "pairs.steps=2")]
+    "more",
+    [
+        ("objective.update_ratio=1",),
+        pytest.param(("--recipe", "mnist-regression", "pairs.count=8", "pairs.steps=2"), marks=pytest.mark.slow),
+    ],
 )
 def test_two_processes_equal_one(
     teachers: Callable[[str, str], Path], tmp_path: Path, process: type, more: tuple[str, ...]

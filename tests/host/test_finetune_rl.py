@@ -151,6 +151,7 @@ def test_resume_is_bit_exact(name: str, flow: Path, tmp_path: Path, vgm) -> None
     assert [r["reward_gain"] for r in rows(tmp_path / "whole")] == [r["reward_gain"] for r in rows(tmp_path / "parts")]
 
 
+@pytest.mark.slow
 def test_two_processes_equal_one(flow: Path, tmp_path: Path, process: type) -> None:
     args = ("finetune-rl", "flow-grpo", *SMALL, "objective.updates=1", "train.precision=fp32", "--model", flow)
     for nproc in (1, 2):

@@ -72,6 +72,7 @@ def test_the_plan_of_the_papers_run(vgm) -> None:
     assert "675,129,632" in text and "7,000,000 steps" in text
 
 
+@pytest.mark.slow
 def test_every_digit_recipe_can_be_counted() -> None:
     """Losses with second derivatives, several phases or half precision switched off have FLOPs and activations too."""
     from vgm_cli import recipe as recipes

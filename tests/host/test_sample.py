@@ -126,6 +126,7 @@ def test_two_processes_make_the_same_images(run: Path, process: type, tmp_path: 
     assert abs(a[0].astype(int) - b[0].astype(int)).max() <= 1 and np.array_equal(a[1], b[1])
 
 
+@pytest.mark.slow
 def test_a_killed_job_of_two_processes_goes_on(run: Path, vgm, process: type, tmp_path: Path) -> None:
     """Killed while writing, continued by as many processes: the images of an undisturbed job."""
     args = ("sample", run, "-n", 120, "--batch-size", 2, "--steps", 4)

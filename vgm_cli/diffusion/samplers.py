@@ -223,7 +223,7 @@ class AncestralSampler(GaussianSampler):
     """DDPM's ancestral sampling. variance: of the noise, fixed_small (the posterior's) or fixed_large (the
     transition's). clip, grid: as DDIM's."""
 
-    steps: int = 250
+    steps: Steps = 250
     variance: Literal["fixed_small", "fixed_large"] = "fixed_small"
     clip: Clip = False
     grid: Grid | None = None
