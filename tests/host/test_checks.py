@@ -117,7 +117,7 @@ EVERYWHERE = ("train.steps=-1", "guidance_scale=abc", "sampler.steps=0", "optimi
         ("roles={1: 2}", "roles"),
         ("codec=nope", "no such run or checkpoint: nope"),
         ("model.weights=nope", "no such run or checkpoint: nope"),
-        ("train.device=cuda", "CUDA_VISIBLE_DEVICES"),
+        ("train.device=cuda", "--device cuda:0"),
     ],
 )
 def test_one_check_for_every_verb(vgm, tiny: Path, tmp_path: Path, assignment: str, word: str) -> None:
