@@ -36,7 +36,7 @@ def check(recipe: Recipe) -> tuple[dict[str, int], str]:
     except VgmError as e:
         if not data.path or not here:
             return {}, e.message
-        from vgm_cli.engine.plan import plan_facts
+        from vgm_cli.engine.train.plan import plan_facts
 
         facts, _, planned = plan_facts(recipe)
     else:
@@ -63,7 +63,8 @@ def before_start(recipe: Recipe, world: int = 1, reads_data: bool = True) -> Any
     if not reads_data:
         return None
     from vgm_cli.data.latents import Latents
-    from vgm_cli.engine import build, data_feed
+    from vgm_cli.engine import build
+    from vgm_cli.engine.train import data_feed
 
     dataset, labelled = data_feed.open_images(recipe)
     facts = build.facts_of(dataset, labelled)
@@ -157,7 +158,7 @@ def on_meta() -> Iterator[None]:
 def build_on_meta(recipe: Recipe, facts: Facts, planned: PlannedCodec | None = None) -> Built:
     """Networks and objective without memory, and what only they can tell: the names of the optimizers."""
     from vgm_cli.engine import build
-    from vgm_cli.engine.plan import plan_roles
+    from vgm_cli.engine.train.plan import plan_roles
 
     with on_meta():
         codec = {"codec": planned.codec} if planned else {}

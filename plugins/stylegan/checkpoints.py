@@ -1,6 +1,6 @@
 """Published layouts of StyleGAN weights, both ways.
 
-stylegan: variables of NVlabs/stylegan@1e0d5c7 (TensorFlow), out of its pickles by vgm_cli.unpickle. stylegan2:
+stylegan: variables of NVlabs/stylegan@1e0d5c7 (TensorFlow), out of its pickles by vgm_cli.weights.pickle. stylegan2:
 modules of NVlabs/stylegan2-ada-pytorch@d72cc7d. stylegan2-tf: variables of NVlabs/stylegan2 and stylegan2-ada.
 stylegan-rosinality: rosinality/style-based-gan-pytorch@07fa60b. The discriminators' have "-discriminator" at the end.
 """

@@ -154,8 +154,8 @@ def run(name: str, path: Path, dry: bool, go: Path | None = None) -> int:
 def wait_for(go: Path) -> None:
     import torch._inductor.compile_fx  # noqa: F401
 
-    import vgm_cli.engine.evaluate
-    import vgm_cli.engine.trainer  # noqa: F401
+    import vgm_cli.engine.evaluate.run
+    import vgm_cli.engine.train.loop  # noqa: F401
 
     _checks()
     parent = os.getppid()
@@ -267,7 +267,7 @@ def short(name: str, steps: int, *more: str) -> Any:
 
 def train(recipe: Any, out: Path, **options: Any) -> Any:
     """As `vgm train` does it; where pairs of a teacher are asked for, it learns from random ones."""
-    from vgm_cli.engine import trainer
+    from vgm_cli.engine.train import loop as trainer
 
     roles = {"pairs": some_pairs(recipe)} if recipe.config.get("pairs") else None
     return trainer.train(recipe, out, quiet_end=True, track="none", roles=roles, **options)
@@ -276,7 +276,7 @@ def train(recipe: Any, out: Path, **options: Any) -> Any:
 def some_pairs(recipe: Any, n: int = 16) -> dict[str, Any]:
     import torch
 
-    from vgm_cli.engine import plan
+    from vgm_cli.engine.train import plan
 
     facts = plan.plan_facts(recipe)[0]
     g = torch.Generator().manual_seed(4)
@@ -288,7 +288,8 @@ def built(name: str, device: Any) -> tuple[Any, Any, Any]:
     """(recipe, built, facts) with weights that are not zero, on the device."""
     import torch
 
-    from vgm_cli.engine import build, plan
+    from vgm_cli.engine import build
+    from vgm_cli.engine.train import plan
     from vgm_cli.testing.suites import randomise
 
     recipe = load(name)
@@ -615,7 +616,8 @@ def memory(job: Job) -> None:
         "evaluate": (["evaluate", "run", "--metrics", "fid", "-n", "200000", "--batch-size", "200000"], "--batch-size"),
     }  # fmt: skip
     if job.dry:  # a CPU has no such error: raise it where the network is called
-        from vgm_cli.engine import generate, trainer
+        from vgm_cli.engine.sample import loop as generate
+        from vgm_cli.engine.train import loop as trainer
 
         def full(*a: Any, **k: Any) -> Any:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")

@@ -15,7 +15,7 @@ import torch
 
 from vgm_cli import recipe as recipes
 from vgm_cli.api import Request, generators
-from vgm_cli.engine import trainer as trainers
+from vgm_cli.engine.train import loop as trainers
 from vgm_cli.testing.golden import GoldenCase, assert_close
 
 ROOT = Path(__file__).resolve().parents[2]

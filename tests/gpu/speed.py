@@ -136,8 +136,9 @@ def feed_of(codec_node: dict[str, Any], output: str | None, classes: int = 1000)
     """What the trainer eats in place of a data set: latents behind a real, untrained codec of the published size."""
 
     def open_feed(recipe: Any, run: Any, accelerator: Any, micro_size: int) -> Any:
-        from vgm_cli.engine import build, data_feed
+        from vgm_cli.engine import build
         from vgm_cli.engine.tokens import as_output
+        from vgm_cli.engine.train import data_feed
         from vgm_cli.registry import registry
 
         with torch.device(accelerator.device):
@@ -166,7 +167,7 @@ def feed_of(codec_node: dict[str, Any], output: str | None, classes: int = 1000)
 
 def trainer_of(recipe: Any, open_feed: Any = None, roles: Any = None) -> Any:
     """A trainer ready to step."""
-    from vgm_cli.engine import trainer
+    from vgm_cli.engine.train import loop as trainer
 
     accelerator = trainer.make_accelerator(recipe, "none")
     run = trainer.open_run(recipe, Path(tempfile.mkdtemp(dir=Path.cwd())) / "run", False, True, accelerator)
@@ -353,7 +354,8 @@ def plain_objective(made: Any, batch: dict[str, Tensor], bf16: bool, clip: float
 
 def flops(recipe: Any, facts: Any) -> float:
     """Of a training step, forward and backward, for one image."""
-    from vgm_cli.engine import build, plan
+    from vgm_cli.engine import build
+    from vgm_cli.engine.train import plan
 
     with torch.device("meta"):
         made = build.build_objective(recipe, facts)
@@ -563,7 +565,7 @@ def dit_sampling(job: Job) -> None:
     """64 images, 50 DDPM steps, guided, bf16: `vgm sample`'s work without the decoder, against the bare loop."""
     from vgm_cli.api import Request, generators
     from vgm_cli.engine import checkpoint as ckpt
-    from vgm_cli.engine import generate
+    from vgm_cli.engine.sample import loop as generate
     from vgm_cli.registry import registry
 
     n, steps, side = (2, 2, 32) if job.dry else (64, 50, 32)
@@ -630,7 +632,7 @@ def dit_sampling(job: Job) -> None:
 def llamagen_sampling(job: Job) -> None:
     """LlamaGen-XL with its cache, guided, against the same network without one's help: a bare loop of its decoder."""
     from vgm_cli.api import Request, generators
-    from vgm_cli.engine import generate
+    from vgm_cli.engine.sample import loop as generate
     from vgm_cli.nets.llama import Decoder
     from vgm_cli.registry import registry
 

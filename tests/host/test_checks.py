@@ -173,7 +173,7 @@ def full_scale() -> list[str]:
 
 @pytest.mark.parametrize("name", [n for n in full_scale() if not n.startswith(("dmd/", "flow-grpo/"))])
 def test_no_recipe_falls_back_on_other_data(vgm, name: str, tmp_path: Path) -> None:
-    from vgm_cli.engine import data_feed
+    from vgm_cli.engine.train import data_feed
 
     with pytest.raises(VgmError, match="names no data") as e:
         data_feed.open_images(recipes.load(name))
@@ -325,7 +325,7 @@ def test_components_are_listed(vgm) -> None:
 
 
 def test_a_plan_counts_the_codec_and_the_processes(vgm, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vgm_cli.engine import plan
+    from vgm_cli.engine.train import plan
 
     monkeypatch.setattr(plan, "time_steps", lambda *args: (None, "not timed"))
     monkeypatch.setattr(plan, "count_flops", lambda *args: (None, None))
@@ -341,7 +341,7 @@ def test_a_plan_counts_the_codec_and_the_processes(vgm, monkeypatch: pytest.Monk
 
 
 def test_timing_says_what_it_does_and_ends(vgm, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vgm_cli.engine import plan
+    from vgm_cli.engine.train import plan
 
     code, out, err = vgm("train", tiny, "--plan")
     assert code == 0 and "timing tiny" in err and "timed on this machine" in out

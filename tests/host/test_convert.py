@@ -22,13 +22,16 @@ import torch
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from vgm_cli import atomic, layouts, unpickle
+from vgm_cli import atomic
 from vgm_cli.convert_api import named_shadow
 from vgm_cli.engine import checkpoint as ckpt
-from vgm_cli.engine import convert, probe, weight_files
 from vgm_cli.errors import VgmError
 from vgm_cli.registry import registry
 from vgm_cli.testing import suites
+from vgm_cli.weights import convert, probe
+from vgm_cli.weights import files as weight_files
+from vgm_cli.weights import layout as layouts
+from vgm_cli.weights import pickle as unpickle
 
 ADM: dict[str, Any] = {"image_size": 16, "model_channels": 64, "num_res_blocks": 1, "channel_mult": (1, 1)}
 ADM |= {"attention_resolutions": (2,), "num_head_channels": 64, "num_classes": 5}

@@ -579,7 +579,7 @@ def test_fingerprints_of_another_format_cannot_be_compared() -> None:
 
 
 def test_results_with_an_older_fingerprint_of_the_reference_are_compared() -> None:
-    from vgm_cli.engine.comparing import compare_one
+    from vgm_cli.engine.evaluate.compare import compare_one
 
     def result(fingerprint: str) -> dict[str, Any]:
         return {"metric": "fid", "value": 1.0, "protocol": {"reference_fingerprint": fingerprint}}

@@ -13,7 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from vgm_cli.engine import checkpoint as ckpt
-from vgm_cli.engine import distill as engine
+from vgm_cli.engine.distill import run as engine
 from vgm_cli.errors import USAGE, VgmError
 
 Vgm = Callable[..., tuple[int, str, str]]
@@ -48,7 +48,7 @@ SHORT = ("train.steps=4", "train.batch_size=8", "train.save_every=2", "train.pre
 def teachers(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, str], Path]:
     """Runs of two steps, made when first asked for."""
     from vgm_cli import recipe as recipes
-    from vgm_cli.engine.trainer import train
+    from vgm_cli.engine.train.loop import train
 
     root = tmp_path_factory.mktemp("teachers")
 
@@ -182,7 +182,7 @@ def test_pairs_are_cached_and_completed(
 def test_teacher_codec_and_data_come_along(vgm: Vgm, teachers: Callable[[str, str], Path], tmp_path: Path) -> None:
     """A latent teacher's student is latent; what the recipe says of the data goes before what the teacher says."""
     from vgm_cli import recipe as recipes
-    from vgm_cli.engine.trainer import train
+    from vgm_cli.engine.train.loop import train
 
     words = ["train.steps=1", "train.preview_n=0", "train.batch_size=8", "model.hidden_size=32", "model.depth=1",
              "model.num_heads=2"]  # fmt: skip

@@ -18,9 +18,10 @@ from safetensors.torch import load_file
 
 from vgm_cli import foreign
 from vgm_cli import recipe as recipes
-from vgm_cli.engine import build, distributed, plan
+from vgm_cli.engine import build, distributed
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine.run import git_state
+from vgm_cli.engine.train import plan
 from vgm_cli.errors import VgmError
 from vgm_cli.images import save_png
 from vgm_cli.registry import registry
@@ -122,7 +123,7 @@ TARGETS: dict[str, dict[str, Any]] = {
     "shutil:copyfile": {"src": "evil.py", "dst": "ran"},
     "builtins:open": {"file": "ran", "mode": "w"},
     "vgm_cli.atomic:write_text": {"path": "ran", "text": "x"},
-    "vgm_cli.unpickle:read": {"path": "evil.py"},
+    "vgm_cli.weights.pickle:read": {"path": "evil.py"},
     "urllib.request:urlopen": {"url": "http://127.0.0.1:9/"},
     "torch:load": {"f": "evil.py"},
     " evil:f": {},

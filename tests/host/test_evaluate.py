@@ -18,9 +18,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from vgm_cli.data import open_dataset
-from vgm_cli.engine import measure as measuring
-from vgm_cli.engine.comparing import compare
-from vgm_cli.engine.evaluate import build_metric, check_assertion, evaluate, parse_assertion
+from vgm_cli.engine.evaluate import measure as measuring
+from vgm_cli.engine.evaluate.compare import compare
+from vgm_cli.engine.evaluate.run import build_metric, check_assertion, evaluate, parse_assertion
 from vgm_cli.errors import CHECK_FAILED, FAILED, MISSING_ASSET, USAGE, VgmError
 from vgm_cli.images import write_npz
 from vgm_cli.metrics.base import Subject

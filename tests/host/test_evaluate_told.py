@@ -19,9 +19,9 @@ from safetensors.torch import save_file
 
 from vgm_cli.cli.evaluate import evaluate as command
 from vgm_cli.data import open_dataset
-from vgm_cli.engine.comparing import read_results
-from vgm_cli.engine.evaluate import build_metric, evaluate, finite, refuse_non_finite
-from vgm_cli.engine.evaluating import Options, Target, ineffective
+from vgm_cli.engine.evaluate.compare import read_results
+from vgm_cli.engine.evaluate.run import build_metric, evaluate, finite, refuse_non_finite
+from vgm_cli.engine.evaluate.setup import Options, Target, ineffective
 from vgm_cli.errors import FAILED, INTERRUPTED, MISSING_ASSET, USAGE, VgmError
 from vgm_cli.images import write_npz
 from vgm_cli.metrics.features import mnist_features
@@ -363,7 +363,7 @@ def test_interruption_says_what_is_left(vgm: Run, tmp_path: Path, monkeypatch: p
         raise KeyboardInterrupt
 
     write_npz(tmp_path / "a.npz", noise(4, 1))
-    monkeypatch.setattr("vgm_cli.engine.evaluate.measure", stop)
+    monkeypatch.setattr("vgm_cli.engine.evaluate.run.measure", stop)
     code, _, err = vgm("evaluate", tmp_path / "a.npz", "--reference", tmp_path / "a.npz", "--metrics", "psnr")
     assert code == INTERRUPTED and "nothing is written" in err
 

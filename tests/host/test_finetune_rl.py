@@ -14,7 +14,7 @@ import torch
 
 from vgm_cli.__main__ import run as command
 from vgm_cli.engine import checkpoint as ckpt
-from vgm_cli.engine import finetune_rl
+from vgm_cli.engine.finetune_rl import run as finetune_rl
 from vgm_cli.errors import VgmError
 
 NETWORK = "{name: NAME, patch_size: 7, hidden_size: 32, depth: 1, num_heads: 2, learn_sigma: SIGMA}"
@@ -294,8 +294,8 @@ def test_print_config_shows_where_values_come_from(flow: Path, vgm) -> None:
 @pytest.mark.slow
 def test_ink_rises_by_two_deviations_and_digits_stay_digits(tmp_path: Path, vgm) -> None:
     """The shipped recipe on a flow model of handwritten digits: reward of the model as it is sampled, before and after."""
-    from vgm_cli.engine import generate
-    from vgm_cli.engine.sampling import open_model, plan_for
+    from vgm_cli.engine.sample import loop as generate
+    from vgm_cli.engine.sample.setup import open_model, plan_for
     from vgm_cli.metrics.class_accuracy import classifier_accuracy
     from vgm_cli.registry import registry
 

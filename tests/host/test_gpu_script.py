@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import load_file
 
 from vgm_cli import recipe as recipes
-from vgm_cli.engine import trainer as trainers
+from vgm_cli.engine.train import loop as trainers
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -136,7 +136,8 @@ def test_sharding_refuses_objectives_that_need_whole_networks(vgm: Any, digits: 
 def test_out_of_memory_is_one_sentence(
     vgm: Any, monkeypatch: pytest.MonkeyPatch, problem: Exception, command: list[str], lower: str
 ) -> None:
-    from vgm_cli.engine import checkpoint, trainer
+    from vgm_cli.engine import checkpoint
+    from vgm_cli.engine.train import loop as trainer
 
     def full(*args: Any, **kwargs: Any) -> Any:
         raise problem

@@ -76,7 +76,8 @@ def test_the_plan_of_the_papers_run(vgm) -> None:
 def test_every_digit_recipe_can_be_counted() -> None:
     """Losses with second derivatives, several phases or half precision switched off have FLOPs and activations too."""
     from vgm_cli import recipe as recipes
-    from vgm_cli.engine import build, plan
+    from vgm_cli.engine import build
+    from vgm_cli.engine.train import plan
 
     for name in (n for n in recipes.shipped() if "/mnist" in n):
         recipe = recipes.load(*name.split("/"))
@@ -91,7 +92,7 @@ def test_every_digit_recipe_can_be_counted() -> None:
 
 
 def test_what_cannot_be_counted_is_left_out(vgm, monkeypatch: pytest.MonkeyPatch) -> None:
-    from vgm_cli.engine import plan
+    from vgm_cli.engine.train import plan
 
     small = ("train", "glow", "model.depth=1", "model.width=8", "train.batch_size=4", "--plan")
     out = vgm(*small)[1]

@@ -13,9 +13,11 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from vgm_cli import inspection, layouts, limits
-from vgm_cli.engine import weight_files
+from vgm_cli import limits
 from vgm_cli.registry import registry
+from vgm_cli.weights import files as weight_files
+from vgm_cli.weights import inspect as inspection
+from vgm_cli.weights import layout as layouts
 
 sys.path.insert(0, str(Path(__file__).parent))
 from test_convert import DIT, TINY, state_of

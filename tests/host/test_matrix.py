@@ -26,7 +26,7 @@ SMALL = ["train.steps=2", "train.batch_size=8", "train.preview_n=0", "train.prec
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one network by one training."""
     from vgm_cli import recipe as recipes
-    from vgm_cli.engine.trainer import train
+    from vgm_cli.engine.train.loop import train
 
     network, training = request.param.split()
     objective, sampler = TRAININGS[training]
@@ -121,8 +121,9 @@ OPTIONS = {"iddpm": ", learn_sigma: false", "gaussian": ", preset: edm", "consis
 @pytest.mark.slow
 def test_what_the_matrix_promises_trains_and_is_a_denoiser(vgm, tmp_path: Path) -> None:
     from vgm_cli import recipe as recipes
-    from vgm_cli.engine import checkpoint, distill
-    from vgm_cli.engine.trainer import train
+    from vgm_cli.engine import checkpoint
+    from vgm_cli.engine.distill import run as distill
+    from vgm_cli.engine.train.loop import train
 
     for network, training in (pair for pair, row in listed(vgm).items() if row["distill"]):
         own = TINY[network].replace("%s", "1" if network == "adm-unet" else "false")

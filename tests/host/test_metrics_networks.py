@@ -129,7 +129,7 @@ def test_clean_and_own_resize_give_different_features(oracle: dict[str, Tensor],
 
 
 def test_sfid_and_inception_score_by_weights_on_disk(inception_file: Path) -> None:
-    from vgm_cli.engine.evaluate import evaluate
+    from vgm_cli.engine.evaluate.run import evaluate
     from vgm_cli.metrics.frechet import Moments, frechet_distance
 
     a, b = (np.random.default_rng(i).integers(0, 255, (4, 16, 16, 3), np.uint8) for i in range(2))

@@ -15,7 +15,7 @@ from PIL import Image
 
 from vgm_cli.data import open_dataset
 from vgm_cli.engine import checkpoint as ckpt
-from vgm_cli.engine import restore as engine
+from vgm_cli.engine.restore import run as engine
 from vgm_cli.errors import VgmError
 from vgm_cli.images import read_png_metadata, to_uint8
 from vgm_cli.metrics.image import psnr

@@ -22,7 +22,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> Path:
     from conftest import TINY
 
     from vgm_cli import recipe as recipes
-    from vgm_cli.engine.trainer import train
+    from vgm_cli.engine.train.loop import train
 
     folder = tmp_path_factory.mktemp("sample")
     (folder / "tiny.yaml").write_text(TINY)
@@ -91,7 +91,7 @@ def test_an_interrupted_job_goes_on(run: Path, vgm, tmp_path: Path, kind: str) -
     else:
         whole = arrays(target)[0]
         half = tmp_path / "half.npz"
-        from vgm_cli.engine import output
+        from vgm_cli.engine.sample import output
 
         with pytest.MonkeyPatch.context() as patch:  # stopped before the parts are joined
             patch.setattr(output, "join_parts", lambda *a: (_ for _ in ()).throw(KeyboardInterrupt))
@@ -288,7 +288,7 @@ def test_a_folder_of_something_else_is_left_alone(run: Path, vgm, tmp_path: Path
 )  # fmt: skip
 def test_a_job_goes_on_only_as_itself(run: Path, vgm, tmp_path: Path, kind: str, other: tuple, word: str) -> None:
     """Begun with one label, steps, guidance or weights and continued with others: refused; --overwrite starts anew."""
-    from vgm_cli.engine import output
+    from vgm_cli.engine.sample import output
 
     target = tmp_path / ("images" if kind == "folder" else "images.npz")
     begun = ("sample", run, "-n", 4, "--label", "3", "--batch-size", 2, "--steps", 2, "--out", target)
@@ -321,7 +321,7 @@ def test_more_images_may_be_added_to_a_folder(run: Path, vgm, tmp_path: Path) ->
 def test_an_interrupted_folder_says_what_is_kept(
     run: Path, vgm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    from vgm_cli.engine import output
+    from vgm_cli.engine.sample import output
 
     real, calls = output.pictures, []
 

@@ -14,7 +14,7 @@ import torch
 from safetensors.torch import load_file
 
 from vgm_cli import recipe as recipes
-from vgm_cli.engine.trainer import Trainer, train
+from vgm_cli.engine.train.loop import Trainer, train
 from vgm_cli.errors import VgmError
 
 

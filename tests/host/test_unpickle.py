@@ -15,7 +15,7 @@ import pytest
 import torch
 
 from vgm_cli.errors import VgmError
-from vgm_cli.unpickle import Shell, load, states
+from vgm_cli.weights.pickle import Shell, load, states
 
 REFUSED = "refused|not readable|more than tensors"
 

@@ -16,7 +16,7 @@ from vgm_plugins.flow_grpo.policy import kl_to, levels, log_prob, policy_loss, r
 from vgm_cli import recipe as recipes
 from vgm_cli.api import Step
 from vgm_cli.diffusion.denoiser import Denoiser, flow_velocity
-from vgm_cli.engine.ema import EMA
+from vgm_cli.engine.train.ema import EMA
 from vgm_cli.errors import VgmError
 from vgm_cli.nn import lora
 from vgm_cli.registry import registry

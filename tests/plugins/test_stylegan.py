@@ -35,7 +35,7 @@ from vgm_plugins.stylegan.sampler import StyleGANSampler, StyleMixingSampler, la
 
 from vgm_cli.api import Request, Step, generators
 from vgm_cli.convert_api import Converter, unwrap
-from vgm_cli.engine.ema import EMA
+from vgm_cli.engine.train.ema import EMA
 from vgm_cli.errors import VgmError
 from vgm_cli.nn.fir import upfirdn2d
 from vgm_cli.recipe import load

@@ -28,7 +28,7 @@ from vgm_cli.ar.sampling import Decoding, filter_logits
 from vgm_cli.convert_api import unwrap
 from vgm_cli.engine import checkpoint as files
 from vgm_cli.engine.tokens import TokenCodec, as_output
-from vgm_cli.engine.trainer import decay_groups
+from vgm_cli.engine.train.loop import decay_groups
 from vgm_cli.errors import VgmError
 from vgm_cli.losses import lpips
 from vgm_cli.losses.first_stage import (

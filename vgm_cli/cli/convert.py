@@ -73,7 +73,7 @@ def convert(
 
     Next: vgm sample DST
     """
-    from vgm_cli.engine import convert as engine
+    from vgm_cli.weights import convert as engine
 
     if trust_pickle:
         ui.warn(f"--trust-pickle lets {src} run any program on this machine")

@@ -222,7 +222,7 @@ def encode(
     """
     from vgm_cli.data import tell_skipped
     from vgm_cli.data.latent_cache import DTYPES, build_cache
-    from vgm_cli.engine.sampling import device_for
+    from vgm_cli.engine.sample.setup import device_for
 
     if dtype is not None and dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)

@@ -107,8 +107,8 @@ def distill(
     Next: vgm sample RUN
     """
     from vgm_cli import recipe as recipes
-    from vgm_cli.engine import distill as engine
-    from vgm_cli.engine import tracking
+    from vgm_cli.engine.distill import run as engine
+    from vgm_cli.engine.train import tracking
     from vgm_cli.errors import USAGE, VgmError
 
     tracking.check(track)

@@ -133,8 +133,8 @@ def evaluate(
         return
     from vgm_cli import atomic
     from vgm_cli.engine import ranks
-    from vgm_cli.engine.evaluate import check_assertion, finite, parse_assertion, refuse_non_finite
-    from vgm_cli.engine.evaluating import Options, evaluate_target, is_model
+    from vgm_cli.engine.evaluate.run import check_assertion, finite, parse_assertion, refuse_non_finite
+    from vgm_cli.engine.evaluate.setup import Options, evaluate_target, is_model
     from vgm_cli.engine.run import newest
     from vgm_cli.errors import INTERRUPTED, USAGE, VgmError
     from vgm_cli.metrics.statistics import check_target
@@ -209,7 +209,7 @@ def diff(
 
         vgm evaluate diff before.json after.json
     """
-    from vgm_cli.engine.comparing import compare, read_results
+    from vgm_cli.engine.evaluate.compare import compare, read_results
     from vgm_cli.errors import CHECK_FAILED, USAGE, VgmError
 
     found = compare(read_results(a), read_results(b))
@@ -256,7 +256,7 @@ def stats(
 
     if relaunched(nproc):
         return
-    from vgm_cli.engine.evaluating import evaluate_statistics
+    from vgm_cli.engine.evaluate.setup import evaluate_statistics
 
     found = evaluate_statistics(
         data,

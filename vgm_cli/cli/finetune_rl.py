@@ -112,8 +112,8 @@ def finetune_rl(
     Next: vgm sample RUN
     """
     from vgm_cli import recipe as recipes
-    from vgm_cli.engine import finetune_rl as engine
-    from vgm_cli.engine import tracking
+    from vgm_cli.engine.finetune_rl import run as engine
+    from vgm_cli.engine.train import tracking
     from vgm_cli.errors import USAGE, VgmError
 
     tracking.check(track)

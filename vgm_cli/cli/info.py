@@ -284,9 +284,9 @@ def inspect(
 
     Next: vgm convert FILE OUT.safetensors   or   vgm sample FILE
     """
-    from vgm_cli.engine.weight_files import locate
-    from vgm_cli.inspection import describe
     from vgm_cli.limits import safetensors_header
+    from vgm_cli.weights.files import locate
+    from vgm_cli.weights.inspect import describe
 
     path = locate(file)
     facts = describe(path)

@@ -94,8 +94,8 @@ def restore(
 
     Next: the folder's grid.png (degraded, restored, truth) and results.json.
     """
-    from vgm_cli.engine import restore as engine
-    from vgm_cli.engine.sampling import open_model
+    from vgm_cli.engine.restore import run as engine
+    from vgm_cli.engine.sample.setup import open_model
     from vgm_cli.errors import INTERRUPTED, USAGE, VgmError
     from vgm_cli.ranges import Steps, fit
     from vgm_cli.recipe import allow_typed

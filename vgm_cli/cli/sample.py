@@ -78,9 +78,11 @@ def sample(
 
     if relaunched(nproc):
         return
-    from vgm_cli.engine import generate, output, ranks
+    from vgm_cli.engine import ranks
     from vgm_cli.engine.run import newest
-    from vgm_cli.engine.sampling import named, open_model, plan_for, warn_of_ignored
+    from vgm_cli.engine.sample import loop as generate
+    from vgm_cli.engine.sample import output
+    from vgm_cli.engine.sample.setup import named, open_model, plan_for, warn_of_ignored
     from vgm_cli.errors import INTERRUPTED, USAGE, VgmError
     from vgm_cli.images import save_png
     from vgm_cli.recipe import allow_typed
@@ -161,7 +163,7 @@ def rerun(
 
     Next: vgm sample RUN
     """
-    from vgm_cli.engine.output import rerun as again
+    from vgm_cli.engine.sample.output import rerun as again
     from vgm_cli.errors import CHECK_FAILED, INTERRUPTED, VgmError
 
     try:

@@ -101,7 +101,7 @@ def train(
     Next: vgm sample RUN
     """
     from vgm_cli import recipe as recipes
-    from vgm_cli.engine import tracking
+    from vgm_cli.engine.train import tracking
     from vgm_cli.errors import USAGE, VgmError
 
     tracking.check(track)
@@ -125,7 +125,7 @@ def train(
     if shown_instead(resolved, help_config, print_config, plan, nproc, nnodes):
         return
     launch(nproc, nnodes, rdzv)
-    from vgm_cli.engine.trainer import train as run
+    from vgm_cli.engine.train.loop import train as run
 
     run(resolved, out, resume=resume, overwrite=overwrite, stop_after=stop_after, track=track, device=device)
 
@@ -164,7 +164,7 @@ def shown_instead(
     elif print_config:
         show_config(resolved)
     elif plan:
-        from vgm_cli.engine.plan import make_plan, show_plan
+        from vgm_cli.engine.train.plan import make_plan, show_plan
 
         show_plan(make_plan(resolved, world=nproc * nnodes))
     return help_config or print_config or plan

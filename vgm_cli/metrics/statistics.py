@@ -20,9 +20,10 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vgm_cli import atomic, foreign, limits, unpickle
+from vgm_cli import atomic, foreign, limits
 from vgm_cli.errors import FAILED, USAGE, VgmError
 from vgm_cli.metrics.frechet import Moments
+from vgm_cli.weights import pickle as unpickle
 
 SUFFIXES = (".safetensors", ".npz", ".npy", ".pkl", ".pickle", ".pt", ".pth")
 MEANS = (("mu", "sigma"), ("ref_mu", "ref_sigma"), ("real_mean", "real_cov"), ("mean", "cov"))

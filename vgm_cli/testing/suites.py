@@ -241,7 +241,7 @@ class ObjectiveSuite(_OnRecipe):
 
     def test_resume_is_bit_exact(self, tiny_dataset: Path, tmp_run: Path) -> None:
         """2 + 2 steps with a resume in between leave, bit for bit, what 4 steps leave."""
-        from vgm_cli.engine.trainer import train
+        from vgm_cli.engine.train.loop import train
 
         small = (
             f"data.path={tiny_dataset}",

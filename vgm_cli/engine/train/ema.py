@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vgm_cli.engine.sharding import assign, local
+from vgm_cli.engine.train.sharding import assign, local
 from vgm_cli.recipe import check_average
 
 

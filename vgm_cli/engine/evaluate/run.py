@@ -14,7 +14,14 @@ import torch
 
 from vgm_cli import __version__
 from vgm_cli.engine import ranks
-from vgm_cli.engine.measure import Progress, measure, measure_reference, refuse_few, save_statistics, source_facts
+from vgm_cli.engine.evaluate.measure import (
+    Progress,
+    measure,
+    measure_reference,
+    refuse_few,
+    save_statistics,
+    source_facts,
+)
 from vgm_cli.errors import CHECK_FAILED, FAILED, USAGE, VgmError, unknown
 from vgm_cli.metrics import features as networks
 from vgm_cli.metrics.base import OF_NETWORK, Measured, Subject, Value

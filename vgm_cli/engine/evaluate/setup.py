@@ -17,13 +17,14 @@ from vgm_cli import limits
 from vgm_cli.data import SHIPPED, open_dataset
 from vgm_cli.data.decode import File, Unreadable, open_image
 from vgm_cli.engine import checkpoint as ckpt
-from vgm_cli.engine import evaluate as measuring
-from vgm_cli.engine import generate, ranks
+from vgm_cli.engine import ranks
 from vgm_cli.engine.distributed import pick_device
-from vgm_cli.engine.measure import save_statistics
-from vgm_cli.engine.output import JOB
+from vgm_cli.engine.evaluate import run as measuring
+from vgm_cli.engine.evaluate.measure import save_statistics
 from vgm_cli.engine.run import newest
-from vgm_cli.engine.sampling import device_for, open_model, plan_for, warn_of_ignored
+from vgm_cli.engine.sample import loop as generate
+from vgm_cli.engine.sample.output import JOB
+from vgm_cli.engine.sample.setup import device_for, open_model, plan_for, warn_of_ignored
 from vgm_cli.errors import MISSING_ASSET, USAGE, VgmError
 from vgm_cli.images import to_uint8
 from vgm_cli.metrics import features as networks

@@ -22,9 +22,10 @@ from vgm_cli.api import Request, generators, seed_of
 from vgm_cli.data import SHIPPED
 from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.engine import checkpoint as ckpt
-from vgm_cli.engine import distributed, trainer
-from vgm_cli.engine.generate import class_labels
+from vgm_cli.engine import distributed
 from vgm_cli.engine.run import Run
+from vgm_cli.engine.sample.loop import class_labels
+from vgm_cli.engine.train import loop as trainer
 from vgm_cli.errors import USAGE, VgmError, unknown
 from vgm_cli.recipe import Pairs, Recipe, typed
 from vgm_cli.registry import load_target, registry, signature

@@ -18,9 +18,10 @@ from vgm_cli import atomic
 from vgm_cli import recipe as recipes
 from vgm_cli.api import Batch, Step
 from vgm_cli.engine import checkpoint as ckpt
-from vgm_cli.engine import distill, trainer
 from vgm_cli.engine.build import Facts
+from vgm_cli.engine.distill import run as distill
 from vgm_cli.engine.run import Run
+from vgm_cli.engine.train import loop as trainer
 from vgm_cli.errors import USAGE, VgmError, unknown
 from vgm_cli.recipe import Recipe
 from vgm_cli.registry import registry

@@ -8,10 +8,11 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from vgm_cli import atomic, limits, unpickle
+from vgm_cli import atomic, limits
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.foreign import header
-from vgm_cli.unpickle import ARRAYS, PICKLES, TORCH_FILES
+from vgm_cli.weights import pickle as unpickle
+from vgm_cli.weights.pickle import ARRAYS, PICKLES, TORCH_FILES
 
 KINDS = {"torch": "torch file", "pickle": "pickle", "arrays": "numpy archive", "safetensors": "safetensors"}
 SMALL = 1 << 18  # elements of a tensor whose values may say something (a mask, a ladder of noise levels)
@@ -54,8 +55,8 @@ def safetensors_file(path: Path, files: list[Path]) -> dict[str, Any]:
     if said:
         component = said["component"]
         return {**facts, "kind": "vgm checkpoint", **said, "presets": presets_of(component)}
-    from vgm_cli.engine import weight_files
-    from vgm_cli.engine.nested import entries
+    from vgm_cli.weights import files as weight_files
+    from vgm_cli.weights.nested import entries
 
     named, remarks = entries(light(files, tensors), path)
     found = weight_files.Weights(path, named, metadata, weight_files.read_json(path.parent / "config.json"), remarks)
@@ -116,7 +117,7 @@ def own_header(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
 
 
 def presets_of(component: Mapping[str, Any]) -> list[str]:
-    from vgm_cli import layouts
+    from vgm_cli.weights import layout as layouts
 
     try:
         return layouts.presets_of(component.get("kind", "model"), component["name"], component.get("kwargs", {}))
@@ -129,8 +130,8 @@ def presets_of(component: Mapping[str, Any]) -> list[str]:
 
 def foreign_file(path: Path, kind: str) -> dict[str, Any]:
     """A torch file, pickle or .npz: its dictionaries of tensors, and what would be converted, and looks like what."""
-    from vgm_cli.engine import weight_files
     from vgm_cli.engine.checkpoint import non_finite
+    from vgm_cli.weights import files as weight_files
 
     found = weight_files.read(path)
     facts = looks_like(found)
@@ -154,8 +155,8 @@ def looks_like(found: Any) -> dict[str, Any]:
 
     found: a weight_files.Weights.
     """
-    from vgm_cli import layouts
-    from vgm_cli.engine import convert
+    from vgm_cli.weights import convert
+    from vgm_cli.weights import layout as layouts
 
     networks = found.networks(layouts.recognising)
     if networks:
@@ -183,7 +184,7 @@ def looks_like(found: Any) -> dict[str, Any]:
 
 def layout(fit: Any) -> dict[str, Any]:
     """A layout as `vgm inspect` names it."""
-    from vgm_cli import layouts
+    from vgm_cli.weights import layout as layouts
 
     c = fit.converter
     return {

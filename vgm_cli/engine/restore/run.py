@@ -25,9 +25,9 @@ from vgm_cli.data.decode import SUFFIXES, Unreadable, load_image
 from vgm_cli.data.transforms import crop_to
 from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.engine.checkpoint import Loaded
-from vgm_cli.engine.generate import class_labels, class_numbers, each_step, refuse_non_finite
-from vgm_cli.engine.output import free_name
-from vgm_cli.engine.sampling import named
+from vgm_cli.engine.sample.loop import class_labels, class_numbers, each_step, refuse_non_finite
+from vgm_cli.engine.sample.output import free_name
+from vgm_cli.engine.sample.setup import named
 from vgm_cli.errors import FAILED, USAGE, VgmError, unknown
 from vgm_cli.images import compared, save_png, to_uint8
 from vgm_cli.metrics.image import WINDOW, load_lpips, psnr, ssim

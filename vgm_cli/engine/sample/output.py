@@ -21,9 +21,10 @@ from torch import Tensor
 
 from vgm_cli import atomic, foreign
 from vgm_cli.engine import checkpoint as ckpt
-from vgm_cli.engine import generate, ranks
+from vgm_cli.engine import ranks
 from vgm_cli.engine.checkpoint import Loaded
-from vgm_cli.engine.generate import Plan
+from vgm_cli.engine.sample import loop as generate
+from vgm_cli.engine.sample.loop import Plan
 from vgm_cli.errors import FAILED, USAGE, VgmError
 from vgm_cli.images import SHOWN, Layout, make_grid, read_png_metadata, save_grid, save_png, to_uint8
 from vgm_cli.registry import registry
@@ -377,7 +378,7 @@ def rerun(image: Path, out: Path | None, device_name: str | None = None, overwri
     VgmError: no provenance, or something lies where it would go (2), other weights than then (1).
     """
     from vgm_cli.data.decode import open_image
-    from vgm_cli.engine.sampling import given_images, open_model
+    from vgm_cli.engine.sample.setup import given_images, open_model
 
     if not image.is_file():
         raise VgmError(f"no such image: {image}", code=USAGE)

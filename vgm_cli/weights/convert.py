@@ -16,15 +16,17 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgm_cli import atomic, layouts
+from vgm_cli import atomic
 from vgm_cli.convert_api import Converter
 from vgm_cli.engine import checkpoint as ckpt
-from vgm_cli.engine import nested, probe, weight_files
 from vgm_cli.engine.checkpoint import Header
-from vgm_cli.engine.weight_files import State, Weights
 from vgm_cli.errors import CHECK_FAILED, USAGE, VgmError, unknown
 from vgm_cli.recipe import parse_yaml
 from vgm_cli.registry import load_target, registry, signature
+from vgm_cli.weights import files as weight_files
+from vgm_cli.weights import layout as layouts
+from vgm_cli.weights import nested, probe
+from vgm_cli.weights.files import State, Weights
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 LOSS = {None: 1e-5, "fp32": 1e-5, "fp16": 2e-2, "bf16": 2e-1}  # of a forward pass, relative to its largest value

@@ -14,12 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgm_cli import atomic, limits, unpickle
+from vgm_cli import atomic, limits
 from vgm_cli.engine import checkpoint as ckpt
-from vgm_cli.engine import nested
-from vgm_cli.engine.nested import Network, State, is_average
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.ui import ui
+from vgm_cli.weights import nested
+from vgm_cli.weights import pickle as unpickle
+from vgm_cli.weights.nested import Network, State, is_average
 
 INDEX = ".index.json"
 DIFFUSERS = "diffusion_pytorch_model"

@@ -33,11 +33,13 @@ from torch import Tensor, nn
 from vgm_cli import atomic, limits, validation
 from vgm_cli.api import Batch, Phase, Step, seed_of
 from vgm_cli.data.fingerprint import older
-from vgm_cli.engine import build, data_feed, generate, sharding, tracking
+from vgm_cli.engine import build
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine.distributed import keep_memory, pick_device
-from vgm_cli.engine.ema import EMA
 from vgm_cli.engine.run import Run, bf16_supported, read_record
+from vgm_cli.engine.sample import loop as generate
+from vgm_cli.engine.train import data_feed, sharding, tracking
+from vgm_cli.engine.train.ema import EMA
 from vgm_cli.errors import DIVERGED, FAILED, INTERRUPTED, USAGE, VgmError
 from vgm_cli.recipe import TORCH_OPTIMIZERS, Optimizer, Recipe, parse_yaml
 from vgm_cli.registry import registry
@@ -410,7 +412,7 @@ class Trainer:
         overall = (self.images - self.start * opts.batch_size) / max(time.perf_counter() - began, 1e-9)
         outcome = Outcome(self.run.path, done, self.images, self.seconds, overall)
         if self.acc.is_main_process:
-            from vgm_cli.engine.card import write_card
+            from vgm_cli.engine.train.card import write_card
 
             write_card(self.run, self.recipe, outcome, self.components)
             if not quiet_end:
@@ -725,7 +727,7 @@ class Trainer:
         rng = torch.random.get_rng_state()
         with ExitStack() as stack:
             if self.averages:
-                from vgm_cli.engine.ema import swap_in
+                from vgm_cli.engine.train.ema import swap_in
 
                 before = swap_in(model, self.averages[0].state_dict())
                 stack.callback(model.load_state_dict, before)

@@ -210,7 +210,7 @@ def add_codec(feed: Feed, node: dict[str, Any], recipe: Recipe, run: Run, accele
                 f"no shipped codec fits {feed.facts.image_size}×{feed.facts.image_size}×{feed.facts.image_channels} "
                 f"images: training one first (recipe {node['fallback']})"
             )
-        from vgm_cli.engine.trainer import train_codec
+        from vgm_cli.engine.train.loop import train_codec
 
         path = train_codec(node["fallback"], recipe, own, accelerator.device.type)
         accelerator.wait_for_everyone()
