@@ -19,7 +19,7 @@ demo: install
 	@echo "the samples: $(DEMO)/samples.png"
 
 test: install-dev  # a worker per core, a file of tests to one worker
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-slow: install-dev
 	$(BIN)/python -m pytest -m "slow and not bench"

@@ -26,6 +26,20 @@ train: {steps: 8, batch_size: 16, precision: fp32, save_every: 4, preview_every:
         ema: [0.9], keep: 5}
 """
 
+# Files of minutes go to the workers first, so that none is left alone with one at the end.
+LONG = (
+    "test_tutorial.py",
+    "test_training.py",
+    "test_distill.py",
+    "test_matrix.py",
+    "test_convert.py",
+    "test_evaluate.py",
+)
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    items.sort(key=lambda item: LONG.index(item.path.name) if item.path.name in LONG else len(LONG))
+
 
 @pytest.fixture(autouse=True)
 def _isolated(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

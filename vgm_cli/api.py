@@ -4,12 +4,15 @@ from __future__ import annotations
 
 import copy
 import hashlib
+import math
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
+
+from vgm_cli import random
 
 # "x": (B, C, H, W) in [-1, 1] or latents (or "tokens"), "y": (B,) int64 labels, "index": (B,) positions
 Batch = dict[str, Any]
@@ -45,11 +48,11 @@ class Phase:
 
 @dataclass(frozen=True)
 class Step:
-    """Position and randomness of one optimisation step; every draw is a function of (seed, index, name).
+    """Position and randomness of one optimisation step; every draw is a function of (seed, index, name, row).
 
-    Draws are made for the whole global batch and sliced to this process's rows, so that the number of processes does
-    not change what an item sees. They are made on `device` itself: nothing is copied there, nothing waits. index
-    counts from 0. micro/micros: gradient accumulation.
+    A row of the global batch has its own stream for every draw, so that neither the number of processes nor that of
+    micro-batches changes what an item sees, and a process draws for its own rows alone. Draws are made on `device`
+    itself: nothing is copied there, nothing waits. index counts from 0. micro/micros: gradient accumulation.
     """
 
     index: int
@@ -65,12 +68,12 @@ class Step:
         """A CPU generator for the draw called `name`; the same on every rank."""
         return torch.Generator().manual_seed(seed_of(self.seed, self.index, name))
 
-    def _rows(self, n: int, name: str, draw: Callable[..., Tensor]) -> Tensor:
-        """draw(rows of the global batch, generator=, device=), of which this process takes its n."""
-        shards = self.world * self.micros
-        shard = self.micro * self.world + self.rank
-        generator = torch.Generator(self.device).manual_seed(seed_of(self.seed, self.index, name))
-        return draw(n * shards, generator=generator, device=self.device)[shard * n : (shard + 1) * n]
+    def _first(self, n: int) -> int:
+        """Number of this process's first row in the global batch, of n rows in every process and micro-batch."""
+        return (self.micro * self.world + self.rank) * n
+
+    def _keys(self, n: int, name: str) -> Tensor:
+        return random.keys(seed_of(self.seed, self.index, name), self._first(n), n, self.device)
 
     def on_cpu(self) -> Step:
         """The same step, its draws made on the CPU: for numbers that the CPU reads, so that it need not wait."""
@@ -79,16 +82,24 @@ class Step:
     def randn(self, shape: Iterable[int], name: str) -> Tensor:
         """Standard normal draw of `shape`, its first dimension being this process's batch."""
         n, *rest = shape
-        return self._rows(n, name, lambda total, **on: torch.randn(total, *rest, **on))
+        return random.normal(self._keys(n, name), math.prod(rest)).reshape(n, *rest)
 
     def rand(self, n: int | Iterable[int], name: str) -> Tensor:
         """Uniform draw in [0, 1): (n,), or of a shape whose first dimension is this process's batch."""
         n, *rest = (n,) if isinstance(n, int) else n
-        return self._rows(n, name, lambda total, **on: torch.rand(total, *rest, **on))
+        return random.uniform(self._keys(n, name), math.prod(rest)).reshape(n, *rest)
 
     def randint(self, high: int, n: int, name: str) -> Tensor:
         """Uniform integers in [0, high): (n,)."""
-        return self._rows(n, name, lambda total, **on: torch.randint(high, (total,), **on))
+        return random.integers(self._keys(n, name), 1, high).reshape(n)
+
+    def stratified(self, n: int, name: str) -> Tensor:
+        """Times in [0, 1) spread evenly over the global batch, each uniform by itself: (u + i / N) mod 1 with one u for
+        all its N rows (Kingma et al. 2021, Variational Diffusion Models, appendix I.1): (n,)."""
+        total = n * self.world * self.micros
+        rows = torch.arange(self._first(n), self._first(n) + n, device=self.device, dtype=torch.float32)
+        u = random.uniform(random.keys(seed_of(self.seed, self.index, name), 0, 1, self.device), 1)[0]
+        return (u + rows / total) % 1
 
 
 @dataclass

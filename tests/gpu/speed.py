@@ -14,7 +14,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -307,8 +307,14 @@ def flowing(batch: dict[str, Tensor]) -> Callable[[nn.Module], Tensor]:
 class DeviceStep(Step):
     """A plain loop's randomness for an objective's loss: the device's own stream, whatever the draw is called."""
 
-    def _rows(self, n: int, name: str, draw: Callable[..., Tensor]) -> Tensor:
-        return draw(n, device=self.device)
+    def randn(self, shape: Iterable[int], name: str) -> Tensor:
+        return torch.randn(*shape, device=self.device)
+
+    def rand(self, n: int | Iterable[int], name: str) -> Tensor:
+        return torch.rand(n, device=self.device)
+
+    def randint(self, high: int, n: int, name: str) -> Tensor:
+        return torch.randint(high, (n,), device=self.device)
 
 
 def plain_objective(made: Any, batch: dict[str, Tensor], bf16: bool, clip: float | None) -> Callable[[], None]:

@@ -77,7 +77,9 @@ def tensors(run: Path, name: str, step: int = 4) -> dict[str, torch.Tensor]:
 
 @pytest.mark.parametrize("method", ["dmd", "consistency"])
 @pytest.mark.parametrize("training", TRAININGS)
-@pytest.mark.parametrize("network", NETWORKS)
+@pytest.mark.parametrize(
+    "network", ["dit", pytest.param("adm-unet", marks=pytest.mark.slow)]
+)  # test_matrix trains both
 def test_any_teacher(
     vgm: Vgm, teachers: Callable[[str, str], Path], tmp_path: Path, network: str, training: str, method: str
 ) -> None:

@@ -294,7 +294,7 @@ def test_a_run_is_sampled_and_measured(vgm: Run, trained: Path) -> None:
 def test_two_processes_give_the_same_numbers(process: Any, trained: Path, tmp_path: Path) -> None:
     def numbers(nproc: int) -> dict[str, dict[str, Any]]:
         out = tmp_path / f"{nproc}.json"
-        metrics = "fid,kid:subsets=3:subset_size=20,memorisation,bits-per-dim:n=6"
+        metrics = "fid,kid:subsets=3:subset_size=20,memorisation,bits-per-dim:n=2"
         job = process("evaluate", trained, "-n", "50", "--metrics", metrics, "--batch-size", "10", "--nproc", nproc,
                       "--out", out, "--quiet", "--assert", "fid>0")  # fmt: skip
         code, _, err = job.wait()

@@ -55,7 +55,8 @@ def test_the_script_refuses_unknown_checks(tmp_path: Path) -> None:
 # -- the pretended device ---------------------------------------------------------------------------------------------
 
 
-@pytest.mark.parametrize("chosen", ["not slow", pytest.param("slow", marks=pytest.mark.slow)])
+@pytest.mark.slow
+@pytest.mark.parametrize("chosen", ["not slow", "slow"])
 def test_everything_computes_where_it_is_told(chosen: str) -> None:
     """tests/gpu/pretended.py: no step mixes devices or makes the CPU wait."""
     command = [sys.executable, "-m", "pytest", "-q", "-p", "no:cacheprovider", "-o", f"addopts=-m '{chosen}'"]
