@@ -391,6 +391,27 @@ def test_stylegan_forward(batch: int) -> None:
     assert speed > 1 / SLACK
 
 
+@pytest.mark.parametrize(("batch", "shape"), [(256, (4, 32, 32)), (1024, (32, 16, 16)), (256, (3, 256, 256))])
+def test_the_cost_of_a_draw_is_that_of_its_own_rows(batch: int, shape: tuple[int, ...]) -> None:
+    """Of eight processes each draws an eighth; torch's generator draws the global batch in every one of them."""
+    step = Step(0, world=8)
+
+    def alone() -> None:
+        Step(0).randn((batch, *shape), "noise")
+
+    def eighth() -> None:
+        step.randn((batch // 8, *shape), "noise")
+
+    def whole() -> None:
+        torch.randn(batch, *shape)
+
+    size = "x".join(map(str, shape))
+    report(f"noise for {batch} x {size}, one process", *race(alone, whole, rounds=3), "torch.randn")
+    ours, peer = race(eighth, whole, rounds=3)
+    report(f"noise for {batch} x {size}, one of 8 processes", ours, peer, "torch.randn of all")
+    assert ours < peer
+
+
 def test_the_race_is_fair() -> None:
     """A program against itself comes out even."""
     x = torch.randn(400, 400)
