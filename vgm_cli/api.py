@@ -249,6 +249,22 @@ class HasFeatures(Protocol):
 
 
 @runtime_checkable
+class HasExample(Protocol):
+    """A network or codec that says what it takes: what a proof of a conversion or a check of shapes feeds it.
+
+    A network without it is taken for `forward(x, t, y)` of images, times and labels. vgm_cli.nn.example helps to write
+    it.
+    """
+
+    @staticmethod
+    def example(config: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Keywords of forward (of a codec: `x`, the images of encode) for the network that `config` builds: one row or
+        two, as small as the network allows, the same at every call. config: every keyword of the constructor, defaults
+        included."""
+        ...
+
+
+@runtime_checkable
 class Codec(Protocol):
     """A frozen first stage between pixels and what the model sees.
 

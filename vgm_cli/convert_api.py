@@ -1,4 +1,9 @@
-"""What a checkpoint converter is: one published layout of one component, both ways. Importing it needs no torch."""
+"""What a converter is: a `Layout`, one published form of one component's weights, both ways. Torch-free at import.
+
+A plugin declares `Component(kind="converter", name=..., target="...:LAYOUT")`, whose target is a Layout. Its parts are
+pure functions on dicts of tensors: state is {name: tensor}, config the keywords of the component's constructor, json
+the config.json of a diffusers folder.
+"""
 
 from __future__ import annotations
 
@@ -12,65 +17,115 @@ if TYPE_CHECKING:
     from torch import Tensor
 
 State = Mapping[str, "Tensor"]
+Config = Mapping[str, Any]
 
 
-@dataclass(frozen=True)
-class Converter:
-    """One layout of one component's weights, as pure functions on dicts of tensors.
+def anything(config: Config) -> None:
+    """Every network has such a file."""
 
-    name: the layout as `vgm convert --from/--to` names it ("dit", "dit-diffusers").
-    component: the model (or codec) it feeds, as a recipe names it. kind: that component's kind.
-    recognise(keys): does a state with these names have this layout? Wrapped files go through `unwrap` first.
-    to_ours(state) / from_ours(state): rename, split and merge tensors. The result of to_ours loads with strict=True
-        and to_ours(from_ours(s)) equals s. KeyError when a tensor of the layout is missing.
-    config_from(state): constructor keywords read off the shapes of the published tensors; keywords that shapes do not
-        tell (the number of heads) follow the published presets.
 
-    What follows is optional; `config` is always constructor keywords.
-    header(config): what a converted file says of itself besides its network, where the paper fixes it: "view" (how a
-        sampler sees the network), "recipe" (paper, sampler, guidance_scale), "data" (sample_shape, num_classes, …), as
-        in engine/checkpoint.Header. With it the file can be sampled from as it is.
-    allows(config): VgmError when such a network has no file of this layout.
-    wrapper: the entry under which official torch files keep the state; "" is a bare one.
-    forgets: regular expressions of tensors of the layout that ours does not keep and from_ours makes anew; their values
-        say nothing. Any other tensor that from_ours gives must be the file's own.
-    pairs(names): {name in the layout: name in the file} of a network's own tensors, where a file may keep them below
-        the names of a larger one, or under older names. What is in no pair is not this network's.
-    assumes(state, config): {keyword: sentence} of what config_from (or header: "schedule") takes as published because
-        no tensor tells it, for this state.
-    config_json(config): the config.json that goes with the weights (diffusers). fits(json): is this its config.json?
-    from_json(json): constructor keywords that it tells and shapes do not. told_by(json): this layout for the network of
-        such a config.json, where tensors alone do not tell how to read them (the size, the width of a head).
-    forward(network, config): one deterministic evaluation of our network, where its forward takes more than images,
-        times, labels or ids. reference(state, config): the same by the layout's own code on a state of that layout;
-        they agree within `tolerance` of the largest value.
+def nothing(*args: Any) -> dict[str, Any]:
+    return {}
+
+
+def same_names(names: Iterable[str]) -> dict[str, str]:
+    return {name: name for name in names}
+
+
+@dataclass(frozen=True, kw_only=True)
+class Files:
+    """How published files hold the tensors of a layout.
+
+    wrapper: the entry of an official torch file that keeps the state, such as "model"; "" where the state is bare.
+    names(names): {name in the layout: name in the file} of this network's own tensors, for files that hold a larger
+        network around it (a first stage inside a diffusion model) or use older names. What is in no pair is not ours.
+    unused: regular expressions of tensors that say nothing (masks, caches, optimizer slots): they are not kept, and
+        from_ours makes them anew. Every other tensor that from_ours makes must equal the file's.
+    """
+
+    wrapper: str = ""
+    names: Callable[[Iterable[str]], Mapping[str, str]] = same_names
+    unused: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, kw_only=True)
+class Published:
+    """What the paper fixes and no tensor tells.
+
+    header(config): parts of engine/checkpoint.Header: "view" (how a sampler sees the network), "recipe" (paper,
+        sampler, guidance_scale), "data" (sample_shape, num_classes, ...). With them a converted file can be sampled
+        from.
+    assumes(state, config): {keyword: sentence}, a remark for every keyword that `config` or `header` takes from the
+        paper for this state. The user may give the keyword instead, and the remark is left out.
+    """
+
+    header: Callable[[Config], Mapping[str, Any]] = nothing
+    assumes: Callable[[State, Config], Mapping[str, str]] = nothing
+
+
+@dataclass(frozen=True, kw_only=True)
+class Diffusers:
+    """The config.json of a diffusers folder.
+
+    config_json(config): what is written beside the weights.
+    from_json(json): constructor keywords that config.json tells and shapes do not.
+    fits(json): whether a config.json belongs to this layout, where tensors fit several.
+    adapt(layout, json): the layout for this config.json, where tensors are read differently by what it says (the width
+        of a head).
+    """
+
+    config_json: Callable[[Config], dict[str, Any]]
+    from_json: Callable[[Mapping[str, Any]], dict[str, Any]] = nothing
+    fits: Callable[[Mapping[str, Any]], bool] = lambda json: False
+    adapt: Callable[[Layout, Mapping[str, Any]], Layout] = lambda layout, json: layout
+
+
+@dataclass(frozen=True, kw_only=True)
+class Proof:
+    """What `vgm convert --verify` compares beyond our own network before and after, fed with its `example(config)`.
+
+    reference(state, config): an evaluation by the layout's own code (diffusers) of a state in the layout; it has to
+        equal ours. VgmError: that code is not installed.
+    forward(network, config): the same evaluation of our network; None: its output for `example(config)`.
+    tolerance: the largest difference, relative to the largest value.
+    """
+
+    reference: Callable[[State, Config], Tensor] | None = None
+    forward: Callable[[Any, Config], Tensor] | None = None
+    tolerance: float = 1e-4
+
+
+@dataclass(frozen=True, kw_only=True)
+class Layout:
+    """One published form of one component's weights.
+
+    name: as `vgm convert --from/--to` names it ("dit", "dit-diffusers").
+    component, kind: the model or codec that it feeds, as a recipe names it.
+    recognise(names): whether a state with these names has this layout.
+    to_ours(state), from_ours(state): rename, split and merge tensors. The result of to_ours loads with strict=True, and
+        to_ours(from_ours(s)) equals s. KeyError: a tensor of the layout is missing.
+    config(state): constructor keywords read off the shapes of the published tensors; those that shapes do not tell (the
+        number of heads) follow the published networks.
+    allows(config): VgmError: such a network has no file of this layout.
     """
 
     name: str
     component: str
+    kind: str = "model"
+    summary: str = ""
     recognise: Callable[[Iterable[str]], bool]
     to_ours: Callable[[State], dict[str, Tensor]]
     from_ours: Callable[[State], dict[str, Tensor]]
-    config_from: Callable[[State], dict[str, Any]]
-    kind: str = "model"
-    summary: str = ""
-    header: Callable[[Mapping[str, Any]], Mapping[str, Any]] | None = None
-    allows: Callable[[Mapping[str, Any]], None] | None = None
-    wrapper: str = ""
-    forgets: tuple[str, ...] = ()
-    pairs: Callable[[Iterable[str]], Mapping[str, str]] | None = None
-    assumes: Callable[[State, Mapping[str, Any]], Mapping[str, str]] | None = None
-    config_json: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
-    fits: Callable[[Mapping[str, Any]], bool] | None = None
-    from_json: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None
-    told_by: Callable[[Mapping[str, Any]], Converter] | None = None
-    forward: Callable[[Any, Mapping[str, Any]], Tensor] | None = None
-    reference: Callable[[State, Mapping[str, Any]], Tensor] | None = None
-    tolerance: float = 1e-4
+    config: Callable[[State], dict[str, Any]]
+    allows: Callable[[Config], None] = anything
+    files: Files = Files()
+    published: Published = Published()
+    diffusers: Diffusers | None = None
+    proof: Proof = Proof()
 
     def own(self, state: State) -> State:
-        """The network's own tensors, under the layout's present names."""
-        return state if self.pairs is None else {ours: state[k] for ours, k in self.pairs(state).items()}
+        """The network's own tensors of a file, under the layout's present names."""
+        return {ours: state[theirs] for ours, theirs in self.files.names(state).items()}
 
 
 WRAPPERS = ("ema", "model_ema", "state_dict", "model", "module")

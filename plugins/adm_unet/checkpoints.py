@@ -14,8 +14,9 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.nn.functional import interpolate
 
-from vgm_cli.convert_api import Converter
+from vgm_cli.convert_api import Diffusers, Layout, Proof, Published
 from vgm_cli.errors import USAGE, VgmError, needs_extra
 
 from .model import EncoderUNetModel, UNetModel
@@ -181,24 +182,23 @@ def assumes(state: State, config: Mapping[str, Any]) -> dict[str, str]:
 
 PUBLISHED = (128, 192, 256)  # model_channels
 
-CONVERTER = Converter(
+CONVERTER = Layout(
     name="adm-unet",
     component="adm-unet",
     recognise=recognise,
-    assumes=assumes,
     to_ours=official,
     from_ours=official,
-    config_from=config_from,
-    header=header,
+    config=config_from,
+    published=Published(header=header, assumes=assumes),
     summary="openai/guided-diffusion diffusion models and upsamplers",
 )
-CLASSIFIER = Converter(
+CLASSIFIER = Layout(
     name="adm-classifier",
     component="adm-classifier",
     recognise=recognise_classifier,
     to_ours=official_classifier,
     from_ours=official_classifier,
-    config_from=classifier_config_from,
+    config=classifier_config_from,
     summary="openai/guided-diffusion classifiers",
 )
 
@@ -233,15 +233,15 @@ def consistency_header(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-CONSISTENCY = Converter(
+CONSISTENCY = Layout(
     name="consistency",
     component="adm-unet",
     recognise=recognise,
     to_ours=consistency_to_ours,
     from_ours=consistency_from_ours,
-    config_from=consistency_config_from,
+    config=consistency_config_from,
     summary="openai/consistency_models (EDM teachers, CD and CT students)",
-    header=consistency_header,
+    published=Published(header=consistency_header),
 )
 
 # -- diffusers -------------------------------------------------------------------------------------------------------
@@ -430,28 +430,15 @@ def diffusers_forward(state: State, config: Mapping[str, Any], head_channels: in
         raise needs_extra("this proof", "diffusers", "hf") from e
     network = UNet2DModel.from_config(diffusers_config(config, head_channels)).eval()
     network.load_state_dict({k: v.float() for k, v in state.items()})
-    x, t, y = example(config)
-    if config.get("super_res"):
-        x = torch.cat([x, torch.zeros_like(x)], dim=1)
+    given = UNetModel.example(config)
+    x = given["x"]
+    if "low_res" in given:
+        x = torch.cat([x, interpolate(given["low_res"], x.shape[2:], mode="bilinear")], dim=1)
     with torch.no_grad():
-        return network(x, t, class_labels=y).sample  # type: ignore[no-any-return]
+        return network(x, given["t"], class_labels=given.get("y")).sample  # type: ignore[no-any-return]
 
 
-def example(config: Mapping[str, Any]) -> tuple[Tensor, Tensor, Tensor | None]:
-    """x, t, y."""
-    channels, size = config.get("in_channels", 3), config["image_size"]
-    x = torch.randn((1, channels, size, size), generator=torch.Generator().manual_seed(0))
-    return x, torch.full((1,), 500.0), torch.zeros(1).long() if config.get("num_classes") else None
-
-
-def forward(network: Any, config: Mapping[str, Any]) -> Tensor:
-    """An upsampler is given a black image."""
-    x, t, y = example(config)
-    small = {"low_res": torch.zeros_like(x[..., ::4, ::4])} if config.get("super_res") else {}
-    return network(x, t, y, **small)  # type: ignore[no-any-return]
-
-
-def diffusers(name: str, new_order: bool, head_channels: int = 64, groups: int = 32) -> Converter:
+def diffusers(name: str, new_order: bool, head_channels: int = 64, groups: int = 32) -> Layout:
     def to_ours(state: State) -> dict[str, Tensor]:
         return diffusers_to_ours(state, new_order, head_channels)
 
@@ -459,7 +446,7 @@ def diffusers(name: str, new_order: bool, head_channels: int = 64, groups: int =
         known = {"num_heads": 1, "num_head_channels": head_channels, "use_new_attention_order": new_order}
         return config_from(to_ours(state)) | known | ({"norm_groups": groups} if groups != 32 else {})
 
-    def told_by(json: Mapping[str, Any]) -> Converter:
+    def adapt(layout: Layout, json: Mapping[str, Any]) -> Layout:
         width, number = json.get("attention_head_dim") or head_channels, json.get("norm_num_groups") or groups
         return diffusers(name, new_order, width, number)
 
@@ -467,20 +454,21 @@ def diffusers(name: str, new_order: bool, head_channels: int = 64, groups: int =
         wanted = {"time_embedding.linear_1.weight", "conv_in.weight", "mid_block.attentions.0.group_norm.weight"}
         return wanted | {"mid_block.attentions.0.to_q.weight", "up_blocks.0.resnets.0.norm1.weight"} <= set(keys)
 
-    return Converter(
+    return Layout(
         name=name,
         component="adm-unet",
         recognise=recognise,
         to_ours=to_ours,
         from_ours=lambda state: diffusers_from_ours(state, new_order, head_channels),
-        config_from=config,
-        header=header,
+        config=config,
         allows=lambda config: allows(config, new_order, head_channels, groups),
-        config_json=lambda config: diffusers_config(config, config.get("num_head_channels") or head_channels),
-        from_json=lambda json: {"image_size": json["sample_size"]} if json.get("sample_size") else {},
-        told_by=told_by,
-        forward=forward,
-        reference=lambda state, config: diffusers_forward(state, config, head_channels),
+        published=Published(header=header),
+        diffusers=Diffusers(
+            config_json=lambda config: diffusers_config(config, config.get("num_head_channels") or head_channels),
+            from_json=lambda json: {"image_size": json["sample_size"]} if json.get("sample_size") else {},
+            adapt=adapt,
+        ),
+        proof=Proof(reference=lambda state, config: diffusers_forward(state, config, head_channels)),
         summary=f"diffusers UNet2DModel, {head_channels} channels a head, {'new' if new_order else 'legacy'} order",
     )
 

@@ -10,7 +10,7 @@ super_res=True instead of a subclass; `null_class` adds a row to the label table
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.nn.example import images, noise
 from vgm_cli.nn.features import places
 from vgm_cli.nn.sdpa import sdpa
 from vgm_cli.ranges import Blocks, Depth, Fraction, Side, Whole, Width
@@ -425,6 +426,12 @@ class UNetModel(Trunk):
             found.append(h)
         return [found[i] for i in at]
 
+    @staticmethod
+    def example(config: Mapping[str, Any]) -> dict[str, Tensor]:
+        channels, side = config["in_channels"], config["image_size"]
+        small = {"low_res": noise(1, channels, side // 4, side // 4)} if config["super_res"] else {}
+        return images(channels, side, config["num_classes"] or 0, t=500.0) | small
+
     def forward(
         self,
         x: Tensor,
@@ -505,6 +512,10 @@ class EncoderUNetModel(Trunk):
         else:
             layers = [nn.Linear(features, 2048), GroupNorm32(2048), nn.SiLU(), nn.Linear(2048, num_classes)]
         self.out = nn.Sequential(*layers)
+
+    @staticmethod
+    def example(config: Mapping[str, Any]) -> dict[str, Tensor]:
+        return images(config["in_channels"], config["image_size"], t=500.0)
 
     def forward(self, x: Tensor, t: Tensor) -> Tensor:
         """x: (N, C, H, W) in [-1, 1] plus noise; t: (N,) timesteps. Gives logits (N, num_classes)."""

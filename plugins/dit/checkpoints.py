@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgm_cli.convert_api import Converter
+from vgm_cli.convert_api import Diffusers, Layout, Proof, Published
 from vgm_cli.errors import USAGE, VgmError, needs_extra
 from vgm_cli.nets.dit import sincos_2d
 from vgm_cli.nets.dit_checkpoints import assumes, config_from, converter, depth_of, latents
@@ -171,27 +171,31 @@ def allows(config: Mapping[str, Any], input_size: int) -> None:
         )
 
 
-def diffusers(name: str, input_size: int) -> Converter:
+def diffusers(name: str, input_size: int) -> Layout:
     def to_ours(state: State) -> dict[str, Tensor]:
         return diffusers_to_ours(state, input_size)
 
-    return Converter(
+    def adapt(layout: Layout, json: Mapping[str, Any]) -> Layout:
+        """diffusers' 256-pixel layout is that of every size, which config.json tells."""
+        return layout if input_size == 64 else diffusers(name, json.get("sample_size", input_size))
+
+    return Layout(
         name=name,
         component="dit",
+        summary=f"diffusers DiTTransformer2DModel, {8 * input_size} pixels",
         recognise=diffusers_recognise,
         to_ours=to_ours,
         from_ours=diffusers_from_ours,
-        config_from=lambda state: config_from(to_ours(state)),
-        header=header,
+        config=lambda state: config_from(to_ours(state)),
         allows=lambda config: allows(config, input_size),
-        config_json=diffusers_config,
-        fits=lambda json: (json.get("sample_size") == 64) == (input_size == 64),
-        from_json=lambda json: {"num_heads": json["num_attention_heads"]} if "num_attention_heads" in json else {},
-        told_by=None if input_size == 64 else lambda json: diffusers(name, json.get("sample_size", input_size)),
-        forward=forward,
-        reference=diffusers_forward,
-        assumes=lambda state, config: assumes_training(to_ours(state), config),
-        summary=f"diffusers DiTTransformer2DModel, {8 * input_size} pixels",
+        published=Published(header=header, assumes=lambda state, config: assumes_training(to_ours(state), config)),
+        diffusers=Diffusers(
+            config_json=diffusers_config,
+            from_json=lambda json: {"num_heads": json["num_attention_heads"]} if "num_attention_heads" in json else {},
+            fits=lambda json: (json.get("sample_size") == 64) == (input_size == 64),
+            adapt=adapt,
+        ),
+        proof=Proof(reference=diffusers_forward, forward=forward),
     )
 
 

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgm_cli.convert_api import Converter
+from vgm_cli.convert_api import Layout, Published
 from vgm_cli.nets.edm import DhariwalUNet
 
 from .discriminator import Head
@@ -62,16 +62,16 @@ def header(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def network(name: str, prefix: str, summary: str) -> Converter:
-    return Converter(
+def network(name: str, prefix: str, summary: str) -> Layout:
+    return Layout(
         name=name,
         component="edm-unet",
         recognise=lambda keys: has(keys, prefix),
         to_ours=lambda state: renamed(state, prefix, ""),
         from_ours=lambda state: renamed(state, "", prefix),
-        config_from=lambda state: config_from(state, prefix),
+        config=lambda state: config_from(state, prefix),
         summary=summary,
-        header=header,
+        published=Published(header=header),
     )
 
 
@@ -98,12 +98,12 @@ def head_config(state: State) -> dict[str, Any]:
     return {"channels": state[convs[-1]].shape[1], "side": last * 2 ** (len(convs) - 2)}
 
 
-HEAD = Converter(
+HEAD = Layout(
     name="dmd2-discriminator",
     component="dmd-discriminator",
     recognise=lambda keys: any(k.startswith(BRANCH) for k in keys),
     to_ours=head_to_ours,
     from_ours=lambda state: {BRANCH + k: v for k, v in state.items()},
-    config_from=head_config,
+    config=head_config,
     summary="classification branch in tianweiy/DMD2's guidance model",
 )

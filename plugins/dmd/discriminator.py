@@ -7,6 +7,7 @@ are for maps of 8 x 8 and 32 x 32; this one is for any side, with the same layer
 from __future__ import annotations
 
 import math
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor, nn
 from vgm_cli.api import HasFeatures
 from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.nn.example import noise
 from vgm_cli.ranges import Few, Width
 
 
@@ -28,6 +30,10 @@ class Head(nn.Sequential):
             side //= 2
         layers += [nn.Conv2d(channels, channels, side, side), norm(channels), nn.SiLU(), nn.Conv2d(channels, 1, 1)]
         super().__init__(*layers)
+
+    @staticmethod
+    def example(config: Mapping[str, Any]) -> dict[str, Tensor]:
+        return {"x": noise(1, config["channels"], config["side"], config["side"])}
 
     def forward(self, x: Tensor) -> Tensor:
         return super().forward(x).flatten(1)

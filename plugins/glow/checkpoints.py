@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgm_cli.convert_api import Converter
+from vgm_cli.convert_api import Files, Layout, Published
 from vgm_cli.errors import USAGE, VgmError
 
 State = Mapping[str, Tensor]
@@ -192,16 +192,6 @@ def header(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-def forward(network: Any, config: Mapping[str, Any]) -> Tensor:
-    """log p of a smooth image and its mirror image, as classes 0 and the last: (2,)."""
-    size, channels, classes = config["size"], config["in_channels"], config["num_classes"]
-    line = torch.linspace(-0.4, 0.4, size + network.margin)
-    x = (line[:, None] * line.cos()).expand(2, channels, -1, -1)
-    y = torch.tensor([0, classes - 1]) if classes else None
-    out: Tensor = network(torch.stack([x[0], x[1].flip(-1)]), y).log_prob
-    return out
-
-
 def only(style: str) -> Callable[[Mapping[str, Any]], None]:
     """Refuses networks of the other parametrisation."""
 
@@ -219,32 +209,30 @@ def official_recognise(keys: Iterable[str]) -> bool:
     return {"model/0/0/actnorm_center/b", "model/0/0/f1/l_1/W", "model/0/0/f1/l_last/logs"} <= keys
 
 
-CONVERTER = Converter(
+UNUSED = (r"_adam_", r"(^|/)adam_t$", r"ExponentialMovingAverage$", r"indices_inverse$")
+
+CONVERTER = Layout(
     name="glow",
     component="glow",
     recognise=official_recognise,
-    assumes=assumes,
     to_ours=official_to_ours,
     from_ours=official_from_ours,
-    config_from=lambda state: ours_config(official_to_ours(state), "openai"),
-    header=header,
+    config=lambda state: ours_config(official_to_ours(state), "openai"),
     allows=only("openai"),
-    forgets=(r"_adam_", r"(^|/)adam_t$", r"ExponentialMovingAverage$", r"indices_inverse$"),
-    forward=forward,
+    files=Files(unused=UNUSED),
+    published=Published(header=header, assumes=assumes),
     summary="openai/glow: TensorFlow variables by name",
 )
-CONVERTER_AVERAGE = Converter(
+CONVERTER_AVERAGE = Layout(
     name="glow-average",
     component="glow",
     recognise=lambda keys: False,  # chosen by name only
-    pairs=average_pairs,
     to_ours=lambda state: official_to_ours(averages(state)),
     from_ours=official_from_ours,
-    config_from=lambda state: ours_config(official_to_ours(state), "openai"),
-    header=header,
+    config=lambda state: ours_config(official_to_ours(state), "openai"),
     allows=only("openai"),
-    forgets=CONVERTER.forgets,
-    forward=forward,
+    files=Files(names=average_pairs, unused=UNUSED),
+    published=Published(header=header),
     summary="openai/glow: the Polyak averages of a training checkpoint",
 )
 
@@ -317,15 +305,14 @@ def port_recognise(keys: Iterable[str]) -> bool:
     return {"blocks.0.flows.0.actnorm.loc", "blocks.0.flows.0.coupling.net.4.conv.weight"} <= keys
 
 
-PORT = Converter(
+PORT = Layout(
     name="glow-rosinality",
     component="glow",
     recognise=port_recognise,
     to_ours=port_to_ours,
     from_ours=port_from_ours,
-    config_from=lambda state: ours_config(port_to_ours(state), "rosinality"),
-    header=header,
+    config=lambda state: ours_config(port_to_ours(state), "rosinality"),
     allows=only("rosinality"),
-    forward=forward,
+    published=Published(header=header),
     summary="rosinality/glow-pytorch",
 )

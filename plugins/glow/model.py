@@ -8,8 +8,8 @@ ends.
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Literal, NamedTuple
+from collections.abc import Mapping, Sequence
+from typing import Any, Literal, NamedTuple
 
 import torch
 import torch.nn.functional as F
@@ -278,6 +278,14 @@ class Glow(nn.Module):
         shapes = [(c * 2 ** (i + 1), h >> (i + 1), w >> (i + 1)) for i in range(self.levels)]
         top_c, top_h, top_w = shapes[-1]
         return [*shapes[:-1], (2 * top_c, top_h, top_w)]
+
+    @staticmethod
+    def example(config: Mapping[str, Any]) -> dict[str, Tensor]:
+        """Two smooth images, padded, of the first and the last class."""
+        size, classes = config["size"], config["num_classes"]
+        line = torch.linspace(-0.4, 0.4, size + -size % 2 ** config["levels"])
+        x = (line[:, None] * line.cos()).expand(config["in_channels"], -1, -1)
+        return {"x": torch.stack([x, x.flip(-1)]), **({"y": torch.tensor([0, classes - 1])} if classes else {})}
 
     def forward(self, x: Tensor, y: Tensor | None = None) -> Encoding:
         """x: (B, C, H, W) padded and dequantised in [-0.5, 0.5), y: (B,) labels of a conditional model."""

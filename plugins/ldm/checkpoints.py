@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgm_cli.convert_api import Converter
+from vgm_cli.convert_api import Diffusers, Files, Layout, Proof, Published
 from vgm_cli.errors import USAGE, VgmError, needs_extra
 
 from .presets import KL
@@ -114,30 +114,28 @@ def in_checkpoint(state: State) -> dict[str, Tensor]:
     return {PREFIX + k: v for k, v in state.items()}
 
 
-CONVERTER_KL = Converter(
+CONVERTER_KL = Layout(
     name="autoencoder-kl",
     component="autoencoder-kl",
     kind="codec",
     recognise=lambda names: recognise(names, quantised=False),
-    pairs=bare,
-    assumes=assumes,
     to_ours=to_ours,
     from_ours=dict,
-    config_from=config_from,
-    wrapper="state_dict",
+    config=config_from,
+    files=Files(wrapper="state_dict", names=bare),
+    published=Published(assumes=assumes),
     summary="CompVis KL first stages, also inside diffusion checkpoints (first_stage_model.*)",
 )
-CONVERTER_VQ = Converter(
+CONVERTER_VQ = Layout(
     name="vq-autoencoder",
     component="vq-autoencoder",
     kind="codec",
     recognise=lambda names: recognise(names, quantised=True),
-    pairs=bare,
-    assumes=assumes,
     to_ours=to_ours,
     from_ours=dict,
-    config_from=config_from,
-    wrapper="state_dict",
+    config=config_from,
+    files=Files(wrapper="state_dict", names=bare),
+    published=Published(assumes=assumes),
     summary="CompVis VQ first stages, also inside diffusion checkpoints (first_stage_model.*)",
 )
 
@@ -206,7 +204,7 @@ def diffusers_to_ours(state: State) -> dict[str, Tensor]:
     state = {modern(k): v for k, v in state.items()}
     bias, z = state["encoder.conv_out.bias"], state["decoder.conv_in.weight"].shape[1]
     for name, n in (("quant_conv", len(bias)), ("post_quant_conv", z)):
-        if f"{name}.weight" not in state:
+        if f"{name}.weight" not in state and f"{name}.bias" not in state:
             state[f"{name}.weight"] = torch.eye(n).to(bias)[:, :, None, None]
             state[f"{name}.bias"] = torch.zeros(n).to(bias)
     levels = 1 + highest(state, r"encoder\.down_blocks\.(\d+)\.")
@@ -308,20 +306,21 @@ def diffusers_forward(state: State, config: Mapping[str, Any]) -> Tensor:
         return torch.cat([moments.flatten(), network.decode(z).sample.flatten()])
 
 
-DIFFUSERS = Converter(
+DIFFUSERS = Layout(
     name="autoencoder-kl-diffusers",
     component="autoencoder-kl",
     kind="codec",
     recognise=diffusers_recognise,
-    pairs=lambda names: {modern(k): k for k in names},
-    assumes=assumes,
     to_ours=diffusers_to_ours,
     from_ours=diffusers_from_ours,
-    config_from=lambda state: config_from(diffusers_to_ours(state)),
-    config_json=diffusers_config,
-    fits=lambda json: json.get("_class_name") == "AutoencoderKL",
-    from_json=lambda json: config_from_diffusers(json) if "block_out_channels" in json else {},
-    forward=forward,
-    reference=diffusers_forward,
+    config=lambda state: config_from(diffusers_to_ours(state)),
     summary="diffusers AutoencoderKL (diffusion_pytorch_model.safetensors)",
+    files=Files(names=lambda names: {modern(k): k for k in names}),
+    published=Published(assumes=assumes),
+    diffusers=Diffusers(
+        config_json=diffusers_config,
+        from_json=lambda json: config_from_diffusers(json) if "block_out_channels" in json else {},
+        fits=lambda json: json.get("_class_name") == "AutoencoderKL",
+    ),
+    proof=Proof(reference=diffusers_forward, forward=forward),
 )

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgm_cli.convert_api import Converter
+from vgm_cli.convert_api import Files, Layout, Published
 
 from .presets import SIZES, TOKENIZER
 
@@ -121,19 +121,17 @@ def assumes(state: State, config: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def gpt_converter(name: str, side: int) -> Converter:
-    return Converter(
+def gpt_converter(name: str, side: int) -> Layout:
+    return Layout(
         name=name,
         component="llamagen",
         recognise=recognise,
         to_ours=to_ours,
         from_ours=dict,
-        config_from=lambda state: config_from(state, side),
+        config=lambda state: config_from(state, side),
         summary=f"official LlamaGen GPT, {side}x{side} codes ({16 * side} pixels with VQ-16)",
-        header=header,
-        assumes=assumes,
-        wrapper="model",
-        forgets=(DROPPED.pattern,),
+        files=Files(wrapper="model", unused=(DROPPED.pattern,)),
+        published=Published(header=header, assumes=assumes),
     )
 
 
@@ -221,15 +219,14 @@ def tokenizer_config(state: State) -> dict[str, Any]:
     return config if back == config["ch_mult"] else {**config, "decoder_ch_mult": back}
 
 
-TOKENIZER_CONVERTER = Converter(
+TOKENIZER_CONVERTER = Layout(
     name="llamagen-tokenizer",
     component="llamagen-tokenizer",
     kind="codec",
     recognise=tokenizer_recognise,
     to_ours=tokenizer_to_ours,
     from_ours=tokenizer_from_ours,
-    config_from=tokenizer_config,
+    config=tokenizer_config,
     summary="official LlamaGen tokenizers (vq_ds16_c2i.pt, vq_ds8_c2i.pt, vq_ds16_t2i.pt)",
-    wrapper="model",
-    forgets=(r"quantize\.codebook_used$",),
+    files=Files(wrapper="model", unused=(r"quantize\.codebook_used$",)),
 )

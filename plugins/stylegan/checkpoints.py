@@ -1,6 +1,6 @@
 """Published layouts of StyleGAN weights, both ways.
 
-stylegan: variables of NVlabs/stylegan@1e0d5c7 (TensorFlow), out of its pickles by vgm_cli.weights.pickle. stylegan2:
+stylegan: variables of NVlabs/stylegan@1e0d5c7 (TensorFlow), out of its pickles. stylegan2:
 modules of NVlabs/stylegan2-ada-pytorch@d72cc7d. stylegan2-tf: variables of NVlabs/stylegan2 and stylegan2-ada.
 stylegan-rosinality: rosinality/style-based-gan-pytorch@07fa60b. The discriminators' have "-discriminator" at the end.
 """
@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgm_cli.convert_api import Converter
+from vgm_cli.convert_api import Files, Layout, Published
 from vgm_cli.errors import FAILED, USAGE, VgmError
 
 from .port import FUSED_FROM, WIDTHS
@@ -510,7 +510,7 @@ def pairs_of(activated: bool) -> list[tuple[str, str]]:
     return rows
 
 
-def port_discriminator(activated: bool, name: str, summary: str) -> Converter:
+def port_discriminator(activated: bool, name: str, summary: str) -> Layout:
     mark = "from_rgb.0.0.conv.bias" if activated else "from_rgb.0.conv.bias"
 
     def to_ours(state: State) -> dict[str, Tensor]:
@@ -531,7 +531,15 @@ def port_discriminator(activated: bool, name: str, summary: str) -> Converter:
     def recognise(keys: Iterable[str]) -> bool:
         return {mark, "linear.linear.weight_orig"} <= set(keys)
 
-    return Converter(name, "stylegan-rosinality-discriminator", recognise, to_ours, from_ours, config, summary=summary)
+    return Layout(
+        name=name,
+        component="stylegan-rosinality-discriminator",
+        summary=summary,
+        recognise=recognise,
+        to_ours=to_ours,
+        from_ours=from_ours,
+        config=config,
+    )
 
 
 def is_port(keys: Iterable[str]) -> bool:
@@ -562,31 +570,72 @@ def allows(config: Mapping[str, Any]) -> None:
         raise VgmError(f"size={size} does not grow from 4x4 pixels, as this layout has it", code=USAGE)
 
 
-COMMON: dict[str, Any] = {"header": header, "allows": allows}
-GENERATOR = Converter(
-    "stylegan", "stylegan", is_tf_generator, generator_to_ours, generator_from_ours, generator_config,
-    summary="NVlabs/stylegan, TensorFlow variables", pairs=plain_pairs, **COMMON,
-)  # fmt: skip
-DISCRIMINATOR = Converter(
-    "stylegan-discriminator", "stylegan-discriminator", is_tf_discriminator, discriminator_to_ours,
-    discriminator_from_ours, discriminator_config, summary="its discriminator", allows=allows, pairs=plain_pairs,
-)  # fmt: skip
-GENERATOR2 = Converter(
-    "stylegan2", "stylegan2", is_stylegan2, stylegan2_to_ours, stylegan2_from_ours, stylegan2_config,
-    summary="NVlabs/stylegan2-ada-pytorch", **COMMON,
-)  # fmt: skip
-DISCRIMINATOR2 = Converter(
-    "stylegan2-discriminator", "stylegan2-discriminator", is_stylegan2_discriminator, stylegan2_to_ours,
-    stylegan2_from_ours, stylegan2_discriminator_config, summary="its discriminator", allows=allows,
-)  # fmt: skip
-GENERATOR2_TF = Converter(
-    "stylegan2-tf", "stylegan2", is_tf2_generator, tf2_to_ours, tf2_from_ours, tf2_config,
-    summary="NVlabs/stylegan2 and stylegan2-ada, TensorFlow variables", pairs=plain_pairs, **COMMON,
-)  # fmt: skip
-PORT = Converter(
-    "stylegan-rosinality", "stylegan-rosinality", is_port, port_to_ours, port_from_ours, port_config,
-    summary="rosinality/style-based-gan-pytorch", header=header,
-)  # fmt: skip
+GENERATOR = Layout(
+    name="stylegan",
+    component="stylegan",
+    summary="NVlabs/stylegan, TensorFlow variables",
+    recognise=is_tf_generator,
+    to_ours=generator_to_ours,
+    from_ours=generator_from_ours,
+    config=generator_config,
+    allows=allows,
+    files=Files(names=plain_pairs),
+    published=Published(header=header),
+)
+DISCRIMINATOR = Layout(
+    name="stylegan-discriminator",
+    component="stylegan-discriminator",
+    summary="its discriminator",
+    recognise=is_tf_discriminator,
+    to_ours=discriminator_to_ours,
+    from_ours=discriminator_from_ours,
+    config=discriminator_config,
+    allows=allows,
+    files=Files(names=plain_pairs),
+)
+GENERATOR2 = Layout(
+    name="stylegan2",
+    component="stylegan2",
+    summary="NVlabs/stylegan2-ada-pytorch",
+    recognise=is_stylegan2,
+    to_ours=stylegan2_to_ours,
+    from_ours=stylegan2_from_ours,
+    config=stylegan2_config,
+    allows=allows,
+    published=Published(header=header),
+)
+DISCRIMINATOR2 = Layout(
+    name="stylegan2-discriminator",
+    component="stylegan2-discriminator",
+    summary="its discriminator",
+    recognise=is_stylegan2_discriminator,
+    to_ours=stylegan2_to_ours,
+    from_ours=stylegan2_from_ours,
+    config=stylegan2_discriminator_config,
+    allows=allows,
+)
+GENERATOR2_TF = Layout(
+    name="stylegan2-tf",
+    component="stylegan2",
+    summary="NVlabs/stylegan2 and stylegan2-ada, TensorFlow variables",
+    recognise=is_tf2_generator,
+    to_ours=tf2_to_ours,
+    from_ours=tf2_from_ours,
+    config=tf2_config,
+    allows=allows,
+    files=Files(names=plain_pairs),
+    published=Published(header=header),
+)
+PORT = Layout(
+    name="stylegan-rosinality",
+    component="stylegan-rosinality",
+    summary="rosinality/style-based-gan-pytorch",
+    recognise=is_port,
+    to_ours=port_to_ours,
+    from_ours=port_from_ours,
+    config=port_config,
+    published=Published(header=header),
+)
 PORT_DISCRIMINATOR = port_discriminator(True, "stylegan-rosinality-discriminator", "its discriminator")
 PORT_DISCRIMINATOR_PLAIN = port_discriminator(
     False, "stylegan-rosinality-discriminator-plain", "its discriminator without activation at the entry"

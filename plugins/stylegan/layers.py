@@ -7,7 +7,7 @@ training/networks_stylegan.py, NVlabs/stylegan2-ada-pytorch@d72cc7d training/net
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.nn.example import label, noise
 from vgm_cli.nn.precision import full_precision
 
 # name: (function, gain that keeps the variance)
@@ -134,6 +135,10 @@ class StyleGenerator(nn.Module):
     w_avg: Tensor
     map: Callable[..., Tensor]  # (z: (B, latent_size), y) -> w: (B, w_dim)
     synthesis: Callable[..., Tensor]  # (ws: (B, num_layers, w_dim), noise, lod) -> images
+
+    @staticmethod
+    def example(config: Mapping[str, Any]) -> dict[str, Tensor]:
+        return {"z": noise(1, config["latent_size"]), **label(config["num_classes"])}
 
     def center(self) -> Tensor:
         """What truncation pulls towards: the running mean of w, (w_dim,)."""

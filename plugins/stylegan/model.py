@@ -8,12 +8,14 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vgm_cli.nn.example import label, noise
 from vgm_cli.nn.fir import fir_kernel, upfirdn2d
 from vgm_cli.nn.precision import full_precision
 from vgm_cli.ranges import Blocks, Positive, Side, Whole, Width
@@ -70,7 +72,7 @@ def split_lod(lod: float, levels: int) -> tuple[int, float]:
     return levels - 1 - int(lod), lod - int(lod)
 
 
-class Mapping(nn.Module):
+class MappingNetwork(nn.Module):
     """Eight dense layers from z (and a label) to w (sec. 2, app. C)."""
 
     def __init__(self, latent: int, classes: int, w_dim: int, layers: int, width: int, lr_multiplier: float):
@@ -154,7 +156,7 @@ class Generator(StyleGenerator):
         self.size, self.in_channels, self.num_classes = size, in_channels, num_classes
         self.latent_size, self.w_dim, self.num_layers = latent_size, w_dim, 2 * len(self.sides)
         self.noise_shapes = [(1, s, s) for s in self.sides for _ in (0, 1)]
-        self.mapping = Mapping(latent_size, num_classes, w_dim, mapping_layers, mapping_width, lr_multiplier)
+        self.mapping = MappingNetwork(latent_size, num_classes, w_dim, mapping_layers, mapping_width, lr_multiplier)
         self.const = nn.Parameter(torch.ones(1, maps[0], self.sides[0], self.sides[0]))
         first = [
             Layer(maps[0], maps[0], self.sides[0], w_dim, conv=False),
@@ -247,6 +249,11 @@ class Discriminator(nn.Module):
     def entry(self, image: Tensor, level: int) -> Tensor:
         """The image at a level's side, as its features."""
         return F.leaky_relu(self.from_rgb[level](shrink(image, self.size // self.sides[level])), 0.2)
+
+    @staticmethod
+    def example(config: Mapping[str, Any]) -> dict[str, Tensor]:
+        x = noise(1, config["in_channels"], config["size"], config["size"])
+        return {"x": x, **label(config["num_classes"])}
 
     def forward(self, x: Tensor, y: Tensor | None = None, lod: float | None = None) -> Tensor:
         """x: (B, C, size, size) about [-1, 1], y: (B,) -> scores (B, 1) in single precision."""

@@ -10,13 +10,15 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.nn.example import noise
 from vgm_cli.ranges import Blocks, Side, Width
 
 from .layers import EqualConv, EqualLinear, StyleGenerator, minibatch_stddev, pixel_norm
@@ -96,6 +98,10 @@ class Generator(StyleGenerator):
         self.to_rgb = nn.ModuleList(EqualConv(c, 3, 1, GAIN) for c in widths)
         self.register_buffer("w_avg", torch.zeros(w_dim))
 
+    @staticmethod
+    def example(config: Mapping[str, Any]) -> dict[str, Tensor]:
+        return {"z": noise(1, config["w_dim"])}
+
     def map(self, z: Tensor, y: Tensor | None = None) -> Tensor:
         """z: (B, w_dim) -> w: (B, w_dim)."""
         x = pixel_norm(z.float())
@@ -157,6 +163,10 @@ class Discriminator(nn.Module):
     def entry(self, image: Tensor, level: int) -> Tensor:
         x = self.from_rgb[level](shrink(image, self.size // (4 << level)))
         return F.leaky_relu(x, 0.2) if self.from_rgb_activate else x
+
+    @staticmethod
+    def example(config: Mapping[str, Any]) -> dict[str, Tensor]:
+        return {"x": noise(1, 3, config["size"], config["size"])}
 
     def forward(self, x: Tensor, y: Tensor | None = None, lod: float | None = None) -> Tensor:
         """x: (B, 3, size, size) -> scores (B, 1)."""

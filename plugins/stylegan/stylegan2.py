@@ -9,13 +9,14 @@ layers is one buffer; precision is the trainer's, not a number of layers; sides 
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator, Sequence
-from typing import Literal
+from collections.abc import Iterator, Mapping, Sequence
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vgm_cli.nn.example import label, noise
 from vgm_cli.nn.fir import upfirdn2d
 from vgm_cli.nn.precision import full_precision
 from vgm_cli.ranges import Blocks, Positive, Side, Whole, Width
@@ -108,7 +109,7 @@ def modulated_conv(
     return out * d if demodulate or gain != 1 else out
 
 
-class Mapping(nn.Module):
+class MappingNetwork(nn.Module):
     """z and a label, each normalised, to w. z_dim: 0 for a label alone (the discriminator's)."""
 
     def __init__(
@@ -253,7 +254,7 @@ class Generator(StyleGenerator):
         self.size, self.in_channels, self.num_classes = size, in_channels, num_classes
         self.latent_size, self.w_dim, self.num_layers = latent_size, w_dim, 2 * len(self.sides)
         self.clamp = clamp
-        self.mapping = Mapping(
+        self.mapping = MappingNetwork(
             latent_size, num_classes, w_dim, mapping_layers, mapping_width or w_dim, embed or w_dim, lr_multiplier,
             mapping_activation,
         )  # fmt: skip
@@ -406,7 +407,7 @@ class Discriminator(nn.Module):
             self.add_module(f"b{self.sides[i]}", block)
         if num_classes:
             d = self.cmap_dim
-            self.mapping = Mapping(
+            self.mapping = MappingNetwork(
                 0, num_classes, d, mapping_layers, mapping_width or d, embed or d, lr_multiplier, mapping_activation
             )
         self.add_module(
@@ -418,6 +419,11 @@ class Discriminator(nn.Module):
         layers = [m for s in reversed(self.sides[1:]) for m in self.get_submodule(f"b{s}").children()]
         for layer in layers[:freeze_layers]:
             layer.requires_grad_(False)
+
+    @staticmethod
+    def example(config: Mapping[str, Any]) -> dict[str, Tensor]:
+        x = noise(1, config["in_channels"], config["size"], config["size"])
+        return {"x": x, **label(config["num_classes"])}
 
     def forward(self, x: Tensor, y: Tensor | None = None, lod: float | None = None) -> Tensor:
         """x: (B, C, size, size) about [-1, 1], y: (B,) -> scores (B, 1) in single precision."""

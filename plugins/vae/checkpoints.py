@@ -11,10 +11,9 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
-from vgm_cli.convert_api import Converter
+from vgm_cli.convert_api import Files, Layout, Published
 from vgm_cli.errors import USAGE, VgmError
 
 State = Mapping[str, Tensor]
@@ -66,13 +65,6 @@ def header(config: Mapping[str, Any]) -> dict[str, Any]:
     return {"recipe": recipe, "data": {**facts, "sample_shape": [channels, size, size]}}
 
 
-def forward(network: Any, config: Mapping[str, Any]) -> Tensor:
-    """The reconstruction of a ramp: (1, C, H, W)."""
-    size, channels = config["size"], config["channels"]
-    recon: Tensor = network(torch.linspace(0, 1, channels * size * size).view(1, channels, size, size))[0]
-    return recon
-
-
 def allows(config: Mapping[str, Any]) -> None:
     """VgmError: not pythae's default networks."""
     if config.get("architecture", "mlp") != "mlp" or config.get("activation", "tanh") != "relu":
@@ -88,17 +80,15 @@ def assumes(state: State, config: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-CONVERTER = Converter(
+CONVERTER = Layout(
     name="vae-pythae",
     component="vae",
     recognise=recognise,
     to_ours=same,
     from_ours=same,
-    config_from=config_from,
-    header=header,
-    assumes=assumes,
+    config=config_from,
     allows=allows,
-    wrapper="model_state_dict",
-    forward=forward,
+    files=Files(wrapper="model_state_dict"),
+    published=Published(header=header, assumes=assumes),
     summary="pythae's VAE with its default perceptrons",
 )

@@ -8,9 +8,9 @@ Inside, pixels are in [0, 1]; `encode` and `decode`, the codec's face, take and 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from itertools import pairwise
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -178,6 +178,13 @@ class VAE(nn.Module):
     def mean(self, z: Tensor) -> Tensor:
         """Decoder mean: (N, D) -> (N, C, H, W) in [0, 1]."""
         return self.likelihood.mean(self.parameters_of(z)[0])
+
+    @staticmethod
+    def example(config: Mapping[str, Any]) -> dict[str, Tensor]:
+        """A ramp of brightness."""
+        size = config["size"]
+        shape = (config["channels"], *((size, size) if isinstance(size, int) else size))
+        return {"x": torch.linspace(0, 1, math.prod(shape)).view(1, *shape)}
 
     def forward(self, x: Tensor, eps: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """x: (B, C, H, W) in [0, 1] -> reconstruction in [0, 1], mu, log sigma^2. eps: (B, D), None for the mean."""

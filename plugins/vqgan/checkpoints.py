@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgm_cli.convert_api import Converter
+from vgm_cli.convert_api import Files, Layout, Published
 from vgm_cli.errors import USAGE, VgmError
 
 State = Mapping[str, Tensor]
@@ -89,17 +89,16 @@ def config_from(state: State) -> dict[str, Any]:
     return config
 
 
-CONVERTER = Converter(
+CONVERTER = Layout(
     name="vqgan",
     component="vqgan",
     kind="codec",
     recognise=recognise,
-    pairs=bare,
     to_ours=to_ours,
     from_ours=dict,
-    config_from=config_from,
+    config=config_from,
     summary="CompVis VQGAN first stages, also inside Net2Net checkpoints (first_stage_model.*)",
-    wrapper="state_dict",
+    files=Files(wrapper="state_dict", names=bare),
 )
 
 # -- prior -------------------------------------------------------------------------------------------------------------
@@ -196,17 +195,14 @@ def prior_header(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
-PRIOR_CONVERTER = Converter(
+PRIOR_CONVERTER = Layout(
     name="vqgan-prior",
     component="vqgan-prior",
     recognise=prior_recognise,
-    pairs=body_pairs,
-    assumes=prior_assumes,
     to_ours=prior_to_ours,
     from_ours=prior_from_ours,
-    config_from=prior_config,
+    config=prior_config,
     summary="CompVis Net2Net priors (transformer.*), their GPT",
-    header=prior_header,
-    wrapper="state_dict",
-    forgets=(MASK.pattern,),
+    files=Files(wrapper="state_dict", names=body_pairs, unused=(MASK.pattern,)),
+    published=Published(header=prior_header, assumes=prior_assumes),
 )

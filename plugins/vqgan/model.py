@@ -7,7 +7,8 @@ VQModel. Deviations: attention is fused; causal masks are not stored; the cache 
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -19,6 +20,7 @@ from vgm_cli.ar.sampling import token_log_probs
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.nets.first_stage import VQModel
 from vgm_cli.nn.attention import causal_attention
+from vgm_cli.nn.example import tokens
 from vgm_cli.nn.kv_cache import KVCache
 from vgm_cli.ranges import Blocks, Depth, Fraction, Vocabulary, Whole, Width
 
@@ -132,6 +134,12 @@ class GPT(nn.Module):
 
     def permutation(self, device: torch.device) -> Tensor:
         return permutation_on(self.order, *self.window, device)
+
+    @staticmethod
+    def example(config: Mapping[str, Any]) -> dict[str, Tensor]:
+        grid, window = config["grid"], config["window"]
+        longest = min(window or grid[0], grid[0]) * min(window or grid[1], grid[1])
+        return {"ids": tokens(min(8, longest), config["vocab_size"])}
 
     def forward(self, ids: Tensor) -> Tensor:
         """ids: (B, T) -> logits (B, T, rows), position i predicts id i + 1."""

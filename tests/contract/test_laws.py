@@ -210,20 +210,6 @@ def test_help_is_quick() -> None:
     assert min(times["vgm --help"]) < 2.4 * min(times["libraries"]), times
 
 
-def test_converters_do_not_mistake_each_other(tmp_path: Path) -> None:
-    """A state written in one layout is recognised by that layout's converter first."""
-    import torch
-
-    from vgm_cli.convert_api import Converter
-
-    for name in registry().names("converter"):
-        converter = load_target(registry().find("converter", name).target, name)
-        assert isinstance(converter, Converter), name
-        assert not converter.recognise([]), f"{name} recognises an empty file"
-        assert not converter.recognise(["weight", "bias"]), f"{name} recognises anything"
-    assert torch is not None
-
-
 @pytest.mark.slow
 def test_the_wheel_carries_everything(tmp_path: Path) -> None:
     """Every plugin, recipe and asset of the checkout is in the built wheel."""

@@ -306,8 +306,10 @@ def test_a_converted_checkpoint_is_a_teacher(vgm: Vgm, tmp_path: Path, layout: s
     width = {"edm": {"num_blocks": 1}, "consistency": {"num_res_blocks": 1, "num_head_channels": 64}}[layout]
     network = registry().build("model", {"name": converter.component, "model_channels": 64, **keywords, **width})
     theirs = converter.from_ours(network.state_dict())
-    config = {**converter.config_from(theirs), **({"image_size": 28} if layout == "consistency" else {})}
-    header = ckpt.Header({"kind": "model", "name": converter.component, "kwargs": config}, **converter.header(config))
+    config = {**converter.config(theirs), **({"image_size": 28} if layout == "consistency" else {})}
+    header = ckpt.Header(
+        {"kind": "model", "name": converter.component, "kwargs": config}, **converter.published.header(config)
+    )
     ckpt.save_network(tmp_path / "teacher.safetensors", converter.to_ours(theirs), header)
     method = {"edm": "dmd", "consistency": "consistency"}[layout]
     words = (*SHORT, "train.steps=1", "train.batch_size=2", "data.path=mnist5k")

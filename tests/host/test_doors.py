@@ -123,7 +123,7 @@ TARGETS: dict[str, dict[str, Any]] = {
     "shutil:copyfile": {"src": "evil.py", "dst": "ran"},
     "builtins:open": {"file": "ran", "mode": "w"},
     "vgm_cli.atomic:write_text": {"path": "ran", "text": "x"},
-    "vgm_cli.weights.pickle:read": {"path": "evil.py"},
+    "vgm_cli.weights.reading:read": {"path": "evil.py"},
     "urllib.request:urlopen": {"url": "http://127.0.0.1:9/"},
     "torch:load": {"f": "evil.py"},
     " evil:f": {},

@@ -36,14 +36,14 @@ def facts(vgm: Call, *args: object) -> dict[str, Any]:
 @pytest.mark.parametrize("name", sorted(set(TINY) - set(NAMED_ONLY)))
 def test_every_layout_is_recognised(name: str, vgm: Call) -> None:
     """By names alone and then by shapes: a layout that does not fit comes after those that do."""
-    c = layouts.converter(name)
+    c = layouts.find(name)
     _, theirs = state_of(name)
     save_file(theirs, "x.safetensors")
     found = facts(vgm, "x.safetensors")
     fitting = {hit["converter"]: hit for hit in found["looks_like"] if hit["fits"]}
     assert name in fitting, found["looks_like"]
     assert fitting[name]["component"] == c.component and fitting[name]["kind"] == c.kind
-    others = {layouts.converter(n).component for n in fitting}
+    others = {layouts.find(n).component for n in fitting}
     assert len(others - {c.component}) <= 1, "only layouts of the same tensors"
     assert found["fit"]["missing"] == {} and found["fit"]["shapes"] == {}
     assert found["parameters"] == sum(v.numel() for v in theirs.values())
@@ -79,14 +79,14 @@ def on_meta(component: str, preset: str, **more: Any) -> dict[str, Tensor]:
 )
 def test_published_networks_are_named(name: str, preset: str, more: dict[str, Any]) -> None:
     """The preset is told from shapes, and the count is the published network's."""
-    c = layouts.converter(name)
+    c = layouts.find(name)
     state = c.from_ours({k: v.to("meta") for k, v in on_meta(c.component, preset, **more).items()})
     found = layouts.fit(c, state)
     assert found.exact and layouts.presets_of(c.kind, c.component, found.config) == [preset]
 
 
 def test_presets_that_only_dropout_tells_apart_are_both_named() -> None:
-    c = layouts.converter("adm-unet")
+    c = layouts.find("adm-unet")
     found = layouts.fit(c, on_meta("adm-unet", "lsun256"))
     assert layouts.presets_of("model", "adm-unet", found.config) == ["256-uncond", "lsun256", "lsun256-nodropout"]
 

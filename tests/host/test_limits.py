@@ -176,7 +176,7 @@ def peak() -> int:
 def test_an_honest_checkpoint_with_everything_in_it_is_read(tmp_path):
     import torch
 
-    from vgm_cli.weights.pickle import load
+    from vgm_cli.weights.reading import read as load
 
     state = torch.nn.Linear(4, 4).state_dict()
     content = {

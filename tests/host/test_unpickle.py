@@ -15,7 +15,10 @@ import pytest
 import torch
 
 from vgm_cli.errors import VgmError
-from vgm_cli.weights.pickle import Shell, load, states
+from vgm_cli.weights.contents import contents
+from vgm_cli.weights.files import read as read_weights
+from vgm_cli.weights.pickle.shells import Shell
+from vgm_cli.weights.reading import read as load
 
 REFUSED = "refused|not readable|more than tensors"
 
@@ -99,7 +102,7 @@ def test_persistent_modules_are_read_and_their_source_is_not_run(foreign: Any, t
         "training_set_kwargs": foreign.EasyDict(a=1),
     }
     loaded = load(write(tmp_path / "net.pkl", data, protocol))
-    found = states(loaded)
+    found = read_weights(tmp_path / "net.pkl").entries
     assert list(found) == ["G_ema"] and list(found["G_ema"]) == ["average", "fc0.weight", "fc0.f"]
     assert torch.equal(found["G_ema"]["fc0.weight"], w) and not found["G_ema"]["fc0.weight"].requires_grad
     assert isinstance(loaded["G_ema"], Shell) and loaded["G_ema"].path.endswith(".Net")
@@ -115,16 +118,16 @@ def test_tensorflow_networks_are_read(foreign: Any, tmp_path: Path) -> None:
 
     mapping = network("G_mapping", [("Dense0/weight", np.ones((2, 3), np.float32))])
     pair = (network("G", [("lod", np.float32(0))], mapping=mapping), network("D", [("lod", np.float32(1))]))
-    found = states(load(write(tmp_path / "net.pkl", pair)))
+    found = contents(load(write(tmp_path / "net.pkl", pair)))
     assert {k: list(v) for k, v in found.items()} == {"G": ["lod", "mapping/Dense0/weight"], "D": ["lod"]}
     assert found["G"]["mapping/Dense0/weight"].shape == (2, 3) and float(found["D"]["lod"]) == 1
 
 
 def test_files_of_torch_save_with_objects_in_them(foreign: Any, tmp_path: Path) -> None:
     torch.save({"ema": module_state(foreign, "raise SystemExit", torch.eye(2)), "epoch": 3}, tmp_path / "a.pt")
-    assert torch.equal(states(load(tmp_path / "a.pt"))["ema"]["fc0.weight"], torch.eye(2))
+    assert torch.equal(read_weights(tmp_path / "a.pt").entries["ema"]["fc0.weight"], torch.eye(2))
     write(tmp_path / "plain.pkl", {"w": torch.ones(3), "n": 1})
-    assert list(states(load(tmp_path / "plain.pkl"))["model"]) == ["w"]
+    assert list(read_weights(tmp_path / "plain.pkl").entries[""]) == ["w"]
 
 
 class Payload:

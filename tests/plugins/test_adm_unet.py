@@ -346,7 +346,7 @@ def test_preset_size_and_configuration_from_shapes(name: str) -> None:
         assert count(model) == SIZES[name]
         state = model.state_dict()
         assert recognise(state) and not recognise_classifier(state)
-        config = CONVERTER.config_from(state)
+        config = CONVERTER.config(state)
     drawn = {"dropout": 0.0} if "dropout" in PRESETS[name] else {}  # not in the shapes
     want = {**PRESETS[name], **drawn}
     assert {k: config.get(k, 0.0) for k in want} == want
@@ -360,7 +360,7 @@ def test_classifier_size_and_configuration_from_shapes(name: str) -> None:
         assert count(model) == CLASSIFIER_SIZES[name]
         state = model.state_dict()
         assert recognise_classifier(state) and not recognise(state)
-        config = CLASSIFIER.config_from(state)
+        config = CLASSIFIER.config(state)
     assert {k: config[k] for k in CLASSIFIERS[name]} == CLASSIFIERS[name]
 
 
@@ -380,7 +380,7 @@ VARIANTS = [
 def test_configuration_from_shapes(own: dict[str, Any]) -> None:
     with torch.device("meta"):
         state = UNetModel(**SMALL | own).state_dict()
-        again = UNetModel(**CONVERTER.config_from(state)).state_dict()
+        again = UNetModel(**CONVERTER.config(state)).state_dict()
     assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in again.items()}
     with pytest.raises(KeyError):
         CONVERTER.to_ours({k: v for k, v in state.items() if k != "middle_block.0.out_layers.3.bias"})
@@ -391,7 +391,7 @@ def test_configuration_from_shapes(own: dict[str, Any]) -> None:
 def test_classifier_round_trip(pool: Any, updown: bool) -> None:
     with torch.device("meta"):
         state = EncoderUNetModel(**SMALL, resblock_updown=updown, pool=pool).state_dict()
-        again = EncoderUNetModel(**CLASSIFIER.config_from(state)).state_dict()
+        again = EncoderUNetModel(**CLASSIFIER.config(state)).state_dict()
     assert {k: v.shape for k, v in state.items()} == {k: v.shape for k, v in again.items()}
     assert CLASSIFIER.from_ours(CLASSIFIER.to_ours(state)).keys() == state.keys()
 
@@ -435,7 +435,7 @@ def test_diffusers_runs_the_same_network(new_order: bool, updown: bool) -> None:
     assert converter.recognise(renamed)
     again = converter.to_ours(renamed)
     assert again.keys() == state.keys() and all(torch.equal(again[k], v) for k, v in state.items())
-    rebuilt = UNetModel(**converter.config_from(renamed))
+    rebuilt = UNetModel(**converter.config(renamed))
     rebuilt.load_state_dict(again)
     with torch.no_grad():
         assert torch.equal(rebuilt.eval()(x, t, y), model(x, t, y))

@@ -94,7 +94,7 @@ def unet(case: GoldenCase) -> None:
     own |= {"num_classes": theirs.get("num_classes") or 0, "num_heads": max(theirs.get("num_heads", 1), 1)}
     width = theirs.get("num_head_channels", -1)
     own["num_head_channels"] = width if width > 0 else None
-    read = CONSISTENCY.config_from(case.state)
+    read = CONSISTENCY.config(case.state)
     for key in ("model_channels", "num_res_blocks", "channel_mult", "num_classes", "use_scale_shift_norm"):
         assert read[key] == own[key], key
     assert read["use_new_attention_order"]

@@ -404,7 +404,7 @@ def test_official_training_checkpoint() -> None:
     file = {"model": other.state_dict(), "ema": model.state_dict(), "opt": {"state": {}}, "args": None}
     state = unwrap(file)
     assert CONVERTER.recognise(state) and not CONVERTER.recognise({"pos_embed": 0})
-    config = CONVERTER.config_from(state)
+    config = CONVERTER.config(state)
     again = DiT(**{**config, "num_heads": 4})
     again.load_state_dict(CONVERTER.to_ours(state))
     assert {k: config[k] for k in TINY if k != "num_heads"} == {k: v for k, v in TINY.items() if k != "num_heads"}
@@ -422,7 +422,7 @@ def test_official_training_checkpoint() -> None:
 def test_published_configuration_is_read_off_the_shapes(name: str) -> None:
     with torch.device("meta"):
         state = DiT(**PRESETS[name]).state_dict()
-    config = CONVERTER.config_from(state)
+    config = CONVERTER.config(state)
     assert config == {
         **PRESETS[name], "input_size": 32, "in_channels": 4, "mlp_ratio": 4.0, "num_classes": 1000, "learn_sigma": True,
     }  # fmt: skip
@@ -436,8 +436,8 @@ def test_diffusers_layout_round_trip() -> None:
     ours = DIFFUSERS.to_ours(theirs)
     assert set(ours) == set(model.state_dict())
     assert all(torch.equal(ours[k], v) for k, v in model.state_dict().items())
-    assert DIFFUSERS.config_from(theirs)["input_size"] == 32
-    assert DIFFUSERS_512.config_from(theirs)["input_size"] == 64
+    assert DIFFUSERS.config(theirs)["input_size"] == 32
+    assert DIFFUSERS_512.config(theirs)["input_size"] == 64
 
 
 def test_diffusers_forward_parity() -> None:

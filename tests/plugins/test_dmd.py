@@ -117,11 +117,11 @@ def times(view: Denoiser, level: Tensor) -> Tensor:
 def network(case: GoldenCase) -> None:
     """Output and bottleneck of the ADM U-Net inside EDM's preconditioner, through the converter, back and forth."""
     state = EDM.to_ours(case.state)
-    net = DhariwalUNet(**EDM.config_from(case.state), dropout=0.0).eval()
+    net = DhariwalUNet(**EDM.config(case.state), dropout=0.0).eval()
     net.load_state_dict(state)
     back = EDM.from_ours(state)
     assert back.keys() == case.state.keys() and all(torch.equal(back[k], v) for k, v in case.state.items())
-    config, read, names = case.config, EDM.config_from(case.state), {"label_dim": "num_classes"}
+    config, read, names = case.config, EDM.config(case.state), {"label_dim": "num_classes"}
     levels = enumerate(config["channel_mult"])
     widths = {config["img_resolution"] >> i: m * config["model_channels"] for i, m in levels}
     for key in config:
@@ -196,7 +196,7 @@ def edm_fake(case: GoldenCase) -> None:
 def edm_gan(case: GoldenCase) -> None:
     """Logits, both losses, and the gradient that reaches the generator through the fake score."""
     state, i, o = HEAD.to_ours(case.state), case.inputs, case.outputs
-    config = HEAD.config_from(case.state)
+    config = HEAD.config(case.state)
     fake, head = edm(case, "fake", config["channels"]), Head(**config)
     head.load_state_dict(state)
     made = head_for(fake.network, Features(fake.network), fake)

@@ -37,7 +37,7 @@ from vgm_plugins.glow.presets import PRESETS
 from vgm_plugins.glow.sampler import GlowSampler, InterpolationSampler, attribute_direction, interpolate, manipulate
 
 from vgm_cli.api import Request, Step, generators
-from vgm_cli.convert_api import Converter, unwrap
+from vgm_cli.convert_api import Layout, unwrap
 from vgm_cli.errors import VgmError
 from vgm_cli.images import to_uint8
 from vgm_cli.recipe import load
@@ -52,9 +52,9 @@ def nchw(x: Tensor) -> Tensor:
     return x.permute(0, 3, 1, 2)
 
 
-def build(converter: Converter, case: GoldenCase, **known: Any) -> Glow:
+def build(converter: Layout, case: GoldenCase, **known: Any) -> Glow:
     """The case's network through the shipped converter; `known` is what no tensor tells."""
-    model = Glow(**{**converter.config_from(case.state), **known})
+    model = Glow(**{**converter.config(case.state), **known})
     model.load_state_dict(converter.to_ours(case.state))
     again = converter.from_ours(model.state_dict())
     assert all(torch.equal(again[k], v) for k, v in case.state.items()), "the layout does not survive a round trip"
@@ -82,7 +82,7 @@ def official_model(case: GoldenCase) -> Glow:
         "num_classes": config["n_y"] if config["ycond"] else 0, "learn_top": config["learntop"],
         "classifier": bool(config["ycond"] and config["weight_y"] > 0),
     }  # fmt: skip
-    read = CONVERTER.config_from(case.state)
+    read = CONVERTER.config(case.state)
     assert {k: read[k] for k in stated} == stated
     return model
 
@@ -192,7 +192,7 @@ def port_model(case: GoldenCase) -> Glow:
     config = case.config
     size = case.inputs["u" if "u" in case.inputs else "x_0"].shape[-1]
     model = build(PORT, case, n_bits=config["_n_bits"], size=size)
-    read = PORT.config_from(case.state)
+    read = PORT.config(case.state)
     assert (read["levels"], read["depth"], read["in_channels"], read["width"]) == (
         config["n_block"], config["n_flow"], config["in_channel"], config["_filter_size"],
     )  # fmt: skip
@@ -643,7 +643,7 @@ def test_official_layout_round_trip(kind: dict[str, Any]) -> None:
     theirs = CONVERTER.from_ours(model.state_dict())
     assert CONVERTER.recognise(theirs) and not PORT.recognise(theirs)
     slots = {f"{k}_adam_m1": torch.zeros_like(v) for k, v in theirs.items()}
-    config = CONVERTER.config_from({**theirs, **slots})
+    config = CONVERTER.config({**theirs, **slots})
     other = Glow(**{**config, "size": 8})
     other.load_state_dict(CONVERTER.to_ours({**theirs, **slots}))
     x, y = torch.rand(2, 2, 8, 8) - 0.5, torch.tensor([0, 1])
@@ -670,7 +670,7 @@ def test_port_layout_round_trip() -> None:
     theirs = {f"module.{k}": v for k, v in PORT.from_ours(model.state_dict()).items()}
     state = unwrap(theirs)
     assert PORT.recognise(state) and not CONVERTER.recognise(state)
-    other = Glow(**{**PORT.config_from(state), "size": 8})
+    other = Glow(**{**PORT.config(state), "size": 8})
     other.load_state_dict(PORT.to_ours(state))
     assert all(torch.equal(v, model.state_dict()[k]) for k, v in other.state_dict().items())
     with pytest.raises(KeyError):

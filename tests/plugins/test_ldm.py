@@ -22,7 +22,7 @@ from vgm_plugins.ldm.objective import (
 from vgm_plugins.ldm.presets import KL, VQ
 
 from vgm_cli.api import Codec, Objective, Step
-from vgm_cli.convert_api import Converter, unwrap
+from vgm_cli.convert_api import Layout, unwrap
 from vgm_cli.errors import VgmError
 from vgm_cli.losses import lpips
 from vgm_cli.losses.adversarial import adaptive_weight
@@ -45,7 +45,7 @@ def keywords(config: dict[str, Any]) -> dict[str, Any]:
     return {**dd, **{k: config[k] for k in ("embed_dim", "n_embed") if k in config}}
 
 
-def load(case: GoldenCase, cls: type, converter: Converter) -> Any:
+def load(case: GoldenCase, cls: type, converter: Layout) -> Any:
     assert converter.recognise(case.state)
     assert case.config["ddconfig"].get("double_z", True) == (cls is AutoencoderKL)
     case.ignore("ddconfig.dropout", why="evaluated without dropout")
@@ -358,7 +358,7 @@ def test_other_options_run(options: dict[str, Any]) -> None:
     if model.decoder.tanh_out:
         assert out.abs().max() <= 1
     state = {f"first_stage_model.{k}": v for k, v in model.state_dict().items()}
-    read = ck.CONVERTER_KL.config_from({**state, "model.diffusion_model.x": x})
+    read = ck.CONVERTER_KL.config({**state, "model.diffusion_model.x": x})
     again = AutoencoderKL(**{**read, "resolution": 16, "attn_resolutions": options.get("attn_resolutions", ()),
                              "norm_groups": 4, "tanh_out": model.decoder.tanh_out})  # fmt: skip
     again.load_state_dict(ck.CONVERTER_KL.to_ours(state))
@@ -389,20 +389,20 @@ def test_activation_checkpointing_changes_no_gradient() -> None:
 
 
 @pytest.mark.parametrize(("cls", "converter"), [(AutoencoderKL, ck.CONVERTER_KL), (VQModel, ck.CONVERTER_VQ)])
-def test_official_checkpoint(cls: Any, converter: Converter) -> None:
+def test_official_checkpoint(cls: Any, converter: Layout) -> None:
     """Lightning's file, bare names or inside a diffusion model; losses dropped; configuration read off the shapes."""
     model = tiny(cls, resolution=256, ch=32, norm_groups=32, attn_resolutions=(128,))
     weights = model.state_dict()
     noise = {"loss.logvar": torch.zeros(()), "loss.discriminator.main.0.weight": torch.zeros(1), "betas": torch.ones(9)}
     inside = {**ck.in_checkpoint(weights), "model.diffusion_model.out.weight": torch.zeros(2)}
     measured = {**inside, "scale_factor": torch.tensor(0.7)}
-    assert "scale_factor" not in converter.config_from(inside)
-    assert math.isclose(converter.config_from(measured)["scale_factor"], 0.7, rel_tol=1e-6)
+    assert "scale_factor" not in converter.config(inside)
+    assert math.isclose(converter.config(measured)["scale_factor"], 0.7, rel_tol=1e-6)
     for state in (unwrap({"state_dict": {**weights, **noise}, "epoch": 3}), inside):
         assert converter.recognise(state)
         other = ck.CONVERTER_VQ if cls is AutoencoderKL else ck.CONVERTER_KL
         assert not other.recognise(state)
-        again = cls(**converter.config_from(state))
+        again = cls(**converter.config(state))
         again.load_state_dict(converter.to_ours(state))
     assert all(torch.equal(v, weights[k]) for k, v in converter.to_ours(converter.from_ours(weights)).items())
     with pytest.raises(KeyError):
@@ -440,7 +440,7 @@ def test_diffusers_forward_parity_and_round_trip() -> None:
     again = AutoencoderKL(**ck.config_from_diffusers(dict(theirs.config)))
     again.load_state_dict(back)
     assert (again.scale_factor, again.shift_factor) == (0.5, 0.25)
-    assert ck.DIFFUSERS.config_from(state)["ch_mult"] == (1, 2, 2)
+    assert ck.DIFFUSERS.config(state)["ch_mult"] == (1, 2, 2)
     old = dict(state)
     for before, now in ck.OLD_ATTENTION.items():
         old = {k.replace(now, before): v for k, v in old.items()}

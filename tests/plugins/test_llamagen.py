@@ -187,7 +187,7 @@ def tokenizer(case: GoldenCase) -> None:
     config = tokenizer_keywords(case.config)
     model = VQModel(**config)
     model.load_state_dict(converter.to_ours(case.state))
-    read = converter.config_from(case.state)
+    read = converter.config(case.state)
     assert all(read[k] == config[k] for k in ("ch", "ch_mult", "n_embed", "embed_dim", "z_channels", "num_res_blocks"))
     x, out = case.inputs["x"], case.outputs
     with torch.no_grad():
@@ -311,7 +311,7 @@ def test_preset_size(name: str) -> None:
         model = registry().build("model", {"name": "llamagen", "preset": name})
     assert count(model) == SIZES[name]
     state = model.state_dict()
-    read = LlamaGenKeywords(ck.CONVERTER.config_from(state))
+    read = LlamaGenKeywords(ck.CONVERTER.config(state))
     assert read == LlamaGenKeywords(GPT[name])
 
 
@@ -369,7 +369,7 @@ def test_official_checkpoint(wrapper: str | None) -> None:
     found = unwrap({wrapper: checkpoint, "steps": 3} if wrapper else checkpoint)
     own = {k: v for k, v in found.items() if "kv_cache" not in k}
     assert ck.CONVERTER.recognise(own)
-    again = LlamaGen(**ck.CONVERTER.config_from(found))
+    again = LlamaGen(**ck.CONVERTER.config(found))
     again.load_state_dict(ck.CONVERTER.to_ours(found))
     ids, y = torch.randint(20, (2, 9)), torch.tensor([1, 5])
     assert torch.equal(again.eval()(ids, y), model(ids, y))
@@ -381,11 +381,11 @@ def test_official_checkpoint(wrapper: str | None) -> None:
 
 def test_the_grid_comes_from_an_old_table_or_the_layouts_name() -> None:
     state = dict(tiny(grid=(24, 24)).state_dict())
-    assert ck.CONVERTER.config_from(state)["grid"] == (16, 16)
-    assert ck.CONVERTER_384.config_from(state)["grid"] == (24, 24)
-    assert ck.CONVERTER_512.config_from(state)["grid"] == (32, 32)
+    assert ck.CONVERTER.config(state)["grid"] == (16, 16)
+    assert ck.CONVERTER_384.config(state)["grid"] == (24, 24)
+    assert ck.CONVERTER_512.config(state)["grid"] == (32, 32)
     table = {"freqs_cis": torch.zeros(1 + 24 * 24, 32, 2)}
-    assert ck.CONVERTER.config_from({**state, **table})["grid"] == (24, 24)
+    assert ck.CONVERTER.config({**state, **table})["grid"] == (24, 24)
     assert "freqs_cis" not in ck.CONVERTER.to_ours({**state, **table})
 
 
@@ -403,9 +403,9 @@ def test_official_tokenizer(name: str) -> None:
     assert "decoder.conv_blocks.0.attn.2.q.weight" in theirs and "encoder.mid.1.norm.bias" in theirs
     back = converter.to_ours(theirs)
     assert {k: v.shape for k, v in back.items()} == {k: v.shape for k, v in ours.items()}
-    assert converter.config_from(theirs) == TOKENIZER[name]
+    assert converter.config(theirs) == TOKENIZER[name]
     hidden = {k: v for k, v in theirs.items() if k != "quantize.codebook_used"}  # codebook_show_usage: false
-    assert converter.recognise(hidden) and converter.config_from(hidden) == TOKENIZER[name]
+    assert converter.recognise(hidden) and converter.config(hidden) == TOKENIZER[name]
     assert converter.to_ours(hidden).keys() == ours.keys()
 
 

@@ -104,7 +104,7 @@ def forward(case: GoldenCase) -> None:
     x, labels, want = case.inputs["x"], case.inputs["labels"], case.outputs["v"]
     assert_close(model(x, labels), want, 1e-5, "velocity")
     assert_close(model.to(memory_format=torch.channels_last)(x, labels), want, 1e-5, "channels last")
-    told = CONVERTER.config_from(case.state)
+    told = CONVERTER.config(case.state)
     for key in (
         "nf",
         "ch_mult",
@@ -219,7 +219,7 @@ def test_preset_size_and_configuration_from_shapes(name: str) -> None:
     state = model.state_dict()
     assert sum(p.numel() for p in model.parameters()) == SIZES[name]
     assert CONVERTER.recognise(state) and CONVERTER.component == "ncsnpp"
-    told = CONVERTER.config_from(state)
+    told = CONVERTER.config(state)
     positional = told["embedding_type"] == "positional"  # then shapes do not tell what happens to the output
     assert {k: v for k, v in told.items() if PRESETS[name].get(k, v) != v and not (positional and "sigma" in k)} == {}
 
@@ -247,7 +247,7 @@ def test_official_checkpoint(embedding: Any, tmp_path: Path) -> None:
     loaded = torch.load(tmp_path / "checkpoint_8.pth", weights_only=True)
     averaged, raw = unwrap(loaded), unwrap(loaded, "model")
     assert CONVERTER.recognise(averaged)
-    other = NCSNpp(**{**CONVERTER.config_from(averaged), "image_size": 8, "attn_resolutions": (4,)})
+    other = NCSNpp(**{**CONVERTER.config(averaged), "image_size": 8, "attn_resolutions": (4,)})
     other.load_state_dict(CONVERTER.to_ours(averaged))
     fixed = {"all_modules.0.W"} if embedding == "fourier" else set()
     names = [k for k, p in model.named_parameters() if p.requires_grad]

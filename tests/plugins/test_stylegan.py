@@ -34,7 +34,7 @@ from vgm_plugins.stylegan.objective import StyleGANObjective
 from vgm_plugins.stylegan.sampler import StyleGANSampler, StyleMixingSampler, layer_range
 
 from vgm_cli.api import Request, Step, generators
-from vgm_cli.convert_api import Converter, unwrap
+from vgm_cli.convert_api import Layout, unwrap
 from vgm_cli.engine.train.ema import EMA
 from vgm_cli.errors import VgmError
 from vgm_cli.nn.fir import upfirdn2d
@@ -50,10 +50,10 @@ def part(case: GoldenCase, prefix: str) -> dict[str, Tensor]:
     return {k.removeprefix(prefix): v for k, v in case.state.items() if k.startswith(prefix)}
 
 
-def restore(converter: Converter, cls: Any, state: dict[str, Tensor], **known: Any) -> Any:
+def restore(converter: Layout, cls: Any, state: dict[str, Tensor], **known: Any) -> Any:
     """A network through the shipped converter, whose layout survives the round trip. known: what no tensor tells."""
     assert converter.recognise(state)
-    network = cls(**{**converter.config_from(state), **known})
+    network = cls(**{**converter.config(state), **known})
     network.load_state_dict(converter.to_ours(state))
     again = converter.from_ours(network.state_dict())
     assert set(again) == set(state), set(again) ^ set(state)
@@ -82,7 +82,7 @@ def tf_generator(case: GoldenCase) -> model.Generator:
         {"size": c["resolution"], "in_channels": c["num_channels"], "num_classes": c["label_size"],
          "latent_size": g.get("latent_size"), "w_dim": g.get("dlatent_size"), "mapping_layers": g.get("mapping_layers"),
          "mapping_width": g.get("mapping_fmaps"), "fmap_max": c.get("fmap_max")},
-        checkpoints.GENERATOR.config_from(state),
+        checkpoints.GENERATOR.config(state),
     )  # fmt: skip
     options = {"lr_multiplier": g.get("mapping_lrmul", 0.01), "blur_filter": blur_filter(case, "G")}
     return restore(checkpoints.GENERATOR, model.Generator, state, **options)
@@ -222,7 +222,7 @@ def ported(case: GoldenCase) -> bool:
 def port_networks(case: GoldenCase) -> tuple[port.Generator, port.Discriminator]:
     size = 4 << case.config["step"]
     g = restore(checkpoints.PORT, port.Generator, part(case, "G."), size=size)
-    width, read = case.config["_width"], checkpoints.PORT.config_from(part(case, "G."))
+    width, read = case.config["_width"], checkpoints.PORT.config(part(case, "G."))
     assert read["w_dim"] == width and read["mapping_layers"] == case.config["n_mlp"]
     assert read["widths"] == [max(c * width // 512, 2) for c in port.WIDTHS]
     activated = case.config["from_rgb_activate"]
@@ -284,7 +284,7 @@ def sg2_generator(case: GoldenCase) -> stylegan2.Generator:
     c = dict(case.config["G"])
     mapping, synthesis = c.get("mapping_kwargs", {}), c.get("synthesis_kwargs", {})
     state = part(case, "G.")
-    read = checkpoints.GENERATOR2.config_from(state)
+    read = checkpoints.GENERATOR2.config(state)
     stated(
         {"size": c["img_resolution"], "in_channels": c["img_channels"], "num_classes": c["c_dim"],
          "latent_size": c["z_dim"], "w_dim": c["w_dim"], "mapping_layers": mapping.get("num_layers", 8),
@@ -323,7 +323,7 @@ def sg2_discriminator(case: GoldenCase) -> stylegan2.Discriminator:
          "mapping_width": mapping.get("layer_features"), "embed": mapping.get("embed_features"),
          "mapping_layers": mapping.get("num_layers", 8) if c["c_dim"] else None,
          "group_features": end.get("mbstd_num_channels", 1)},
-        checkpoints.DISCRIMINATOR2.config_from(state),
+        checkpoints.DISCRIMINATOR2.config(state),
     )  # fmt: skip
     sg2_widths(c, {s: state[f"b{s}.conv.bias" if s == 4 else f"b{s}.conv0.bias"] for s in sg2_sides(c)})
     own = stylegan2.setup_filter(block.get("resample_filter", [1, 3, 3, 1]))
@@ -882,7 +882,7 @@ def test_a_table_of_mixed_styles() -> None:
 
 # -- checkpoints -----------------------------------------------------------------------------------------------------
 
-LAYOUTS: dict[str, tuple[Converter, Any, Any]] = {
+LAYOUTS: dict[str, tuple[Layout, Any, Any]] = {
     "sg1": (
         checkpoints.GENERATOR,
         model.Generator,
@@ -935,7 +935,7 @@ def test_layouts_round_trip(layout: str) -> None:
     theirs = converter.from_ours(network.state_dict())
     found = [c for c in (v[0] for v in LAYOUTS.values()) if c.recognise(theirs)]
     assert set(found) == {converter}
-    other = cls(**converter.config_from(theirs))
+    other = cls(**converter.config(theirs))
     other.load_state_dict(converter.to_ours(theirs))
     state, again = network.state_dict(), other.state_dict()
     assert set(state) == set(again) and all(torch.allclose(v, again[k], atol=1e-6) for k, v in state.items())

@@ -100,7 +100,7 @@ def pythae(case: GoldenCase) -> None:
     gaussian = {"bce": False, "mse": True}[config["recon"]]
     read = {"hidden": [len(case.state["encoder.layers.0.0.bias"])]}
     if channels == 1 and height == width:
-        read = CONVERTER.config_from(case.state)
+        read = CONVERTER.config(case.state)
         assert read["latent_dim"] == config["latent_dim"] and read["size"] == height
     model = VAE(
         size=(height, width), channels=channels, latent_dim=config["latent_dim"], hidden=read["hidden"],
@@ -400,7 +400,7 @@ def test_wrong_settings_are_refused() -> None:
     with pytest.raises(VgmError, match="reconstruct"):
         ReconstructionSampler()(filled(), request(1))
     with pytest.raises(VgmError, match="no square"):
-        CONVERTER.config_from(VAE(size=(3, 4), hidden=[5]).state_dict())
+        CONVERTER.config(VAE(size=(3, 4), hidden=[5]).state_dict())
 
 
 def request(n: int, items: range | None = None, **kwargs: Any) -> Request:
@@ -450,7 +450,7 @@ def test_pythae_layout_round_trip() -> None:
     model = VAE(**{**PRESETS["pythae"], "hidden": [9, 7]})
     state = model.state_dict()
     assert CONVERTER.recognise(state) and sorted(names(2)) == sorted(state)
-    other = VAE(**CONVERTER.config_from(state))
+    other = VAE(**CONVERTER.config(state))
     other.load_state_dict(CONVERTER.to_ours(state))
     back = CONVERTER.from_ours(other.state_dict())
     assert all(torch.equal(v, back[k]) for k, v in state.items())

@@ -268,7 +268,7 @@ def prior(state: dict[str, Tensor], config: dict[str, Any], **more: Any) -> GPT:
     assert ck.PRIOR_CONVERTER.recognise(state)
     model = GPT(**config, **more)
     model.load_state_dict(ck.PRIOR_CONVERTER.to_ours(state))
-    read = ck.PRIOR_CONVERTER.config_from(state)
+    read = ck.PRIOR_CONVERTER.config(state)
     assert {k: read.get(k, 0) for k in ("vocab_size", "block_size", "n_layer", "n_embd")} == {
         k: config[k] for k in ("vocab_size", "block_size", "n_layer", "n_embd")
     }
@@ -428,7 +428,7 @@ def test_first_stage_size(name: str, kind: str) -> None:
     grid = model.token_shape(tuple(x.shape[1:]))
     assert model.tokens(x).shape == (1, *grid)
     assert model.decode_tokens(torch.empty(1, *grid, dtype=torch.long, device="meta")).shape == x.shape
-    read = ck.CONVERTER.config_from(model.state_dict())
+    read = ck.CONVERTER.config(model.state_dict())
     assert read == FIRST_STAGE[name]
 
 
@@ -437,7 +437,7 @@ def test_prior_size(name: str) -> None:
     with torch.device("meta"):
         model = registry().build("model", {"name": "vqgan-prior", "preset": name})
     assert count(model) == PRIORS[name]
-    read = ck.PRIOR_CONVERTER.config_from(model.state_dict())
+    read = ck.PRIOR_CONVERTER.config(model.state_dict())
     assert {k: read[k] for k in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")} == {
         k: PRIOR[name][k] for k in ("vocab_size", "block_size", "n_layer", "n_head", "n_embd")
     }
@@ -734,7 +734,7 @@ def test_coordinates_of_released_face_priors() -> None:
     with torch.device("meta"):
         assert GPT(**PRIOR["faceshq"]).tok_emb.num_embeddings == 1024
     published = tiny_prior(vocab_size=1024, grid=(16, 16), n_embd=64, condition="coord", n_coord=1024, coord_factor=16)
-    read = GPT(**ck.PRIOR_CONVERTER.config_from(published.state_dict()))
+    read = GPT(**ck.PRIOR_CONVERTER.config(published.state_dict()))
     read.load_state_dict(ck.PRIOR_CONVERTER.to_ours(published.state_dict()))
     ids = read.prefix({"coord": read.coordinates(16, 16, torch.device("cpu"))[None]}, 1, torch.device("cpu"))
     assert torch.equal(ids, want.flatten(1))
@@ -883,12 +883,12 @@ def test_official_first_stage(options: dict[str, Any]) -> None:
     inside = {f"first_stage_model.{k}": v for k, v in weights.items()} | {"transformer.pos_emb": torch.zeros(1)}
     for state in (unwrap({"state_dict": {**weights, **noise}, "global_step": 3}), inside):
         assert ck.CONVERTER.recognise(state)
-        again = VQModel(**ck.CONVERTER.config_from(state))
+        again = VQModel(**ck.CONVERTER.config(state))
         again.load_state_dict(ck.CONVERTER.to_ours(state))
     assert all(torch.equal(v, weights[k]) for k, v in ck.CONVERTER.to_ours(ck.CONVERTER.from_ours(weights)).items())
     assert not ck.CONVERTER.recognise([*inside, "model.diffusion_model.out.0.weight"]), "LDM's"
     with pytest.raises(VgmError, match="latent diffusion"):
-        ck.CONVERTER.config_from(tiny_codec().state_dict())
+        ck.CONVERTER.config(tiny_codec().state_dict())
     with pytest.raises(KeyError):
         ck.CONVERTER.to_ours({k: v for k, v in weights.items() if k != "quant_conv.weight"})
 
@@ -900,7 +900,7 @@ def test_official_prior() -> None:
     assert theirs["transformer.blocks.1.attn.mask"].shape == (1, 1, 257, 257)
     assert ck.PRIOR_CONVERTER.recognise(theirs) and not ck.CONVERTER.recognise(theirs)
     theirs["transformer.blocks.0.attn.mask"][..., :3, :3] = 1
-    read = ck.PRIOR_CONVERTER.config_from(theirs)
+    read = ck.PRIOR_CONVERTER.config(theirs)
     again = GPT(**read)
     again.load_state_dict(ck.PRIOR_CONVERTER.to_ours(theirs))
     ids = torch.randint(1000, (2, 20))

@@ -19,8 +19,8 @@ def convert(
     src: Annotated[
         str,
         typer.Argument(
-            help="A published checkpoint (.safetensors, .pt, .ckpt, .bin, .pkl, .npz, shards, a diffusers folder), a "
-            "file of ours, or a run.",
+            help="A published checkpoint (.safetensors, .pt, .ckpt, .bin, .pkl, .npz, .msgpack, shards, a diffusers "
+            "folder), a file of ours, or a run.",
             autocompletion=complete.runs,
         ),
     ],

@@ -11,13 +11,15 @@ from __future__ import annotations
 import re
 from collections.abc import Iterable, Mapping
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vgm_cli.convert_api import Converter, unwrap
+from vgm_cli.convert_api import Layout, unwrap
 from vgm_cli.errors import FAILED, MISSING_ASSET, USAGE, VgmError
 from vgm_cli.nets.vgg import WIDTHS, VGG16Features
+from vgm_cli.nn.example import noise
 
 SHIFT = (-0.030, -0.088, -0.188)  # maps [-1, 1] to what VGG16 was trained on
 SCALE = (0.458, 0.448, 0.450)
@@ -52,6 +54,11 @@ class LPIPS(nn.Module):
     def features(self, x: Tensor) -> list[Tensor]:
         """Five VGG16 activations of x: (B, 3 or 1, H, W) in [-1, 1]."""
         return self.vgg((x - self.shift) / self.scale)  # a single channel broadcasts to three
+
+    @staticmethod
+    def example(config: Mapping[str, Any]) -> dict[str, Tensor]:
+        x = noise(1, 3, 32, 32)
+        return {"a": x, "b": x.flip(-1)}
 
     def forward(self, a: Tensor, b: Tensor) -> Tensor:
         """a, b: (B, 3 or 1, H, W) in [-1, 1], H and W >= 16 -> distances (B, 1, 1, 1). Differentiable in both."""
@@ -149,12 +156,12 @@ NAMES = [
     *(f"heads.{i}.weight" for i in range(5)),
 ]
 
-CONVERTER = Converter(
+CONVERTER = Layout(
     name="lpips",
     component="lpips",
     recognise=recognise,
     to_ours=to_ours,
     from_ours=from_ours,
-    config_from=lambda state: {},
+    config=lambda state: {},
     summary="taming-transformers' LPIPS (VGG16 slices and linear heads)",
 )

@@ -23,7 +23,8 @@ from torch import Tensor
 from vgm_cli import atomic, foreign, limits
 from vgm_cli.errors import FAILED, USAGE, VgmError
 from vgm_cli.metrics.frechet import Moments
-from vgm_cli.weights import pickle as unpickle
+from vgm_cli.weights import reading
+from vgm_cli.weights.contents import contents
 
 SUFFIXES = (".safetensors", ".npz", ".npy", ".pkl", ".pickle", ".pt", ".pth")
 MEANS = (("mu", "sigma"), ("ref_mu", "ref_sigma"), ("real_mean", "real_cov"), ("mean", "cov"))
@@ -91,7 +92,7 @@ def read_statistics(path: str | Path) -> Statistics:
         elif path.suffix in (".npz", ".npy"):
             arrays = _numpy(path)
         elif path.suffix in (".pt", ".pth", ".pkl", ".pickle"):
-            arrays = unpickle.contents(unpickle.read(path))
+            arrays = contents(reading.read(path))
         else:
             raise VgmError(f"{path} is no kind of statistics file", f"accepted: {ACCEPTED}", USAGE)
     except VgmError:

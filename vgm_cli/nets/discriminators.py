@@ -5,9 +5,13 @@ Official code: CompVis/taming-transformers@3ba01b2 taming/modules/discriminator/
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import Any
+
 import torch
 from torch import Tensor, nn
 
+from vgm_cli.nn.example import noise
 from vgm_cli.ranges import Depth, Width
 
 
@@ -67,6 +71,10 @@ class NLayerDiscriminator(nn.Module):
         layers.append(nn.Conv2d(width, 1, 4, stride=1, padding=1))
         self.main = nn.Sequential(*layers)
         self.apply(_initialise)
+
+    @staticmethod
+    def example(config: Mapping[str, Any]) -> dict[str, Tensor]:
+        return {"x": noise(1, config["in_channels"], *[max(32, 4 * 2 ** config["n_layers"])] * 2)}
 
     def forward(self, x: Tensor) -> Tensor:
         return self.main(x)

@@ -8,7 +8,7 @@ there is no forward_with_cfg. `SiT` below is the same network with the variance 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.nn.example import images
 from vgm_cli.nn.features import places
 from vgm_cli.nn.sdpa import sdpa
 from vgm_cli.ranges import Depth, Fraction, Positive, Side, Whole, Width
@@ -254,6 +255,10 @@ class DiT(nn.Module):
             x = self.run(block, x, c)
             found.append(x)
         return [found[i] for i in at]
+
+    @staticmethod
+    def example(config: Mapping[str, Any]) -> dict[str, Tensor]:
+        return images(config["in_channels"], config["input_size"], config["num_classes"])
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, force_drop_ids: Tensor | None = None) -> Tensor:
         """x: (N, C, H, W); t: (N,) timesteps in [0, 1000); y: (N,) int64 labels; force_drop_ids: (N,), true where the

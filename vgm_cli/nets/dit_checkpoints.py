@@ -10,7 +10,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vgm_cli.convert_api import Converter
+from vgm_cli.convert_api import Layout, Published
 
 State = Mapping[str, Tensor]
 Header = Callable[[Mapping[str, Any]], Mapping[str, Any]]
@@ -99,16 +99,15 @@ def assumes(state: State, config: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def converter(name: str, header: Header, summary: str, assumes: Assumes = assumes) -> Converter:
+def converter(name: str, header: Header, summary: str, assumes: Assumes = assumes) -> Layout:
     """The converter of the official layout for the component `name`; header and assumes as in convert_api."""
-    return Converter(
+    return Layout(
         name=name,
         component=name,
+        summary=summary,
         recognise=recognise,
         to_ours=official,
         from_ours=official,
-        config_from=config_from,
-        header=header,
-        assumes=assumes,
-        summary=summary,
+        config=config_from,
+        published=Published(header=header, assumes=assumes),
     )

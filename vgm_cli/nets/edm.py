@@ -8,7 +8,7 @@ released ImageNet network does not have either.
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.nn.example import images
 from vgm_cli.nn.features import places
 from vgm_cli.ranges import Depth, Fraction, Side, Whole, Width
 
@@ -238,6 +239,10 @@ class DhariwalUNet(nn.Module):
             if i < len(self.enc):
                 skips.append(x)
         return [found[i] for i in at]
+
+    @staticmethod
+    def example(config: Mapping[str, Any]) -> dict[str, Tensor]:
+        return images(config["in_channels"], config["img_resolution"], config["num_classes"] or 0)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, force_drop_ids: Tensor | None = None) -> Tensor:
         """x: (N, C, H, W) scaled by c_in; t: (N,) ln(sigma) / 4; y: (N,) int64 labels or (N, num_classes) rows;

@@ -10,7 +10,7 @@ deviation of the latents during training.
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any, Literal
 
 import torch
@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.nets.autoencoder import AttnType, Decoder, Encoder
+from vgm_cli.nn.example import noise
 from vgm_cli.nn.quantize import EMAVectorQuantizer, GumbelQuantizer, Unknown, VectorQuantizer
 from vgm_cli.ranges import Blocks, Fraction, NonNegative, Positive, Side, Vocabulary, Width
 
@@ -130,6 +131,11 @@ class FirstStage(nn.Module):
         self.tile, self.tile_overlap = tile, tile_overlap
 
     # -- codec protocol
+
+    @staticmethod
+    def example(config: Mapping[str, Any]) -> dict[str, Tensor]:
+        side = max(32, 2 ** len(config["ch_mult"]))
+        return {"x": noise(1, config["in_channels"], side, side)}
 
     def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """(C, H, W) of an image -> (c, H/f, W/f). Raises VgmError when channels or sizes do not fit."""

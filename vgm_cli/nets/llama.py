@@ -7,7 +7,8 @@ and in evaluation alike; any grid, not only squares; the cache is an argument, n
 
 from __future__ import annotations
 
-from typing import Literal
+from collections.abc import Mapping
+from typing import Any, Literal
 
 import torch
 import torch.nn.functional as F
@@ -18,6 +19,7 @@ from vgm_cli.ar.sampling import token_log_probs
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.nn.attention import causal_attention
 from vgm_cli.nn.embed import apply_rope, rope_angles_2d, rope_table
+from vgm_cli.nn.example import noise, tokens
 from vgm_cli.nn.kv_cache import KVCache
 from vgm_cli.nn.norm import RMSNorm
 from vgm_cli.ranges import Depth, Fraction, Positive, Vocabulary, Whole, Width
@@ -228,6 +230,14 @@ class LlamaGen(nn.Module):
             cache.advance(h.shape[1])
             h = h[:, -1:]
         return self.output(self.norm(h)).float()
+
+    @staticmethod
+    def example(config: Mapping[str, Any]) -> dict[str, Tensor]:
+        rows, columns = config["grid"]
+        ids = tokens(min(8, rows * columns - 1), config["vocab_size"])
+        if config["model_type"] == "t2i":
+            return {"ids": ids, "cond": noise(1, config["cls_token_num"], config["caption_dim"])}
+        return {"ids": ids, "cond": torch.tensor([max(0, min(1, config["num_classes"] - 1))])}
 
     def forward(self, ids: Tensor, cond: Tensor, mask: Tensor | None = None) -> Tensor:
         """ids: (B, T) the first T codes; cond: (B,) labels or (B, cls_token_num, C) text features; mask: bool

@@ -11,7 +11,7 @@ noise levels is float32 and needs no lookup outside it. Added, off by default: c
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.nn.example import images
 from vgm_cli.nn.features import places
 from vgm_cli.nn.fir import conv_downsample_fir, downsample_fir, upsample_conv_fir, upsample_fir
 from vgm_cli.ranges import Blocks, Fraction, NonNegative, Positive, Side, Whole, Width, ordered
@@ -466,6 +467,10 @@ class NCSNpp(nn.Module):
         h, skips, _ = self.descend(iter(self.all_modules), x, t, y, force_drop_ids)
         at = places(layers, [*(f"down.{i}" for i in range(len(skips))), "middle"])
         return [[*skips, h][i] for i in at]
+
+    @staticmethod
+    def example(config: Mapping[str, Any]) -> dict[str, Tensor]:
+        return images(config["in_channels"], config["image_size"], config["num_classes"] or 0)
 
     def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, force_drop_ids: Tensor | None = None) -> Tensor:
         """x: (B, C, H, W); t: (B,), what the objective tells of time or noise, above 0 for fourier embeddings; y: (B,)

@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vgm_cli.convert_api import Converter
+from vgm_cli.convert_api import Layout
 
 State = Mapping[str, Tensor]
 
@@ -116,6 +116,14 @@ def config_from(state: State) -> dict[str, Any]:
     return config
 
 
-def converter(name: str, summary: str) -> Converter:
+def converter(name: str, summary: str) -> Layout:
     """The layout under a paper's name: score-based models and rectified flows share it."""
-    return Converter(name, "ncsnpp", recognise, to_ours, from_ours, config_from, summary=summary)
+    return Layout(
+        name=name,
+        component="ncsnpp",
+        summary=summary,
+        recognise=recognise,
+        to_ours=to_ours,
+        from_ours=from_ours,
+        config=config_from,
+    )

@@ -1,5 +1,5 @@
 """Weights in files of any kind, read as plain states and written whole: .safetensors, also in shards with an index,
-torch files, pickles and .npz."""
+torch files, pickles, .npz and flax's .msgpack (read only)."""
 
 from __future__ import annotations
 
@@ -18,14 +18,14 @@ from vgm_cli import atomic, limits
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.ui import ui
-from vgm_cli.weights import nested
-from vgm_cli.weights import pickle as unpickle
+from vgm_cli.weights import nested, reading
+from vgm_cli.weights.contents import contents
 from vgm_cli.weights.nested import Network, State, is_average
 
 INDEX = ".index.json"
 DIFFUSERS = "diffusion_pytorch_model"
-WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt")  # of the files that a folder may hold
-WRITABLE = (".safetensors", *unpickle.TORCH_FILES, ".npz")
+WEIGHTS = (".safetensors", ".bin", ".pt", ".pth", ".ckpt", ".msgpack")  # of the files that a folder may hold
+WRITABLE = (".safetensors", *reading.TORCH_FILES, ".npz")
 
 
 @dataclass
@@ -123,16 +123,16 @@ def index_of(path: Path) -> Path | None:
 
 
 def read(path: Path, trust: bool = False) -> Weights:
-    """Everything in a file; nothing in it is executed unless `trust` (see unpickle.read)."""
+    """Everything in a file; nothing in it is executed unless `trust` (see reading.read)."""
     beside = read_json(path.parent / "config.json")
     state: dict[str, Any] = {}
     metadata: dict[str, str] = {}
     for part in ckpt.shards_of(path) if ckpt.is_index(path) else [path]:
-        if unpickle.kind_of(part) == "safetensors":
+        if reading.kind_of(part) == "safetensors":
             tensors, more = ckpt.read_tensors(part)
             state, metadata = {**state, **tensors}, {**metadata, **more}
         else:
-            state |= unpickle.contents(unpickle.read(part, trust))
+            state |= contents(reading.read(part, trust))
     if "vgm.component" in metadata:
         return Weights(path, {"": state}, metadata, beside)
     entries, remarks = nested.entries(state, path)
@@ -187,7 +187,7 @@ def write(
     writable(path)
     own = separate(state)
     suffix = path.suffix.lower()
-    if suffix in unpickle.TORCH_FILES:
+    if suffix in reading.TORCH_FILES:
         save_torch({wrapper: own} if wrapper else own, path)
     elif suffix == ".npz":
         save_arrays(own, path)

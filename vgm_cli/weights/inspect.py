@@ -1,5 +1,5 @@
 """What is in a weights file, told without building anything: published layouts are recognised by their tensors' names
-and shapes. Nothing in a file is executed (unpickle.py), and of .safetensors only headers and small tensors are read."""
+and shapes. Nothing in a file is executed (reading.py), and of .safetensors only headers and small tensors are read."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from typing import Any
 from vgm_cli import atomic, limits
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.foreign import header
-from vgm_cli.weights import pickle as unpickle
-from vgm_cli.weights.pickle import ARRAYS, PICKLES, TORCH_FILES
+from vgm_cli.weights.reading import KNOWN, kind_of
 
-KINDS = {"torch": "torch file", "pickle": "pickle", "arrays": "numpy archive", "safetensors": "safetensors"}
+KINDS = {"torch": "torch file", "pickle": "pickle", "arrays": "numpy archive", "flax": "flax checkpoint"}
+KINDS["safetensors"] = "safetensors"
 SMALL = 1 << 18  # elements of a tensor whose values may say something (a mask, a ladder of noise levels)
 TORCH_NAMES = {"f64": "float64", "f32": "float32", "f16": "float16", "bf16": "bfloat16", "u8": "uint8", "bool": "bool"}
 TORCH_NAMES |= {f"i{n}": f"int{n}" for n in (8, 16, 32, 64)} | {f"u{n}": f"uint{n}" for n in (16, 32, 64)}
@@ -29,13 +29,12 @@ def describe(path: Path) -> dict[str, Any]:
     if not path.is_file():
         raise VgmError(f"no such file: {path}", "`vgm runs ls` shows the runs below ./runs", USAGE)
     parts = shards_of(path) if is_index(path) else [path]
-    kinds = {unpickle.kind_of(p) for p in parts}
+    kinds = {kind_of(p) for p in parts}
     if kinds == {"safetensors"}:
         return safetensors_file(path, parts)
     if "" not in kinds:
         return foreign_file(path, KINDS[kinds.pop()])
-    known = ", ".join((".safetensors", *TORCH_FILES, *PICKLES, *ARRAYS))
-    raise VgmError(f"{path} is not a kind of file that can be looked into", f"known: {known}, or a run", USAGE)
+    raise VgmError(f"{path} is not a kind of file that can be looked into", f"known: {KNOWN}, or a run", USAGE)
 
 
 # -- .safetensors ------------------------------------------------------------------------------------------------------
@@ -155,8 +154,8 @@ def looks_like(found: Any) -> dict[str, Any]:
 
     found: a weight_files.Weights.
     """
-    from vgm_cli.weights import convert
     from vgm_cli.weights import layout as layouts
+    from vgm_cli.weights import source
 
     networks = found.networks(layouts.recognising)
     if networks:
@@ -171,15 +170,15 @@ def looks_like(found: Any) -> dict[str, Any]:
                 pass  # ambiguous: all are listed
         return {
             "entry": taken.name,
-            "weights": convert.kind_of(taken.name),
-            "also": convert.beside(found, taken.name, networks),
+            "weights": source.kind_of(taken.name),
+            "also": source.beside(found, taken.name, networks),
             "looks_like": [layout(f) for f in sorted(fits, key=lambda f: (not f.exact, f is not first))],
             "fit": table(first),
         }
     name = found.pick(None)[0]
     close = layouts.nearest(found.entries[name])
     near = {"nearest": layout(close), "fit": table(close)} if close is not None else {}
-    return {"entry": name, "weights": convert.kind_of(name), "also": [], "looks_like": [], **near}
+    return {"entry": name, "weights": source.kind_of(name), "also": [], "looks_like": [], **near}
 
 
 def layout(fit: Any) -> dict[str, Any]:

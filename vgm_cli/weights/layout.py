@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgm_cli.convert_api import Converter
+from vgm_cli.convert_api import Layout
 from vgm_cli.errors import FAILED, USAGE, VgmError, unknown
 from vgm_cli.registry import load_target, registry, signature
 from vgm_cli.ui import ui
@@ -26,8 +26,8 @@ UNFIT: tuple[type[Exception], ...] = (  # what reading a state as something that
 )
 
 
-def converters() -> dict[str, Converter]:
-    """{name: converter} of everything registered; one that cannot be imported is left out."""
+def known() -> dict[str, Layout]:
+    """{name: layout} of everything registered; one that cannot be imported is left out."""
     found = {}
     for name in registry().names("converter"):
         try:
@@ -37,32 +37,32 @@ def converters() -> dict[str, Converter]:
     return found
 
 
-def converter(name: str) -> Converter:
-    """VgmError: no such layout."""
+def find(name: str) -> Layout:
+    """The layout of this name. VgmError: there is none."""
     if name not in registry().names("converter"):
         raise unknown("layout", name, registry().names("converter"))
     return load_target(registry().find("converter", name).target, name)  # type: ignore[no-any-return]
 
 
-def official(component: str) -> Converter:
+def official(component: str) -> Layout:
     """The layout that a component's own code uses: the one of its name, or its only one. VgmError: none, several."""
-    own = {name: c for name, c in converters().items() if c.component == component}
+    own = {name: c for name, c in known().items() if c.component == component}
     if component in own:
         return own[component]
     if len(own) == 1:
         return next(iter(own.values()))
-    known = ", ".join(sorted(own))
+    names = ", ".join(sorted(own))
     raise VgmError(
         f"'{component}' has {'several published layouts' if own else 'no published layout that is known here'}",
-        f"--to {known}" if own else "a .safetensors file keeps it as it is",
+        f"--to {names}" if own else "a .safetensors file keeps it as it is",
         USAGE,
     )
 
 
-def recognising(keys: Iterable[str]) -> list[Converter]:
-    """Converters that know a state with these names, in the order of their own."""
+def recognising(keys: Iterable[str]) -> list[Layout]:
+    """Layouts that know a state with these names, in the order of their own."""
     keys = list(keys)
-    return [c for c in converters().values() if keys and c.recognise(keys)]
+    return [c for c in known().values() if keys and c.recognise(keys)]
 
 
 # -- how well a state fits ---------------------------------------------------------------------------------------------
@@ -73,7 +73,7 @@ class Fit:
     """A state beside a layout. config: constructor keywords, {} when they cannot be read off; missing, unexpected:
     names in the layout; shapes: {name: (in the file, wanted)}; reason: why it could not be read."""
 
-    converter: Converter
+    converter: Layout
     config: dict[str, Any] = field(default_factory=dict)
     missing: list[str] = field(default_factory=list)
     unexpected: list[str] = field(default_factory=list)
@@ -83,7 +83,8 @@ class Fit:
 
     @property
     def exact(self) -> bool:
-        """Everything wanted is there, in shape. More may be there: losses, optimizer slots, caches."""
+        """Whether the state has every tensor of the layout in the right shape. It may hold others as well: losses,
+        optimizer slots, caches."""
         return not (self.missing or self.shapes or self.reason)
 
     def nearest(self, name: str) -> str:
@@ -98,20 +99,20 @@ def on_meta(kind: str, name: str, config: Mapping[str, Any]) -> dict[str, Tensor
     return state
 
 
-def layout_of(c: Converter, config: Mapping[str, Any]) -> dict[str, Tensor]:
+def layout_of(c: Layout, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """{name in the layout: meta tensor} of the network with these keywords."""
     return c.from_ours({k: v.to("meta") for k, v in on_meta(c.kind, c.component, config).items()})
 
 
-def fit(c: Converter, state: State, config: Mapping[str, Any] | None = None) -> Fit:
+def fit(c: Layout, state: State, config: Mapping[str, Any] | None = None) -> Fit:
     """Compare a state with what its layout wants for these keywords, by default those read off the state itself."""
     try:
-        own = dict(c.config_from(state)) if config is None else dict(config)
+        own = dict(c.config(state)) if config is None else dict(config)
         wanted = layout_of(c, own)
     except UNFIT as e:
         return Fit(c, reason=reason_of(e))
-    forgotten = [re.compile(p) for p in c.forgets]
-    pairs = {k: k for k in state} if c.pairs is None else dict(c.pairs(state))
+    forgotten = [re.compile(p) for p in c.files.unused]
+    pairs = dict(c.files.names(state))
     used = {theirs for ours, theirs in pairs.items() if ours in wanted}
     missing = [k for k in wanted if k not in pairs and not any(p.search(k) for p in forgotten)]
     unexpected = [k for k in state if k not in used]
@@ -140,13 +141,13 @@ def nearest(state: State) -> Fit | None:
     """The layout that a state almost has, or None: at least half of the names agree, numbers in them aside."""
     own = patterns(state)
     scores = {}
-    for c in converters().values():
+    for c in known().values():
         names = patterns_of(c.name)
         scores[c.name] = len(names & own) / max(1, len(names | own))
     name = max(scores, key=lambda n: scores[n])
     if scores[name] < 0.5:
         return None
-    c = converter(name)
+    c = find(name)
     presets = registry().presets(registry().find(c.kind, c.component)).values()
     fits = [f for f in (fit(c, state), *(fit(c, state, p) for p in presets)) if not f.reason]
     return min(fits, key=lambda f: len(f.missing) + len(f.unexpected) + len(f.shapes), default=None)
@@ -159,7 +160,7 @@ def patterns(names: Iterable[str]) -> frozenset[str]:
 @functools.cache
 def patterns_of(name: str) -> frozenset[str]:
     """Names, numbers aside, of a typical network in a layout: the constructor's own, else a published one."""
-    c = converter(name)
+    c = find(name)
     component = registry().components.get((c.kind, c.component))
     presets = [] if component is None else list(registry().presets(component).values())
     for config in ({}, *presets[:2], *presets[2:][-2:]):  # a layout may hold some of its component's networks only
@@ -175,21 +176,21 @@ def patterns_of(name: str) -> frozenset[str]:
 
 def choose(
     state: State, path: Path, json: Mapping[str, Any] | None = None, name: str | None = None
-) -> tuple[Converter, str]:
+) -> tuple[Layout, str]:
     """The layout of a state, and a remark when something besides its tensors decided. name: what the user said.
 
     Names first, then shapes, then the config.json beside the file, then the file's own name; of layouts whose names
     begin alike (dit-diffusers, dit-diffusers-512) the shortest is taken. VgmError: unknown or ambiguous.
     """
     if name is not None:
-        return converter(name), ""
+        return find(name), ""
     found = recognising(state)
     if not found:
         raise unfamiliar(state, path)
     if len(found) > 1:
         found = [c for c in found if fit(c, state).exact] or found
     if len(found) > 1 and json:
-        found = [c for c in found if c.fits is not None and c.fits(json)] or found
+        found = [c for c in found if c.diffusers is not None and c.diffusers.fits(json)] or found
     if len(found) == 1:
         return found[0], ""
     names = [c.name for c in found]
@@ -202,7 +203,7 @@ def choose(
         rest, why = ", ".join(n for n in names if n != chosen), "the plainest of its kind"
     if chosen is None:
         raise VgmError(f"{path} may be {' or '.join(names)}: its tensors do not say", f"--from {names[0]}", USAGE)
-    return converter(chosen), f"taken for {chosen}, {why}; --from tells otherwise ({rest})"
+    return find(chosen), f"taken for {chosen}, {why}; --from tells otherwise ({rest})"
 
 
 def by_file_name(names: list[str], path: Path) -> str | None:
@@ -246,7 +247,7 @@ def told(found: Fit) -> str:
     return ", ".join(parts) or "all tensors fit"
 
 
-def misfit(c: Converter, state: State, path: Path, said: str) -> VgmError:
+def misfit(c: Layout, state: State, path: Path, said: str) -> VgmError:
     """The state cannot be read as `c`. said: why."""
     others = [x.name for x in recognising(state) if x.name != c.name and fit(x, state).exact]
     hint = f"it looks like {', '.join(others)}" if others else f"`vgm inspect {path}` says what it looks like"

@@ -1,0 +1,270 @@
+"""A network read from a file: ours, or a published checkpoint through its layout into the names that ours has."""
+
+from __future__ import annotations
+
+import json
+import re
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vgm_cli.convert_api import Layout
+from vgm_cli.engine import checkpoint as ckpt
+from vgm_cli.engine.checkpoint import Header
+from vgm_cli.errors import USAGE, VgmError, unknown
+from vgm_cli.recipe import parse_yaml
+from vgm_cli.registry import load_target, registry, signature
+from vgm_cli.weights import files as weight_files
+from vgm_cli.weights import layout as layouts
+from vgm_cli.weights import nested
+from vgm_cli.weights.compare import alike
+from vgm_cli.weights.files import State, Weights
+
+OURS = "vgm"
+
+
+@dataclass
+class Source:
+    """A network in our names. theirs: the state it was read from, {} where the file was ours; layout: its converter."""
+
+    path: Path
+    state: State
+    header: Header
+    layout: Layout | None = None
+    theirs: State = field(default_factory=dict)
+    left_out: list[str] = field(default_factory=list)
+    remarks: list[str] = field(default_factory=list)
+
+    @property
+    def kind(self) -> str:
+        return str(self.header.component.get("kind", "model"))
+
+    @property
+    def name(self) -> str:
+        return str(self.header.component["name"])
+
+    @property
+    def config(self) -> dict[str, Any]:
+        return dict(self.header.component.get("kwargs", {}))
+
+
+@dataclass
+class Conversion:
+    """A network on its way into another file.
+
+    layout: of that file, None for ours. state: what is to be written, in that layout's names. ours: the same in our
+    names. cast: the precision asked for.
+    """
+
+    source: Source
+    layout: Layout | None
+    ours: State
+    state: State
+    cast: str | None = None
+    remarks: list[str] = field(default_factory=list)
+
+
+def open_source(
+    source: str | Path,
+    from_: str | None = None,
+    weights: str | None = None,
+    trust: bool = False,
+    overrides: Sequence[str] = (),
+) -> Source:
+    """A run, a file of ours or a published checkpoint. weights: see weight_files.Weights.pick. overrides: KEY=VALUE for
+    the constructor, where the layout does not tell. VgmError: unknown, ambiguous, incomplete or refused."""
+    found = weight_files.read(weight_files.locate(source, weights), trust)
+    if found.ours:
+        if from_ not in (None, OURS):
+            raise VgmError(f"{found.path} is a file of ours, not '{from_}'", "leave --from away", USAGE)
+        if overrides:
+            raise VgmError(f"{found.path} says what network it holds", f"leave {overrides[0]} away", USAGE)
+        return own_source(found, weights, Path(source).is_dir())
+    if from_ == OURS:
+        raise VgmError(f"{found.path} does not say what network it holds", "--from names a layout", USAGE)
+    entry, state, converter, remarks = recognise(found, from_, weights)
+    return foreign_source(found, entry, state, converter, [*found.remarks, *remarks], overrides)
+
+
+def own_source(found: Weights, weights: str | None, picked: bool) -> Source:
+    header = Header.parse(found.metadata, found.path)
+    known = {f"vgm.{k}" for k in (*vars(header), "schema", "version")}
+    header.extra = {k[4:]: json.loads(v) for k, v in found.metadata.items() if k.startswith("vgm.") and k not in known}
+    if weights is not None and not picked and weights not in kinds_of(header.weights):
+        raise VgmError(f"{found.path} holds {header.weights} weights, not '{weights}'", "take the run instead", USAGE)
+    return Source(found.path, next(iter(found.entries.values())), header)
+
+
+def kinds_of(weights: str) -> tuple[str, ...]:
+    """The words after `--weights` that mean what a header calls "ema-0.9999", "raw" or "released"."""
+    return (weights, "ema") if weights.startswith("ema") else (weights, "model", "raw")
+
+
+def recognise(found: Weights, from_: str | None, weights: str | None) -> tuple[str, State, Layout, list[str]]:
+    """(the network's name in the file, its state, its layout, remarks): the first network of the asked kind that some
+    layout knows, averages before raw weights. VgmError: there is none; several layouts know it."""
+    wanted = layouts.find(from_) if from_ is not None else None
+    if wanted is None:
+        networks = found.networks(layouts.recognising)
+    else:
+        networks = found.networks(lambda state: [wanted] if wanted.recognise(state) else [])
+    taken = next((n for n in networks if weight_files.asked(weights, n.name)), None)
+    if taken is not None:
+        name, state = taken.name, taken.state
+    elif networks and wanted is None:
+        raise found.lacks(weights, [n.name for n in networks])
+    else:
+        name = found.pick(weights)[0]
+        state = found.entries[name]
+        if wanted is None:
+            raise layouts.unfamiliar(state, found.path)
+    converter, remark = (wanted, "") if wanted is not None else layouts.choose(state, found.path, found.json)
+    also = beside(found, name, networks)
+    told = f"taken: '{name}'{', an average' if nested.is_average(name) else ''}; also there: {', '.join(also)}"
+    return name, state, converter, [r for r in (remark, told if name and also else "") if r]
+
+
+def beside(found: Weights, name: str, networks: Sequence[nested.Network]) -> list[str]:
+    """Names of what a file holds beside the network `name`: other networks, and entries in which none is known."""
+    names = [n.name for n in networks]
+    unknown = [e for e in found.entries if len(found.entries[e]) > 1 and not any(within(n, e) for n in (name, *names))]
+    return [f"'{n}'" if n else "the bare state" for n in (*names, *unknown) if n != name]
+
+
+def within(name: str, entry: str) -> bool:
+    return not entry or f"{name}.".startswith(f"{entry}.")
+
+
+def foreign_source(
+    found: Weights, entry: str, theirs: State, converter: Layout, remarks: list[str], overrides: Sequence[str]
+) -> Source:
+    """Through the converter into a state that its network takes strictly."""
+    try:
+        told: dict[str, Any] = {}
+        if converter.diffusers is not None and found.json:
+            told = converter.diffusers.from_json(found.json)
+            converter = converter.diffusers.adapt(converter, found.json)
+        read = {**converter.config(theirs), **told}
+        said, view, recipe = keywords(converter, overrides, converter.published.header(read))
+        config = {**read, **said}
+        state = dict(converter.to_ours(theirs))
+        wanted = layouts.on_meta(converter.kind, converter.component, config)
+        more = dict(converter.published.header(config))
+        assumed = dict(converter.published.assumes(theirs, config))
+    except VgmError:
+        raise
+    except layouts.UNFIT as e:
+        raise layouts.misfit(converter, theirs, found.path, layouts.reason_of(e)) from e
+    if problem := strict(wanted, state):
+        raise layouts.misfit(converter, theirs, found.path, problem)
+    if converter.kind == "codec":
+        more.setdefault("view", {"name": "codec"})
+    if view:
+        more["view"] = {**more["view"], **view}
+        check_view(more["view"])
+    if recipe:
+        more["recipe"] = {**more["recipe"], **recipe}
+        registry().build("sampler", more["recipe"]["sampler"])  # VgmError: it takes no such words
+    own = dict(converter.own(theirs))
+    made = back(converter, state)
+    header = Header(
+        component={"kind": converter.kind, "name": converter.component, "kwargs": config},
+        weights=kind_of(entry),
+        extra={"source": {"file": found.path.name, "sha256": ckpt.file_hash(found.path), "layout": converter.name}},
+        **more,
+    )
+    known = {text.partition("=")[0] for text in overrides} | set(told)
+    remarks = [*remarks, *(f"assumed: {text}" for key, text in assumed.items() if key not in known)]
+    source = Source(found.path, state, header, converter, own, remarks=remarks)
+    pairs = converter.files.names(theirs)
+    source.left_out = sorted(set(theirs) - {pairs[k] for k in made if k in pairs})
+    return source
+
+
+def disagreement(converter: Layout, theirs: State, ours: State) -> str:
+    """A tensor of the file that our network does not keep and that would come back with other values; "" if none: what
+    is read once and stored often (copies, masks, filters) must be what it is taken for."""
+    forgotten = [re.compile(p) for p in converter.files.unused]
+    for k, v in back(converter, ours).items():
+        if k in theirs and not any(p.search(k) for p in forgotten) and not alike(theirs[k], v):
+            return f"{k} is not what the layout's other tensors say"
+    return ""
+
+
+def kind_of(entry: str) -> str:
+    """A header's word for an entry of a checkpoint: an average, raw, or a bare state that says neither."""
+    if not entry:
+        return "released"
+    return "ema" if nested.is_average(entry) else "raw"
+
+
+def keywords(
+    converter: Layout, overrides: Sequence[str], published: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
+    """KEY=VALUE -> keywords of the component's constructor; parts of its view: how it was trained (prediction, time, …,
+    and those of its path: schedule, steps); of its recipe: how it is sampled (sampler.KEY, null: without;
+    guidance_scale). published: the layout's header. VgmError: unknown key."""
+    own: dict[str, Any] = {}
+    seen: dict[str, Any] = {}
+    recipe: dict[str, Any] = {}
+    view = published.get("view")
+    path = dict((view or {}).get("path") or {})
+    sampler = dict(published.get("recipe", {}).get("sampler") or {})
+    component = registry().find(converter.kind, converter.component)
+    known = signature(load_target(component.target, converter.component)).parameters
+    parts = [k for k in (*(view or {}), *path) if k not in ("name", "path")]
+    for text in overrides:
+        key, eq, value = text.partition("=")
+        if not eq:
+            raise VgmError(f"'{text}' is not KEY=VALUE", "example: num_heads=6", USAGE)
+        said = parse_yaml(value, text)
+        if sampler and key.startswith("sampler."):
+            sampler[key.removeprefix("sampler.")] = said
+            recipe["sampler"] = {k: v for k, v in sampler.items() if v is not None}
+        elif sampler and key == "guidance_scale":
+            recipe[key] = said
+        elif key not in known and key not in parts:
+            raise unknown("key", key, [*known, *parts, "codec"], converter.component)
+        elif key in known:
+            own[key] = said
+        elif key in path:
+            path[key] = said
+            seen["path"] = path
+        else:
+            seen[key] = said
+    return own, seen, recipe
+
+
+def check_view(view: Mapping[str, Any]) -> None:
+    """VgmError: there is no such schedule, prediction, ..."""
+    try:
+        ckpt.build_view(torch.nn.Identity(), view)
+    except VgmError:
+        raise
+    except layouts.UNFIT as e:
+        raise VgmError(f"no network is looked at so: {layouts.reason_of(e)}", code=USAGE) from e
+
+
+def strict(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
+    """What keeps a state from being loaded with strict=True; "" when nothing does."""
+    for names, what in ((wanted.keys() - state.keys(), "missing"), (state.keys() - wanted.keys(), "unexpected")):
+        if names:
+            return f"{len(names)} tensors {what}, first {sorted(names)[0]}"
+    for k, v in wanted.items():
+        if v.shape != state[k].shape:
+            return f"{k} is {tuple(state[k].shape)}, the network wants {tuple(v.shape)}"
+    return ""
+
+
+def back(converter: Layout, state: State) -> State:
+    """Ours -> the layout. VgmError: a network that it cannot hold."""
+    try:
+        return converter.from_ours(state)
+    except VgmError:
+        raise
+    except layouts.UNFIT as e:
+        raise VgmError(f"this network has no '{converter.name}' layout: {layouts.reason_of(e)}", code=USAGE) from e
