@@ -12,8 +12,9 @@ import torch
 from torch import Tensor
 
 from vgm_cli.diffusion.denoiser import Denoiser, Network, convert
-from vgm_cli.diffusion.path import Time, expand
+from vgm_cli.diffusion.path import Time
 from vgm_cli.diffusion.timesteps import karras_levels
+from vgm_cli.nn.shapes import expand
 
 SIGMA_MIN, SIGMA_MAX, RHO = 0.002, 80.0, 7.0
 

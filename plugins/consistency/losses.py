@@ -14,7 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vgm_cli.diffusion.path import expand
+from vgm_cli.nn.shapes import along
 
 Distance = Literal["l1", "l2", "l2-32", "lpips", "pseudo-huber"]
 Weighting = Literal["uniform", "snr", "snr+1", "karras", "truncated-snr", "ict"]
@@ -77,10 +77,6 @@ def ode_step(denoise: Function, x: Tensor, t: Tensor, t2: Tensor, heun: bool = T
         return step
     d2 = (step - denoise(step, t2, **cond)) / along(t2, x)
     return x + (d + d2) * along((t2 - t) / 2, x)
-
-
-def along(value: Tensor, x: Tensor) -> Tensor:
-    return expand(value.to(x.dtype), x)
 
 
 @contextmanager

@@ -158,7 +158,7 @@ class DPM2KarrasSampler(GaussianSampler):
     s_tmax: Unbounded = inf
     s_noise: NonNegative = 1.0
 
-    def walk(self, model: Denoiser, request: Request, steps: int) -> Tensor:
+    def solve(self, model: Denoiser, request: Request, steps: int) -> Tensor:
         low, high, rho = levels_of(model)
         sigmas = karras(steps, low, high, rho, dtype=torch.float64)
 

@@ -13,7 +13,7 @@ from torch import Tensor
 
 from vgm_cli.diffusion.denoiser import KINDS, Denoiser
 from vgm_cli.diffusion.objectives import target_of, weight_of
-from vgm_cli.diffusion.path import expand
+from vgm_cli.nn.shapes import expand
 
 
 def dm_gradient(x: Tensor, real: Tensor, fake: Tensor, floor: float = 0.0, scale: Tensor | None = None) -> Tensor:

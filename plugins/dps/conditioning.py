@@ -12,6 +12,7 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor
 
+from vgm_cli.nn.shapes import expand
 from vgm_cli.operators.base import Operator
 
 Project = Callable[[Tensor, Tensor], Tensor]  # (x, y) -> x that agrees with y
@@ -49,7 +50,7 @@ def posterior_sampling(
         return x_next - zeta * g, value
     expected = operator.noise.sigma * y[0].numel() ** 0.5 if noise == "gaussian" else 0.0
     step = (value.detach() - expected).clamp(min=0) / g.flatten(1).square().sum(1).clamp(min=1e-12)
-    return x_next - step.clamp(max=zeta).view(-1, *[1] * (g.ndim - 1)) * g, value
+    return x_next - expand(step.clamp(max=zeta), g) * g, value
 
 
 def posterior_sampling_plus(

@@ -30,6 +30,7 @@ from vgm_cli.diffusion.discrete import (
 from vgm_cli.diffusion.path import DiscreteVPPath
 from vgm_cli.diffusion.timesteps import level_range
 from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.nn.shapes import expand
 
 QUANTILE = 0.95
 UNCLIPPED = 160.0  # level above which x0 = (x - sigma eps) / alpha of latents, which nothing clips, is mostly error
@@ -37,7 +38,7 @@ UNCLIPPED = 160.0  # level above which x0 = (x - sigma eps) / alpha of latents, 
 
 def dynamic_threshold(x0: Tensor) -> Tensor:
     """x0 times the 0.95 quantile of its magnitude per item: the official code multiplies where Imagen divides."""
-    return x0 * x0.abs().flatten(1).quantile(QUANTILE, dim=1).view(-1, *[1] * (x0.ndim - 1))
+    return x0 * expand(x0.abs().flatten(1).quantile(QUANTILE, dim=1), x0)
 
 
 class Prior:

@@ -9,7 +9,6 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any
 
 import torch
-import torch.distributed as dist
 import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
@@ -20,6 +19,8 @@ from vgm_cli.diffusion.guidance import ClassifierFreeGuidance
 from vgm_cli.errors import DIVERGED, USAGE, VgmError, unknown
 from vgm_cli.nn import lora as adapters
 from vgm_cli.nn.precision import full_precision
+from vgm_cli.nn.processes import gather
+from vgm_cli.nn.shapes import expand
 from vgm_cli.ranges import Few, Fraction, NonNegative, Positive, Steps, Width
 
 from .groups import Advantage, advantages, k_repeat, overall_advantages, worth_training
@@ -185,11 +186,11 @@ class FlowGRPO(ObjectiveBase):
 
         run = roll_out(velocity, noise, self.sigmas, self.noise_level, noisy, draw, self.kind)
         images, rewards = self.rewarded(run.latents[-1], y)
-        everyone, asked = gather(rewards, step).cpu(), gather(groups.to(device), step).cpu()
+        everyone, asked = gather(rewards).cpu(), gather(groups.to(device)).cpu()
         own = self.compare(everyone, asked)[step.rank * n : (step.rank + 1) * n]
         order = torch.randperm(int((own == 0).sum()), generator=step.generator(f"filler {step.rank}"))
         keep = worth_training(own, self.updates, order)
-        self.watch(everyone, asked, gather(thumbnails(images), step).cpu(), keep)
+        self.watch(everyone, asked, gather(thumbnails(images)).cpu(), keep)
         rows = torch.where(keep if bool(keep.any()) else ~keep)[0]
         parts: list[Batch] = []
         for epoch in range(self.epochs):
@@ -273,7 +274,7 @@ class FlowGRPO(ObjectiveBase):
         advantage. For planning a run's cost, and for tests."""
         x0, n = batch["x"], len(batch["x"])
         index = step.randint(len(self.windows[0]), n, "index")
-        sigma = self.sigmas.to(x0.device)[index].view(-1, *[1] * (x0.ndim - 1))
+        sigma = expand(self.sigmas.to(x0.device)[index], x0)
         x = (1 - sigma) * x0 + sigma * step.randn(x0.shape, "noise")
         y = batch.get("y") if getattr(self.model, "num_classes", 0) else None
         v = self.velocity(self.denoiser, x, index, y)
@@ -320,15 +321,6 @@ def flatten(
         "advantage": advantage[rows].repeat(len(trained)),
     }
     return part if y is None else {**part, "y": y[rows].repeat(len(trained))}
-
-
-def gather(values: Tensor, step: Step) -> Tensor:
-    """The rows of all processes, by rank: (world * B, ...)."""
-    if step.world == 1:
-        return values
-    parts = [torch.empty_like(values) for _ in range(step.world)]
-    dist.all_gather(parts, values.contiguous())
-    return torch.cat(parts)
 
 
 def thumbnails(images: Tensor) -> Tensor:

@@ -12,7 +12,8 @@ import torch
 from torch import Tensor
 
 from vgm_cli.api import Request
-from vgm_cli.ar.sampling import Decoding, Pick, generate, guided, in_one_dtype
+from vgm_cli.ar.sampling import Decoding, Pick, generate, in_one_dtype
+from vgm_cli.diffusion.guidance import Guidance
 from vgm_cli.nets.llama import Decoder, LlamaGen
 from vgm_cli.ranges import Fraction, NonNegative, Whole
 
@@ -31,7 +32,7 @@ def decode(
     guidance_scale <= 1: the condition alone, without the null half. cfg_interval k >= 0: guidance on the first code and
     the k + 1 after it, plain conditional logits from then on. watch(logits, i) sees what is drawn from.
     """
-    scaled = guidance_scale > 1.0
+    scaled, guidance = guidance_scale > 1.0, Guidance(guidance_scale)
     if scaled:
         null = model.null_condition(cond)
         cond = {k: torch.cat([v, null[k]]) for k, v in cond.items()}
@@ -39,7 +40,8 @@ def decode(
 
     def choose(logits: Tensor, i: int) -> Tensor:
         if scaled:
-            logits = guided(logits, guidance_scale) if cfg_interval < 0 or i <= cfg_interval + 1 else logits.chunk(2)[0]
+            wanted, null = logits.chunk(2)
+            logits = guidance.combine(wanted, null) if cfg_interval < 0 or i <= cfg_interval + 1 else wanted
         if watch is not None:
             watch(logits, i)
         return pick(logits, i)
@@ -56,7 +58,7 @@ def decode_naively(model: LlamaGen, cond: Tensor, pick: Pick, guidance_scale: fl
     for i in range(model.block_size):
         logits = model(ids if guidance_scale <= 1.0 else ids.repeat(2, 1), both)[:, -1]
         if guidance_scale > 1.0:
-            logits = guided(logits, guidance_scale)
+            logits = Guidance(guidance_scale).combine(*logits.chunk(2))
         ids = torch.cat([ids, pick(logits, i)[:, None]], dim=1)
     return ids
 

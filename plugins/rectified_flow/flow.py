@@ -15,6 +15,7 @@ from torch import Tensor
 
 from vgm_cli.diffusion import solvers
 from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.nn.shapes import each, expand
 
 EPS = 1e-3  # networks are trained and asked in [EPS, 1]
 Velocity = Callable[[Tensor, Tensor], Tensor]  # (x (B, ...), t (B,)) -> dx/dt (B, ...)
@@ -57,7 +58,7 @@ def flow_losses(
     t = eps alone; lpips+l2: their sum. reduce_mean: mean over an image, false: half the sum. VgmError: the network's
     output has another shape, no perceptual distance.
     """
-    s = t.view(-1, *[1] * (x1.ndim - 1))
+    s = expand(t, x1)
     v = velocity(s * x1 + (1 - s) * z0, t)
     if v.shape != x1.shape:
         raise VgmError(
@@ -79,11 +80,6 @@ def flow_losses(
 
 
 # -- along the flow ----------------------------------------------------------------------------------------------------
-
-
-def at(t: float, x: Tensor) -> Tensor:
-    """t for every row of x: (B,) float32."""
-    return torch.full((len(x),), t, dtype=torch.float32, device=x.device)
 
 
 def euler(
@@ -108,7 +104,7 @@ def euler(
     gain = sigma_var**2 / (2 * noise_scale**2)
     for i in range(steps):
         t = i / steps * (1 - eps) + eps
-        v = velocity(x, at(t, x))
+        v = velocity(x, each(x, t, torch.float32))
         if callback is not None:
             callback(i, x, x + (1 - t) * v)
         if sigma_var == 0:
@@ -146,7 +142,7 @@ def rk45(
         return velocity(y.reshape(shape).float(), now).double().reshape(y.shape)
 
     def x0_of(y: Tensor, t: Tensor, v: Tensor) -> Tensor:
-        return y + (1 - t.view(-1, *[1] * (y.ndim - 1))) * v
+        return y + (1 - expand(t, y)) * v
 
     info: dict[str, int] = {}
     start = x.double().reshape(1, -1) if joint else x.double()

@@ -49,7 +49,7 @@ class RectifiedFlowSampler(GaussianSampler):
     ode_tol: Positive = 1e-5
     data_range: Literal["centered", "unit"] = "centered"
 
-    def walk(self, model: Denoiser, request: Request, steps: int) -> Tensor:
+    def solve(self, model: Denoiser, request: Request, steps: int) -> Tensor:
         scale, eps = linear(model)
         velocity, x = velocity_of(model, **request.cond), request.randn() * scale
         if self.method == "rk45":

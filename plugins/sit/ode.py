@@ -2,7 +2,8 @@
 
 Fixed methods take one step between neighbouring grid points. Adaptive ones (Hairer, Norsett & Wanner, Solving ODEs I,
 II.4) choose their own steps, step beyond a grid point and interpolate back with a quartic; their error norm is over the
-whole batch, so what they give for one item depends a little (within rtol) on the others.
+whole batch, so what they give for one item depends a little (within rtol) on the others: the host's own dopri5
+(diffusion/solvers/ode.py) steps every item by itself, with the same stages and another estimate of the error.
 """
 
 from __future__ import annotations
@@ -14,6 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
+from vgm_cli.diffusion.solvers.ode import DORMAND_PRINCE
 from vgm_cli.errors import DIVERGED, VgmError, unknown
 
 State = tuple[Tensor, ...]
@@ -57,16 +59,9 @@ METHODS = {
     ),
     "dopri5": Tableau(
         5,
-        [1 / 5, 3 / 10, 4 / 5, 8 / 9, 1, 1],
-        [
-            [1 / 5],
-            [3 / 40, 9 / 40],
-            [44 / 45, -56 / 15, 32 / 9],
-            [19372 / 6561, -25360 / 2187, 64448 / 6561, -212 / 729],
-            [9017 / 3168, -355 / 33, 46732 / 5247, 49 / 176, -5103 / 18656],
-            [35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84],
-        ],
-        [35 / 384, 0, 500 / 1113, 125 / 192, -2187 / 6784, 11 / 84, 0],
+        [c for c, _ in DORMAND_PRINCE],
+        [weights for _, weights in DORMAND_PRINCE],
+        [*DORMAND_PRINCE[-1][1], 0],
         error=[  # fifth minus fourth order, Shampine's variant
             35 / 384 - 1951 / 21600,
             0,

@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 
 from vgm_cli.api import Request
-from vgm_cli.diffusion.iddpm import guided
+from vgm_cli.diffusion.guidance import Guidance, check_null
 from vgm_cli.errors import USAGE, VgmError, unknown
+from vgm_cli.nn.shapes import each
 from vgm_cli.ranges import NonNegative, Positive, Steps
 
 from .ode import METHODS, integrate
@@ -25,10 +26,6 @@ from .transport import VP, Form, Network, Transport, transport_of
 
 Draw = Callable[[], Tensor]
 LAST_STEPS = ("Mean", "Tweedie", "Euler")
-
-
-def batch_time(x: Tensor, t: float) -> Tensor:
-    return torch.full((len(x),), t, dtype=x.dtype, device=x.device)
 
 
 def grid_of(t0: float, t1: float, steps: int) -> Tensor:
@@ -51,7 +48,7 @@ def sample_ode(
     """Yields (t, x_t) at `steps` grid points, the initial one included. x: (B, ...) noise; data when reverse."""
 
     def field(t: float, y: tuple[Tensor, ...]) -> tuple[Tensor, ...]:
-        now = batch_time(y[0], t)
+        now = each(y[0], t, y[0].dtype)
         return (transport.velocity(model(y[0], now), y[0], now),)
 
     t0, t1 = transport.interval(train=False, reverse=reverse)
@@ -97,7 +94,7 @@ def sample_sde(
     grid = grid_of(t0, t1, steps)
     times, dt = grid.tolist(), float(grid[1] - grid[0])
     for now, later in pairwise(times):
-        t = batch_time(x, now)
+        t = each(x, now, x.dtype)
         kick = torch.sqrt(2 * plan.diffusion(x, t, form, norm)) * (noise() * math.sqrt(dt))
         if method == "Euler":
             x = x + drift(x, t) * dt + kick
@@ -106,7 +103,7 @@ def sample_sde(
             first = drift(x, t)
             x = x + 0.5 * dt * (first + drift(x + dt * first, t + dt))
         yield later, x
-    t = batch_time(x, t1)
+    t = each(x, t1, x.dtype)
     if last_step == "Mean":
         x = x + drift(x, t) * last_step_size
     elif last_step == "Euler":
@@ -136,7 +133,7 @@ def log_likelihood(
         probe = rademacher()
         with torch.enable_grad():
             x = y[0].detach().requires_grad_(True)
-            t = batch_time(x, 1 - s)
+            t = each(x, 1 - s, x.dtype)
             velocity = transport.velocity(model(x, t), x, t)
             gradient = torch.autograd.grad((velocity * probe).sum(), x)[0]
         return -velocity.detach(), (gradient * probe).flatten(1).sum(1)
@@ -156,25 +153,19 @@ class Guided:
 
     def __init__(self, view: Any, request: Request, cfg_channels: int | None):
         self.network, self.cond, self.nfe = view.network, request.cond, 0
-        self.low, self.high = request.guidance_interval or (0.0, 1.0)
         scale = 1.0 if request.guidance_scale is None else request.guidance_scale
-        self.doubled = None
-        if scale != 1.0 and self.cond:
-            if not hasattr(self.network, "null_condition"):
-                raise VgmError("this network has no null class to be guided away from", "guidance_scale=1", USAGE)
-            self.doubled = guided(self.network, self.cond, scale, cfg_channels)
+        self.guidance = Guidance(scale, cfg_channels, request.guidance_interval)
+        self.guides = scale != 1.0 and bool(self.cond)
+        if self.guides:
+            check_null(self.network)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
-        if self.doubled is None:
+        if not self.guides:
             self.nfe += 1
             return self.network(x, t, **self.cond).float()
-        if self.low > 0 or self.high < 1:
-            noisiness = 1 - float(t[0])
-            if not self.low <= noisiness <= self.high:
-                self.nfe += 1
-                return self.network(x, t, **self.cond).float()
-        self.nfe += 2
-        return self.doubled(x, t).float()
+        self.nfe += 2 if self.guidance.active(1 - t) else 1
+        null = self.network.null_condition(self.cond)
+        return self.guidance(self.network, x, t, self.cond, null, 1 - t).float()
 
 
 def estimate(view: Any, model: Guided, x: Tensor, t: float) -> Tensor:
@@ -183,7 +174,7 @@ def estimate(view: Any, model: Guided, x: Tensor, t: float) -> Tensor:
     if 1 - t <= low:
         return x
     counted = model.nfe
-    x0: Tensor = view.interpret(model(x, batch_time(x, t)), x, min(1 - t, high), "x0")
+    x0: Tensor = view.interpret(model(x, each(x, t, x.dtype)), x, min(1 - t, high), "x0")
     model.nfe = counted
     return x0
 

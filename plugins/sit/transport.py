@@ -17,16 +17,12 @@ import torch
 from torch import Tensor
 
 from vgm_cli.errors import USAGE, VgmError, unknown
+from vgm_cli.nn.shapes import expand
 
 Prediction = Literal["velocity", "score", "noise"]
 Weight = Literal["velocity", "likelihood"]
 Form = Literal["constant", "SBDM", "sigma", "linear", "decreasing", "increasing-decreasing"]
 Network = Callable[[Tensor, Tensor], Tensor]
-
-
-def expand(t: Tensor, x: Tensor) -> Tensor:
-    """(B,) -> (B, 1, ...) against x."""
-    return t if t.ndim == x.ndim else t.view(-1, *[1] * (x.ndim - 1))
 
 
 class Linear:

@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vgm_cli.api import Batch, ObjectiveBase, Phase, Step
 from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.nn.processes import average
 from vgm_cli.ranges import Few, Fraction, NonNegative
 
 from .augment import AugmentPipe, next_probability
@@ -250,12 +251,12 @@ class StyleGANObjective(ObjectiveBase):
     def after_step(self, step: Step) -> None:
         """Mean of w, of path lengths and of the discriminator's signs, over micro-batches and processes."""
         for means in self.seen.values():
-            mean = over_processes(torch.stack(means).mean(0))
+            mean = average(torch.stack(means).mean(0))
             self.model.w_avg.copy_(torch.lerp(mean.to(self.model.w_avg), self.model.w_avg, self.w_decay))
         if self.new_path_mean:
-            self.path_mean = over_processes(torch.stack(self.new_path_mean).mean(0))
+            self.path_mean = average(torch.stack(self.new_path_mean).mean(0))
         if self.adaptive and self.real_signs:
-            mean = over_processes(torch.stack(self.real_signs).mean(0))
+            mean = average(torch.stack(self.real_signs).mean(0))
             self.signs = self.signs.to(mean.device) + torch.stack([mean.float(), torch.ones_like(mean).float()])
             if (step.index + 1) % self.ada_every == 0:
                 sign, count = self.signs.tolist()
@@ -272,12 +273,3 @@ class StyleGANObjective(ObjectiveBase):
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
         self.path_mean = state["path_mean"].to(self.path_mean.device)
         self.p, self.signs = float(state["p"]), state["signs"].clone()
-
-
-def over_processes(mean: Tensor) -> Tensor:
-    """The mean over all processes."""
-    if torch.distributed.is_initialized():
-        mean = mean.clone()
-        torch.distributed.all_reduce(mean)
-        mean /= torch.distributed.get_world_size()
-    return mean

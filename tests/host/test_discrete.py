@@ -19,7 +19,8 @@ from vgm_cli.diffusion.discrete import (
     normal_kl,
     space_timesteps,
 )
-from vgm_cli.diffusion.iddpm import IDDPM, classifier_gradient, guided
+from vgm_cli.diffusion.guidance import Guidance, classifier_gradient
+from vgm_cli.diffusion.iddpm import IDDPM
 from vgm_cli.diffusion.resample import LossSecondMomentResampler, UniformResampler, build_resampler, draw
 from vgm_cli.errors import VgmError
 
@@ -250,9 +251,11 @@ class Conditional(nn.Module):
 
 def test_guided_channels() -> None:
     x, t, y = torch.zeros(2, 4, 1, 1), torch.zeros(2), torch.tensor([1.0, 2.0])
-    every = guided(Conditional(), {"y": y}, 3.0)(x, t)[:, :, 0, 0]
+    network, cond = Conditional(), {"y": y}
+    null = network.null_condition(cond)
+    every = Guidance(3.0)(network, x, t, cond, null)[:, :, 0, 0]
     assert every.tolist() == [[3.0] * 4 + [10.0] * 4, [6.0] * 4 + [20.0] * 4]
-    three = guided(Conditional(), {"y": y}, 3.0, channels=3)(x, t)[:, :, 0, 0]
+    three = Guidance(3.0, channels=3)(network, x, t, cond, null)[:, :, 0, 0]
     assert three[0].tolist() == [3.0] * 3 + [1.0] + [10.0] * 4
 
 

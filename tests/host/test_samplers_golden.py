@@ -3,12 +3,16 @@
 import inspect
 import itertools
 
+import diffusers_grids as grids
 import numpy as np
 import pytest
 import torch
 
-from vgm_cli.diffusion import edm, solvers, timesteps
+from vgm_cli.api import Step
+from vgm_cli.diffusion import objectives, solvers, timesteps
+from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.diffusion.solvers.common import ancestral_step as ancestral_level
+from vgm_cli.diffusion.solvers.edm import iddpm_levels
 from vgm_cli.testing.golden import GoldenChecks, assert_close
 
 golden = GoldenChecks("samplers")
@@ -110,7 +114,10 @@ golden.check(source("ablation_sampler"))(edm_solver(solvers.edm_ablation))
 
 @golden.check(source("EDMPrecond", "VPPrecond", "VEPrecond", "iDDPMPrecond"))
 def preconditioner(case):
-    kind = case.source.split()[-1].removesuffix("Precond").lower()
+    """EDM's four preconditioners are Denoisers: what the network is fed, told and taken to predict."""
+    kind, c = case.source.split()[-1].removesuffix("Precond").lower(), case.config
+    sigma, out = case.inputs["sigma"], dict(case.outputs)
+    M, rounded, edm = c.get("M", 1000), sigma, {"name": "edm", "sigma_max": 1e6}
 
     def inner(x, c_noise):
         assert c_noise.shape == (len(x),)
@@ -119,25 +126,65 @@ def preconditioner(case):
             return torch.cat([0.3 * torch.tanh(x) + 0.001 * c_noise, x], dim=1)
         return 0.3 * torch.tanh(x) + 0.05 * c_noise
 
-    make = edm.PRECONDITIONERS[kind]
-    net = make(inner, **options(make, case.config))
-    sigma, out = case.inputs["sigma"], dict(case.outputs)
-    assert_close(net(case.inputs["x"], sigma), out.pop("D"), RTOL, "D")
+    if kind in ("edm", "ve") and {"sigma_min", "sigma_max"} & set(c):
+        case.ignore("sigma_min", "sigma_max", why="what the network knows: D is the same")
+    if kind == "edm":
+        net = Denoiser(inner, edm | {"sigma_data": c.get("sigma_data", 0.5)}, "F", time="edm")
+    elif kind == "vp":
+        b, d = c.get("beta_min", 0.1), c.get("beta_d", 19.9)
+        path = {"name": "vp", "beta_min": b, "beta_max": b + d, "t_min": c.get("epsilon_t", 1e-5)}
+        net = Denoiser(inner, path, "eps", time_scale=M - 1)
+    elif kind == "ve":  # its network predicts -eps and is told ln(sigma / 2)
+        net = Denoiser(lambda x, t: -inner(x, t - np.log(2)), edm, "eps", time="log-sigma")
+    else:
+        u = iddpm_levels(M, c.get("C_1", 0.001), c.get("C_2", 0.008), torch.float32)
+        assert_close(u, out.pop("u"), RTOL, "u")
+        nearest = lambda s: (s.reshape(-1, 1) - u).abs().argmin(1)
+        options = {"time": "sigma", "input_scale": "vp", "learned_sigma": True}
+        net = Denoiser(lambda x, s: inner(x, (M - 1 - nearest(s)).float()), edm, "eps", **options)
+        rounded = u[nearest(sigma)].reshape(sigma.shape)
+    assert_close(net.denoise_ve(case.inputs["x"], sigma.flatten()), out.pop("D"), RTOL, "D")
     if "round_sigma" in out:
-        assert_close(net.round_sigma(sigma), out.pop("round_sigma"), RTOL, "round_sigma")
-    if "u" in out:
-        assert_close(net.u, out.pop("u"), RTOL, "u")
+        assert_close(rounded, out.pop("round_sigma"), RTOL, "round_sigma")
     assert not out
+
+
+class Given(Step):
+    """A step whose draws are given."""
+
+    def __init__(self, **draws):
+        super().__init__(0)
+        self.__dict__["draws"] = draws
+
+    def randn(self, shape, name):
+        return self.draws[name]
+
+    def rand(self, n, name):
+        return self.draws[name]
 
 
 @golden.check(source("EDMLoss", "VPLoss", "VELoss"))
 def loss(case):
-    kind = case.source.split()[-1].removesuffix("Loss").lower()
-    levels = {"edm": edm.edm_levels, "vp": edm.vp_training_levels, "ve": edm.ve_levels}[kind]
-    sigma = levels(case.inputs["rnd"].flatten(), **options(levels, case.config))
-    weight = edm.edm_weight(sigma, case.config.get("sigma_data", 0.5)) if kind == "edm" else 1 / sigma**2
-    got = edm.denoising_loss(toy_denoiser, case.inputs["images"], sigma, case.inputs["noise"], weight)
-    assert_close(got, case.outputs["loss_map"], RTOL, "loss_map")
+    """EDM's three losses are configurations of the Gaussian objective."""
+    kind, c = case.source.split()[-1].removesuffix("Loss").lower(), case.config
+    rnd, options = case.inputs["rnd"].flatten(), {"weighting": "eps"}
+    if kind == "edm":
+        path = {"name": "edm", "sigma_data": c.get("sigma_data", 0.5)}
+        options = {"weighting": "edm", "time_sampling": "edm-lognormal"}
+        options |= {"time_mean": c.get("P_mean", -1.2), "time_std": c.get("P_std", 1.2)}
+    elif kind == "vp":
+        b, rnd = c.get("beta_min", 0.1), 1 - rnd.double()  # 0 is its noisiest
+        path = {"name": "vp", "beta_min": b, "beta_max": b + c.get("beta_d", 19.9), "t_min": c.get("epsilon_t", 1e-5)}
+    else:
+        path = {"name": "ve", "sigma_min": c.get("sigma_min", 0.02), "sigma_max": c.get("sigma_max", 100.0)}
+    asked = {"time": "sigma", "input_scale": "ve", "label_dropout": 0.0}
+    objective = objectives.GaussianObjective(toy_denoiser, path, "x0", **asked, **options)
+    step, images = Given(t=rnd, noise=case.inputs["noise"]), case.inputs["images"]
+    mean, _ = objective.loss("main", {"x": images}, step)
+    t = objective.times(len(images), step)
+    each, _ = objectives.gaussian_losses(objective.denoiser, images, t, case.inputs["noise"], options["weighting"])
+    assert_close(each, case.outputs["loss_map"].flatten(1).mean(1), RTOL, "loss_map, per image")
+    assert_close(mean, case.outputs["loss_map"].mean(), RTOL, "loss_map")
 
 
 # -- diffusers -------------------------------------------------------------------------------------------------------
@@ -172,9 +219,9 @@ class Scheduler:
             betas = torch.tensor(self.get("trained_betas"), dtype=torch.float32)
         else:
             ends = (self.get("beta_start", 1e-4), self.get("beta_end", 0.02))
-            betas = timesteps.betas(self.get("beta_schedule", "linear"), self.total, *ends)
+            betas = grids.betas(self.get("beta_schedule", "linear"), self.total, *ends)
         if self.get("rescale_betas_zero_snr"):
-            betas = timesteps.zero_terminal_snr(betas)
+            betas = grids.zero_terminal_snr(betas)
         return torch.cumprod(1 - betas, 0)
 
     def clip(self):
@@ -202,6 +249,12 @@ class Scheduler:
         if self.kind == "v":
             return a * x - s * pred, a * pred + s * x
         return x - s * pred, x + (1 - s) * pred
+
+    def x0(self, pred, x, sigma, raised):
+        """Of an output at sigma, read at x in VE coordinates whose level is `raised`."""
+        if self.kind == "eps":
+            return x - raised * pred
+        return pred if self.kind == "x0" else pred * (-sigma / (sigma**2 + 1) ** 0.5) + x / (sigma**2 + 1)
 
     def grid(self, times, alphas, sigmas):
         self.times, self.alphas, self.sigmas = times, alphas, sigmas
@@ -274,27 +327,27 @@ def multistep_grid(s, unipc):
     schedule = next((k for k in ("karras", "exponential", "beta") if s.get(f"use_{k}_sigmas")), None)
     flow, cosine = s.get("use_flow_sigmas", False), s.get("beta_schedule") == "squaredcos_cap_v2"
     if schedule:
-        sigmas = timesteps.respace_sigmas(*ends, n, schedule)
+        sigmas = grids.respace_sigmas(*ends, n, schedule)
         if flow and unipc and schedule == "karras":
             sigmas = sigmas / (sigmas + 1)
             times = sigmas * s.total
         else:
-            times = np.array([timesteps.timestep_of_sigma(v, log_levels) for v in sigmas])
+            times = np.array([grids.timestep_of_sigma(v, log_levels) for v in sigmas])
             if schedule == "karras" and (unipc or not cosine):
                 times = times.round()
         last = last if not unipc or last == 0 else sigmas[-1]
     elif s.get("use_lu_lambdas"):
         sigmas = np.exp(np.linspace(log_levels[-1].item(), log_levels[0].item(), n))
-        times = np.array([timesteps.timestep_of_sigma(v, log_levels) for v in sigmas])
+        times = np.array([grids.timestep_of_sigma(v, log_levels) for v in sigmas])
         times = times if cosine else times.round()
     elif flow:
         shift = s.get("flow_shift", 1.0)
         if unipc:
             mu = s.get("mu") if s.get("use_dynamic_shifting") else None
             more = (mu, s.get("time_shift_type", "exponential"), s.get("shift_terminal"))
-            sigmas = timesteps.unipc_flow_sigmas(n, s.total, shift, *more)
+            sigmas = grids.unipc_flow_sigmas(n, s.total, shift, *more)
         else:
-            sigmas = timesteps.dpm_flow_sigmas(n, s.total, shift)
+            sigmas = grids.dpm_flow_sigmas(n, s.total, shift)
         times = sigmas * s.total
         last = last if not unipc or last == 0 else sigmas[-1]
     else:
@@ -303,7 +356,7 @@ def multistep_grid(s, unipc):
         if not unipc and np.isfinite(clipped):
             below = s.total - int(np.searchsorted(-log_levels[::-1], clipped))
         spacing, offset = s.get("timestep_spacing", "linspace"), s.get("steps_offset", 0)
-        times = timesteps.multistep_timesteps(n, s.total, spacing, offset, below)
+        times = grids.multistep_timesteps(n, s.total, spacing, offset, below)
         sigmas = np.interp(times, np.arange(len(levels)), levels)
     sigmas = torch.from_numpy(np.append(sigmas, last).astype(np.float32))
     if "out/sigmas" in s.case:
@@ -370,7 +423,7 @@ def level_grid(s):
         bars[-1] = 2**-24
     levels = (((1 - bars) / bars) ** 0.5).numpy()
     spacing = s.get("timestep_spacing", "linspace")
-    times = timesteps.euler_timesteps(s.n, s.total, spacing, s.get("steps_offset", 0))
+    times = grids.euler_timesteps(s.n, s.total, spacing, s.get("steps_offset", 0))
     if s.get("interpolation_type") == "log_linear":
         ends = np.log(levels[-1]).item(), np.log(levels[0]).item()
         sigmas = torch.linspace(*ends, s.n + 1).exp().numpy()
@@ -379,8 +432,8 @@ def level_grid(s):
     schedule = next((k for k in ("karras", "exponential", "beta") if s.get(f"use_{k}_sigmas")), None)
     if schedule:
         ends = (s.get("sigma_min") or sigmas[-1].item(), s.get("sigma_max") or sigmas[0].item())
-        sigmas = timesteps.respace_sigmas(*ends, s.n, schedule)
-        times = np.array([timesteps.timestep_of_sigma(v, np.log(levels)) for v in sigmas])
+        sigmas = grids.respace_sigmas(*ends, s.n, schedule)
+        times = np.array([grids.timestep_of_sigma(v, np.log(levels)) for v in sigmas])
     last = levels[0] if s.get("final_sigmas_type") == "sigma_min" else 0.0
     sigmas = torch.from_numpy(np.append(sigmas, last).astype(np.float32))
     if s.get("timestep_type") == "continuous" and s.kind == "v":
@@ -398,12 +451,25 @@ def euler_discrete(case):
         assert_close(sigmas, case.outputs["sigmas"], RTOL, "sigmas")
     s.grid(times, None, sigmas)
 
-    def output(x, i):
-        s.inputs.append(x * (sigmas[i] ** 2 + 1) ** 0.5)
-        return s.network(x, i)
+    s_min, s_max, s_noise = s.step.get("s_tmin", 0.0), s.step.get("s_tmax", float("inf")), s.step.get("s_noise", 1.0)
+    drawn = []
 
-    step = options(solvers.euler_discrete, s.step)
-    s.check(solvers.euler_discrete(output, x, sigmas, prediction=s.kind, noise=lambda: next(s.noise), **step))
+    def noise():
+        """k-diffusion draws at every step, diffusers where the noise is used."""
+        used = s_min <= sigmas[len(s.inputs)] <= s_max
+        drawn.append(next(s.noise) if used else torch.zeros_like(x))
+        return drawn[-1]
+
+    def denoise(raised, sigma_hat):
+        """diffusers' network sees x before the churn's noise."""
+        i, sigma_hat = len(s.inputs), sigma_hat[0]
+        added = drawn.pop() * s_noise * (sigma_hat**2 - sigmas[i] ** 2) ** 0.5 if drawn else 0.0
+        s.inputs.append(raised - added)
+        pred = s.network(s.inputs[-1] / (sigmas[i] ** 2 + 1) ** 0.5, i)
+        return s.x0(pred, raised, sigmas[i], sigma_hat)
+
+    keywords = options(solvers.K_DIFFUSION["euler"], s.step)
+    s.check(solvers.K_DIFFUSION["euler"](denoise, x, sigmas, noise=noise, **keywords))
 
 
 @golden.check(source("HeunDiscreteScheduler"))
@@ -421,10 +487,7 @@ def heun_discrete(case):
         s.inputs.append(x)
         sigma = sigma[0]
         pred = s.network(x / (sigma**2 + 1) ** 0.5, next(calls))
-        if s.kind == "eps":
-            x0 = x - sigma * pred
-        else:
-            x0 = pred if s.kind == "x0" else pred * (-sigma / (sigma**2 + 1) ** 0.5) + x / (sigma**2 + 1)
+        x0 = s.x0(pred, x, sigma, sigma)
         return x0 if clip is None else clip(x0)
 
     s.check(solvers.K_DIFFUSION["heun"](denoise, x, sigmas))
@@ -436,10 +499,10 @@ def flow_euler(case):
     mu = s.get("mu") if s.get("use_dynamic_shifting") else None
     sigmas = timesteps.flow_sigmas(s.n, s.total, s.get("shift", 1.0), mu, s.get("time_shift_type", "exponential"))
     if s.get("shift_terminal"):
-        sigmas = timesteps.stretch_to_terminal(sigmas, s.get("shift_terminal"))
+        sigmas = grids.stretch_to_terminal(sigmas, s.get("shift_terminal"))
     schedule = next((k for k in ("karras", "exponential", "beta") if s.get(f"use_{k}_sigmas")), None)
     if schedule:
-        sigmas = timesteps.respace_sigmas(sigmas[-1].item(), sigmas[0].item(), s.n, schedule)
+        sigmas = grids.respace_sigmas(sigmas[-1].item(), sigmas[0].item(), s.n, schedule)
     sigmas = torch.from_numpy(sigmas).float()
     end = torch.zeros(1)
     if s.get("invert_sigmas"):
@@ -465,4 +528,4 @@ def test_golden(golden_case):
 @pytest.mark.parametrize("q", [0.0, 0.01, 0.3, 0.5, 0.77, 0.999, 1.0])
 def test_beta_quantile_is_scipys(q):
     stats = pytest.importorskip("scipy.stats")
-    assert timesteps.beta_quantile(q, 0.6, 0.6) == pytest.approx(stats.beta.ppf(q, 0.6, 0.6), abs=1e-10)
+    assert grids.beta_quantile(q, 0.6, 0.6) == pytest.approx(stats.beta.ppf(q, 0.6, 0.6), abs=1e-10)

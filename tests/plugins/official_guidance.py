@@ -7,7 +7,7 @@ from collections.abc import Callable
 import torch
 from torch import Tensor, nn
 
-from vgm_cli.diffusion.iddpm import guided
+from vgm_cli.diffusion.guidance import Guidance
 
 
 def doubled(network: nn.Module, y: Tensor, scale: float, channels: int = 3) -> Callable[[Tensor, Tensor], Tensor]:
@@ -17,12 +17,12 @@ def doubled(network: nn.Module, y: Tensor, scale: float, channels: int = 3) -> C
     and the unconditional ones in the second.
     """
     cond = {"y": y}
-    guide = guided(network, cond, scale, channels)
+    guidance = Guidance(scale, channels)
 
     def model(x: Tensor, t: Tensor) -> Tensor:
         x, t = x[: len(y)], t[: len(y)]
-        both = guide(x, t)
-        null = network(x, t, **network.null_condition(cond))  # type: ignore[operator]
+        null_cond = network.null_condition(cond)  # type: ignore[operator]
+        both, null = guidance(network, x, t, cond, null_cond), network(x, t, **null_cond)
         return torch.cat([both, torch.cat([both[:, :channels], null[:, channels:]], dim=1)])
 
     return model

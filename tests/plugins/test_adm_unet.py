@@ -31,7 +31,8 @@ from vgm_cli.diffusion.discrete import (
     normal_kl,
     space_timesteps,
 )
-from vgm_cli.diffusion.iddpm import IDDPM, DDPMSampler, classifier_gradient
+from vgm_cli.diffusion.guidance import classifier_gradient
+from vgm_cli.diffusion.iddpm import IDDPM, DDPMSampler
 from vgm_cli.diffusion.resample import LossSecondMomentResampler
 from vgm_cli.errors import VgmError
 from vgm_cli.registry import registry

@@ -18,7 +18,8 @@ from vgm_plugins.dit.presets import PRESETS
 from vgm_cli.api import Request, Step, generators
 from vgm_cli.convert_api import unwrap
 from vgm_cli.diffusion.discrete import DiscreteDiffusion, named_betas, space_timesteps
-from vgm_cli.diffusion.iddpm import IDDPM, DDPMSampler, guided
+from vgm_cli.diffusion.guidance import Guidance
+from vgm_cli.diffusion.iddpm import IDDPM, DDPMSampler
 from vgm_cli.diffusion.iddpm_manifest import components
 from vgm_cli.errors import VgmError
 from vgm_cli.nets.dit import DiT, SiT
@@ -317,7 +318,9 @@ def test_without_a_null_class_it_cannot_be_unconditional() -> None:
 
 def test_guidance_of_all_channels_differs_only_in_the_fourth() -> None:
     model, x, t = filled(), torch.randn(2, 4, 8, 8), torch.full((2,), 500)
-    three, every = (guided(model, {"y": torch.tensor([1, 2])}, 3.0, channels)(x, t) for channels in (3, None))
+    cond = {"y": torch.tensor([1, 2])}
+    null = model.null_condition(cond)
+    three, every = (Guidance(3.0, channels)(model, x, t, cond, null) for channels in (3, None))
     assert torch.equal(three[:, :3], every[:, :3]) and torch.equal(three[:, 4:], every[:, 4:])
     assert not torch.allclose(three[:, 3], every[:, 3])
 

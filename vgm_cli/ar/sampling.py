@@ -1,7 +1,7 @@
-"""Drawing tokens one after the other: filters, guidance on logits, and the loop.
+"""Drawing tokens one after the other: filters and the loop. Logits are guided by diffusion/guidance.py's Guidance.
 
 top-k and nucleus filters as in transformers' and LlamaGen's top_k_top_p_filtering (Holtzman et al. 2020, arXiv
-1904.09751); guidance on logits as in FoundationVision/LlamaGen@ce98ec4 autoregressive/models/generate.py.
+1904.09751).
 """
 
 from __future__ import annotations
@@ -44,12 +44,6 @@ def draw(probs: Tensor, u: Tensor) -> Tensor:
     cdf = probs.double().cumsum(-1)
     ids = torch.searchsorted(cdf, u.double()[:, None] * cdf[:, -1:], right=True)
     return ids.squeeze(-1).clamp_(max=probs.shape[-1] - 1)
-
-
-def guided(logits: Tensor, scale: float) -> Tensor:
-    """Classifier-free guidance on logits: (2B, V), conditional half first -> uncond + scale (cond - uncond), (B, V)."""
-    cond, uncond = logits.chunk(2)
-    return uncond + scale * (cond - uncond)
 
 
 @dataclass(frozen=True)

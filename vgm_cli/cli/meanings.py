@@ -80,6 +80,9 @@ def from_docstring(place: Any, names: Iterable[str]) -> dict[str, str]:
 WORDS = {
     "adaptive": "the adversarial weight balances the gradients at the last layer",
     "channel_mult_emb": "width of the embedding, as a multiple of the first channels",
+    "autoguidance": "RUN of a worse version of the network (smaller, or trained for shorter), to be guided away from",
+    "autoguidance_scale": "1 is the network itself, above it is guided",
+    "classifier": "RUN of a classifier of noisy images, whose gradient guides towards the class",
     "classifier_scale": "of classifier guidance",
     "conditional": "the noise level is an input",
     "conv_resample": "levels are halved and doubled by convolutions",

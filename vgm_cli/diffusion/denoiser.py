@@ -15,8 +15,9 @@ from typing import Any, Literal, get_args
 import torch
 from torch import Tensor
 
-from vgm_cli.diffusion.path import DiscreteVPPath, LinearPath, Path, Time, as_time, expand, make_path
+from vgm_cli.diffusion.path import DiscreteVPPath, LinearPath, Path, Time, as_time, make_path
 from vgm_cli.errors import USAGE, VgmError, unknown
+from vgm_cli.nn.shapes import each, expand
 
 Prediction = Literal["x0", "eps", "score", "v", "velocity", "F", "trig"]
 KINDS: tuple[str, ...] = get_args(Prediction)
@@ -182,6 +183,17 @@ class Denoiser:
         }
         return config | {k: value for k, (value, default) in optional.items() if value != default}
 
+    def options(self) -> dict[str, Any]:
+        """Constructor keywords beside network, path and prediction."""
+        return {
+            "time": self.time,
+            "time_scale": self.time_scale,
+            "input_scale": self.input_scale,
+            "learned_sigma": self.learned_sigma,
+            "variance": self.variance,
+            "sigma_data": self.sigma_data,
+        }
+
     # the network's side
 
     def time_argument(self, t: Tensor) -> Tensor:
@@ -218,7 +230,7 @@ class Denoiser:
     def batch_time(self, x: Tensor, t: Time) -> Tensor:
         """t as a float64 tensor (B,) beside x (B, ...)."""
         if not isinstance(t, Tensor):
-            return torch.full((len(x),), float(t), dtype=torch.float64, device=x.device)
+            return each(x, t)
         return t.to(x.device).double().expand(len(x)) if t.ndim == 0 else t.to(x.device).double()
 
     def raw(self, x_t: Tensor, t: Time, **cond: Any) -> Tensor:
@@ -263,6 +275,16 @@ class Denoiser:
         t = self.path.t_of_ve_sigma(self.batch_time(x_ve, sigma)).clamp(max=self.path.t_max)
         x_t = (expand(self.path.alpha(t), x_ve) * x_ve).to(x_ve.dtype)
         return self.predict(x_t, t, "x0", **cond)
+
+    def predict_beside(self, path: Path, x_t: Tensor, t: Time, to: str = "x0", **cond: Any) -> Tensor:
+        """Quantity `to` at x_t (B, ...), t of another path: this network is asked at the same noise level of its own,
+        at most the highest it knows. (B, ...)."""
+        t = self.batch_time(x_t, t)
+        if path == self.path:
+            return self.predict(x_t, t, to, **cond)
+        own = self.path.t_of_ve_sigma(path.ve_sigma(t)).clamp(max=self.t_range()[1])
+        z = (x_t * expand(self.path.sigma(own) / path.sigma(t), x_t)).to(x_t.dtype)
+        return convert(self.predict(z, own, "x0", **cond), x_t, t, path, "x0", to)
 
     def learned_variance(self, output: Tensor, x_t: Tensor) -> Tensor | None:
         """The variance channels of a raw output, or None."""

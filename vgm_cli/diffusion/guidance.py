@@ -1,12 +1,14 @@
-"""Guidance as wrappers around a Denoiser: the same interface, another estimate.
+"""Guidance: away from a worse estimate, or up a classifier's gradient.
 
 Every prediction is affine in every other with the same z and t, so guiding the network's own output guides all of them
-alike (Gao et al. 2024).
+alike (Gao et al. 2024); logits are guided by the same formula.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
 from typing import Any
 
 import torch
@@ -14,72 +16,168 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vgm_cli.diffusion.denoiser import KINDS, Denoiser, affine
-from vgm_cli.diffusion.path import Time, expand
+from vgm_cli.diffusion.path import Time
 from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.nn.shapes import each, expand
+
+Scale = float | Tensor | Callable[[Tensor], Tensor]
+Cond = Mapping[str, Tensor]
+
+
+def extrapolate(outputs: Sequence[Tensor], scales: Sequence[float | Tensor]) -> Tensor:
+    """o_0 + s_1 (o_1 - o_0) + s_2 (o_2 - o_1) + ..., each o_i shaped alike.
+
+    outputs go from the one to be guided away from (unconditional, a worse network) to the wanted one. One scale is
+    classifier-free guidance; two guide by two conditions apart, such as a picture and a text. A scale of 1 everywhere
+    gives the last output.
+    """
+    result = outputs[0]
+    for (before, after), scale in zip(pairwise(outputs), scales, strict=True):
+        result = result + scale * (after - before)
+    return result
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """How an output is guided away from a worse one: u + scale (c - u) (Ho & Salimans 2022, 2207.12598).
+
+    It knows nothing of what is guided: `combine` takes the two outputs of any network, logits (B, V) included, and a
+    call takes a network and both of its conditions, which it evaluates in one doubled batch.
+    """
+
+    scale: Scale = 1.0  # 1 is no guidance; a function of the times (B,) gives one for each item
+    channels: int | None = None  # leading channels that are guided, None for all (DiT's released samples: 3)
+    interval: tuple[float, float] | None = None  # times between which to guide (Kynkaanniemi et al. 2024)
+    rescale: float = 0.0  # pull the deviation back towards the conditional one's, 0 to 1 (Lin et al. 2023)
+    detach: bool = False  # no gradient through the worse output
+
+    def active(self, times: Tensor) -> bool:
+        """Whether any of the times (B,) is guided, so that the worse output is needed."""
+        if self.interval is None:
+            return True
+        low, high = self.interval
+        return bool(((low <= times) & (times <= high)).any())
+
+    def scale_at(self, times: Tensor, like: Tensor) -> float | Tensor:
+        """The scale at times (B,): a number, or a tensor that broadcasts against `like` (B, ...). 1 outside of the
+        interval."""
+        scale = self.scale(times) if callable(self.scale) else self.scale
+        if self.interval is not None:
+            low, high = self.interval
+            scale = torch.where((low <= times) & (times <= high), scale, 1.0)
+        return expand(scale.to(like.dtype), like) if isinstance(scale, Tensor) else scale
+
+    def combine(
+        self, wanted: Tensor, worse: Tensor, times: Tensor | None = None, channels: int | None = None
+    ) -> Tensor:
+        """The guided output (B, C, ...) of two (B, C, ...).
+
+        times: (B,), for an interval or a scale that changes. channels: that can be guided where self.channels does not
+        say, None for all. The others are the wanted output's.
+        """
+        worse = worse.detach() if self.detach else worse
+        channels = channels if self.channels is None else self.channels
+        k = wanted.shape[1] if channels is None else channels
+        c, u = wanted[:, :k], worse[:, :k]
+        scale = self.scale_at(each(wanted, 0.0) if times is None else times, c)
+        guided = extrapolate((u, c), (scale,))
+        if self.rescale:
+            ratio = expand(c.flatten(1).std(1) / guided.flatten(1).std(1), guided)
+            guided = guided * (self.rescale * ratio + 1 - self.rescale)
+        return torch.cat([guided, wanted[:, k:]], dim=1) if k < wanted.shape[1] else guided
+
+    def __call__(
+        self, network: Callable[..., Tensor], x: Tensor, t: Tensor, cond: Cond, null: Cond, times: Tensor | None = None
+    ) -> Tensor:
+        """network(x, t, **cond) (B, C, ...) guided away from network(x, t, **null), both in one batch.
+
+        t: (B,), what the network is told. times: (B,), what interval and scale look at; None is t. Where no time is
+        guided the network is evaluated once. Output channels beyond those of x (a learned variance) are not guided.
+        """
+        times = t if times is None else times
+        if not self.active(times):
+            return network(x, t, **cond)
+        both = {k: torch.cat([v, null[k]]) for k, v in cond.items()}
+        wanted, worse = network(torch.cat([x, x]), torch.cat([t, t]), **both).chunk(2)
+        return self.combine(wanted, worse, times, x.shape[1])
+
+
+def check_null(network: Any) -> None:
+    """VgmError: the network has no unconditional half to be guided away from."""
+    if not hasattr(network, "null_condition"):
+        raise VgmError("this network has no null class to be guided away from", "guidance_scale=1", USAGE)
 
 
 class Guided(Denoiser):
-    """A Denoiser that looks like `inner` in all but its raw output, which subclasses change."""
+    """A Denoiser that shows `inner` with another raw output, which subclasses compute."""
 
     def __init__(self, inner: Denoiser):
-        self.__dict__.update(inner.__dict__)
+        super().__init__(inner.network, inner.path, inner.prediction, **inner.options())
         self.inner = inner
-        self.nfe = 0
+
+    def inner_raw(self, x_t: Tensor, t: Time, **cond: Any) -> Tensor:
+        """The inner raw output, its evaluations counted here too."""
+        before = self.inner.nfe
+        output = self.inner.raw(x_t, t, **cond)
+        self.nfe += self.inner.nfe - before
+        return output
+
+    def interpret(self, output: Tensor, x_t: Tensor, t: Time, to: str = "x0") -> Tensor:
+        return self.inner.interpret(output, x_t, t, to)
 
 
 class ClassifierFreeGuidance(Guided):
-    """u + scale (c - u), conditional and unconditional in one doubled forward (Ho & Salimans 2022, 2207.12598).
+    """A Denoiser guided away from its own unconditional estimate, see Guidance for the options.
 
-    channels: how many leading channels are guided, None for all (DiT's released samples: 3); the others, the variance
-    included, are the conditional ones. interval: host times between which to guide (Kynkaanniemi et al. 2024), else
-    conditional only. rescale: pull the standard deviation back towards the conditional one's (Lin et al. 2023). detach:
-    no gradient through the unconditional half.
-    VgmError: the network has no null_condition.
+    interval: host times. VgmError: the network has no null_condition.
     """
 
     def __init__(
         self,
         inner: Denoiser,
-        scale: float,
+        scale: Scale,
         channels: int | None = None,
         interval: tuple[float, float] | None = None,
         rescale: float = 0.0,
         detach: bool = False,
     ):
         super().__init__(inner)
-        if not hasattr(inner.network, "null_condition"):
-            raise VgmError("this network has no null class to be guided away from", "guidance_scale=1", USAGE)
-        self.scale, self.channels, self.interval, self.rescale = scale, channels, interval, rescale
-        self.detach = detach
+        check_null(inner.network)
+        self.guidance = Guidance(scale, channels, interval, rescale, detach)
 
     def raw(self, x_t: Tensor, t: Time, **cond: Any) -> Tensor:
-        scale: float | Tensor = self.scale
-        if self.interval is not None:
-            low, high = self.interval
-            times = self.batch_time(x_t, t)
-            inside = (low <= times) & (times <= high)
-            if not bool(inside.any()):
-                self.nfe += 1
-                return self.inner.raw(x_t, t, **cond)
-            scale = expand(torch.where(inside, self.scale, 1.0).to(x_t.dtype), x_t)
-        null = self.network.null_condition(cond)  # type: ignore[attr-defined]
-        both = {k: torch.cat([v, null[k]]) for k, v in cond.items()}
         times = self.batch_time(x_t, t)
-        c, u = self.inner.raw(torch.cat([x_t, x_t]), torch.cat([times, times]), **both).chunk(2)
-        u = u.detach() if self.detach else u
-        self.nfe += 2
-        k = x_t.shape[1] if self.channels is None else self.channels
-        guided = u[:, :k] + scale * (c[:, :k] - u[:, :k])
-        if self.rescale:
-            ratio = expand(c[:, :k].flatten(1).std(1) / guided.flatten(1).std(1), guided)
-            guided = guided * (self.rescale * ratio + 1 - self.rescale)
-        return torch.cat([guided, c[:, k:]], dim=1)
+        self.nfe += 2 if self.guidance.active(times) else 1
+        return self.guidance(self.inner.raw, x_t, times, cond, self.network.null_condition(cond))  # type: ignore[attr-defined]
+
+
+class Autoguidance(Guided):
+    """A Denoiser guided away from a worse version of itself (Karras et al. 2024, 2406.02507): a smaller network, or the
+    same one trained for shorter. weak: a Denoiser on any path. VgmError: a prediction that cannot be converted."""
+
+    def __init__(self, inner: Denoiser, weak: Denoiser, scale: Scale, interval: tuple[float, float] | None = None):
+        super().__init__(inner)
+        if inner.prediction not in KINDS:
+            raise VgmError(f"autoguidance does not read {inner.prediction}", "a network of eps or x0", USAGE)
+        self.weak, self.guidance = weak, Guidance(scale, interval=interval)
+
+    def raw(self, x_t: Tensor, t: Time, **cond: Any) -> Tensor:
+        times = self.batch_time(x_t, t)
+        strong, rest = self.split(self.inner_raw(x_t, t, **cond), x_t)
+        if self.guidance.active(times):
+            weak = self.weak.predict_beside(self.path, x_t, times, self.prediction, **cond)
+            if self.prediction == "velocity" and self.time == "reversed":
+                weak = -weak
+            self.nfe += 1
+            strong = self.guidance.combine(strong, weak.to(strong.dtype), times)
+        return strong if rest is None else torch.cat([strong, rest], dim=1)
 
 
 class ClassifierGuidance(Guided):
     """Adds scale * d/dx log p(y | x_t) to the score (Dhariwal & Nichol 2021, 2105.05233).
 
     classifier(x_t, t) gives logits (B, classes) and is told the network's own time; cond["y"] names the class.
+    VgmError: a prediction that cannot be converted.
     """
 
     def __init__(self, inner: Denoiser, classifier: Callable[[Tensor, Tensor], Tensor], scale: float = 1.0):
@@ -89,13 +187,9 @@ class ClassifierGuidance(Guided):
         self.classifier, self.scale = classifier, scale
 
     def raw(self, x_t: Tensor, t: Time, **cond: Any) -> Tensor:
-        output = self.inner.raw(x_t, t, **cond)
-        self.nfe += 1
+        output = self.inner_raw(x_t, t, **cond)
         times = self.batch_time(x_t, t)
-        with torch.enable_grad():
-            x = x_t.detach().requires_grad_(True)
-            log_p = F.log_softmax(self.classifier(x, self.time_argument(times)).float(), dim=-1)
-            gradient = torch.autograd.grad(log_p.gather(1, cond["y"][:, None]).sum(), x)[0]
+        gradient = classifier_gradient(self.classifier, cond["y"])(x_t, self.time_argument(times))
         _, per_score = affine("score", self.prediction, self.path, times, self.sigma_data)
         sign = -1.0 if self.prediction == "velocity" and self.time == "reversed" else 1.0
         pred, rest = self.split(output, x_t)
@@ -103,20 +197,15 @@ class ClassifierGuidance(Guided):
         return pred if rest is None else torch.cat([pred, rest], dim=1)
 
 
-class Autoguidance(Guided):
-    """weak + scale (strong - weak): guided by a worse version of itself (Karras et al. 2024, 2406.02507)."""
+def classifier_gradient(
+    classifier: Callable[[Tensor, Tensor], Tensor], y: Tensor, scale: float = 1.0
+) -> Callable[[Tensor, Tensor], Tensor]:
+    """cond_fn(x, t) = scale * d/dx log p(y | x_t), from a classifier of noisy images giving logits (B, classes)."""
 
-    def __init__(self, inner: Denoiser, weak: Denoiser, scale: float):
-        super().__init__(inner)
-        if inner.prediction not in KINDS:
-            raise VgmError(f"autoguidance does not read {inner.prediction}", "a network of eps or x0", USAGE)
-        self.weak, self.scale = weak, scale
+    def cond_fn(x: Tensor, t: Tensor) -> Tensor:
+        with torch.enable_grad():
+            x = x.detach().requires_grad_(True)
+            log_p = F.log_softmax(classifier(x, t).float(), dim=-1)
+            return torch.autograd.grad(log_p.gather(1, y[:, None]).sum(), x)[0] * scale
 
-    def raw(self, x_t: Tensor, t: Time, **cond: Any) -> Tensor:
-        strong, rest = self.split(self.inner.raw(x_t, t, **cond), x_t)
-        weak = self.weak.predict(x_t, t, self.prediction, **cond)
-        if self.prediction == "velocity" and self.time == "reversed":
-            weak = -weak
-        self.nfe += 2
-        guided = weak + self.scale * (strong - weak)
-        return guided if rest is None else torch.cat([guided, rest], dim=1)
+    return cond_fn

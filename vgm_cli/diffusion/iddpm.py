@@ -7,18 +7,19 @@ Deviation: each image has its own noise stream, so a sample does not depend on t
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from typing import Any, Literal
 
 import torch
-import torch.distributed as dist
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vgm_cli.api import Batch, ObjectiveBase, Request, Step
-from vgm_cli.diffusion.discrete import DiscreteDiffusion, Loss, Mean, Network, Variance, named_betas, space_timesteps
+from vgm_cli.diffusion.discrete import DiscreteDiffusion, Loss, Mean, Variance, named_betas, space_timesteps
+from vgm_cli.diffusion.guidance import Guidance, check_null, classifier_gradient
 from vgm_cli.diffusion.resample import UniformResampler, build_resampler, draw
 from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.nn.processes import gather
+from vgm_cli.nn.shapes import each
 from vgm_cli.ranges import Fraction, NonNegative, Steps
 
 
@@ -116,10 +117,8 @@ class IDDPM(ObjectiveBase):
             return
         pairs = torch.stack([torch.stack([t.double(), loss.double()]) for t, loss in self._seen])  # (micros, 2, B)
         self._seen.clear()
-        if step.world > 1 and dist.is_initialized():
-            parts = [torch.empty_like(pairs) for _ in range(step.world)]
-            dist.all_gather(parts, pairs)
-            pairs = torch.stack(parts, dim=1).flatten(0, 1)  # (micros * world, 2, B): the order of Step's rows
+        # (micros * processes, 2, B): the order of Step's rows
+        pairs = gather(pairs[None]).transpose(0, 1).flatten(0, 1)
         t, loss = pairs.transpose(0, 1).flatten(1).cpu()
         self.resampler.update(t.long(), loss)
 
@@ -142,34 +141,6 @@ class IDDPM(ObjectiveBase):
 
 
 # -- samplers --------------------------------------------------------------------------------------------------------
-
-
-def guided(network: nn.Module, cond: dict[str, Tensor], scale: float, channels: int | None = None) -> Network:
-    """Classifier-free guidance as one doubled forward: model(x, t) -> u + scale (c - u) on the leading channels.
-
-    channels: how many channels are guided; None: all of x's. Others (variance) are the conditional ones.
-    """
-    null = network.null_condition(cond)  # type: ignore[operator]
-    both = {k: torch.cat([v, null[k]]) for k, v in cond.items()}
-
-    def model(x: Tensor, t: Tensor) -> Tensor:
-        c, u = network(torch.cat([x, x]), torch.cat([t, t]), **both).chunk(2)
-        k = x.shape[1] if channels is None else channels
-        return torch.cat([u[:, :k] + scale * (c[:, :k] - u[:, :k]), c[:, k:]], dim=1)
-
-    return model
-
-
-def classifier_gradient(classifier: Callable[[Tensor, Tensor], Tensor], y: Tensor, scale: float = 1.0) -> Network:
-    """cond_fn(x, t) = scale * d/dx log p(y | x_t), from a classifier of noisy images giving logits (B, classes)."""
-
-    def cond_fn(x: Tensor, t: Tensor) -> Tensor:
-        with torch.enable_grad():
-            x = x.detach().requires_grad_(True)
-            chosen = F.log_softmax(classifier(x, t).float(), dim=-1)[torch.arange(len(y), device=y.device), y]
-            return torch.autograd.grad(chosen.sum(), x)[0] * scale
-
-    return cond_fn
 
 
 class DDPMSampler:
@@ -222,22 +193,20 @@ class DDPMSampler:
         """view: a Denoiser (its network and path are used). Gives (N, *request.shape)."""
         process, network, cond = self.process(view, request.steps), view.network, request.cond
         scale = 1.0 if request.guidance_scale is None else request.guidance_scale
-        if scale != 1.0 and cond and not hasattr(network, "null_condition"):
-            raise VgmError("this network has no null class to be guided away from", "guidance_scale=1", USAGE)
-
-        def plain(x: Tensor, t: Tensor) -> Tensor:
-            return network(x, t, **cond)
-
-        doubled = guided(network, cond, scale, self.cfg_channels) if scale != 1.0 and cond else None
-        low, high = request.guidance_interval or (0.0, 1.0)
+        guidance = Guidance(scale, self.cfg_channels, request.guidance_interval)
+        guides = scale != 1.0 and bool(cond)
+        if guides:
+            check_null(network)
         visited = iter(reversed(process.timestep_map))
         nfe = 0
 
         def model(x: Tensor, t: Tensor) -> Tensor:
             nonlocal nfe
-            guide = doubled is not None and low <= next(visited) / process.original_steps <= high
-            nfe += 2 if guide else 1
-            return doubled(x, t) if guide and doubled is not None else plain(x, t)
+            times = each(x, next(visited) / process.original_steps)
+            nfe += 2 if guides and guidance.active(times) else 1
+            if not guides:
+                return network(x, t, **cond)
+            return guidance(network, x, t, cond, network.null_condition(cond), times)
 
         cond_fn = None
         if self.classifier is not None:

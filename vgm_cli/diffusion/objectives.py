@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from vgm_cli.api import Batch, ObjectiveBase, Step
 from vgm_cli.diffusion.denoiser import Denoiser, affine, x0_from
 from vgm_cli.diffusion.iddpm import check_null_class, label_condition
-from vgm_cli.diffusion.path import DiscreteVPPath, EDMPath, Path, expand, make_path
+from vgm_cli.diffusion.path import DiscreteVPPath, EDMPath, Path, make_path
 from vgm_cli.errors import USAGE, VgmError, unknown
+from vgm_cli.nn.shapes import expand
 from vgm_cli.ranges import Fraction, NonNegative, Positive
 
 Weighting = Literal["uniform", "x0", "eps", "v", "velocity", "snr", "min-snr-5", "edm", "sigmoid"]

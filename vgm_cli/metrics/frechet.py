@@ -9,6 +9,7 @@ symmetric matrix with the same spectrum: the same number, half the time, no imag
 from __future__ import annotations
 
 from dataclasses import dataclass
+from functools import reduce
 from typing import TYPE_CHECKING
 
 import numpy as np
@@ -16,6 +17,7 @@ import torch
 from torch import Tensor
 
 from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.nn.processes import gather_objects
 from vgm_cli.ranges import Few, Steps, Whole
 
 if TYPE_CHECKING:
@@ -74,14 +76,7 @@ class Moments:
 
     def gather(self) -> Moments:
         """The moments of all processes of torch.distributed together, on every process; itself without it."""
-        if not (torch.distributed.is_available() and torch.distributed.is_initialized()):
-            return self
-        parts: list[Moments] = [self] * torch.distributed.get_world_size()
-        torch.distributed.all_gather_object(parts, self)
-        total = Moments.empty(self.dim)
-        for part in parts:
-            total = total.merge(part)
-        return total
+        return reduce(Moments.merge, gather_objects(self), Moments.empty(self.dim))
 
 
 def _factor(sigma: Tensor) -> Tensor:

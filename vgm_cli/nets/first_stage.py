@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.nets.autoencoder import AttnType, Decoder, Encoder
 from vgm_cli.nn.example import noise
+from vgm_cli.nn.processes import average
 from vgm_cli.nn.quantize import EMAVectorQuantizer, GumbelQuantizer, Unknown, VectorQuantizer
 from vgm_cli.ranges import Blocks, Fraction, NonNegative, Positive, Side, Vocabulary, Width
 
@@ -180,10 +181,7 @@ class FirstStage(nn.Module):
     def measure(self, z: Tensor, momentum: float = 1.0) -> None:
         """Move the statistics towards those of unscaled latents z (B, c, h, w), of all ranks; momentum 1 replaces."""
         flat = z.detach().float().transpose(0, 1).flatten(1)  # (c, B h w)
-        both = torch.stack([flat.mean(1), flat.square().mean(1)])
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(both)
-            both /= torch.distributed.get_world_size()
+        both = average(torch.stack([flat.mean(1), flat.square().mean(1)]))
         self.latent_mean.lerp_(both[0], momentum)
         self.latent_std.lerp_((both[1] - both[0].square()).clamp_min(1e-8).sqrt(), momentum)
 

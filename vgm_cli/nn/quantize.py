@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vgm_cli.nn.precision import full_precision
+from vgm_cli.nn.processes import total
 
 Unknown = Literal["random", "extra"] | int
 
@@ -215,14 +216,11 @@ class EMAVectorQuantizer(VectorQuantizer):
         flat = z.permute(0, 2, 3, 1).reshape(-1, z.shape[1])
         book = self.embedding
         chosen = F.one_hot(indices.flatten(), len(book.weight)).to(flat)  # (B h w, n)
-        counts, sums = chosen.sum(0), chosen.T @ flat
-        if torch.distributed.is_initialized():
-            torch.distributed.all_reduce(counts)
-            torch.distributed.all_reduce(sums)
+        counts, sums = total(chosen.sum(0)), total(chosen.T @ flat)
         book.cluster_size.mul_(self.decay).add_(counts, alpha=1 - self.decay)
         book.embed_avg.mul_(self.decay).add_(sums, alpha=1 - self.decay)
-        total = book.cluster_size.sum()
-        smoothed = (book.cluster_size + self.eps) / (total + len(counts) * self.eps) * total
+        n = book.cluster_size.sum()
+        smoothed = (book.cluster_size + self.eps) / (n + len(counts) * self.eps) * n
         book.weight.copy_(book.embed_avg / smoothed[:, None])
 
     def place(self, z: Tensor) -> None:

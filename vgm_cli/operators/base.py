@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.nn.shapes import expand
 from vgm_cli.operators.noise import Clean, Noise
 
 RCOND = 1e-4  # singular values below this share of the largest one count as 0 in the pseudo-inverse
@@ -143,7 +144,7 @@ def conjugate_gradient(
     """Solve apply(u) = b per item for a symmetric positive definite `apply`; b: (B, ...)."""
 
     def dot(p: Tensor, q: Tensor) -> Tensor:
-        return (p * q).flatten(1).sum(1).view(-1, *[1] * (p.ndim - 1))
+        return expand((p * q).flatten(1).sum(1), p)
 
     u, r = torch.zeros_like(b), b
     p, old = r, dot(r, r)

@@ -6,7 +6,7 @@
 They are called with tensors and functions alone; common.py says how noise and callbacks are passed.
 """
 
-from vgm_cli.diffusion.solvers.ddim import ddim, ddpm, dynamic_threshold, euler_discrete, flow_euler
+from vgm_cli.diffusion.solvers.ddim import ddim, ddpm, dynamic_threshold, flow_euler
 from vgm_cli.diffusion.solvers.dpm_solver import ALGORITHMS, dpm_adaptive, dpm_fast, dpm_solver, unipc
 from vgm_cli.diffusion.solvers.edm import edm_ablation, edm_heun
 from vgm_cli.diffusion.solvers.k_diffusion import K_DIFFUSION
@@ -26,7 +26,6 @@ __all__ = [
     "dynamic_threshold",
     "edm_ablation",
     "edm_heun",
-    "euler_discrete",
     "flow_euler",
     "predictor_corrector",
     "reverse_sde",

@@ -1,4 +1,4 @@
-"""One-step samplers in the path's own coordinates: DDIM, DDPM, and the Euler steps of diffusers' two Euler schedulers.
+"""One-step samplers in the path's own coordinates: DDIM, DDPM, and the Euler steps of flow matching.
 
 `predict(x, i) -> (x0, eps)` at point i of a grid with alphas[i], sigmas[i] (N + 1 each, the last is where sampling
 ends); behaviour of huggingface/diffusers@58eb52c.
@@ -6,15 +6,14 @@ ends); behaviour of huggingface/diffusers@58eb52c.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Callable
 
 import torch
 from torch import Tensor
 
-from vgm_cli.diffusion.path import expand
-from vgm_cli.diffusion.solvers.common import Callback, Draw, Predict, notify, slope
+from vgm_cli.diffusion.solvers.common import Callback, Draw, Predict, notify
 from vgm_cli.errors import unknown
+from vgm_cli.nn.shapes import expand
 
 
 def ddim(
@@ -89,41 +88,6 @@ def dynamic_threshold(x0: Tensor, ratio: float = 0.995, max_value: float = 1.0) 
     edge = torch.quantile(x0.flatten(1).abs().float(), ratio, dim=1).clamp(min=1, max=max_value)
     edge = expand(edge, x0).to(x0.dtype)
     return torch.clamp(x0, -edge, edge) / edge
-
-
-def euler_discrete(
-    output: Callable[[Tensor, int], Tensor],
-    x: Tensor,
-    sigmas: Tensor,
-    *,
-    prediction: str = "eps",
-    s_churn: float = 0.0,
-    s_tmin: float = 0.0,
-    s_tmax: float = math.inf,
-    s_noise: float = 1.0,
-    noise: Draw | None = None,
-    callback: Callback = None,
-) -> Tensor:
-    """diffusers' Euler for discrete networks: x in VE coordinates, output(x / sqrt(sigma^2 + 1), i) of kind eps, v, x0.
-
-    Unlike k-diffusion's, the network sees x before the churn's noise, which is drawn only where it is used.
-    """
-    if prediction not in ("eps", "v", "x0"):
-        raise unknown("prediction", prediction, ("eps", "v", "x0"))
-    for i in range(len(sigmas) - 1):
-        sigma = sigmas[i]
-        pred = output(x / (sigma**2 + 1) ** 0.5, i)
-        gamma = min(s_churn / (len(sigmas) - 1), 2**0.5 - 1) if s_tmin <= sigma <= s_tmax else 0.0
-        raised = sigma * (gamma + 1)
-        if gamma > 0 and noise is not None:
-            x = x + noise() * s_noise * (raised**2 - sigma**2) ** 0.5
-        if prediction == "eps":
-            x0 = x - raised * pred
-        else:
-            x0 = pred if prediction == "x0" else pred * (-sigma / (sigma**2 + 1) ** 0.5) + x / (sigma**2 + 1)
-        notify(callback, i, x, x0)
-        x = x + slope(x, raised, x0) * (sigmas[i + 1] - raised)
-    return x
 
 
 def flow_euler(

@@ -12,8 +12,9 @@ from functools import cache
 import torch
 from torch import Tensor
 
+from vgm_cli.diffusion.path import VPPath
 from vgm_cli.diffusion.solvers.common import Callback, Denoise, Draw, estimate, notify
-from vgm_cli.diffusion.timesteps import append_zero, karras_levels, vp_levels
+from vgm_cli.diffusion.timesteps import append_zero, karras_levels
 from vgm_cli.errors import unknown
 
 
@@ -115,8 +116,9 @@ def edm_ablation(
     ):
         if value not in known:
             raise unknown(what, value, known)
-    vp_ends: list[float] = vp_levels(torch.tensor([epsilon_s, 1.0], dtype=torch.float64)).tolist()
-    defaults = {"vp": (vp_ends[0], vp_ends[1]), "ve": (0.02, 100.0), "iddpm": (0.002, 81.0)}
+    usual_vp = VPPath()
+    vp_ends = float(usual_vp.ve_sigma(epsilon_s)), float(usual_vp.ve_sigma(1.0))
+    defaults = {"vp": vp_ends, "ve": (0.02, 100.0), "iddpm": (0.002, 81.0)}
     low, high = defaults.get(discretization, (0.002, 80.0))
     low = max(low if sigma_min is None else sigma_min, net_sigma_min)
     high = min(high if sigma_max is None else sigma_max, net_sigma_max)
@@ -124,11 +126,11 @@ def edm_ablation(
     # the VP process that passes through both ends
     beta_d = 2 * (math.log(low**2 + 1) / epsilon_s - math.log(high**2 + 1)) / (epsilon_s - 1)
     beta_0 = math.log(high**2 + 1) - 0.5 * beta_d
+    vp = VPPath(beta_0, beta_0 + beta_d)
 
     ramp = torch.arange(num_steps, dtype=torch.float64) / max(num_steps - 1, 1)
     if discretization == "vp":
-        vp_times = 1 + ramp * (epsilon_s - 1)
-        levels = torch.expm1(0.5 * beta_d * vp_times**2 + beta_0 * vp_times).sqrt()
+        levels = vp.ve_sigma(1 + ramp * (epsilon_s - 1))
     elif discretization == "ve":
         levels = (high**2 * (low**2 / high**2) ** ramp).sqrt()
     elif discretization == "iddpm":
@@ -140,7 +142,7 @@ def edm_ablation(
 
     def sigma_of(t: Tensor) -> Tensor:
         if schedule == "vp":
-            return torch.expm1(0.5 * beta_d * t**2 + beta_0 * t).sqrt()
+            return vp.ve_sigma(t)
         return t.sqrt() if schedule == "ve" else t
 
     def sigma_slope(t: Tensor) -> Tensor:

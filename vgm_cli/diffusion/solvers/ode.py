@@ -11,9 +11,9 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgm_cli.diffusion.path import expand
 from vgm_cli.diffusion.solvers.common import Callback, Estimate, Velocity, notify_slope
 from vgm_cli.errors import DIVERGED, VgmError
+from vgm_cli.nn.shapes import each, expand
 
 
 def ode_euler(
@@ -105,7 +105,7 @@ def dopri5(
     of the batch) and steps. callback: after every step. VgmError: not finite, or more than max_steps steps.
     """
     way = 1.0 if t1 >= t0 else -1.0
-    t = torch.full((len(x),), t0, dtype=torch.float64, device=x.device)
+    t = each(x, t0)
     k: list[Tensor] = [velocity(x, t)]
     h = first_step(velocity, x, t, k[0], abs(t1 - t0), way, rtol, atol)
     nfe, steps = 2, 0

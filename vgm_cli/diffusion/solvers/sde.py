@@ -9,6 +9,7 @@ from torch import Tensor
 
 from vgm_cli.diffusion.solvers.common import Callback, Draw, Estimate, add, notify, notify_slope
 from vgm_cli.errors import unknown
+from vgm_cli.nn.shapes import expand
 
 
 def predictor_corrector(
@@ -55,7 +56,7 @@ def predictor_corrector(
 
 def per_item(reduce: Callable[..., Tensor], x: Tensor) -> Tensor:
     """A reduction over everything but the batch: (B, 1, ...)."""
-    return reduce(x.flatten(1), dim=1).reshape(-1, *[1] * (x.ndim - 1))
+    return expand(reduce(x.flatten(1), dim=1), x)
 
 
 def reverse_sde(

@@ -143,11 +143,13 @@ def autocast(precision: str, device: torch.device) -> Any:
 
 
 def build_sampler(node: Mapping[str, Any], device: torch.device | str) -> Any:
-    """The sampler of a node. `classifier: RUN|FILE` is the network that guides it."""
+    """The sampler of a node. Networks that guide it are runs or files: `classifier`, of noisy images, and
+    `autoguidance`, a worse version of what is sampled."""
     node = dict(node)
     roles: dict[str, Any] = {}
-    if isinstance(node.get("classifier"), str):
-        roles["classifier"] = load(node.pop("classifier"), device=device).model
+    for role, part in (("classifier", "model"), ("autoguidance", "view")):
+        if isinstance(node.get(role), str):
+            roles[role] = getattr(load(node.pop(role), device=device), part)
     return registry().build("sampler", node, **roles)
 
 

@@ -1,4 +1,4 @@
-"""The discrete Gaussian diffusion process: betas, respacing, posterior, losses, ancestral and DDIM steps.
+"""The discrete Gaussian diffusion process: respacing, posterior, losses, ancestral and DDIM steps.
 
 Ho et al., DDPM (2006.11239); Song et al., DDIM (2010.02502); Nichol & Dhariwal, IDDPM (2102.09672); Dhariwal & Nichol,
 ADM (2105.05233). Behaviour follows openai/guided-diffusion@22e0df8, which facebookresearch/DiT@ed81ce2 copies.
@@ -19,122 +19,15 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vgm_cli.diffusion.discrete.betas import named_betas, space_timesteps
+from vgm_cli.diffusion.discrete.likelihood import bound_term, mean_flat, normal_kl
 from vgm_cli.errors import USAGE, VgmError, unknown
-from vgm_cli.limits import check_levels
+from vgm_cli.nn.shapes import expand
 
 Mean = Literal["eps", "x0", "x_prev"]
 Variance = Literal["fixed_small", "fixed_large", "learned", "learned_range"]
 Loss = Literal["mse", "rescaled_mse", "kl", "rescaled_kl"]
 Network = Callable[[Tensor, Tensor], Tensor]
-
-SCHEDULES = ("linear", "cosine", "squaredcos_cap_v2", "quad", "scaled_linear", "const", "warmup10", "warmup50", "jsd")
-
-
-# -- schedules -------------------------------------------------------------------------------------------------------
-
-
-def named_betas(
-    schedule: str, steps: int, beta_start: float | None = None, beta_end: float | None = None
-) -> np.ndarray:
-    """The betas of a named schedule: (steps,) float64.
-
-    "linear" without ends is Ho et al.'s 1e-4..0.02 scaled by 1000 / steps, so that it stays alike for any length; given
-    ends are used as they are. "cosine" (alias "squaredcos_cap_v2") is IDDPM eq. 17 with betas capped at 0.999. "quad"
-    (alias "scaled_linear", LDM's and Stable Diffusion's "linear") is linear in sqrt(beta). VgmError: unknown name.
-    """
-    check_levels(steps)
-    if schedule in ("cosine", "squaredcos_cap_v2"):
-        return betas_for_alpha_bar(steps, lambda t: math.cos((t + 0.008) / 1.008 * math.pi / 2) ** 2)
-    scale = 1000 / steps if schedule == "linear" else 1.0
-    start = scale * 0.0001 if beta_start is None else beta_start
-    end = scale * 0.02 if beta_end is None else beta_end
-    if schedule == "linear":
-        return np.linspace(start, end, steps, dtype=np.float64)
-    if schedule in ("quad", "scaled_linear"):
-        return np.linspace(start**0.5, end**0.5, steps, dtype=np.float64) ** 2
-    if schedule == "jsd":  # 1/T, 1/(T-1), ..., 1
-        return 1.0 / np.linspace(steps, 1, steps, dtype=np.float64)
-    if schedule in ("const", "warmup10", "warmup50"):
-        betas = np.full(steps, end, dtype=np.float64)
-        warm = int(steps * {"const": 0.0, "warmup10": 0.1, "warmup50": 0.5}[schedule])
-        betas[:warm] = np.linspace(start, end, warm, dtype=np.float64)
-        return betas
-    raise unknown("beta schedule", schedule, SCHEDULES)
-
-
-def betas_for_alpha_bar(steps: int, alpha_bar: Callable[[float], float], max_beta: float = 0.999) -> np.ndarray:
-    """Betas whose cumulative product of (1 - beta) follows alpha_bar(t), t in [0, 1]: (steps,) float64."""
-    ends = [(i / steps, (i + 1) / steps) for i in range(steps)]
-    return np.array([min(1 - alpha_bar(b) / alpha_bar(a), max_beta) for a, b in ends])
-
-
-def space_timesteps(steps: int, sections: str | int | Sequence[int]) -> list[int]:
-    """The timesteps of a `steps`-step process that a respaced one keeps, ascending.
-
-    sections: N, "N" or "a,b,c" (that many from each equal part, first and last of a part included), "ddimN" (integer
-    stride from 0). VgmError: a part has fewer steps than wanted, or no integer stride gives N.
-    """
-    if isinstance(sections, str) and sections.startswith("ddim"):
-        wanted = int(sections.removeprefix("ddim"))
-        for stride in range(1, steps):
-            if len(range(0, steps, stride)) == wanted:
-                return list(range(0, steps, stride))
-        raise VgmError(f"no integer stride takes {wanted} of {steps} steps", f"try {wanted} without 'ddim'", USAGE)
-    if isinstance(sections, str):
-        counts = [int(s) for s in sections.split(",")]
-    else:
-        counts = [sections] if isinstance(sections, int) else list(sections)
-    kept: list[int] = []
-    first = 0
-    for i, count in enumerate(counts):
-        size = steps // len(counts) + (i < steps % len(counts))
-        if not 0 <= count <= size:
-            raise VgmError(f"cannot take {count} steps from a section of {size}", f"at most {size}", USAGE)
-        step = (size - 1) / (count - 1) if count > 1 else 1.0
-        at = 0.0
-        for _ in range(count):
-            kept.append(first + round(at))  # half to even, on a running sum: both decide the official indices
-            at += step
-        first += size
-    if not kept:
-        raise VgmError("a respaced process keeps at least one step", code=USAGE)
-    return sorted(set(kept))
-
-
-# -- likelihoods -----------------------------------------------------------------------------------------------------
-
-
-def normal_kl(mean1: Tensor, logvar1: Tensor, mean2: Tensor | float, logvar2: Tensor | float) -> Tensor:
-    """KL(N(mean1, exp(logvar1)) || N(mean2, exp(logvar2))) in nats, elementwise with broadcasting."""
-    logvar2 = torch.as_tensor(logvar2, dtype=logvar1.dtype, device=logvar1.device)
-    return 0.5 * (-1.0 + logvar2 - logvar1 + torch.exp(logvar1 - logvar2) + (mean1 - mean2) ** 2 * torch.exp(-logvar2))
-
-
-def approx_standard_normal_cdf(x: Tensor) -> Tensor:
-    """The tanh approximation of the standard normal's distribution function."""
-    return 0.5 * (1.0 + torch.tanh(math.sqrt(2.0 / math.pi) * (x + 0.044715 * x**3)))
-
-
-def discretized_gaussian_log_likelihood(x: Tensor, means: Tensor, log_scales: Tensor) -> Tensor:
-    """log p of 8-bit values scaled to [-1, 1] under a Gaussian integrated over each value's bin, in nats, like x.
-
-    The outermost bins reach to infinity; probabilities are floored at 1e-12.
-    """
-    centered, inv_std = x - means, torch.exp(-log_scales)
-    cdf_plus = approx_standard_normal_cdf(inv_std * (centered + 1.0 / 255.0))
-    cdf_min = approx_standard_normal_cdf(inv_std * (centered - 1.0 / 255.0))
-    log_plus = cdf_plus.clamp(min=1e-12).log()
-    log_rest = (1.0 - cdf_min).clamp(min=1e-12).log()
-    log_bin = (cdf_plus - cdf_min).clamp(min=1e-12).log()
-    return torch.where(x < -0.999, log_plus, torch.where(x > 0.999, log_rest, log_bin))
-
-
-def mean_flat(x: Tensor) -> Tensor:
-    """Mean over everything but the batch: (B, ...) -> (B,)."""
-    return x.flatten(1).mean(1)
-
-
-# -- the process -----------------------------------------------------------------------------------------------------
 
 
 class Posterior(NamedTuple):
@@ -253,7 +146,7 @@ class DiscreteDiffusion:
             scale = 1000.0 / self.original_steps
             tables["model_timesteps"] = kept.float() * scale if self.rescale_timesteps else kept
             self._on[t.device] = tables
-        return tables[name][t].view(-1, *[1] * (like.ndim - 1))
+        return expand(tables[name][t], like)
 
     def model_timesteps(self, t: Tensor) -> Tensor:
         """What the network is told at index t: (B,) the original process's timestep, scaled to 1000 if so asked."""
@@ -362,8 +255,7 @@ class DiscreteDiffusion:
         """One ancestral step; nothing is added at t = 0. noise None: the mean."""
         if noise is None:
             return p.mean
-        moving = (t != 0).view(-1, *[1] * (noise.ndim - 1))
-        return p.mean + moving * torch.exp(0.5 * p.log_variance) * noise
+        return p.mean + expand(t != 0, noise) * torch.exp(0.5 * p.log_variance) * noise
 
     def ddim_sample(self, p: Posterior, x: Tensor, t: Tensor, eta: float = 0.0, noise: Tensor | None = None) -> Tensor:
         """One DDIM step, DDIM eq. 12; eta = 1 has the DDPM variance. noise None: only right for eta = 0 or t = 0."""
@@ -373,7 +265,7 @@ class DiscreteDiffusion:
         mean = p.x0 * torch.sqrt(before) + torch.sqrt(1 - before - sigma**2) * eps
         if noise is None:
             return mean
-        return mean + (t != 0).view(-1, *[1] * (x.ndim - 1)) * sigma * noise
+        return mean + expand(t != 0, x) * sigma * noise
 
     def ddim_reverse_sample(self, p: Posterior, x: Tensor, t: Tensor) -> Tensor:
         """x_{t+1} by the reversed deterministic DDIM step (data to noise)."""
@@ -438,16 +330,10 @@ class DiscreteDiffusion:
     def vb_terms(
         self, output: Tensor, x0: Tensor, x_t: Tensor, t: Tensor, clip_denoised: bool | float = False
     ) -> tuple[Tensor, Tensor]:
-        """One term of the variational bound in bits per dimension (B,), and the predicted x0.
-
-        KL(q(x_{t-1} | x_t, x0) || p) for t > 0, the decoder's negative log-likelihood at t = 0 (IDDPM eq. 4-7).
-        """
+        """One term of the variational bound in bits per dimension (see bound_term): (B,), and the predicted x0."""
         true = self.q_posterior(x0, x_t, t)
         p = self.p_mean_variance(output, x_t, t, clip_denoised)
-        kl = mean_flat(normal_kl(true.mean, true.log_variance, p.mean, p.log_variance)) / math.log(2.0)
-        log_scales = (0.5 * p.log_variance).expand_as(x0)
-        decoder = -mean_flat(discretized_gaussian_log_likelihood(x0, p.mean, log_scales)) / math.log(2.0)
-        return torch.where(t == 0, decoder, kl), p.x0
+        return bound_term(x0, t, true.mean, true.log_variance, p.mean, p.log_variance), p.x0
 
     def losses(self, model: Network, x0: Tensor, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Per-sample terms (B,): "loss", and where they exist "mse" and "vb" (bits per dimension).
