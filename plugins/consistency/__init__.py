@@ -47,8 +47,6 @@ def vgm_components() -> Iterable[Component | Paper]:
             verbs=("train", "distill"), denoiser=True,
             summary="consistency distillation and training, iCT, progressive distillation",
         ),
-        Component("view", "consistency", "vgm_plugins.consistency.function:ConsistencyFunction", denoiser=True,
-                  summary="the consistency function: x0 from any noise level, the identity at the smallest"),
         *(
             Component("sampler", name, f"vgm_plugins.consistency.{target}", verbs=verbs, summary=summary)
             for name, target, verbs, summary in SAMPLERS

@@ -17,13 +17,14 @@ from torch import Tensor, nn
 
 from vgm_cli.api import Batch, ObjectiveBase, Step
 from vgm_cli.diffusion.denoiser import Denoiser
+from vgm_cli.diffusion.flow_map import FlowMap
 from vgm_cli.diffusion.guidance import ClassifierFreeGuidance
 from vgm_cli.diffusion.timesteps import level_range
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.nn.precision import full_precision
 from vgm_cli.ranges import Count, Fraction, NonNegative, Positive, Width, ordered
 
-from .function import RHO, SIGMA_MAX, SIGMA_MIN, ConsistencyFunction, edm_view, level_of
+from .function import RHO, SIGMA_MAX, SIGMA_MIN, edm_view, level_of
 from .losses import Distance, Weighting, consistency_loss, distance, piq_like, progressive_loss, weight_of
 from .schedules import ScaleMode, TargetMode, draw_pairs, scales, target_ema
 
@@ -82,12 +83,12 @@ class Consistency(ObjectiveBase):
         self.sigma_max = min(high, SIGMA_MAX) if sigma_max is None else sigma_max
         self.rho = rho
         ends: dict[str, Any] = {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max, "sigma_data": sigma_data}
-        self.student = ConsistencyFunction(model, config, **ends)
+        self.student = FlowMap(model, config, "skip", **ends)
         self.target_mode, self.target_decay = target, target_decay
         self.copy = None
         if self.mode != "progdist" and target != "none":
             self.copy = copy.deepcopy(model).requires_grad_(False)
-        self.target = self.student if self.copy is None else ConsistencyFunction(self.copy, config, **ends)
+        self.target = self.student if self.copy is None else FlowMap(self.copy, config, "skip", **ends)
         self.plain, self.teacher, self.own_teacher = known, teacher, None
         if teacher is not None:
             assert isinstance(teacher.network, nn.Module)
@@ -139,7 +140,7 @@ class Consistency(ObjectiveBase):
     def loss_of(self, batch: Batch, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         x0, cond, n = batch["x"], self.condition(batch), self.count(step.index, step.total)
         noise, uniform = step.randn(x0.shape, "noise"), step.rand(len(x0), "level")
-        sigma_data = self.student.sigma_scale
+        sigma_data = self.student.boundary_data
 
         def measure(a: Tensor, b: Tensor) -> Tensor:
             return distance(self.distance, a, b, self.perceptual, self.huber_c)

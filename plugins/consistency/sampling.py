@@ -17,23 +17,20 @@ from torch import Tensor
 
 from vgm_cli.api import Request
 from vgm_cli.diffusion.denoiser import Denoiser
+from vgm_cli.diffusion.flow_map import FlowMap, few_step
 from vgm_cli.diffusion.samplers import GaussianSampler, report
-from vgm_cli.diffusion.solvers.common import slope
-from vgm_cli.diffusion.solvers.k_diffusion import churn
+from vgm_cli.diffusion.solvers.common import estimate, slope
+from vgm_cli.diffusion.solvers.k_diffusion import churn, euler
 from vgm_cli.diffusion.timesteps import karras, level_range
 from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.nn.shapes import each
 from vgm_cli.ranges import NonNegative, Positive, Steps, Unbounded
 
-from .function import RHO, SIGMA_MAX, SIGMA_MIN, ConsistencyFunction, level_of
+from .function import RHO, SIGMA_MAX, SIGMA_MIN, level_of
 
 Function = Callable[[Tensor, Tensor], Tensor]
 Levels = tuple[float, float, float]  # sigma_min, sigma_max, rho
 LEVELS: Levels = (SIGMA_MIN, SIGMA_MAX, RHO)
-
-
-def at(f: Function, x: Tensor, sigma: float | Tensor) -> Tensor:
-    """f at one level for the whole batch."""
-    return f(x, torch.full((len(x),), float(sigma), dtype=torch.float64, device=x.device))
 
 
 def multistep(
@@ -52,23 +49,24 @@ def multistep(
     like x, called wherever some is added. change: of every estimate of x0 before it is noised (clipping, editing).
     """
     low, high, rho = levels
-    for i, (now, then) in enumerate(pairwise(ts)):
-        x0 = at(f, x, level_of(now, grid, low, high, rho))
-        x0 = x0 if change is None else change(x0)
-        if callback is not None:
-            callback(i, len(ts) - 1, x, x0)
-        extra = float(level_of(then, grid, low, high, rho).clamp(low, high)) ** 2 - low**2
-        x = x0 + noise() * max(extra, 0.0) ** 0.5 if extra > 1e-12 else x0
-    return x
+
+    def renoise(x0: Tensor, sigma: float) -> Tensor:
+        extra = min(max(sigma, low), high) ** 2 - low**2
+        return x0 + noise() * extra**0.5 if extra > 1e-12 else x0
+
+    return few_step(
+        lambda x, sigma, _: f(x, each(x, sigma)),
+        x,
+        level_of(torch.tensor(ts, dtype=torch.float64), grid, low, high, rho).tolist(),
+        renoise=renoise,
+        change=change,
+        callback=None if callback is None else lambda i, x, x0: callback(i, len(ts) - 1, x, x0),
+    )
 
 
 def progressive(denoise: Function, x: Tensor, steps: int, levels: Levels = LEVELS) -> Tensor:
     """`steps` Euler steps from sigma_max to sigma_min; what is left of the noise stays."""
-    low, high, rho = levels
-    sigmas = level_of(torch.arange(steps + 1), steps + 1, low, high, rho)
-    for now, then in pairwise(sigmas):
-        x = x + (x - at(denoise, x, now)) / now.to(x.dtype) * (then - now).to(x.dtype)
-    return x
+    return euler(denoise, x, level_of(torch.arange(steps + 1), steps + 1, *levels))
 
 
 def dpm_2_karras(
@@ -90,11 +88,11 @@ def dpm_2_karras(
     for i, (sigma, then) in enumerate(pairwise(sigmas)):
         x, now = churn(x, sigma, len(sigmas) - 1, noise, s_churn, s_tmin, s_tmax, s_noise)
         middle = ((now ** (1 / 3) + then ** (1 / 3)) / 2) ** 3
-        x0 = at(denoise, x, now)
+        x0 = estimate(denoise, x, now)
         if callback is not None:
             callback(i, x, x0)
         x_mid = x + slope(x, now, x0) * (middle - now)
-        x = x + slope(x_mid, middle, at(denoise, x_mid, middle)) * (then - now)
+        x = x + slope(x_mid, middle, estimate(denoise, x_mid, middle)) * (then - now)
     return x
 
 
@@ -105,7 +103,7 @@ def spread(steps: int, grid: int) -> list[int]:
 
 def levels_of(view: Denoiser, rho: float = RHO) -> Levels:
     """The student's own ends, or what there is of the official ones on another network's path."""
-    if isinstance(view, ConsistencyFunction):
+    if isinstance(view, FlowMap) and view.boundary == "skip":
         return view.sigma_min, view.sigma_max, rho
     low, high = level_range(view.path, *view.t_range())
     return max(low, SIGMA_MIN), min(high, SIGMA_MAX), rho

@@ -39,13 +39,6 @@ def vgm_components() -> Iterable[Component | Paper]:
             summary="distribution matching distillation, with regression (DMD) or GAN (DMD2)",
         ),
         Component(
-            kind="view",
-            name="dmd",
-            target="vgm_plugins.dmd.generator:Generator",
-            summary="a generator and the times at which it gives images",
-            denoiser=True,
-        ),
-        Component(
             "sampler", "dmd", "vgm_plugins.dmd.generator:GeneratorSampler", summary="the student's one or few steps"
         ),
         *(

@@ -19,13 +19,14 @@ from torch import Tensor, nn
 
 from vgm_cli.api import Batch, ObjectiveBase, Phase, Step
 from vgm_cli.diffusion.denoiser import Denoiser
+from vgm_cli.diffusion.flow_map import FlowMap
 from vgm_cli.diffusion.guidance import ClassifierFreeGuidance
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.nn.precision import full_precision
 from vgm_cli.ranges import Fraction, NonNegative, Positive, Steps, Width, ordered
 
 from .discriminator import Features, head_for
-from .generator import Generator, denoising_times, level_times
+from .generator import denoising_times, level_times
 from .losses import discriminator_loss, dm_gradient, dm_loss, fake_loss, generator_gan_loss
 
 
@@ -63,7 +64,7 @@ class DMD(ObjectiveBase):
         ordered(min_level, max_level, "min_level, max_level")
         with torch.device("cpu"):  # numbers, also when the networks are built without memory
             times = denoising_times(teacher, denoising_steps, first_time, denoising_timestep)
-            self.student = Generator(model, teacher, times)
+            self.student = FlowMap(model, teacher, times=times)
             self.levels = level_times(teacher)
         self.fake = Denoiser.from_config(fake_score, teacher.config())
         guided = guidance_scale not in (None, 1.0)
@@ -123,18 +124,21 @@ class DMD(ObjectiveBase):
         """Images (B, C, H, W) of this step; differentiable where the caller's context is."""
         x, cond = batch["x"], self.condition(batch)
         z = step.randn(x.shape, "z") * self.student.noise_scale()
-        if len(self.student.times) == 1:
-            return self.student.generate(z, 0, **cond)
+        times = self.student.times_of()
+        if len(times) == 1:
+            return self.student.jump(z, times[0], **cond)
         # one step number for all items and processes
-        k = int(torch.randint(len(self.student.times), (1,), generator=step.generator("denoising step")))
+        k = int(torch.randint(len(times), (1,), generator=step.generator("denoising step")))
         if k == 0:
-            return self.student.generate(z, 0, **cond)
+            return self.student.jump(z, times[0], **cond)
         if self.backward_simulation:
             draws = iter(range(k))
             with torch.no_grad():
-                x = self.student.walk(z, k, lambda: step.randn(x.shape, f"simulation {next(draws)}"), **cond)[-1]
+                first, noise = times[:k], lambda: step.randn(x.shape, f"simulation {next(draws)}")
+                x = self.student.along(z, first, noise, **cond)
             torch.clear_autocast_cache()  # it holds half-precision weights that no gradient flows through
-        return self.student.generate(self.student.renoise(x, k, step.randn(x.shape, "renoise")), k, **cond)
+        x_t = self.student.renoise(x, times[k], step.randn(x.shape, "renoise"))
+        return self.student.jump(x_t, times[k], **cond)
 
     # -- phases --------------------------------------------------------------------------------------------------------
 
@@ -201,7 +205,7 @@ class DMD(ObjectiveBase):
         rows = step.randint(len(self.pairs["z"]), n, "pairs").to(self.pairs["z"].device)
         z, want = (self.pairs[k][rows].to(step.device) for k in ("z", "x"))
         cond = {"y": self.pairs["y"][rows].to(step.device)} if "y" in self.pairs else {}
-        got = self.student.generate(z * self.student.noise_scale(), 0, **cond).float()
+        got = self.student.jump(z * self.student.noise_scale(), self.student.start(), **cond).float()
         return distance(self.regression, got, want, self.lpips)
 
     def view(self) -> dict[str, Any]:

@@ -175,7 +175,7 @@ def test_a_trace_of_a_sampler_without_steps_is_refused_before_anything_is_writte
     from vgm_cli.diffusion.samplers import EulerSampler
 
     with pytest.MonkeyPatch.context() as patch:  # a sampler that tells of no step
-        patch.setattr(EulerSampler, "walk", lambda self, model, request, steps: request.randn())
+        patch.setattr(EulerSampler, "solve", lambda self, model, request, steps: request.randn())
         code, _, err = vgm("sample", run, "-n", 2, "--trace", "--out", "none.png")
     assert code == 1 and "euler reports no steps" in err and not list(tmp_path.glob("none*"))
 
@@ -421,9 +421,9 @@ def test_samples_that_are_not_finite_are_told(run: Path, vgm, tmp_path: Path, na
     """Not black pictures and success."""
     from vgm_cli.diffusion.samplers import EulerSampler
 
-    real = EulerSampler.walk
+    real = EulerSampler.solve
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(EulerSampler, "walk", lambda *a: real(*a) / 0)
+        patch.setattr(EulerSampler, "solve", lambda *a: real(*a) / 0)
         code, _, err = vgm("sample", run, "-n", 3, "--out", name)
     assert code == 1 and "NaN or infinity" in err
     assert not list(tmp_path.glob("**/*.png")) and not (tmp_path / "x.npz").exists()
@@ -450,7 +450,7 @@ def test_the_numbers_that_counted(run: Path, vgm, tmp_path: Path) -> None:
     from vgm_cli.diffusion.samplers import EulerSampler
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(EulerSampler, "walk", lambda self, model, request, steps: torch.zeros(1, 1, 28, 28))
+        patch.setattr(EulerSampler, "solve", lambda self, model, request, steps: torch.zeros(1, 1, 28, 28))
         code, _, err = vgm("sample", run, "-n", 1, "--seed", 4, "--out", "f.png")
     assert code == 0 and "--seed has no effect" in err
 

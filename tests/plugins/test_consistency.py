@@ -14,17 +14,19 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from vgm_plugins.adm_unet.checkpoints import CONSISTENCY
 from vgm_plugins.consistency.editing import coarse, edit, grey, keep, known_part
-from vgm_plugins.consistency.function import ConsistencyFunction, boundary_scales, edm_view, level_of
+from vgm_plugins.consistency.function import edm_view, level_of
 from vgm_plugins.consistency.losses import consistency_loss, distance, progressive_loss, weight_of
 from vgm_plugins.consistency.objective import Consistency
-from vgm_plugins.consistency.sampling import at, dpm_2_karras, multistep, progressive, spread
+from vgm_plugins.consistency.sampling import dpm_2_karras, multistep, progressive, spread
 from vgm_plugins.consistency.schedules import draw_pairs, lognormal_probabilities, scales, target_ema
 
 from vgm_cli.api import Request, Step, generators
 from vgm_cli.diffusion import timesteps
 from vgm_cli.diffusion.denoiser import Denoiser, edm_scales
+from vgm_cli.diffusion.flow_map import FlowMap, skip_scales
 from vgm_cli.diffusion.objectives import gaussian_losses
 from vgm_cli.diffusion.solvers import k_diffusion
+from vgm_cli.diffusion.solvers.common import estimate
 from vgm_cli.errors import VgmError
 from vgm_cli.registry import registry
 from vgm_cli.testing import suites
@@ -56,8 +58,8 @@ class Made:
         view = edm_view(self.sigma_data)
         return view | {"path": view["path"] | {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max}}
 
-    def function(self, role: str) -> ConsistencyFunction:
-        return ConsistencyFunction(self.toy(role), self.edm(), self.sigma_min, self.sigma_max)
+    def function(self, role: str) -> FlowMap:
+        return FlowMap(self.toy(role), self.edm(), "skip", self.sigma_min, self.sigma_max)
 
     def plain(self, role: str) -> Denoiser:
         """The same network in EDM's own preconditioner."""
@@ -67,9 +69,9 @@ class Made:
         return level_of(index, count, *self.levels)
 
 
-def function() -> ConsistencyFunction:
+def function() -> FlowMap:
     """A consistency function on a network that is easy to write down, for the tests below."""
-    return ConsistencyFunction(lambda x, t: 0.3 * torch.tanh(x) + 0.001 * t.view(-1, *[1] * (x.ndim - 1)), edm_view())
+    return FlowMap(lambda x, t: 0.3 * torch.tanh(x) + 0.001 * t.view(-1, *[1] * (x.ndim - 1)), edm_view(), "skip")
 
 
 def toy_lpips(a: Tensor, b: Tensor) -> Tensor:
@@ -112,7 +114,7 @@ def unet(case: GoldenCase) -> None:
 @golden.check(lambda c: "distillation" in c.config)
 def denoise(case: GoldenCase) -> None:
     i, o, boundary, made = case.inputs, case.outputs, case.config["distillation"], Made(case)
-    scales = boundary_scales(i["sigma"], made.sigma_data, made.sigma_min)
+    scales = skip_scales(i["sigma"], made.sigma_data, made.sigma_min)
     for got, name in zip(scales if boundary else edm_scales(i["sigma"], made.sigma_data), ("c_skip", "c_out", "c_in")):
         assert_close(got, o[name], 1e-6, name)
     # which of the toy networks it was, the output says
@@ -228,7 +230,7 @@ def sampling(case: GoldenCase) -> None:
             return next(draws)
 
         samplers: dict[str, Callable[[], Tensor]] = {
-            "onestep": lambda: at(f, x, made.sigma_max),
+            "onestep": lambda: estimate(f, x, torch.tensor(made.sigma_max)),
             "multistep": lambda: multistep(f, x, config["ts"], noise, steps, made.levels),
             "progdist": lambda: progressive(f, x, steps, made.levels),
             "heun": lambda: k_diffusion.heun(f, x, sigmas, noise=noise, **churn),
@@ -378,14 +380,14 @@ def teacher_of(kind: str, name: str = "dit") -> Denoiser:
 def test_boundary_condition_for_any_network(kind: str) -> None:
     """f(x, sigma_min) = x whatever the network predicts on whatever path; elsewhere f is the network's own x0."""
     teacher = teacher_of(kind)
-    f = ConsistencyFunction(teacher.network, teacher)
+    f = FlowMap(teacher.network, teacher, "skip")
     g = torch.Generator().manual_seed(0)
     x, y = torch.randn(4, 2, 8, 8, generator=g, dtype=torch.float64), torch.tensor([0, 1, 2, 0])
     assert_close(f.denoise_ve(x.float(), 0.002, y=y), x.float(), 1e-6, "identity")
     sigma = torch.tensor([0.1, 1.0, 10.0, 70.0])
     x = x.float() * sigma.view(-1, 1, 1, 1)
     assert_close(f.denoise_ve(x, sigma, y=y), teacher.denoise_ve(x, sigma, y=y), 2e-2, "x0")
-    again = ConsistencyFunction(teacher.network, **{k: v for k, v in f.view().items() if k != "name"})
+    again = FlowMap(teacher.network, **{k: v for k, v in f.view().items() if k != "name"})
     assert torch.equal(again.denoise_ve(x, sigma, y=y), f.denoise_ve(x, sigma, y=y))
 
 
@@ -411,7 +413,7 @@ def test_any_teacher_distills(kind: str) -> None:
 def test_both_networks_see_the_same_dropout() -> None:
     """With equal weights and neighbours at the same level the loss is zero in spite of dropout."""
     net = small("adm-unet", dropout=0.5).train()
-    f = ConsistencyFunction(net, edm_view()).denoise_ve
+    f = FlowMap(net, edm_view(), "skip").denoise_ve
     x, t = torch.randn(2, 2, 8, 8), torch.full((2,), 5.0)
     y = torch.tensor([0, 1])
     assert consistency_loss(f, f, x, torch.randn_like(x), t, t, y=y).abs().max() < 1e-12
@@ -487,7 +489,7 @@ def test_progressive_distillation_turns_students_into_teachers() -> None:
 def test_sampler(steps: int) -> None:
     """NFE, items of their own, the paper's points, and another network's own view."""
     teacher = teacher_of("flow")
-    f = ConsistencyFunction(teacher.network, teacher)
+    f = FlowMap(teacher.network, teacher, "skip")
     sampler = registry().build("sampler", {"name": "consistency", "steps": steps})
 
     def sample(items: list[int], view: Denoiser = f) -> tuple[Tensor, int]:
@@ -508,7 +510,7 @@ def test_sampler(steps: int) -> None:
 
 def test_one_step_is_the_function_at_pure_noise() -> None:
     teacher = teacher_of("edm")
-    f = ConsistencyFunction(teacher.network, teacher)
+    f = FlowMap(teacher.network, teacher, "skip")
     request = Request((2, 8, 8), generators([5]), {"y": torch.tensor([1])})
     with torch.no_grad():
         x = registry().build("sampler", "consistency")(f, request)
@@ -534,7 +536,7 @@ class Quarter:
 
 def test_editing_agrees_with_what_is_known() -> None:
     teacher = teacher_of("edm")
-    f = ConsistencyFunction(teacher.network, teacher)
+    f = FlowMap(teacher.network, teacher, "skip")
     sampler = registry().build("sampler", {"name": "consistency-edit", "steps": 4})
     truth = torch.rand(2, 2, 8, 8) * 2 - 1
     request = Request((2, 8, 8), generators([0, 1]), {"y": torch.tensor([0, 1])}, operator=Quarter())

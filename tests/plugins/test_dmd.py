@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from vgm_plugins.dmd.checkpoints import EDM, HEAD
 from vgm_plugins.dmd.discriminator import Features, Head, head_for
-from vgm_plugins.dmd.generator import Generator, denoising_times, level_times
+from vgm_plugins.dmd.generator import denoising_times, level_times
 from vgm_plugins.dmd.losses import (
     discriminator_loss,
     dm_gradient,
@@ -26,6 +26,7 @@ from vgm_plugins.dmd.objective import DMD
 
 from vgm_cli.api import Request, Step, generators
 from vgm_cli.diffusion.denoiser import Denoiser
+from vgm_cli.diffusion.flow_map import FlowMap
 from vgm_cli.diffusion.guidance import ClassifierFreeGuidance
 from vgm_cli.errors import VgmError
 from vgm_cli.nets.edm import DhariwalUNet
@@ -257,12 +258,12 @@ def backward_simulation(case: GoldenCase) -> None:
     i, o, k = case.inputs, case.outputs, int(case.inputs["draws_randint"])
     view = sd(case, "generator")
     steps, last = case.config["num_denoising_step"], case.config["denoising_timestep"]
-    student = Generator(view.network, view, denoising_times(view, steps, count=last))
+    student = FlowMap(view.network, view, times=denoising_times(view, steps, count=last))
     at = torch.tensor([view.path.timestep(t) for t in student.times]).round().long()
     assert torch.equal(at, o["step_list"])
     draws = iter(i.get("draws_randn_like", ()))
-    images = student.walk(i["noise"], k, lambda: next(draws), c=i["c"])
-    assert_close(images[-1] if images else i["noise"], o["clean"], 1e-5, "images")
+    images = student.along(i["noise"], student.times[:k], lambda: next(draws), c=i["c"]) if k else i["noise"]
+    assert_close(images, o["clean"], 1e-5, "images")
     assert (at[k] == o["timesteps"]).all()
 
 
@@ -270,12 +271,13 @@ def backward_simulation(case: GoldenCase) -> None:
 def few_steps(case: GoldenCase) -> None:
     i, o, view = case.inputs, case.outputs, sd(case, "generator")
     at = [float(t) for t in times(view, torch.tensor(case.config["steps"]))]
-    student = Generator(view.network, view, at)
+    student = FlowMap(view.network, view, times=at)
     assert_close(torch.tensor(student.noise_scale()), torch.tensor(1.0), 1e-2, "scale of the noise")
     draws = iter(i.get("draws_randn_like", ()))
-    images = student.walk(i["noise"], len(at), lambda: next(draws), c=i["c"])
+    images: list[Tensor] = []
+    last = student.along(i["noise"], at, lambda: next(draws), None, lambda i, x, x0: images.append(x0), c=i["c"])
     assert_close(torch.stack(images), o["x0_steps"], 1e-5, "steps")
-    assert_close(images[-1], o["x0"], 1e-5, "last")
+    assert_close(last, o["x0"], 1e-5, "last")
 
 
 @golden.check(lambda c: "out/vsd" in c)
@@ -693,7 +695,7 @@ def test_an_eps_network_is_not_asked_at_pure_noise() -> None:
     assert denoising_times(teacher_of("adm-unet"), 2) == pytest.approx([1.0, 0.4995], abs=1e-3)
     edm_teacher = teacher_of("edm-unet")
     assert denoising_times(edm_teacher, 1) == pytest.approx([80.0])
-    lower = Generator(edm_teacher.network, edm_teacher, denoising_times(edm_teacher, 1, first=40.0))
+    lower = FlowMap(edm_teacher.network, edm_teacher, times=denoising_times(edm_teacher, 1, first=40.0))
     assert lower.noise_scale() == 40.0, "as the official generator, which multiplies its noise by conditioning_sigma"
     levels = level_times(edm_teacher)
     assert denoising_times(edm_teacher, 2, count=500) == levels[[499, 249]].tolist()
@@ -702,8 +704,8 @@ def test_an_eps_network_is_not_asked_at_pure_noise() -> None:
 def test_sampler_follows_the_student() -> None:
     """NFE and images of one and three steps; the view survives its description; items have their own noise."""
     teacher = teacher_of("adm-unet")
-    student = Generator(teacher.network, teacher, denoising_times(teacher, 3))
-    again = Generator(teacher.network, **{k: v for k, v in student.view().items() if k != "name"})
+    student = FlowMap(teacher.network, teacher, times=denoising_times(teacher, 3))
+    again = FlowMap(teacher.network, **{k: v for k, v in student.view().items() if k != "name"})
     sampler = registry().build("sampler", "dmd")
 
     def sample(view: Denoiser, items: list[int], steps: int | None = None) -> tuple[Tensor, int]:
@@ -723,11 +725,11 @@ def test_regression_pulls_to_the_pairs() -> None:
     """DMD's term is zero on pairs that the student already makes, and needs pairs."""
     teacher = teacher_of("adm-unet")
     student = copied(teacher, "adm-unet")
-    made = Generator(student, teacher, [1.0])
+    made = FlowMap(student, teacher, times=[1.0])
     z = torch.randn(6, 2, 8, 8)
     y = torch.arange(6) % 3
     with torch.no_grad():
-        pairs = {"z": z, "x": made.generate(z, 0, y=y), "y": y}
+        pairs = {"z": z, "x": made.jump(z, 1.0, y=y), "y": y}
     keywords: dict[str, Any] = {"weighting": "dmd", "update_ratio": 1, "gan_weight": 0.0, "regression_weight": 0.25}
     objective = DMD(student, teacher, copied(teacher, "adm-unet"), pairs, **keywords)
     batch = {"x": torch.randn(4, 2, 8, 8), "y": torch.tensor([0, 1, 2, 0])}

@@ -52,4 +52,17 @@ def host_components() -> list[Component]:
         summary="a network on a Gaussian path, whatever it predicts",
         denoiser=True,
     )
-    return [*samplers, objective, view]
+    flow_map = Component(
+        kind="view",
+        name="flow-map",
+        target="vgm_cli.diffusion.flow_map:FlowMap",
+        summary="a few-step network: jumps along the flow, to data or to any cleaner time",
+        denoiser=True,
+    )
+    few_step = Component(
+        kind="sampler",
+        name="few-step",
+        target="vgm_cli.diffusion.flow_map:FewStepSampler",
+        summary="a few jumps of a few-step network, with fresh noise between them or without",
+    )
+    return [*samplers, few_step, objective, view, flow_map]
