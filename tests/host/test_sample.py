@@ -59,6 +59,28 @@ def test_labels_and_guidance(run: Path, vgm, tmp_path: Path) -> None:
     assert plain[0] == 0 and abs(arrays(tmp_path / "d.npz")[0].astype(int) - c).max() <= 1
 
 
+def test_autoguidance(run: Path, vgm, tmp_path: Path) -> None:
+    """Away from a worse network: at scale 1 the network itself; of another shape, or of no diffusion, is refused."""
+    from vgm_cli import atomic
+    from vgm_cli.engine import checkpoint as ckpt
+
+    tensors, metadata = ckpt.read_tensors(ckpt.resolve(run))
+    atomic.save_safetensors({k: 0.5 * v for k, v in tensors.items()}, tmp_path / "weak.safetensors", metadata)
+    images = {}
+    for scale in (0, 1, 3):
+        code, _, err = vgm("sample", run, "-n", 4, "--guidance-scale", 1, "--sampler", "euler", "--steps", 3,
+                           "autoguidance=weak.safetensors", f"autoguidance_scale={scale}", "--out", f"{scale}.npz")  # fmt: skip
+        assert code == 0, err
+        images[scale] = arrays(tmp_path / f"{scale}.npz")[0].astype(int)
+    for name, model in (("plain", run), ("weak", "weak.safetensors")):
+        vgm("sample", model, "-n", 4, "--guidance-scale", 1, "--sampler", "euler", "--steps", 3, "--out", f"{name}.npz")
+        images[name] = arrays(tmp_path / f"{name}.npz")[0].astype(int)
+    assert abs(images[1] - images["plain"]).max() <= 1 and abs(images[0] - images["weak"]).max() <= 1
+    assert abs(images[3] - images["plain"]).max() > 1
+    code, _, err = vgm("sample", run, "-n", 1, "autoguidance=mnist-codec", "--out", "x.npz")
+    assert code == 2 and "autoguidance needs another diffusion or flow network" in err, err
+
+
 def test_options_without_effect_are_told(run: Path, vgm, tmp_path: Path) -> None:
     """An interval without guidance, here; with it nothing is said. `vgm evaluate` takes it and says the same."""
     args = (run, "-n", 4, "--batch-size", 2, "--steps", 2, "--guidance-interval", "0.9,2", "--guidance-scale")

@@ -577,3 +577,11 @@ def test_guided_by_a_trained_classifier_from_the_command_line(tmp_path: Path, vg
         assert code == 0, err
         images[name] = np.load(out)["arr_0"]
     assert images["plain"].shape == images["guided"].shape and (images["plain"] != images["guided"]).any()
+    own = ["--sampler", "ddim", "--steps", 2, "-n", 3, "--guidance-scale", 1, "--out", "ddim.npz"]
+    guide = f"classifier={tmp_path / 'mnist-classifier'}"
+    pictures = []
+    for words in ([], [guide, "classifier_scale=0"], [guide, "classifier_scale=50"]):  # any Gaussian sampler
+        code, _, err = vgm("sample", tmp_path / "mnist", *own, *words, "--overwrite")
+        assert code == 0, err
+        pictures.append(np.load("ddim.npz")["arr_0"].astype(int))
+    assert abs(pictures[0] - pictures[1]).max() <= 1 < abs(pictures[0] - pictures[2]).max()

@@ -47,8 +47,9 @@ class GaussianSampler(ABC):
 
     def guided(self, view: Denoiser, request: Request) -> Denoiser:
         """The view, guided as the request asks, by the classifier, and away from the worse network."""
-        scale, interval = request.guidance_scale, request.guidance_interval
-        if scale not in (None, 1.0) and request.cond:
+        scale = request.guidance_scale
+        if scale is not None and scale != 1.0 and request.cond:
+            interval = request.guidance_interval
             view = ClassifierFreeGuidance(view, scale, self.cfg_channels, interval, self.guidance_rescale)
         if self.classifier is not None:
             if "y" not in request.cond:
@@ -58,7 +59,7 @@ class GaussianSampler(ABC):
             if not isinstance(self.autoguidance, Denoiser):
                 hint = "autoguidance=RUN of a smaller network, or of a shorter training"
                 raise VgmError("autoguidance needs another diffusion or flow network", hint, USAGE)
-            view = Autoguidance(view, self.autoguidance, self.autoguidance_scale, interval)
+            view = Autoguidance(view, self.autoguidance, self.autoguidance_scale, request.guidance_interval)
         return view
 
     @abstractmethod
