@@ -44,6 +44,8 @@ def vgm_components() -> Iterable[Component | Paper]:
         Component("sampler", "glow", "vgm_plugins.glow.sampler:GlowSampler", summary="prior draws at a temperature"),
         Component("sampler", "glow-interpolate", "vgm_plugins.glow.sampler:InterpolationSampler",
                   summary="lines in latent space, between draws or given images"),
+        Component("sampler", "glow-attribute", "vgm_plugins.glow.sampler:AttributeSampler",
+                  summary="given images with more and less of an attribute"),
         Component("optimizer", "glow-adamax", "vgm_plugins.glow.optim:GlowAdamax", summary="official Adamax variant"),
         Component("converter", "glow", "vgm_plugins.glow.checkpoints:CONVERTER", summary="openai/glow variables"),
         Component("converter", "glow-average", "vgm_plugins.glow.checkpoints:CONVERTER_AVERAGE",

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from vgm_cli.api import Request, generators, seed_of
 from vgm_cli.errors import USAGE, VgmError
-from vgm_cli.ranges import Few, NonNegative
+from vgm_cli.ranges import Few, NonNegative, Width
 
 from .model import Glow, dequantise, to_images
 
@@ -74,6 +74,44 @@ class InterpolationSampler:
             raise VgmError(
                 "interpolation needs two images for every strip", "--input DATA, -n the number of points", USAGE
             )
-        x = request.images[[k % len(request.images) for k in numbers]]
-        x = model.padded(((x + 1) * 127.5).round())
-        return model(dequantise(x, own.rand(tuple(x.shape[1:])), model.n_bits), y).eps
+        return codes(model, own, request.images[[k % len(request.images) for k in numbers]], y)
+
+
+class AttributeSampler:
+    """Images moved along an attribute's direction (sec. 5.2): item i is point i mod `points` of image i div `points`,
+    from `amount` against the attribute to `amount` towards it.
+
+    request.images: the first `positive` of them have the attribute, the others lack it; all of them make the direction.
+    VgmError: not some of each.
+    """
+
+    grid_labels = "rows"
+
+    def __init__(self, positive: Width, points: Few = 5, amount: NonNegative = 1.0, seed: int = 0):
+        if points < 2:
+            raise VgmError(f"points={points}: a line has at least 2", code=USAGE)
+        self.positive, self.points, self.amount, self.seed = positive, points, amount, seed
+        self.grid_columns = points
+
+    def __call__(self, model: Glow, request: Request) -> Tensor:
+        images, y = request.images, request.cond.get("y")
+        if images is None or not 0 < self.positive < len(images):
+            raise VgmError(
+                "an attribute needs images that have it and images that lack it",
+                f"--input DATA whose first {self.positive} pictures (sampler.positive) have it",
+                USAGE,
+            )
+        every = request.drawn_by(generators(seed_of("glow-attribute", self.seed, k) for k in range(len(images))))
+        eps = codes(model, every, images.to(request.device), None if y is None else y[:1].expand(len(images)))
+        direction = attribute_direction(*zip(*((e[: self.positive], e[self.positive :]) for e in eps)))
+        numbers = [i // self.points % len(images) for i in request.index]
+        amount = torch.tensor([i % self.points / (self.points - 1) * 2 - 1 for i in request.index])
+        moved = manipulate([e[numbers] for e in eps], direction, self.amount * amount.to(request.device))
+        request.info["nfe"] = 2
+        return to_images(model.cropped(model.decode(moved, y)), model.n_bits)
+
+
+def codes(model: Glow, request: Request, x: Tensor, y: Tensor | None) -> list[Tensor]:
+    """eps of images (B, C, H, W) in [-1, 1], each dequantised by its own draw of the request."""
+    x = model.padded(((x + 1) * 127.5).round())
+    return model(dequantise(x, request.rand(tuple(x.shape[1:])), model.n_bits), y).eps

@@ -12,7 +12,6 @@ import torch
 from torch import Tensor
 
 from . import bounds
-from .model import VAE
 
 LogDensity = Callable[[Tensor], Tensor]
 
@@ -62,30 +61,32 @@ def chain(
 
 
 def log_px_by_hmc(
-    model: VAE, x: Tensor, generators: list[torch.Generator], samples: int = 500, burn_in: int = 200, steps: int = 8
-) -> Tensor:
-    """x: (B, C, H, W) in [0, 1] as the model is trained on -> (B,) nats. generators: one per item.
+    log_px: LogDensity, z: Tensor, generators: list[torch.Generator], samples: int = 500, burn_in: int = 200,
+    steps: int = 8,
+) -> Tensor:  # fmt: skip
+    """log p(x) of B items in nats, (B,). log_px(z): log p(x | z), (..., B, D) -> (..., B). generators: one per item.
 
-    Chains start at the encoder's mean; 2 * `samples` states follow the burn-in, during which step sizes adapt.
+    Chains start at z (B, D), the encoder's mean; 2 * `samples` states follow the burn-in, during which step sizes
+    adapt.
     """
-    d = model.latent_dim
 
     def joint(z: Tensor) -> Tensor:
-        return model.likelihood.log_prob(x, *model.parameters_of(z)) + bounds.log_normal(z)
+        return log_px(z) + bounds.log_normal(z)
 
     def randn() -> Tensor:
-        return torch.stack([torch.randn(d, generator=g) for g in generators]).to(x)
+        return torch.stack([torch.randn(z.shape[1], generator=g) for g in generators]).to(z)
 
     def rand() -> Tensor:
-        return torch.stack([torch.rand((), generator=g) for g in generators]).to(x)
+        return torch.stack([torch.rand((), generator=g) for g in generators]).to(z)
 
     with torch.no_grad():
-        states = chain(joint, model.posterior(x)[0], randn, rand, steps=steps, adapt=burn_in)
+        states = chain(joint, z, randn, rand, steps=steps, adapt=burn_in)
         kept = [next(states)[0] for _ in range(burn_in + 2 * samples)][burn_in:]
         fit, rest = torch.stack(kept[:samples]).double(), torch.stack(kept[samples:])
         centred = fit - fit.mean(0)
         covariance = torch.einsum("lbi,lbj->bij", centred, centred) / (samples - 1)
-        q = torch.distributions.MultivariateNormal(fit.mean(0), covariance + 1e-9 * torch.eye(d, device=x.device))
-        log_px = model.likelihood.log_prob(x, *model.parameters_of(rest))
-        terms = bounds.Terms(log_px.double(), bounds.log_normal(rest.double()), log_px, log_px[0])
+        eye = torch.eye(z.shape[1], device=z.device)
+        q = torch.distributions.MultivariateNormal(fit.mean(0), covariance + 1e-9 * eye)
+        found = log_px(rest)
+        terms = bounds.Terms(found.double(), bounds.log_normal(rest.double()), found, found[0])
         return bounds.from_posterior_samples(q.log_prob(rest.double()), terms)

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from vgm_cli import atomic
 from vgm_cli.api import HasExample
-from vgm_cli.convert_api import named_shadow
+from vgm_cli.convert_api import Files, named_shadow
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.errors import VgmError
 from vgm_cli.registry import registry
@@ -1225,7 +1225,7 @@ def test_older_names_are_compared_too(vgm: Call) -> None:
 def test_a_proof_of_nothing_is_none(dit: Path, vgm: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     import vgm_plugins.dit.checkpoints as checkpoints
 
-    monkeypatch.setattr(checkpoints, "CONVERTER", replace(checkpoints.CONVERTER, pairs=lambda names: {}))
+    monkeypatch.setattr(checkpoints, "CONVERTER", replace(checkpoints.CONVERTER, files=Files(names=lambda names: {})))
     check(vgm("convert", dit, "o.safetensors", "num_heads=2", "--from", "dit", "--verify"), 3, "0 tensors")
 
 

@@ -34,7 +34,14 @@ from vgm_plugins.glow.model import Block, Encoding, Glow, dequantise, to_images,
 from vgm_plugins.glow.objective import GlowObjective, bits_per_dim, flow_loss
 from vgm_plugins.glow.optim import GlowAdamax
 from vgm_plugins.glow.presets import PRESETS
-from vgm_plugins.glow.sampler import GlowSampler, InterpolationSampler, attribute_direction, interpolate, manipulate
+from vgm_plugins.glow.sampler import (
+    AttributeSampler,
+    GlowSampler,
+    InterpolationSampler,
+    attribute_direction,
+    codes,
+    interpolate,
+)
 
 from vgm_cli.api import Request, Step, generators
 from vgm_cli.convert_api import Layout, unwrap
@@ -597,14 +604,20 @@ def test_interpolation_between_images_and_between_draws() -> None:
 
 @torch.no_grad()
 def test_attributes_are_directions_of_eps() -> None:
+    """Points of a strip lie on one line in eps space; its middle is the image itself; rows do not know their batch."""
     model = filled()
-    x = torch.rand(6, 2, 8, 8) - 0.5
-    eps = model(x).eps
-    direction = attribute_direction([e[:3] for e in eps], [e[3:] for e in eps])
-    moved = manipulate(eps, direction, torch.tensor([1.6, 0, 0, 0, 0, 0]))
-    decoded = model.decode(moved)
-    torch.testing.assert_close(decoded[1:], x[1:], atol=1e-4, rtol=0)
-    assert (decoded[0] - x[0]).abs().max() > 0.01
+    images = torch.rand(5, 2, 8, 8, generator=torch.Generator().manual_seed(0)) * 2 - 1
+    sampler = AttributeSampler(positive=2, points=3, amount=0.5)
+    strip = sampler(model, request(6, images=images))
+    torch.testing.assert_close(strip[[1, 4]], images[:2], atol=0.02, rtol=0)
+    assert (strip[0] - strip[2]).abs().max() > 0.05 and strip.shape == (6, 2, 8, 8)
+    torch.testing.assert_close(sampler(model, request(2, range(4, 6), images=images)), strip[4:], atol=0.01, rtol=0)
+    shared = request(15, images=images)
+    eps = codes(model, shared.drawn_by(generators(range(5))), images, None)
+    direction = attribute_direction([e[:2] for e in eps], [e[2:] for e in eps])
+    assert all(torch.allclose(d, e[:2].mean(0) - e[2:].mean(0), atol=1e-6) for d, e in zip(direction, eps))
+    with pytest.raises(VgmError, match="images that have it and images that lack it"):
+        AttributeSampler(positive=5)(model, request(2, images=images))
 
 
 # -- optimizer and checkpoints ---------------------------------------------------------------------------------------

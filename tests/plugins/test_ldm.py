@@ -12,13 +12,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from vgm_plugins.ldm import checkpoints as ck
 from vgm_plugins.ldm.model import AutoencoderKL, DiagonalGaussian, VQModel, tiled
-from vgm_plugins.ldm.objective import (
-    AutoencoderObjective,
-    code_usage,
-    discriminator_term,
-    generator_term,
-    reconstruction_loss,
-)
 from vgm_plugins.ldm.presets import KL, VQ
 
 from vgm_cli.api import Codec, Objective, Step
@@ -26,8 +19,15 @@ from vgm_cli.convert_api import Layout, unwrap
 from vgm_cli.errors import VgmError
 from vgm_cli.losses import lpips
 from vgm_cli.losses.adversarial import adaptive_weight
+from vgm_cli.losses.first_stage import (
+    AutoencoderObjective,
+    discriminator_term,
+    generator_term,
+    reconstruction_loss,
+)
 from vgm_cli.losses.lpips import LPIPS
 from vgm_cli.nets.discriminators import NLayerDiscriminator
+from vgm_cli.nn.quantize import code_usage
 from vgm_cli.registry import registry
 from vgm_cli.testing.golden import GoldenCase, GoldenChecks, assert_close
 
@@ -508,7 +508,7 @@ def test_lpips_without_weights_says_where_they_are(tmp_path: Path) -> None:
     with pytest.raises(VgmError, match="no such file"):
         LPIPS(str(tmp_path / "a.pth"), str(tmp_path / "b.pth"))
     (tmp_path / "a.pth").write_bytes(b"junk")
-    with pytest.raises(VgmError, match="cannot read"):
+    with pytest.raises(VgmError, match="neither an archive nor a pickle"):
         LPIPS(str(tmp_path / "a.pth"), str(tmp_path / "a.pth"))
 
 

@@ -22,6 +22,7 @@ from vgm_plugins.vae.presets import PRESETS
 from vgm_plugins.vae.sampler import ManifoldSampler, ReconstructionSampler, VAESampler, manifold
 
 from vgm_cli.api import Request, Step, generators
+from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.errors import VgmError
 from vgm_cli.images import to_uint8
 from vgm_cli.registry import registry
@@ -274,8 +275,28 @@ def test_hybrid_monte_carlo_finds_a_known_likelihood() -> None:
     normal = torch.distributions.MultivariateNormal(b, covariance)
     torch.manual_seed(0)
     x = normal.sample((3,))[:, None, None]
-    got = log_px_by_hmc(model, x, generators(range(3)), samples=60, burn_in=30, steps=4)
+    with torch.no_grad():
+        start = model.posterior(x)[0]
+    log_px = lambda z: model.likelihood.log_prob(x, *model.parameters_of(z))
+    got = log_px_by_hmc(log_px, start, generators(range(3)), samples=60, burn_in=30, steps=4)
     torch.testing.assert_close(got, normal.log_prob(x[:, 0, 0]), rtol=0, atol=0.25)
+
+
+def test_hybrid_monte_carlo_is_an_estimate_of_bits_per_dim(vgm: Any, tmp_path: Path) -> None:
+    """`bits-per-dim:estimator=hmc` lies near the importance-weighted bound of many draws."""
+    torch.manual_seed(0)
+    config = {"size": 28, "latent_dim": 2, "hidden": [8]}
+    facts = {"sample_shape": [1, 28, 28], "image_size": 28, "image_channels": 1}
+    header = ckpt.Header({"kind": "model", "name": "vae", "kwargs": config}, data=facts)
+    ckpt.save_network(tmp_path / "v.safetensors", VAE(**config).state_dict(), header)
+    metrics = "bits-per-dim:samples=400,bits-per-dim:estimator=hmc:samples=20"
+    args = ("evaluate", tmp_path / "v.safetensors", "--reference", "mnist5k", "-n", 2, "--metrics", metrics, "--json")
+    code, out, err = vgm(*args)
+    assert code == 0, err
+    a, b = (m["value"] for m in json.loads(out))
+    assert abs(a - b) < 0.01 and "hybrid Monte Carlo, 20 draws" in out
+    code, _, err = vgm(*args[:-2], "bits-per-dim:estimator=magic")
+    assert code == 2 and "hmc" in err
 
 
 def test_hybrid_monte_carlo_samples_its_target() -> None:

@@ -16,10 +16,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vgm_cli.convert_api import Layout, unwrap
-from vgm_cli.errors import FAILED, MISSING_ASSET, USAGE, VgmError
+from vgm_cli.convert_api import Layout
+from vgm_cli.errors import MISSING_ASSET, USAGE, VgmError
 from vgm_cli.nets.vgg import WIDTHS, VGG16Features
 from vgm_cli.nn.example import noise
+from vgm_cli.weights.state import read_state
 
 SHIFT = (-0.030, -0.088, -0.188)  # maps [-1, 1] to what VGG16 was trained on
 SCALE = (0.458, 0.448, 0.450)
@@ -47,7 +48,7 @@ class LPIPS(nn.Module):
         self.loaded = False
         self.register_load_state_dict_post_hook(_note_loaded)
         if vgg is not None and heads is not None and not self.shift.is_meta:
-            self.load_state_dict(to_ours({**read(vgg), **read(heads)}))
+            self.load_state_dict(to_ours({**read_state(vgg, WHERE), **read_state(heads, WHERE)}))
         self.requires_grad_(False)
         self.eval()
 
@@ -86,22 +87,6 @@ def _note_loaded(module: LPIPS, _keys: object) -> None:
 
 
 # -- weights ---------------------------------------------------------------------------------------------------------
-
-
-def read(path: str) -> dict[str, Tensor]:
-    """Tensors of a .safetensors file or, without running code from it, of a torch pickle."""
-    if not Path(path).is_file():
-        raise VgmError(f"no such file: {path}", WHERE, MISSING_ASSET)
-    try:
-        if path.endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        return unwrap(torch.load(path, map_location="cpu", weights_only=True))
-    except VgmError:
-        raise
-    except Exception as e:  # torch and safetensors raise many kinds for a damaged file
-        raise VgmError(f"cannot read {path}: {str(e).splitlines()[0]}", WHERE, FAILED) from e
 
 
 HEAD = re.compile(r"lin(\d)\.model\.\d\.weight")

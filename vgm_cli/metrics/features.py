@@ -24,6 +24,7 @@ from torch import Tensor, nn
 from vgm_cli.errors import FAILED, MISSING_ASSET, USAGE, VgmError
 from vgm_cli.nets import inception, vit
 from vgm_cli.nets import mnist_features as digits
+from vgm_cli.weights.state import read_state
 
 DIGITS = Path(str(resources.files("vgm_cli"))) / "assets" / "mnist-features.safetensors"
 VARIABLES = {"inception": "VGM_INCEPTION", "dinov2": "VGM_DINOV2", "clip": "VGM_CLIP"}  # paths of weights files
@@ -190,7 +191,7 @@ def _load(path: Path, modified: int, resize: str) -> FeatureNet:
         state = module.state_dict()
         return transformer_features(path, state) if vit.kind_of(state) else inception_features(path, module, resize)
     if path.suffix in (".pth", ".pt", ".safetensors", ".bin"):
-        state = inception.read_state(path)
+        state = read_state(path)
         if vit.kind_of(state):
             return transformer_features(path, state)
     return inception_features(path, inception.load_inception(path), resize)

@@ -14,7 +14,8 @@ whatever the objective's `view()` names) and calls, if it is there,
 
 A conditional model may add a keyword `y: Tensor | None = None` ((B,) int64 labels); it is passed where the data has
 labels and the checkpoint was trained with them. A latent-variable model may add `samples: int = ...` (posterior draws;
-1 is the ELBO), which `bits-per-dim:samples=N` sets. bits per dimension = -nats / (C H W ln 2).
+1 is the ELBO), which `bits-per-dim:samples=N` sets, and `estimator: str = ...` where it knows several, which
+`bits-per-dim:estimator=NAME` sets. bits per dimension = -nats / (C H W ln 2).
 
 Rules. The model dequantises itself. With data scaled to z = a x + b and a density p(z) of (x + u) scaled the same way,
 u ~ U(0, 1) (or U(-1/2, 1/2)): nats = log p(z) + C H W log a, a lower bound in expectation (Theis et al.,
@@ -31,7 +32,6 @@ Diffusion and flow models need nothing of this: a `Denoiser` is measured by the 
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Callable
 from typing import Any
 
@@ -46,6 +46,7 @@ from vgm_cli.diffusion.solvers.ode import ODE
 from vgm_cli.errors import USAGE, VgmError, unknown
 from vgm_cli.metrics.base import Subject, Value
 from vgm_cli.ranges import Count, Positive, Steps
+from vgm_cli.registry import coerce, signature
 
 IMAGES = 256  # measured where -n does not say
 LEVELS = 127.5  # data are uint8 / LEVELS - 1
@@ -96,7 +97,7 @@ def denoiser_likelihood(
 class BitsPerDim:
     """-log2 p per dimension of held-out (or training) images. n: images, evenly spaced over the data; probes, method,
     steps, rtol, atol: of the ODE, for diffusion and flow models; probes=0 takes the exact trace. samples: posterior
-    draws of latent-variable models, None for the model's own number."""
+    draws of latent-variable models, None for the model's own number. estimator: theirs, where they know several."""
 
     needs_model = True
     gives = ("bits-per-dim", "bits-per-latent-dim")
@@ -110,12 +111,14 @@ class BitsPerDim:
         rtol: Positive = 1e-5,
         atol: Positive = 1e-5,
         samples: Count | None = None,
+        estimator: str | None = None,
     ):
         if method != "dopri5" and method not in ODE:
             raise unknown("ODE method", method, ("dopri5", *ODE))
         if probes < 0:
             raise VgmError(f"bits-per-dim:probes={probes}: 0 is the exact trace", code=USAGE)
-        self.n, self.samples = n, samples
+        self.n = n
+        self.asked = {k: v for k, v in (("samples", samples), ("estimator", estimator)) if v is not None}
         self.ode: dict[str, Any] = {
             "probes": probes or None,
             "method": method,
@@ -161,8 +164,10 @@ class BitsPerDim:
         if callable(own):
             if subject.codec is not None and not getattr(view, "latent_likelihood", False):
                 raise VgmError("this model sees latents of a codec, so it has no likelihood of pixels", code=USAGE)
-            takes = inspect.signature(own).parameters
-            more = {"samples": self.samples} if self.samples is not None and "samples" in takes else {}
+            takes = signature(own).parameters
+            more = {k: coerce(v, takes[k], "bits-per-dim") for k, v in self.asked.items() if k in takes}
+            if "estimator" in self.asked and "estimator" not in takes:
+                raise VgmError("this model knows one estimate of its likelihood", "leave estimator away", USAGE)
             return lambda x, gens, y: own(x, gens, **(given(y) if "y" in takes else {}), **more)
         if isinstance(view, Denoiser):
             return lambda x, gens, y: denoiser_likelihood(view, x, gens, **self.ode, **given(y))

@@ -11,7 +11,6 @@ auxiliary head, batch-norm eps 1e-3, input resized without half-pixel centres an
 from __future__ import annotations
 
 import zipfile
-from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vgm_cli.errors import FAILED, MISSING_ASSET, USAGE, VgmError
+from vgm_cli.weights.state import read_state
 
 SIZE = 299
 FORMATS = (
@@ -237,27 +237,6 @@ def is_torchscript(path: Path) -> bool:
         return any(n.endswith("constants.pkl") or "/code/" in n for n in z.namelist())
 
 
-def read_state(path: Path) -> dict[str, Tensor]:
-    """A state dict from .safetensors, or from .pth/.pt without unpickling code (weights_only)."""
-    import pickle
-
-    try:
-        if path.suffix == ".safetensors":
-            from safetensors.torch import load_file
-
-            return load_file(path)
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except pickle.UnpicklingError as e:
-        raise VgmError(
-            f"{path} holds more than tensors and is not unpickled", f"accepted: {FORMATS}", MISSING_ASSET
-        ) from e
-    except Exception as e:
-        raise VgmError(f"{path} cannot be read: {str(e).splitlines()[0]}", f"accepted: {FORMATS}", FAILED) from e
-    if not isinstance(state, Mapping) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise VgmError(f"{path} is not a state dict", f"accepted: {FORMATS}", MISSING_ASSET)
-    return dict(state)
-
-
 def load_inception(path: str | Path) -> nn.Module:
     """InceptionV3 with weights, or NVIDIA's TorchScript module, in eval mode on the CPU.
 
@@ -273,7 +252,8 @@ def load_inception(path: str | Path) -> nn.Module:
             return torch.jit.load(str(path), map_location="cpu").eval()
         except RuntimeError as e:
             raise VgmError(f"{path} cannot be read: {str(e).splitlines()[0]}", f"accepted: {FORMATS}", FAILED) from e
-    state = {k: v for k, v in read_state(path).items() if not k.endswith("num_batches_tracked")}
+    found = read_state(path, f"accepted: {FORMATS}")
+    state = {k: v for k, v in found.items() if not k.endswith("num_batches_tracked")}
     if "AuxLogits.fc.weight" in state or ("fc.weight" in state and state["fc.weight"].shape[0] == 1000):
         raise VgmError(
             f"{path} holds torchvision's ImageNet weights, whose features are not those of FID",

@@ -191,34 +191,9 @@ def adapter_state(network: nn.Module) -> dict[str, Tensor]:
     return {f"{n}.{p}": getattr(m, p).detach() for n, m in adapted(network).items() for p in (A, B)}
 
 
-@torch.no_grad()
-def load_adapter(network: nn.Module, state: Mapping[str, Tensor]) -> None:
-    """Into attached adapters. VgmError: other layers or shapes."""
-    own = {f"{n}.{p}": getattr(m, p) for n, m in adapted(network).items() for p in (A, B)}
-    if own.keys() != state.keys():
-        odd = sorted(own.keys() ^ state.keys())
-        raise VgmError(f"this adapter is for other layers: {len(odd)} names differ", f"first: {odd[0]}", USAGE)
-    for key, value in own.items():
-        if value.shape != state[key].shape:
-            shapes = f"{tuple(state[key].shape)}, expected {tuple(value.shape)}"
-            raise VgmError(f"this adapter does not fit: {key} is {shapes}", "the same rank?", USAGE)
-        value.copy_(state[key])
-
-
 def to_peft(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Adapter -> the names of PEFT's adapter_model.safetensors."""
     return {f"base_model.model.{k}.weight": v for k, v in state.items()}
-
-
-def from_peft(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """The inverse of to_peft. VgmError: a name that is not of a PEFT LoRA file."""
-    plain = {}
-    for key, value in state.items():
-        name = key.removeprefix("base_model.model.").removesuffix(".weight")
-        if name.rpartition(".")[2] not in (A, B):
-            raise VgmError(f"'{key}' is no weight of a PEFT adapter", "adapter_model.safetensors is expected", USAGE)
-        plain[name] = value
-    return plain
 
 
 def peft_config(rank: int, alpha: float, layers: Sequence[str]) -> dict[str, Any]:
@@ -235,17 +210,4 @@ def to_kohya(state: Mapping[str, Tensor], alpha: float, prefix: str = "lora_unet
         flat = f"{prefix}_{name.replace('.', '_')}"
         out[f"{flat}.{'lora_down' if part == A else 'lora_up'}.weight"] = value
         out[f"{flat}.alpha"] = torch.tensor(float(alpha))
-    return out
-
-
-def from_kohya(state: Mapping[str, Tensor], layers: Sequence[str], prefix: str = "lora_unet") -> dict[str, Tensor]:
-    """The inverse of to_kohya; layers: the network's names, which the underscores hide. VgmError: unknown layer."""
-    flat = {f"{prefix}_{name.replace('.', '_')}": name for name in layers}
-    out: dict[str, Tensor] = {}
-    for key, value in state.items():
-        name, _, rest = key.partition(".")
-        if name not in flat:
-            raise VgmError(f"'{key}' names no layer of this network", f"for example {next(iter(flat), '')}", USAGE)
-        if rest != "alpha":
-            out[f"{flat[name]}.{A if rest.startswith('lora_down') else B}"] = value
     return out

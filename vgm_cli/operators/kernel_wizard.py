@@ -7,13 +7,13 @@ a code; parameter names are the official checkpoint's. The half that estimates c
 from __future__ import annotations
 
 from pathlib import Path
-from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vgm_cli.errors import FAILED, MISSING_ASSET, VgmError
+from vgm_cli.weights.state import read_state
 
 USED = ("feature_extractor.", "adapter.", "recon_trunk.")
 WHERE = "weights=GOPRO_wVAE.pth of VinAIResearch/blur-kernel-space-exploring"
@@ -92,15 +92,10 @@ def load(path: str) -> KernelWizard:
     """The network with the official weights (.pth or .safetensors). VgmError: missing or unfitting file."""
     if not Path(path).is_file():
         raise VgmError(f"no such file: {path}", WHERE, MISSING_ASSET)
+    state = read_state(path, WHERE)
     try:
-        if path.endswith(".safetensors"):
-            from safetensors.torch import load_file
-
-            state: dict[str, Any] = load_file(path)
-        else:
-            state = torch.load(path, map_location="cpu", weights_only=True)
         network = KernelWizard()
         network.load_state_dict({k: v.float() for k, v in state.items() if k.startswith(USED)})
-    except Exception as e:  # torch and safetensors raise many kinds for a damaged file
+    except RuntimeError as e:
         raise VgmError(f"{path} is no KernelWizard: {str(e).splitlines()[0]}", WHERE, FAILED) from e
     return network.eval().requires_grad_(False)
