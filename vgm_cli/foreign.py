@@ -9,14 +9,15 @@ from functools import cache
 from pathlib import Path
 from typing import Annotated, Any, Literal
 
-from vgm_cli import limits
+from vgm_cli import limits, renamed
 from vgm_cli.errors import FAILED, VgmError
 from vgm_cli.registry import strings
 from vgm_cli.ui import ui
 
 
 def fields() -> dict[str, dict[str, Any]]:
-    """{kind of file: {dotted key: type}} of what is read from it. Keys that are not listed are records."""
+    """{kind of file: {dotted key: type}} of what is read from it; "*" stands for every key of a mapping. Keys that are
+    not listed are records."""
     from pydantic import Field, FiniteFloat
 
     count, size = Annotated[int, Field(ge=0)] | None, Annotated[int, Field(gt=0)] | None
@@ -29,9 +30,10 @@ def fields() -> dict[str, dict[str, Any]]:
         "component.kwargs": mapping,
         "view": mapping | None,
         "view.name": str,
-        "codec": mapping | None,
-        **{f"codec.{k}": text for k in ("asset", "path", "sha256", "output")},
-        "codec.relative": bool,
+        "parts": mapping | None,
+        "parts.*": mapping,
+        **{f"parts.*.{k}": text for k in ("asset", "path", "sha256", "component", "output")},
+        "parts.*.relative": bool,
         "recipe": mapping | None,
         **{f"recipe.{k}": v for k, v in sampling.items()},
         "recipe.paper": text,
@@ -93,19 +95,27 @@ def check(values: Any, kind: str, source: Path | str, prefix: str = "") -> dict[
 
     if not isinstance(values, dict):
         raise VgmError(f"{source} does not hold named values but {type(values).__name__}", code=FAILED)
-    for key, adapter in adapters(kind).items():
-        *above, last = key.split(".")
-        node: Any = values
-        for part in above:
-            node = node.get(part) if isinstance(node, dict) else None
-        if not isinstance(node, dict) or last not in node:
-            continue
-        try:
-            adapter.validate_python(node[last], strict=True)
-        except ValidationError as e:
-            told, reason = limits.short(node[last]), e.errors()[0]["msg"].lower()
-            raise VgmError(f"{source}: {prefix}{key}={told} does not fit: {reason}", code=FAILED) from e
+    for pattern, adapter in adapters(kind).items():
+        for key, value in entries(values, pattern):
+            try:
+                adapter.validate_python(value, strict=True)
+            except ValidationError as e:
+                shown, reason = limits.short(value), e.errors()[0]["msg"].lower()
+                raise VgmError(f"{source}: {prefix}{key}={shown} does not fit: {reason}", code=FAILED) from e
     return values
+
+
+def entries(values: Mapping[str, Any], pattern: str) -> list[tuple[str, Any]]:
+    """[(dotted key, value)] of the entries that a dotted pattern means; none where they are not there."""
+    found: list[tuple[str, Any]] = [("", values)]
+    for name in pattern.split("."):
+        inside = [(above, node) for above, node in found if isinstance(node, dict)]
+        found = [
+            (f"{above}.{limits.short(k)}".lstrip("."), node[k])
+            for above, node in inside
+            for k in (node if name == "*" else [name] if name in node else [])
+        ]
+    return found
 
 
 def header(metadata: Mapping[str, str], source: Path | str) -> dict[str, Any]:
@@ -115,7 +125,7 @@ def header(metadata: Mapping[str, str], source: Path | str) -> dict[str, Any]:
     if not isinstance(said.get("component"), dict) or "name" not in said["component"]:
         hint = "a foreign checkpoint is made self-describing by `vgm convert`"
         raise VgmError(f"{source} does not say what network it holds", hint, FAILED)
-    return check(said, "header", source, "vgm.")
+    return check(renamed.header(said), "header", source, "vgm.")
 
 
 def tell_files(keywords: Any, source: Path | str) -> None:

@@ -22,7 +22,7 @@ from typing import Annotated, Any, Literal
 import yaml
 from annotated_types import Ge, Le
 
-from vgm_cli import limits
+from vgm_cli import limits, renamed
 from vgm_cli.errors import USAGE, VgmError, unknown
 from vgm_cli.limits import short
 from vgm_cli.ranges import Count, Decay, NonNegative, Positive, Seed, Side, Steps, Text, Whole, fit, shown
@@ -91,7 +91,7 @@ class Train:
 
 @dataclass
 class Pairs:
-    """`pairs:` noise and the teacher's images for it, made before distillation and kept for the next one."""
+    """A role of kind `pairs`: noise and the teacher's images for it, made before training and kept for the next run."""
 
     count: Annotated[int, Ge(1), Le(10**8)] = 2000
     sampler: str = "heun"  # deterministic: an image is a function of its noise
@@ -101,14 +101,16 @@ class Pairs:
     cache: str | None = None  # folder; null: $VGM_CACHE or ~/.cache/vgm, below it pairs/
 
 
+# what a role is besides a component: PAIRS, made before training; a checkpoint, `{run: RUN|FILE}`
+PAIRS = "pairs"
+CHECKPOINT = ("run", "sha256", "view")  # keys of a role that is a checkpoint
+STARTS = {"distill": "teacher", "finetune-rl": "reference"}  # verb -> the role that its trained network takes
 SHORT = {**dict.fromkeys((*COMPONENT_NODES, "optimizer"), "name"), "data": "path"}  # KEY=WORD means KEY.FIRST=WORD
 NODES: dict[str, type] = {"data": Data, "optimizer": Optimizer, "train": Train}
-DISTILL = ("teacher", "pairs")  # the network to distill from, and ODE pairs made with it
 TOP = (
     "paper",
     "base",
     *COMPONENT_NODES,
-    *DISTILL,
     "roles",
     "optimizers",
     "guidance_scale",
@@ -129,6 +131,15 @@ class Recipe:
     def node(self, name: str) -> Any:
         """The typed host node ("data", "optimizer", "train")."""
         return typed(NODES[name], self.config.get(name) or {}, name)
+
+    def roles(self) -> dict[str, dict[str, Any]]:
+        """The nodes of the roles that the recipe has (those set to null are left out)."""
+        return {role: node for role, node in (self.config.get("roles") or {}).items() if node}
+
+    def start(self) -> str | None:
+        """The trained network that the recipe starts from, a file once it is settled; None where none is given."""
+        node = self.roles().get(start_role(self.config)) or {}
+        return node.get("run") or node.get("weights")
 
     def optimizer(self, name: str) -> Optimizer:
         """Settings of one optimizer: `optimizer:` with `optimizers.NAME` on top."""
@@ -273,11 +284,28 @@ def paper_verb(paper: str) -> str:
 def verb_of(config: Mapping[str, Any]) -> str:
     """The verb that a recipe is for, as its objective says: one that can do without a teacher is trained where the
     recipe names none."""
-    component = registry().components.get(("objective", (config.get("objective") or {}).get("name", "")))
-    verbs = component.verbs if component is not None else ()
-    if "train" in verbs and config.get("teacher") is None:
+    verbs = verbs_of(config)
+    if "train" in verbs and not has_teacher(config):
         return "train"
-    return next((v for v in ("distill", "finetune-rl") if v in verbs), "train")
+    return next((v for v in STARTS if v in verbs), "train")
+
+
+def verbs_of(config: Mapping[str, Any]) -> tuple[str, ...]:
+    """The verbs that offer a recipe's objective."""
+    node = config.get("objective")
+    name = node.get("name", "") if isinstance(node, dict) else ""
+    component = registry().components.get(("objective", name)) if isinstance(name, str) else None
+    return component.verbs if component is not None else ()
+
+
+def has_teacher(config: Mapping[str, Any]) -> bool:
+    """Does the recipe name a teacher, were it only a stand-in?"""
+    return (config.get("roles") or {}).get(STARTS["distill"]) is not None
+
+
+def start_role(config: Mapping[str, Any]) -> str:
+    """The role that a trained network takes in this recipe: teacher, or reference where a reward is learned from."""
+    return STARTS["finetune-rl" if "finetune-rl" in verbs_of(config) else "distill"]
 
 
 def starter(name: str) -> bool:
@@ -403,7 +431,23 @@ def load_file(path: Path, origin: str, _seen: tuple[Path, ...] = ()) -> tuple[di
             name, file = locate(str(base))
         merged, origins = load_file(file, f"recipe {name}", (*_seen, path))
     merge(merged, config, origins, origin)
+    rename(merged, origins)
     return merged, origins
+
+
+def rename(config: dict[str, Any], origins: dict[str, str]) -> None:
+    """Move what stands under a top key of an older version to where it stands now (see renamed.RECIPE)."""
+    start = start_role(config)
+    for old in [k for k in renamed.RECIPE if k in config]:
+        moved = {renamed.key(k, start): origins.pop(k) for k in list(origins) if k.split(".")[0] == old}
+        role = renamed.key(old, start).partition(".")[2]
+        merge(config, {"roles": {role: renamed.node(old, config.pop(old))}}, origins, "recipe")
+        origins.update({k: v for k, v in moved.items() if k in origins})
+    roles = config.get("roles")
+    nodes = [config.get("model"), *(roles.values() if isinstance(roles, dict) else [])]
+    for node in nodes:  # `name: teacher`, as a copy of the trained network was called whatever it was for
+        if isinstance(node, dict) and node.get("name") == STARTS["distill"] and STARTS["distill"] not in (roles or {}):
+            node["name"] = start
 
 
 def allow_recipe(config: Mapping[str, Any], name: str) -> None:
@@ -425,7 +469,8 @@ def allow_typed(words: Iterable[str | None], trust_recipes: bool = False) -> Non
 
 
 def merge(into: dict[str, Any], new: Mapping[str, Any], origins: dict[str, str], origin: str, prefix: str = "") -> None:
-    """Deep merge; a component node whose `name` changes is replaced whole, since its keywords belong to the name.
+    """Deep merge; a component node whose `name` changes, or which becomes a checkpoint (`run`), is replaced whole:
+    its keywords belong to the name.
 
     A word for a node (`sampler: ddim`, `data: FOLDER`) stands for the node's first key: see SHORT.
     """
@@ -434,13 +479,13 @@ def merge(into: dict[str, Any], new: Mapping[str, Any], origins: dict[str, str],
         old = into.get(key)
         if isinstance(value, str) and (first := SHORT.get(dotted)):
             value = {first: value}
-        renamed = (
+        another = (
             isinstance(value, dict)
             and isinstance(old, dict)
             and dotted not in NODES
-            and value.get("name", old.get("name")) != old.get("name")
+            and (value.get("name", old.get("name")) != old.get("name") or ("run" in value and "run" not in old))
         )
-        if isinstance(value, dict) and isinstance(old, dict) and not renamed:
+        if isinstance(value, dict) and isinstance(old, dict) and not another:
             merge(old, value, origins, origin, dotted + ".")
             continue
         for k in [k for k in origins if k == dotted or k.startswith(dotted + ".")]:
@@ -460,14 +505,18 @@ def _leaves(value: Any, dotted: str) -> Iterable[str]:
 
 def override(config: dict[str, Any], origins: dict[str, str], assignments: Iterable[str], origin: str) -> None:
     """Apply KEY=VALUE (dotted key, YAML value, split at the first '=') and ~KEY (delete)."""
+    start = start_role(config)
     for text in assignments:
         if text.startswith("~"):
-            parent, last = _descend(config, text[1:], text, create=False)
+            key = renamed.key(text[1:], start)
+            parent, last = _descend(config, key, text, create=False)
             parent.pop(last, None)
-            for k in [k for k in origins if k == text[1:] or k.startswith(text[1:] + ".")]:
+            for k in [k for k in origins if k == key or k.startswith(key + ".")]:
                 del origins[k]
             continue
         key, eq, value = text.partition("=")
+        if isinstance(config.get("roles"), dict | None):
+            key = renamed.key(key, start)
         if not eq or not all(key.split(".")):
             raise VgmError(f"{shown(text)} is not KEY=VALUE", "example: train.steps=100", USAGE)
         if key in ("data", "data.path") and not value.strip():
@@ -528,7 +577,8 @@ def finish(config: dict[str, Any], origins: dict[str, str], name: str, assignmen
         data.pop("split", None)  # it was a part of the data set that the recipe names, not of this one
         origins.pop("data.split", None)
     check_shape(config, name)
-    copy_teacher(config, origins)
+    rename(config, origins)
+    copy_roles(config, origins)
     r = Recipe(config, origins, name)
     for node, cls in NODES.items():
         values = dataclasses.asdict(r.node(node))
@@ -544,8 +594,11 @@ def finish(config: dict[str, Any], origins: dict[str, str], name: str, assignmen
         raise VgmError(f"train.ema={shown(config['train']['ema'])} names the same average twice", code=USAGE)
     if "guidance_scale" in config:
         config["guidance_scale"] = fit(config["guidance_scale"], NonNegative | None, "guidance_scale")
-    if config.get("pairs"):
-        config["pairs"] = dataclasses.asdict(typed(Pairs, config["pairs"], "pairs"))
+    for role, own in r.roles().items():
+        if role == PAIRS and "name" not in own:
+            own.setdefault("kind", PAIRS)
+        if own.get("kind") == PAIRS:
+            config["roles"][role] = {"kind": PAIRS, **dataclasses.asdict(pairs_of(own, f"roles.{role}"))}
     for opt in ("", *(config.get("optimizers") or {})):
         chosen = r.optimizer(opt).name
         if chosen not in TORCH_OPTIMIZERS and ":" not in chosen and chosen not in registry().names("optimizer"):
@@ -573,43 +626,55 @@ def check_shape(config: Mapping[str, Any], name: str) -> None:
                 raise not_a_mapping(where, node)
             if odd := [k for k in node if not isinstance(k, str) or not k]:
                 raise VgmError(f"{where}: the key {shown(odd[0])} is not a word", code=USAGE)
-            component = where in (*COMPONENT_NODES, "teacher") or where.startswith("roles.")
+            component = where in COMPONENT_NODES or where.startswith("roles.")
             if component and not isinstance(node.get("name"), str | None):
                 raise VgmError(f"{where}.name={shown(node['name'])} is not a name", code=USAGE)
     if not isinstance(config.get("paper", ""), str):
         raise VgmError(f"paper={shown(config['paper'])} is not a name", code=USAGE)
 
 
-def copy_teacher(config: dict[str, Any], origins: dict[str, str]) -> None:
-    """`name: teacher` in the model node or a role is the network of the `teacher:` node, with its weights."""
-    teacher = config.get("teacher")
-    if not isinstance(teacher, dict) or "name" not in teacher:
+def pairs_of(node: Mapping[str, Any], where: str) -> Pairs:
+    """The settings of a role of kind `pairs`."""
+    made: Pairs = typed(Pairs, {k: v for k, v in node.items() if k != "kind"}, where)
+    return made
+
+
+def copy_roles(config: dict[str, Any], origins: dict[str, str]) -> None:
+    """A network node whose `name` is that of a role is a copy of it, see copy_role. Roles that are checkpoints are
+    copied when their files are read (engine.build.settle)."""
+    for role, node in (config.get("roles") or {}).items():
+        if node and "name" in node and node.get("kind", "model") == "model":
+            copy_role(config, origins, role, {k: v for k, v in node.items() if k == "weights" or k not in ROLE_KEYS})
+
+
+def copy_role(config: dict[str, Any], origins: dict[str, str], role: str, source: Mapping[str, Any]) -> None:
+    """Write `source`, the component node of a role, into the model node and the roles that say `name: ROLE`; what such
+    a node says besides goes on top. A registered network of that name is no copy."""
+    if ("model", role) in registry().components:
         return
-    copied = {k: v for k, v in teacher.items() if k == "weights" or k not in HOST_KEYS["teacher"]}
 
     def resolved(node: Any, where: str) -> Any:
-        if not isinstance(node, dict) or node.get("name") != "teacher":
+        if not isinstance(node, dict) or node.get("name") != role or where == f"roles.{role}":
             return node
         own = {k: v for k, v in node.items() if k != "name"}
-        origins.update({f"{where}.{k}": origins.get(f"teacher.{k}", "teacher") for k in copied.keys() - own.keys()})
-        return {**copied, **own}
+        origins.update({f"{where}.{k}": origins.get(f"roles.{role}.{k}", role) for k in source.keys() - own.keys()})
+        return {**source, **own}
 
     config["model"] = resolved(config.get("model"), "model")
     if config.get("roles"):
-        config["roles"] = {role: resolved(node, f"roles.{role}") for role, node in config["roles"].items()}
+        config["roles"] = {other: resolved(node, f"roles.{other}") for other, node in config["roles"].items()}
 
 
-def check_components(recipe: Recipe, roles: Mapping[str, Any] | None = None) -> None:
+def check_components(recipe: Recipe) -> None:
     """Bind every component node to its signature without building anything (imports torch)."""
     from vgm_cli.registry import bind, load_target, signature
 
-    injected = {"model": None, "codec": None, **dict.fromkeys(recipe.config.get("roles") or {}), **(roles or {})}
-    injected |= {n: None for n in DISTILL if recipe.config.get(n)}
+    roles = recipe.roles()
+    injected = {"model": None, "codec": None, **dict.fromkeys(recipe.config.get("roles") or {})}
     nodes = [(n, n, recipe.config.get(n)) for n in COMPONENT_NODES]
-    nodes += [("model", "teacher", recipe.config.get("teacher"))]
-    nodes += [(n.get("kind", "model"), f"roles.{r}", n) for r, n in (recipe.config.get("roles") or {}).items() if n]
+    nodes += [(n.get("kind", "model"), f"roles.{r}", n) for r, n in roles.items()]
     for kind, where, node in nodes:
-        if not node:
+        if not node or kind == PAIRS or node.get("run") is not None:
             continue
         node = {k: v for k, v in node.items() if k not in HOST_KEYS.get(where.split(".")[0], ())}
         component, kwargs = registry().config(kind, node)
@@ -620,9 +685,9 @@ def check_components(recipe: Recipe, roles: Mapping[str, Any] | None = None) -> 
 
 
 # keys of component nodes that the host consumes itself
+ROLE_KEYS = ("kind", "weights", *CHECKPOINT)
 HOST_KEYS: dict[str, tuple[str, ...]] = {
     "codec": ("weights", "fallback", "output"),
-    "roles": ("kind", "weights"),
+    "roles": ROLE_KEYS,
     "model": ("weights",),
-    "teacher": ("weights", "sha256", "view", "guidance_scale"),
 }

@@ -23,10 +23,11 @@ def check(recipe: Recipe) -> tuple[dict[str, int], str]:
     """({role: parameters}, "") of a recipe that builds; ({}, why) when its components fit but nothing tells the size
     of the images. VgmError: unknown keys, values that do not fit, files that are not there, parts that do not go
     together."""
-    check_parts(recipe)
-    check_batch(recipe)
     from vgm_cli.engine import build
 
+    build.settle(recipe)
+    check_parts(recipe)
+    check_batch(recipe)
     data = recipe.node("data")
     here = not data.path or data.path in shipped() or "{" in data.path or Path(data.path).expanduser().exists()
     if not here:
@@ -83,12 +84,15 @@ def before_start(recipe: Recipe, world: int = 1, reads_data: bool = True) -> Any
 def check_parts(recipe: Recipe) -> None:
     """Components, their keywords, their files, the sampler: what needs no data."""
     check_components(recipe)
-    nodes = [(n, recipe.config.get(n)) for n in (*COMPONENT_NODES, "teacher")]
-    nodes += [(f"roles.{r}", n) for r, n in (recipe.config.get("roles") or {}).items()]
+    nodes = [(n, recipe.config.get(n)) for n in COMPONENT_NODES]
+    nodes += [(f"roles.{r}", n) for r, n in recipe.roles().items()]
     for where, node in nodes:
         if node and node.get("weights") is not None:
             check_weights(where, node)
-    check_sampler(recipe.config.get("sampler"))
+    from vgm_cli.engine import build
+
+    given = build.sampler_parameters(recipe) & recipe.roles().keys()
+    check_sampler(recipe.config.get("sampler"), bool(given))
 
 
 def check_batch(recipe: Recipe, world: int = 1) -> None:
@@ -122,8 +126,9 @@ def check_weights(where: str, node: Mapping[str, Any]) -> None:
     build.refuse_other(header, str(node.get("name")), path)
 
 
-def check_sampler(node: Mapping[str, Any] | None) -> None:
-    """Build it: samplers hold settings only. The network that may guide one is not opened, its file is looked for."""
+def check_sampler(node: Mapping[str, Any] | None, given: bool = False) -> None:
+    """Build it: samplers hold settings only. The network that may guide one is not opened, its file is looked for.
+    given: it receives a role, which is not built here."""
     if not node:
         return
     from vgm_cli.engine import checkpoint as ckpt
@@ -132,7 +137,8 @@ def check_sampler(node: Mapping[str, Any] | None) -> None:
     node = dict(node)
     if isinstance(node.get("classifier"), str):
         ckpt.resolve(node.pop("classifier"))
-    registry().build("sampler", node)
+    if not given:
+        registry().build("sampler", node)
 
 
 @contextmanager

@@ -42,7 +42,7 @@ class FlowGRPO(ObjectiveBase):
     def __init__(
         self,
         model: nn.Module,  # the policy
-        teacher: Denoiser,  # the policy as it was at first, frozen; says how the network is read
+        reference: Denoiser,  # the policy as it was at first, frozen; says how the network is read
         reward: Any,  # (images (B, C, H, W) in [-1, 1], {"y": (B,)}) -> (B,)
         codec: Any = None,  # decodes what the network samples; None: pixels
         group_size: Width = 24,  # images of one class that are compared with each other
@@ -91,12 +91,12 @@ class FlowGRPO(ObjectiveBase):
                 raise unknown("key", key, ("rank", "alpha", "targets", "init"), "objective.lora")
             self.adapted = adapters.attach(model, **lora)
         self.networks: dict[str, nn.Module] = {"model": model}
-        self.denoiser = Denoiser.from_config(model, teacher.config())
+        self.denoiser = Denoiser.from_config(model, reference.config())
         self.reference: Denoiser | None = None  # of a network with adapters: itself without them
         if beta > 0 and not self.adapted:
-            self.reference = teacher
-            if isinstance(teacher.network, nn.Module):
-                self.networks["teacher"] = teacher.network
+            self.reference = reference
+            if isinstance(reference.network, nn.Module):
+                self.networks["reference"] = reference.network
         self.first: Tensor | None = None  # reward's mean and spread, diversity: (3,), of the first roll-out
         self.dull = 0  # roll-outs in a row in which no group differed
         self.report: dict[str, Tensor] = {}

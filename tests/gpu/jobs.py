@@ -269,7 +269,7 @@ def train(recipe: Any, out: Path, **options: Any) -> Any:
     """As `vgm train` does it; where pairs of a teacher are asked for, it learns from random ones."""
     from vgm_cli.engine.train import loop as trainer
 
-    roles = {"pairs": some_pairs(recipe)} if recipe.config.get("pairs") else None
+    roles = {"pairs": some_pairs(recipe)} if "pairs" in recipe.roles() else None
     return trainer.train(recipe, out, quiet_end=True, track="none", roles=roles, **options)
 
 
@@ -296,7 +296,7 @@ def built(name: str, device: Any) -> tuple[Any, Any, Any]:
     facts = plan.plan_facts(recipe)[0]
     torch.manual_seed(0)
     codec = None
-    roles: dict[str, Any] = {"pairs": some_pairs(recipe)} if recipe.config.get("pairs") else {}
+    roles: dict[str, Any] = {"pairs": some_pairs(recipe)} if "pairs" in recipe.roles() else {}
     node = recipe.config.get("codec")
     if node and node.get("weights"):
         from vgm_cli.engine import checkpoint as ckpt

@@ -103,7 +103,7 @@ def test_trains_on_a_device_without_waiting(
     own = ["train.steps=3", f"train.batch_size={batch}", "train.preview_n=0", "train.log_every=3", "train.ema=[0.9]"]
     recipe = recipes.load(name, None, [*own, "train.precision=fp32", f"data.path={digits}"])
     roles = None
-    if recipe.config.get("pairs"):
+    if "pairs" in recipe.roles():
         roles = {"pairs": {"z": torch.randn(8, 1, 28, 28), "x": torch.randn(8, 1, 28, 28), "y": torch.arange(8)}}
     trainers.train(recipe, tmp_path / "run", quiet_end=True, roles=roles)
     waits = {k: n for k, n in steady.items() if not any(place in k for place in KNOWN.get(name, ()))}

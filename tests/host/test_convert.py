@@ -1288,7 +1288,7 @@ def test_how_a_network_was_trained_and_its_codec_can_be_told(vgm: Call) -> None:
     code, _, err = vgm("convert", "dit.pt", "again.safetensors", *args)
     assert code == 0 and "its samples are latents" not in err
     header = ckpt.read_header(Path("again.safetensors"))
-    assert header.view == view and header.recipe == recipe and header.codec["asset"] == "mnist-codec"
+    assert header.view == view and header.recipe == recipe and header.parts["codec"].asset == "mnist-codec"
     assert (header.data["image_size"], header.data["image_channels"]) == (28, 1)
     assert vgm("sample", "again.safetensors", "-n", 1, "--steps", 2, "--out", "x.png")[0] == 0
     check(vgm("convert", "dit.pt", "x.safetensors", "--from", "dit", "schedule=cosin"), 2, "cosin")

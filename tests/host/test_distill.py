@@ -13,6 +13,7 @@ from PIL import Image
 from safetensors.torch import load_file
 
 from vgm_cli.engine import checkpoint as ckpt
+from vgm_cli.engine.distill import pairs as made
 from vgm_cli.engine.distill import run as engine
 from vgm_cli.errors import USAGE, VgmError
 
@@ -93,7 +94,7 @@ def test_any_teacher(
     losses = [json.loads(line) for line in (run / "metrics.jsonl").read_text().splitlines()]
     assert len(losses) == 4 and all(abs(v) < 1e6 for row in losses for v in row.values())
     loaded = ckpt.load(run)
-    assert loaded.header.recipe["teacher"]["sha256"] == ckpt.file_hash(ckpt.resolve(teacher))
+    assert loaded.header.recipe["roles"]["teacher"]["sha256"] == ckpt.file_hash(ckpt.resolve(teacher))
     assert "objective.guidance_scale" in json.loads((run / "origins.json").read_text())
     code, out, err = vgm("sample", run, "-n", 4, "--out", tmp_path / "grid.png", "--json")
     assert code == 0, err
@@ -144,23 +145,24 @@ def test_pairs_are_cached_and_completed(
 ) -> None:
     """The noise gives the images again; a second run makes none, a larger count adds, another teacher makes its own."""
     monkeypatch.setenv("VGM_CACHE", str(tmp_path / "cache"))
-    monkeypatch.setattr(engine, "SHARD", 8)
+    monkeypatch.setattr(made, "SHARD", 8)
     teacher = teachers("dit", "flow")
 
     def pairs(count: int, teacher: Path = teacher, *more: str) -> dict[str, torch.Tensor]:
         words = [f"pairs.count={count}", "pairs.steps=3", "pairs.batch_size=5", *more]
-        return engine.pairs_of(engine.load("dmd", "mnist-regression", words, str(teacher)))
+        recipe = engine.load("dmd", "mnist-regression", words, str(teacher))
+        return made.pairs_of(recipe, recipe.roles()["pairs"])
 
     first = pairs(10)
     assert {k: len(v) for k, v in first.items()} == {"z": 10, "x": 10, "y": 10}
     folders = list((tmp_path / "cache/pairs").iterdir())
     files = {p.name: p.stat().st_mtime_ns for p in folders[0].glob("*.safetensors")}
     assert len(folders) == 1 and len(files) == 2
-    made: list[int] = []
-    whole = engine.make_pairs
-    monkeypatch.setattr(engine, "make_pairs", lambda *a: made.append(a[-1]) or whole(*a))
+    begun: list[int] = []
+    whole = made.make_pairs
+    monkeypatch.setattr(made, "make_pairs", lambda *a: begun.append(a[-1]) or whole(*a))
     again, more = pairs(10), pairs(20)
-    assert made == [16]
+    assert begun == [16]
     assert all(torch.equal(first[k], again[k]) and torch.equal(first[k], more[k][:10]) for k in first)
     loaded = ckpt.load(teacher)
     from vgm_cli.diffusion.guidance import ClassifierFreeGuidance
@@ -177,8 +179,8 @@ def test_pairs_are_cached_and_completed(
     pairs(8, teacher, "pairs.seed=1")
     assert len(list((tmp_path / "cache/pairs").iterdir())) == 3
     (next(iter(folders)) / "00000000.safetensors").unlink()
-    made.clear()
-    assert torch.equal(pairs(10)["x"], first["x"]) and made == [0]
+    begun.clear()
+    assert torch.equal(pairs(10)["x"], first["x"]) and begun == [0]
 
 
 def test_teacher_codec_and_data_come_along(vgm: Vgm, teachers: Callable[[str, str], Path], tmp_path: Path) -> None:
@@ -192,8 +194,11 @@ def test_teacher_codec_and_data_come_along(vgm: Vgm, teachers: Callable[[str, st
     latent = engine.load("consistency", None, ["data.hflip=true"], str(tmp_path / "latent"))
     assert latent.config["codec"] == {"name": "autoencoder-kl", "weights": "mnist-codec"}
     assert latent.config["data"]["path"] == "mnist5k" and latent.config["data"]["hflip"] is True
-    assert latent.config["teacher"]["view"]["learned_sigma"] and latent.config["objective"]["guidance_scale"] == 2.0
-    assert latent.config["model"]["weights"] == latent.config["teacher"]["weights"]
+    assert (
+        latent.config["roles"]["teacher"]["view"]["learned_sigma"]
+        and latent.config["objective"]["guidance_scale"] == 2.0
+    )
+    assert latent.config["model"]["weights"] == latent.config["roles"]["teacher"]["run"]
     distill(
         vgm, "consistency", "--teacher", tmp_path / "latent", "--out", tmp_path / "student", *SHORT, "train.steps=1"
     )
@@ -274,7 +279,7 @@ def test_a_network_without_a_view_is_no_teacher(teachers: Callable[[str, str], P
     with pytest.raises(VgmError, match="no diffusion or flow network"):
         engine.load(str(file), None, [], str(tmp_path / "bare.safetensors"))
     known = engine.load("dmd", None, [], str(tmp_path / "bare.safetensors"))  # the recipe's own view is a flow's
-    assert known.config["teacher"]["view"]["prediction"] == "velocity"
+    assert known.config["roles"]["teacher"]["view"]["prediction"] == "velocity"
 
 
 def test_the_datas_classes_are_those_of_the_teacher(

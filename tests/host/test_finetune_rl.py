@@ -87,7 +87,7 @@ def test_any_policy_becomes_a_run(name: str, policies, tmp_path: Path, vgm) -> N
         assert getattr(before, field) == getattr(after, field), field
     assert after.recipe["sampler"] == before.recipe["sampler"] and after.recipe["guidance_scale"] == 1.5
     assert after.data["sample_shape"] == before.data["sample_shape"] and after.data["class_names"]
-    assert after.recipe["teacher"]["weights"] == str(ckpt.resolve(base))
+    assert after.recipe["roles"]["reference"]["run"] == str(ckpt.resolve(base))
     tuned, old = weights(out, 4), ckpt.read_tensors(ckpt.resolve(base))[0]
     assert any(not torch.equal(tuned[k], old[k]) for k in old)
     assert vgm("sample", out, "-n", 4, "--out", tmp_path / "x.png")[0] == 0
@@ -285,7 +285,7 @@ def test_a_checkpoint_without_facts_is_refused(flow: Path, tmp_path: Path) -> No
 
 def test_print_config_shows_where_values_come_from(flow: Path, vgm) -> None:
     code, out, _ = vgm("finetune-rl", "flow-grpo", "--model", flow, "--reward", "ink=2", "--print-config")
-    assert code == 0 and "roles.reward.terms.ink: 2" in out and "# teacher" in out and "# command line" in out
+    assert code == 0 and "roles.reward.terms.ink: 2" in out and "# reference" in out and "# command line" in out
 
 
 # -- a figure --------------------------------------------------------------------------------------------------------

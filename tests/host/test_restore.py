@@ -51,7 +51,7 @@ def save(
     header = ckpt.Header(
         component={"kind": "model", "name": "dit", "kwargs": kwargs},
         view=view,
-        codec=ckpt.codec_reference(ckpt.ASSETS / "mnist-codec.safetensors") if latent else None,
+        parts={"codec": ckpt.refer_codec(ckpt.ASSETS / "mnist-codec.safetensors")} if latent else {},
         data={"sample_shape": list(shape), "num_classes": classes, "image_size": 28, "image_channels": channels},
     )
     ckpt.save_network(path, network.state_dict(), header)

@@ -492,7 +492,7 @@ def test_the_policy_moves_towards_the_reward_until_it_collapses() -> None:
 
 def test_reference_of_adapters_is_the_network_without_them() -> None:
     objective = policy(lora={"rank": 2})
-    assert "teacher" not in objective.networks
+    assert "reference" not in objective.networks
     assert all("lora_" in n for n, p in objective.model.named_parameters() if p.requires_grad)
     with torch.no_grad():
         for name, p in objective.model.named_parameters():

@@ -626,11 +626,11 @@ def test_two_stages_on_a_strangers_images(
     assert code == 0, err
     path = files.resolve(run)
     header = files.read_header(path)
-    assert header.codec["output"] == "tokens" and header.data["sample_shape"] == [8, 8]
+    assert header.parts["codec"].output == "tokens" and header.data["sample_shape"] == [8, 8]
     assert header.component["kwargs"]["vocab_size"] == 256 and header.component["kwargs"]["grid"] == [8, 8]
     assert header.component["kwargs"]["num_classes"] == 2 and header.data["class_names"] == ["day", "night"]
     index = json.loads((tmp_run / "cache" / "latents.json").read_text())
-    assert index["codec"] == files.codec_key(header.codec) and index["codec"].endswith(":tokens")
+    assert index["codec"] == header.parts["codec"].cache_key and index["codec"].endswith(":tokens")
     assert index["dtype"] == "int64" and index["shape"] == [8, 8]
     code, _, err = vgm("sample", run, "-n", 4, "--label", "night", "--out", tmp_run / "x.npz")
     assert code == 0, err
@@ -678,7 +678,7 @@ def test_a_tokenizer_is_trained_first_where_none_fits(
     )
     assert code == 0 and "training one first" in err, err
     header = files.read_header(files.resolve(tmp_run / "a"))
-    assert header.codec["relative"] and header.codec["output"] == "tokens"
+    assert header.parts["codec"].relative and header.parts["codec"].output == "tokens"
     assert header.component["kwargs"]["vocab_size"] == 512 and header.component["kwargs"]["num_classes"] == 0
     code, _, err = vgm("sample", tmp_run / "a", "-n", 2, "--out", tmp_path / "x.npz")
     assert code == 0, err

@@ -252,14 +252,14 @@ def open_codec(target: str, device: Any, tokens: bool = False) -> tuple[Any, str
 
     path = ckpt.resolve(target)
     header = ckpt.read_header(path)
-    if header.codec:
-        return ckpt.load_codec(header.codec, path, device), ckpt.codec_key(header.codec)
+    if "codec" in header.parts:
+        return ckpt.load_codec(header, path, device), header.parts["codec"].cache_key
     if ("codec", header.component["name"]) not in registry().components:
         raise VgmError(
             f"{target} is not a codec but {header.component['name']}", "`vgm ls codecs` names the codecs", USAGE
         )
-    reference = ckpt.codec_reference(path, output="tokens" if tokens else None)
-    return ckpt.read_codec(path, device, reference.get("output")), ckpt.codec_key(reference)
+    reference = ckpt.refer_codec(path, output="tokens" if tokens else None)
+    return ckpt.read_codec(path, device, reference.output), reference.cache_key
 
 
 # -- grid ------------------------------------------------------------------------------------------------------------

@@ -119,14 +119,10 @@ def distill(
         resolved = recipes.stored(run_to_resume(out), assignments)
     else:
         if teacher is None and resume and out is not None:
-            teacher = engine.resumed(out)[0]
+            teacher = engine.teacher_of(out)
             ui.info(f"teacher: {teacher}, as {out} says")
         resolved = engine.load(method, recipe, assignments, teacher, weights)
-    if (
-        teacher is None
-        and "weights" not in (resolved.config.get("teacher") or {})
-        and not (plan or help_config or print_config)
-    ):
+    if resolved.start() is None and not (plan or help_config or print_config):
         raise VgmError("distillation needs a teacher", f"vgm distill {method} --teacher RUN", USAGE)
     if shown_instead(resolved, help_config, print_config, plan, nproc, nnodes):
         return

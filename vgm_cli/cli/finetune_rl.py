@@ -124,7 +124,7 @@ def finetune_rl(
         resolved = recipes.stored(run_to_resume(out), assignments)
     else:
         resolved = engine.load(method, recipe, assignments, model, weights, reward or [])
-    if "weights" not in (resolved.config.get("teacher") or {}) and not (help_config or print_config):
+    if resolved.start() is None and not (help_config or print_config):
         raise VgmError("reinforcement learning needs a model", f"vgm finetune-rl {method} --model RUN", USAGE)
     if shown_instead(resolved, help_config, print_config, False, nproc, nnodes):
         return

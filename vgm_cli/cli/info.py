@@ -308,7 +308,7 @@ def report(facts: dict[str, Any]) -> list[str]:
         if facts.get("presets"):
             lines.append(f"  preset      {' or '.join(facts['presets'])}")
         lines.append(f"  weights     {facts.get('weights', 'raw')}, step {facts.get('step', 0):,}")
-        for key in ("view", "codec", "data"):
+        for key in ("view", "parts", "data"):
             if facts.get(key):
                 lines.append(f"  {key:<11} {json.dumps(facts[key])}")
         if facts.get("recipe", {}).get("paper"):

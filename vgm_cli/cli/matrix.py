@@ -83,12 +83,12 @@ def rows() -> list[dict[str, Any]]:
 
 def trained() -> dict[tuple[str, str], list[str]]:
     """{(network, training): shipped recipes} of those that need no teacher."""
-    from vgm_cli.recipe import load_file, shipped
+    from vgm_cli.recipe import has_teacher, load_file, shipped
 
     found: dict[tuple[str, str], list[str]] = {}
     for name, path in shipped().items():
         config, _ = load_file(path, name)
-        if not config.get("teacher"):
+        if not has_teacher(config):
             found.setdefault((config["model"]["name"], config["objective"]["name"]), []).append(name)
     return found
 

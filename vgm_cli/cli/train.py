@@ -116,8 +116,7 @@ def train(
     else:
         resolved = recipes.load(paper, recipe, assignments)
     verb = recipes.verb_of(resolved.config)
-    teacher = resolved.config.get("teacher") or {}
-    if verb != "train" and "weights" not in teacher and not (plan or help_config or print_config):
+    if verb != "train" and resolved.start() is None and not (plan or help_config or print_config):
         needs = "a trained model" if verb == "finetune-rl" else "a trained teacher"
         raise VgmError(f"{resolved.name} needs {needs}", recipes.next_command(resolved.paper, verb), USAGE)
     if verb == "finetune-rl" and not (plan or help_config or print_config):
@@ -159,6 +158,10 @@ def shown_instead(
 
     if nproc < 1 or nnodes < 1:
         raise VgmError("--nproc and --nnodes must be at least 1", code=USAGE)
+    if (help_config or print_config) and any(node.get("run") for node in resolved.roles().values()):
+        from vgm_cli.engine.build import settle
+
+        settle(resolved)
     if help_config:
         show_keys(resolved)
     elif print_config:

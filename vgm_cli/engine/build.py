@@ -13,9 +13,11 @@ from torch import nn
 
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine.budget import building
+from vgm_cli.engine.parts import freeze, leave_out
 from vgm_cli.engine.tokens import TokenCodec, as_output
 from vgm_cli.errors import MISSING_ASSET, USAGE, VgmError
-from vgm_cli.recipe import HOST_KEYS, Data, Recipe, load
+from vgm_cli.ranges import shown
+from vgm_cli.recipe import CHECKPOINT, HOST_KEYS, PAIRS, Data, Recipe, copy_role, load
 from vgm_cli.registry import load_target, registry, signature
 
 
@@ -209,40 +211,169 @@ def find_codec(node: Mapping[str, Any], facts: Facts, images: torch.Tensor, trai
 
 @dataclass
 class Built:
-    """Live training objects. components: what each trained role is, for its checkpoint header."""
+    """Live training objects."""
 
     objective: Any
-    networks: dict[str, nn.Module]
-    components: dict[str, dict[str, Any]]
+    networks: dict[str, nn.Module]  # by role, as the objective names them
+    components: dict[str, dict[str, Any]]  # what each role is, for its checkpoint's header
+    parts: dict[str, dict[str, ckpt.Reference]]  # by role: the checkpoints that it is built with, by their roles
+    sampled_with: dict[str, Any] = field(default_factory=dict)  # what the recipe's sampler receives by parameter name
+
+    def check_parts(self) -> None:
+        """VgmError: a network was given one that is no checkpoint, so that its own checkpoint could not name it."""
+        for role, given in self.parts.items():
+            for part, reference in given.items():
+                if role in self.networks and not reference.sha256:
+                    name = self.components[role]["name"]
+                    raise VgmError(
+                        f"{name} is given the role '{part}', which is no checkpoint yet",
+                        f"roles.{part}={{run: RUN}} names the trained network",
+                        USAGE,
+                    )
 
 
-def build_objective(recipe: Recipe, facts: Facts, extra: Mapping[str, Any] | None = None) -> Built:
+def build_objective(recipe: Recipe, facts: Facts, given: Mapping[str, Any] | None = None) -> Built:
     """Networks by role ("model" and the `roles:` node), then the objective around them.
 
-    extra: further roles made by the caller (a teacher, a reward).
+    given: further roles made by the caller (the codec, pairs of a teacher).
     """
-    components: dict[str, dict[str, Any]] = {}
-    roles: dict[str, Any] = dict(extra or {})
-    model, components["model"] = build_component("model", recipe.config["model"], facts)
-    roles["model"] = initialise(model, recipe.config["model"])
-    for role, node in (recipe.config.get("roles") or {}).items():
-        if node is None:
+    given = dict(given or {})
+    if recipe.config.get("codec") and "codec" not in given:  # no data, no weights: its shapes
+        given["codec"] = meta_codec(recipe.config["codec"], facts)
+    roles = Roles(recipe, facts, given)
+    seen = {role: roles.seen(role) for role in ("model", *recipe.roles()) if role not in given and roles.has(role)}
+    objective = registry().build("objective", recipe.config["objective"], **seen, **given)
+    wanted = sampler_parameters(recipe) & roles.references.keys()
+    roles.parts["model"] |= {role: roles.references[role] for role in wanted}
+    sampled_with = {role: seen[role] for role in wanted}
+    return Built(objective, dict(objective.networks), roles.components, roles.parts, sampled_with)
+
+
+def sampler_parameters(recipe: Recipe) -> set[str]:
+    """Names of the parameters of the recipe's sampler, but for those that the recipe sets."""
+    if not recipe.config.get("sampler"):
+        return set()
+    component, keywords = registry().config("sampler", recipe.config["sampler"])
+    return set(signature(load_target(component.target, component.name)).parameters) - set(keywords)
+
+
+class Roles:
+    """Builds what a recipe's `model` and `roles` nodes name, each when it is first asked for: a constructor with a
+    parameter named like a role receives that role's network, which is therefore built before."""
+
+    def __init__(self, recipe: Recipe, facts: Facts, given: Mapping[str, Any]):
+        self.facts, self.given = facts, given
+        self.nodes: dict[str, dict[str, Any]] = {"model": recipe.config["model"], **recipe.roles()}
+        self.components: dict[str, dict[str, Any]] = {}
+        self.parts: dict[str, dict[str, ckpt.Reference]] = {}
+        self.networks: dict[str, Any] = {}
+        self.views: dict[str, Any] = {}
+        self.references: dict[str, ckpt.Reference] = {}
+        self.under_way: list[str] = []
+
+    def has(self, role: str) -> bool:
+        """Is it built here? Pairs are made by the verb that asks for them."""
+        return self.nodes[role].get("kind") != PAIRS
+
+    def seen(self, role: str) -> Any:
+        """A role as objectives and samplers receive it: what samplers see of a network, where its node or its file says
+        how it is looked at, else what was built."""
+        built = self.network(role)
+        return self.views.get(role, built)
+
+    def network(self, role: str) -> Any:
+        """A role as networks receive it. VgmError: it cannot be built, or two roles need each other."""
+        if role in self.networks:
+            return self.networks[role]
+        if role in self.under_way:
+            raise VgmError(f"roles that need each other: {', '.join(self.under_way)}", code=USAGE)
+        self.under_way.append(role)
+        node = self.nodes[role]
+        if node.get("run") is not None:
+            self.networks[role] = self.stored(role, node)
+        else:
+            self.networks[role] = self.component(role, node)
+        self.under_way.remove(role)
+        return self.networks[role]
+
+    def component(self, role: str, node: Mapping[str, Any]) -> Any:
+        kind = node.get("kind", "model") if role != "model" else "model"
+        own = strip(node, "roles" if role != "model" else "model")
+        component, keywords = registry().config(kind, own)
+        parameters = signature(load_target(component.target, component.name)).parameters
+        wanted = [r for r in parameters if r in self.nodes and r not in ("model", role, *keywords) and self.has(r)]
+        given = {r: self.given[r] if r in self.given else self.network(r) for r in wanted}
+        if "codec" in parameters and "codec" not in keywords and self.given.get("codec") is not None:
+            given["codec"] = self.given["codec"]
+        built, self.components[role] = build_component(kind, own, self.facts, **given)
+        self.parts[role] = {r: self.references.get(r, ckpt.Reference()) for r in wanted}
+        if not isinstance(built, nn.Module):
+            return built
+        leave_out(built, given)
+        initialise(built, node)
+        if "view" in node and role != "model":
+            self.views[role] = ckpt.build_view(freeze(built), {"name": "denoiser", **(node["view"] or {})})
+        return built
+
+    def stored(self, role: str, node: Mapping[str, Any]) -> Any:
+        """The frozen network of a checkpoint; on the meta device its shapes alone. VgmError: its file has changed."""
+        path = run_file(role, node)
+        header = ckpt.read_header(path)
+        self.components[role] = header.component
+        self.references[role] = ckpt.Reference(str(path), str(node.get("sha256", "")), header.component["name"])
+        if torch.get_default_device().type == "meta":
+            network, view = ckpt.outline(path)
+        else:
+            if ckpt.file_hash(path) != node.get("sha256"):
+                raise VgmError(
+                    f"roles.{role}: {path} has other bytes than when this recipe was first run",
+                    f"put the old file back, or begin a new run with roles.{role}={{run: {node['run']}}}",
+                    USAGE,
+                )
+            loaded = ckpt.load(path)
+            network, view = loaded.model, loaded.view
+        freeze(network)
+        if node.get("view"):
+            view = ckpt.build_view(network, {"name": "denoiser", **node["view"]})
+        if view is not network:
+            self.views[role] = view
+        return network
+
+
+def run_file(role: str, node: Mapping[str, Any]) -> Path:
+    """The weights file of a role that is a checkpoint. VgmError: there is none."""
+    run = node["run"]
+    if not isinstance(run, str) or not run:
+        raise VgmError(f"roles.{role}.run={shown(run)} is no run", f"roles.{role}.run=RUN|FILE", USAGE)
+    try:
+        return ckpt.resolve(run).resolve()
+    except VgmError as e:
+        hint = f"roles.{role}.run=RUN|FILE says where it lies now"
+        raise VgmError(f"the {role} is missing: {e.message}", hint, e.code) from e
+
+
+def settle(recipe: Recipe) -> Recipe:
+    """The recipe itself, its roles that are checkpoints read: `run` is the file, with its hash and its view beside it,
+    and networks that copy such a role are written out. Nothing happens to a recipe that is settled already.
+
+    VgmError: no such file, a role that is a checkpoint and something else.
+    """
+    for role, node in recipe.roles().items():
+        if node.get("run") is None:
             continue
-        network, components[role] = build_component(node.get("kind", "model"), strip(node, "roles"), facts)
-        roles[role] = initialise(network, node) if isinstance(network, nn.Module) else network
-    if recipe.config.get("codec") and "codec" not in roles:  # no data, no weights: its shapes
-        roles["codec"] = meta_codec(recipe.config["codec"], facts)
-    if recipe.config.get("teacher") and "teacher" not in roles:
-        roles["teacher"] = build_teacher(recipe.config["teacher"], facts)
-    objective = registry().build("objective", recipe.config["objective"], **roles)
-    return Built(objective, dict(objective.networks), components)
-
-
-def build_teacher(node: Mapping[str, Any], facts: Facts) -> Any:
-    """The frozen view of the `teacher:` node: its component with its weights, looked at as its `view:` says."""
-    network, _ = build_component("model", strip(node, "teacher"), facts)
-    initialise(network, node).eval().requires_grad_(False)
-    return ckpt.build_view(network, {"name": "denoiser", **(node.get("view") or {})})
+        if other := sorted(k for k in node if k not in (*CHECKPOINT, "kind")):
+            hint = "its file says what network it is"
+            raise VgmError(f"roles.{role} is a checkpoint, it takes no '{other[0]}'", hint, USAGE)
+        path = run_file(role, node)
+        header = ckpt.read_header(path)
+        node["run"] = str(path)
+        node.setdefault("sha256", ckpt.file_hash(path))
+        node.setdefault("view", header.view)
+        for key in CHECKPOINT:
+            recipe.origins.setdefault(f"roles.{role}.{key}", role)
+        source = {"name": header.component["name"], **header.component.get("kwargs", {}), "weights": str(path)}
+        copy_role(recipe.config, recipe.origins, role, source)
+    return recipe
 
 
 def initialise(network: nn.Module, node: Mapping[str, Any]) -> nn.Module:

@@ -1,19 +1,16 @@
 """Self-describing weights: one .safetensors file is enough to build the network again, sample from it, distill from it.
 
 Header (all strings, values JSON): `vgm.component` {kind, name, kwargs}, `vgm.view` (how a sampler sees the network),
-`vgm.codec` (reference), `vgm.recipe`, `vgm.data`, `vgm.step`, `vgm.images`, `vgm.weights` (raw or the average's name),
-beside the ModelSpec keys. Nothing is ever unpickled here.
+`vgm.parts` {role: reference} (other files that it needs, such as its codec), `vgm.recipe`, `vgm.data`, `vgm.step`,
+`vgm.images`, `vgm.weights` (raw or the average's name), beside the ModelSpec keys. Nothing is ever unpickled here.
 """
 
 from __future__ import annotations
 
-import hashlib
-import os
 import re
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from importlib import resources
 from pathlib import Path
 from typing import Any
 
@@ -23,15 +20,15 @@ from torch import Tensor, nn
 
 from vgm_cli import __version__, atomic, foreign, limits
 from vgm_cli.engine.budget import building
+from vgm_cli.engine.parts import ASSETS, Reference, file_hash, leave_out, locate, refer
 from vgm_cli.engine.run import complete, newest
 from vgm_cli.engine.tokens import as_output
-from vgm_cli.errors import FAILED, MISSING_ASSET, USAGE, VgmError
+from vgm_cli.errors import FAILED, USAGE, VgmError
 from vgm_cli.limits import short
 from vgm_cli.registry import registry
 from vgm_cli.ui import ui
 
 SCHEMA = 1
-ASSETS = Path(str(resources.files("vgm_cli"))) / "assets"
 
 
 @dataclass
@@ -40,7 +37,7 @@ class Header:
 
     component: dict[str, Any]
     view: dict[str, Any] | None = None
-    codec: dict[str, Any] | None = None
+    parts: dict[str, Reference] = field(default_factory=dict)  # by role: "codec", what the network was given
     recipe: dict[str, Any] = field(default_factory=dict)
     data: dict[str, Any] = field(default_factory=dict)
     step: int = 0
@@ -59,7 +56,7 @@ class Header:
             "version": __version__,
             "component": self.component,
             "view": self.view,
-            "codec": self.codec,
+            "parts": {role: ref.record() for role, ref in self.parts.items()},
             "recipe": self.recipe,
             "data": self.data,
             "step": self.step,
@@ -81,8 +78,11 @@ class Header:
     def parse(cls, metadata: Mapping[str, str], path: Path) -> Header:
         said = foreign.header(metadata, path)
         registry().note(said, str(path))
-        known = {k: said[k] for k in ("component", "view", "codec", "step", "images", "weights") if k in said}
-        return cls(**known, recipe=said.get("recipe") or {}, data=said.get("data") or {})
+        known = {k: said[k] for k in ("component", "view", "step", "images", "weights") if k in said}
+        parts = {role: Reference.parse(ref) for role, ref in (said.get("parts") or {}).items()}
+        if odd := [role for role in parts if not role.isidentifier() or role in ("kind", "node")]:
+            raise VgmError(f"{path}: {short(odd[0])} is no name of a part", code=FAILED)
+        return cls(**known, parts=parts, recipe=said.get("recipe") or {}, data=said.get("data") or {})
 
 
 def save_network(path: Path, state: Mapping[str, Tensor], header: Header) -> None:
@@ -147,15 +147,6 @@ def read_header(path: Path) -> Header:
     return Header.parse(limits.safetensors_header(path)[1], path)
 
 
-def file_hash(path: Path) -> str:
-    """sha256 of a file's bytes, 16 hexadecimal digits."""
-    h = hashlib.sha256()
-    with open(path, "rb") as f:
-        while block := f.read(1 << 20):
-            h.update(block)
-    return h.hexdigest()[:16]
-
-
 # -- finding weights -------------------------------------------------------------------------------------------------
 
 
@@ -196,13 +187,14 @@ def resolve(target: str | Path, weights: str | None = None) -> Path:
 
 @dataclass
 class Loaded:
-    """A network brought back: `model` in eval mode, `view` what a sampler takes, `codec` or None."""
+    """A network brought back from its file, frozen."""
 
     model: nn.Module
-    view: Any
-    codec: Any
+    view: Any  # what a sampler takes: the view that the header names around the network, or the network itself
+    codec: Any  # None in pixel space
     header: Header
     path: Path
+    roles: dict[str, Any] = field(default_factory=dict)  # what a sampler's constructor receives by parameter name
 
     def sha256(self) -> str:
         """Of the weights' file."""
@@ -217,22 +209,42 @@ def load(
     tensors, metadata = read_tensors(path)
     header = Header.parse(metadata, path)
     refuse_non_finite(tensors, path)
-    model = build_with_weights(header.component, tensors, path)
+    codec = load_codec(header, path, device)
+    parts = {r: load(locate(ref, path, r), None, device) for r, ref in header.parts.items() if r != "codec"}
+    given = {"codec": codec} if codec is not None else {}
+    given |= {role: part.model for role, part in parts.items()}
+    model = build_with_weights(header.component, tensors, path, given)
     model.eval().requires_grad_(False).to(device)
     if dtype is not None:
         model.to(dtype)
-    codec = load_codec(header.codec, path, device) if header.codec else None
-    return Loaded(model, build_view(model, header.view), codec, header, path)
+    return Loaded(model, build_view(model, header.view), codec, header, path, {r: p.view for r, p in parts.items()})
 
 
-def build_with_weights(component: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path) -> nn.Module:
-    """Construct on the meta device (no wasted initialisation), then assign the stored tensors strictly."""
+def outline(path: Path) -> tuple[nn.Module, Any]:
+    """(network, what a sampler sees of it) of a weights file on the meta device: shapes without values."""
+    header = read_header(path)
+    given: dict[str, Any] = {}
+    for role, ref in header.parts.items():
+        if role != "codec":
+            given[role] = outline(locate(ref, path, role))[0]
+    with torch.device("meta"), building(f"{path}: {short(header.component['name'])}"):
+        node = {**header.component.get("kwargs", {}), "name": header.component["name"]}
+        network = registry().build(header.component.get("kind", "model"), node, **given)
+    return network, build_view(network, header.view)
+
+
+def build_with_weights(
+    component: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path, given: Mapping[str, Any] | None = None
+) -> nn.Module:
+    """Construct on the meta device (no wasted initialisation), then assign the stored tensors strictly. given: what the
+    constructor receives by role."""
     keywords = component.get("kwargs", {})
     foreign.tell_files(keywords, path)
     node = {**keywords, "name": component["name"]}
     try:
         with torch.device("meta"), building(f"{path}: {short(component['name'])}", tensors):
-            model = registry().build(component.get("kind", "model"), node)
+            model = registry().build(component.get("kind", "model"), node, **(given or {}))
+        leave_out(model, given or {})
         model.state_dict()
     except VgmError:
         raise
@@ -244,7 +256,8 @@ def build_with_weights(component: Mapping[str, Any], tensors: Mapping[str, Tenso
     model.load_state_dict(state, assign=True)
     lost = [n for n, b in model.named_buffers() if b.is_meta]  # non-persistent buffers are not stored
     if lost:
-        fresh = registry().build(component.get("kind", "model"), node)
+        fresh = registry().build(component.get("kind", "model"), node, **(given or {}))
+        leave_out(fresh, given or {})
         fresh.load_state_dict(state, assign=True)
         return fresh
     return model
@@ -307,65 +320,15 @@ def check_view(view: Mapping[str, Any] | None) -> None:
 # -- codecs ----------------------------------------------------------------------------------------------------------
 
 
-def codec_reference(path: Path, base: Path | None = None, output: str | None = None) -> dict[str, Any]:
-    """How a checkpoint names its codec: by asset name, or by path (relative to the run where possible) and hash; and
-    what it gives, where that is not its latents."""
-    more = {} if output in (None, "latents") else {"output": output}
-    if path.parent == ASSETS:
-        return {"asset": path.stem, "sha256": file_hash(path), **more}
-    shown = path.resolve()
-    inside = base is not None and base.resolve() in shown.parents
-    return {
-        "path": str(shown.relative_to(base.resolve())) if inside and base else str(shown),
-        "relative": inside,
-        "sha256": file_hash(path),
-        **more,
-    }
+def load_codec(header: Header, origin: Path, device: torch.device | str = "cpu") -> Any:
+    """The frozen codec that the header of `origin` refers to; None where it refers to none."""
+    ref = header.parts.get("codec")
+    return None if ref is None else read_codec(locate(ref, origin, "codec"), device, ref.output)
 
 
-def codec_key(ref: Mapping[str, Any]) -> str:
-    """What a cache of the codec's output is tied to: its hash, and the kind of output where that is not latents."""
-    return f"{ref['sha256']}:{ref['output']}" if "output" in ref else str(ref["sha256"])
-
-
-def codec_path(ref: Mapping[str, Any], origin: Path) -> Path:
-    """The file of the codec that `origin`'s header refers to; refused when its bytes are not those of training.
-
-    A file outside the run (or the folder) of `origin` must have the hash that the header says, and is told.
-    """
-    near = False
-    if ref.get("asset") is not None:
-        path, near = ASSETS / f"{Path(ref['asset']).name}.safetensors", True
-    elif ref.get("path") is None:
-        raise VgmError(f"{origin} refers to a codec without saying which", code=FAILED)
-    elif ref.get("relative"):
-        if Path(ref["path"]).is_absolute() or ".." in Path(ref["path"]).parts:
-            raise VgmError(f"{origin} refers to the codec {ref['path']}, which does not lie beside it", code=FAILED)
-        tried = [p / ref["path"] for p in origin.resolve().parents[:4]]
-        path = next((p for p in tried if os.path.isfile(p)), tried[0])
-    else:
-        path = Path(ref["path"])
-    if not os.path.isfile(path):
-        raise VgmError(f"the codec of {origin.name} is missing: {path}", "keep it with the run", MISSING_ASSET)
-    near = near or folder_of(origin) in path.resolve().parents
-    if not near and not ref.get("sha256"):
-        raise VgmError(f"{origin} refers to {path} without its hash", "keep the codec beside it", FAILED)
-    if ref.get("sha256") and file_hash(path) != ref["sha256"]:
-        raise VgmError(f"the codec {path} is not the one {origin.name} was trained with", code=FAILED)
-    if not near:
-        ui.info(f"codec: {path}, as {origin} says")
-    return path
-
-
-def folder_of(weights: Path) -> Path:
-    """The run that a weights file belongs to, or the folder it lies in."""
-    folder = weights.resolve().parent
-    return folder.parents[1] if folder.parent.name == "checkpoints" else folder
-
-
-def load_codec(ref: Mapping[str, Any], origin: Path, device: torch.device | str = "cpu") -> Any:
-    """The frozen codec that `origin`'s header refers to."""
-    return read_codec(codec_path(ref, origin), device, ref.get("output"))
+def refer_codec(path: Path, base: Path | None = None, output: str | None = None) -> Reference:
+    """The reference to a codec's file, see parts.refer."""
+    return refer(path, read_header(path).component["name"], base, output)
 
 
 def read_codec(path: Path, device: torch.device | str = "cpu", output: str | None = None) -> Any:
@@ -376,4 +339,4 @@ def read_codec(path: Path, device: torch.device | str = "cpu", output: str | Non
         raise VgmError(f"{path} is no codec but {header.component['name']}", "`vgm ls codecs` names the codecs", USAGE)
     refuse_non_finite(tensors, path)
     codec = build_with_weights(header.component, tensors, path)
-    return as_output(codec.eval().requires_grad_(False).to(device), output)
+    return as_output(codec.eval().requires_grad_(False).to(device), output or None)

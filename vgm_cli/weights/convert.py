@@ -85,8 +85,7 @@ def lost(source: Source, layout: Layout, state: State, told: Mapping[str, Any]) 
     if seen is None:
         remarks.append(f"'{layout.name}' keeps weights alone: read back, they pass for a network trained as published")
     words += [*(seen or []), *untold_sampler(source, layout)]
-    if source.header.codec:
-        words.append(f"codec={source.header.codec.get('asset') or source.header.codec.get('path')}")
+    words += [f"{role}={ref.asset or ref.path}" for role, ref in source.header.parts.items()]
     if words:
         remarks.append(
             f"'{layout.name}' does not tell {' '.join(words)}: `vgm convert` needs these words when it is read back"
@@ -160,22 +159,25 @@ def write_folder(job: Conversion, dst: Path, limit: int) -> list[Path]:
 
 
 def own_header(source: Source, dst: Path, codec: str | None) -> Header:
-    """The header of our file: a codec is named from where the file will lie."""
+    """The header of our file: parts are named from where the file will lie."""
     header = replace(source.header)
-    path = None
+    header.parts = {role: moved(ref, source.path, role) for role, ref in header.parts.items()}
     if codec is not None:
         path = ckpt.resolve(codec)
         name = ckpt.read_header(path).component["name"]
         if ("codec", name) not in registry().components:
             raise VgmError(f"{codec} is no codec but '{name}'", "`vgm ls codecs` names the codecs", USAGE)
-    elif header.codec:
-        path = ckpt.codec_path(header.codec, source.path)
-    if path is not None:
-        if codec is not None:
-            header.data = {**header.data, **images_of(path, header.data)}
-        told = (header.codec or {}).get("output")
-        header.codec = ckpt.codec_reference(path, output=told or ("tokens" if header.data.get("vocab_size") else None))
+        before = header.parts.get("codec")
+        output = (before.output if before else "") or ("tokens" if header.data.get("vocab_size") else "")
+        header.parts["codec"] = ckpt.refer(path, name, output=output)
+        header.data = {**header.data, **images_of(path, header.data)}
     return header
+
+
+def moved(ref: ckpt.Reference, origin: Path, role: str) -> ckpt.Reference:
+    """The same reference for a file that lies elsewhere than `origin`."""
+    path = ckpt.locate(ref, origin, role)
+    return ckpt.refer(path, ref.component or ckpt.read_header(path).component["name"], output=ref.output)
 
 
 def images_of(codec: Path, data: Mapping[str, Any]) -> dict[str, Any]:
@@ -265,5 +267,5 @@ def summary(job: Conversion, files: list[Path], proof: Findings, codec: str | No
         "files": [str(f) for f in files],
         "verified": [{"what": w, "outcome": o, "passed": ok} for w, o, ok in proof.checks],
         "samplable": bool(job.layout is None and shape and header.recipe.get("sampler")),
-        "needs_codec": bool(latent and codec is None and not header.codec),
+        "needs_codec": bool(latent and codec is None and "codec" not in header.parts),
     }

@@ -111,7 +111,7 @@ def own_header(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
     if "vgm.component" not in metadata:
         return {}
     said = header(metadata, path)
-    order = ("component", "weights", "step", "images", "view", "codec", "data", "recipe")
+    order = ("component", "weights", "step", "images", "view", "parts", "data", "recipe")
     return {k: said[k] for k in order if said.get(k) is not None} | {k: v for k, v in said.items() if k not in order}
 
 

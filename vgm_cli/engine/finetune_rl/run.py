@@ -1,8 +1,8 @@
 """Reinforcement learning of a trained model: a recipe whose policy is a run or a checkpoint, its data are rewards.
 
-The weights file says what network it is, how samplers look at it, behind which codec and with which classes; all that
-goes into the recipe (its `teacher:` is the policy as it was at first), and what comes out is a run like any other. No
-training image is needed: classes are drawn, images are the policy's own.
+The checkpoint is the recipe's role `reference`, the policy as it was at first. Its file says what network it is, how
+samplers look at it, behind which codec and with which classes; what comes out is a run like any other. No training
+image is needed: classes are drawn, images are the policy's own.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import torch
 from vgm_cli import atomic
 from vgm_cli import recipe as recipes
 from vgm_cli.api import Batch, Step
+from vgm_cli.engine import build
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine.build import Facts
 from vgm_cli.engine.distill import run as distill
@@ -27,6 +28,7 @@ from vgm_cli.recipe import Recipe
 from vgm_cli.registry import registry
 
 VERB = "finetune-rl"
+REFERENCE = recipes.STARTS[VERB]
 
 
 def methods() -> list[str]:
@@ -58,12 +60,11 @@ def load(
         raise VgmError(f"{name} does not learn from a reward", hint, USAGE)
     terms, rest = split_rewards(rewards, assignments)
     if terms:
-        distill.replace(config, origins, "roles", None)
         node = {"kind": "reward", "name": "weighted", "terms": terms}
-        recipes.merge(config, {"roles": {"reward": node}}, origins, "command line")
+        distill.replace(config, origins, "roles.reward", node, "command line")
     if model is not None:
-        adopt(config, origins, ckpt.resolve(model, weights))
-    resolved = recipes.finish(config, origins, name, rest)
+        start_from(config, origins, ckpt.resolve(model, weights))
+    resolved = build.settle(recipes.finish(config, origins, name, rest))
     if origins.get("guidance_scale") not in ("command line", "environment"):  # sampled as it was trained
         config["guidance_scale"] = config["objective"].get("guidance_scale", config.get("guidance_scale"))
     return resolved
@@ -86,12 +87,12 @@ def split_rewards(rewards: Sequence[str], assignments: Sequence[str]) -> tuple[d
             terms |= node if isinstance(node, dict) else {str(node): 1.0}
         elif key.startswith("reward.") and eq:
             name, _, option = key.removeprefix("reward.").rpartition(".")
-            own = terms.get(name)
-            if not name or own is None:
+            term = terms.get(name)
+            if not name or term is None:
                 raise VgmError(
                     f"'{text}': there is no such reward", "--reward NAME first, then reward.NAME.OPTION=…", USAGE
                 )
-            options = own if isinstance(own, dict) else {"weight": own}
+            options = term if isinstance(term, dict) else {"weight": term}
             terms[name] = {**options, option: recipes.parse_yaml(value, text)}
         else:
             rest.append(text)
@@ -106,11 +107,11 @@ def check_terms(terms: Mapping[str, Any]) -> None:
             registry().find("reward", name)
 
 
-def adopt(config: dict[str, Any], origins: dict[str, str], path: Path) -> None:
-    """Write the policy at `path` into a recipe: network, view, codec, guidance, and how it is sampled."""
-    distill.adopt(config, origins, path)
+def start_from(config: dict[str, Any], origins: dict[str, str], path: Path) -> None:
+    """Make the policy at `path` the reference of a recipe, and take codec, guidance and sampler from its file."""
+    distill.start_from(REFERENCE, config, origins, path)
     header = ckpt.read_header(path)
-    distill.replace(config, origins, "sampler", header.recipe.get("sampler"))
+    distill.replace(config, origins, "sampler", header.recipe.get("sampler"), REFERENCE)
     if not header.data.get("num_classes"):
         config["objective"]["guidance_scale"] = None
 
@@ -126,18 +127,16 @@ def run(
     device: str | None = None,
 ) -> trainer.Outcome:
     """Train the policy on its own images; beside the checkpoints, adapters are left as files of their own."""
-    node = recipe.config.get("teacher") or {}
-    if "weights" not in node:
+    if (start := recipe.start()) is None:
         raise VgmError("reinforcement learning needs a model", f"vgm {VERB} {recipe.paper} --model RUN", USAGE)
-    if resume and out is not None and Run(out).last() is not None and distill.resumed(out)[1] != node.get("sha256"):
-        raise VgmError(f"{out} was tuned from another model", "resume with the same one", USAGE)
-    path = Path(node["weights"])
+    path = ckpt.resolve(start)
     header = ckpt.read_header(path)
-    file = ckpt.codec_path(header.codec, path) if header.codec else None
-    codec = ckpt.read_codec(file, output=header.codec.get("output")) if file and header.codec else None
+    codec = ckpt.load_codec(header, path)
 
     def feed(recipe: Recipe, run: Run, accelerator: Any, size: int) -> ClassFeed:
-        reference = ckpt.codec_reference(file, run.path) if file else None
+        reference = None
+        if (known := header.parts.get("codec")) is not None:
+            reference = ckpt.refer_codec(ckpt.locate(known, path, "codec"), run.path, known.output)
         return ClassFeed(facts_of(header, path), dict(header.data), size, codec, reference, accelerator.device)
 
     outcome = trainer.train(
@@ -172,14 +171,14 @@ def facts_of(header: ckpt.Header, path: Path) -> Facts:
 
 @dataclass
 class ClassFeed:
-    """What the trainer asks of its data where images are made, not read: empty batches of the model's shape, and the
-    facts of the data that the model was trained on."""
+    """Batches for an objective that makes its images itself: as data_feed.Feed, but with zeros in place of images, and
+    with the facts of the data that the model was trained on (its checkpoint's)."""
 
     facts: Facts
     data: dict[str, Any]
     size: int
     codec: Any
-    codec_ref: dict[str, Any] | None
+    codec_ref: ckpt.Reference | None
     device: torch.device
     dataset: None = None
     count: int = field(init=False, default=0)
@@ -188,8 +187,8 @@ class ClassFeed:
         self.count = int(self.data.get("count") or 0)
 
     def describe(self) -> dict[str, Any]:
-        told = {k: v for k, v in self.data.items() if k not in self.facts.__dict__}
-        return {**told, "sample_shape": list(self.facts.sample_shape)}
+        rest = {k: v for k, v in self.data.items() if k not in self.facts.__dict__}
+        return {**rest, "sample_shape": list(self.facts.sample_shape)}
 
     def batches(self, start: int = 0, size: int | None = None, shared: bool = False) -> Iterator[Batch]:
         n = size or self.size

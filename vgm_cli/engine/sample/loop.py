@@ -45,11 +45,12 @@ class Plan:
     precision: str = "fp32"
     named: tuple[str, ...] = ()
     built: Any = field(default=None, repr=False, compare=False)
+    roles: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # see Loaded.roles
 
     def build(self, device: torch.device | str) -> Any:
         """The sampler, made once."""
         if self.built is None:
-            self.built = build_sampler(self.sampler, device)
+            self.built = build_sampler(self.sampler, device, self.roles)
         return self.built
 
     def first(self, n: int) -> Plan:
@@ -142,11 +143,11 @@ def autocast(precision: str, device: torch.device) -> Any:
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
-def build_sampler(node: Mapping[str, Any], device: torch.device | str) -> Any:
+def build_sampler(node: Mapping[str, Any], device: torch.device | str, given: Mapping[str, Any] | None = None) -> Any:
     """The sampler of a node. Networks that guide it are runs or files: `classifier`, of noisy images, and
-    `autoguidance`, a worse version of what is sampled."""
+    `autoguidance`, a worse version of what is sampled. given: see Loaded.roles."""
     node = dict(node)
-    roles: dict[str, Any] = {}
+    roles: dict[str, Any] = dict(given or {})
     for role, part in (("classifier", "model"), ("autoguidance", "view")):
         if isinstance(node.get(role), str):
             roles[role] = getattr(load(node.pop(role), device=device), part)
@@ -265,7 +266,14 @@ def preview(loaded: Loaded, recipe: Any, path: Path, n: int, device: torch.devic
             reconstructions(loaded.model, real_images(feed, n), path, device)
         return
     labels = class_labels(n, loaded.header.data.get("num_classes") or 0)
-    plan = Plan(n=n, seed=0, labels=labels, sampler=sampler_node(config), guidance_scale=config.get("guidance_scale"))
+    plan = Plan(
+        n=n,
+        seed=0,
+        labels=labels,
+        sampler=sampler_node(config),
+        guidance_scale=config.get("guidance_scale"),
+        roles=loaded.roles,
+    )
     try:
         x, _ = sample(loaded, plan, device)
     except VgmError as e:

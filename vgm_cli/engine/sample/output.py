@@ -415,7 +415,7 @@ def rerun(image: Path, out: Path | None, device_name: str | None = None, overwri
     labels = generate.class_labels(s["n"], loaded.header.data.get("num_classes") or 0, s["labels"])
     plan = Plan(n=s["n"], seed=s["seed"], labels=labels, sampler=s["sampler"], steps=steps, images=given,
                 guidance_scale=s["guidance_scale"], guidance_interval=interval, precision=s.get("precision", "fp32"),
-                batch_size=s.get("batch_size", 64))  # fmt: skip
+                batch_size=s.get("batch_size", 64), roles=loaded.roles)  # fmt: skip
     if item is None:
         known = remembered.get("vgm.grid")
         layout = Layout.parse(known) if known else Layout(plain_columns(plan, loaded))

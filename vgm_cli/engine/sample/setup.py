@@ -110,6 +110,7 @@ def plan_for(
         batch_size=batch_size,
         images=given_images(loaded, images, n) if images is not None else None,
         source=images,
+        roles=loaded.roles,
         precision=precision_of(loaded, precision),
         named=tuple(k for k, v in wishes.items() if v is not None),
     )

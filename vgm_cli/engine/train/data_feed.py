@@ -25,7 +25,7 @@ from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine.build import Facts
 from vgm_cli.engine.run import Run
 from vgm_cli.errors import USAGE, VgmError
-from vgm_cli.recipe import NO_DATA_HINT, Data, Recipe
+from vgm_cli.recipe import NO_DATA_HINT, Data, Recipe, start_role
 from vgm_cli.ui import some, ui
 
 IN_MEMORY = 20_000  # images whose moments are kept in memory
@@ -45,7 +45,7 @@ class Feed:
     size: int
     device: torch.device
     codec: Any = None
-    codec_ref: dict[str, Any] | None = None
+    codec_ref: ckpt.Reference | None = None
     cache: Any = None
 
     @property
@@ -121,9 +121,9 @@ def open_images(recipe: Recipe) -> tuple[Any, bool]:
     count = dataset.facts.num_classes if labelled else 0
     if data.num_classes and data.num_classes != count:
         ui.warn(f"the recipe says {data.num_classes} classes, the data has {count or 'none'}: the data counts")
-    teacher = (recipe.config.get("teacher") or {}).get("weights")
-    if teacher is not None and labelled:
-        compare_classes(build.facts_of(dataset, True), ckpt.read_header(ckpt.resolve(teacher)).data, "the teacher")
+    if (start := recipe.start()) is not None and labelled:
+        known = ckpt.read_header(ckpt.resolve(start)).data
+        compare_classes(build.facts_of(dataset, True), known, f"the {start_role(recipe.config)}")
     if data.channels == 1 and hasattr(dataset, "source") and not dataset.source.header(0)[2]:
         ui.warn(f"data.channels=1: the colours of {data.path} are left out")
     return dataset, labelled
@@ -190,8 +190,8 @@ def use_latents(feed: Feed, node: dict[str, Any] | None, run: Run) -> None:
         raise build.missing_codec(node)
     path = ckpt.resolve(node["weights"])
     feed.codec = ckpt.read_codec(path, feed.device, node.get("output"))
-    feed.codec_ref = ckpt.codec_reference(path, run.path, node.get("output"))
-    latents.refuse_other(ckpt.codec_key(feed.codec_ref))
+    feed.codec_ref = ckpt.refer_codec(path, run.path, node.get("output"))
+    latents.refuse_other(feed.codec_ref.cache_key)
     feed.facts = build.facts_behind(feed.facts, feed.codec, latents)
     feed.cache = latents
 
@@ -215,9 +215,9 @@ def add_codec(feed: Feed, node: dict[str, Any], recipe: Recipe, run: Run, accele
         path = train_codec(node["fallback"], recipe, own, accelerator.device.type)
         accelerator.wait_for_everyone()
     feed.codec = ckpt.read_codec(path, feed.device, node.get("output"))
-    feed.codec_ref = ckpt.codec_reference(path, run.path, node.get("output"))
+    feed.codec_ref = ckpt.refer_codec(path, run.path, node.get("output"))
     feed.facts = feed.facts.after(feed.codec)
-    key = ckpt.codec_key(feed.codec_ref)
+    key = feed.codec_ref.cache_key
     wish = feed.data.cache_latents
     if wish is False or (wish == "auto" and (feed.count > IN_MEMORY or feed.dataset.crop == "random")):
         return

@@ -41,7 +41,7 @@ from vgm_cli.engine.sample import loop as generate
 from vgm_cli.engine.train import data_feed, sharding, tracking
 from vgm_cli.engine.train.ema import EMA
 from vgm_cli.errors import DIVERGED, FAILED, INTERRUPTED, USAGE, VgmError
-from vgm_cli.recipe import TORCH_OPTIMIZERS, Optimizer, Recipe, parse_yaml
+from vgm_cli.recipe import TORCH_OPTIMIZERS, Optimizer, Recipe, parse_yaml, rename
 from vgm_cli.registry import registry
 from vgm_cli.ui import Progress, duration, flat, ui
 
@@ -98,6 +98,7 @@ def train(
     Raises VgmError with code 5 when the loss is not finite (the last good checkpoint stays), 128 + signal after saving
     on SIGHUP, SIGINT or SIGTERM, 2 for configuration mistakes.
     """
+    build.settle(recipe)
     accelerator = make_accelerator(recipe, track, device)
     if accelerator.device.type == "cpu":
         keep_memory()
@@ -190,15 +191,20 @@ def compare(recipe: Recipe, run: Run) -> None:
         raise VgmError(f"{file} is damaged: {e}", "resume needs the recipe that the run began with", FAILED) from e
     if not isinstance(then, dict):
         raise VgmError(f"{file} is damaged: it is no recipe", code=FAILED)
-    free = {f"train.{k}" for k in MAY_CHANGE}
+    rename(then, {})
+    free = {f"train.{k}" for k in MAY_CHANGE} | {f"roles.{role}.run" for role in recipe.roles()}  # by its hash
     before, now = flat(then), flat(parse_yaml(recipe.dump(), "the recipe"))
-    order = ("paper", "model", "teacher", "codec", "objective", "data")  # what says most comes first
+    order = ("paper", "model", "roles", "codec", "objective", "data")  # what says most comes first
     changed = sorted(
         (k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and k not in free),
         key=lambda k: (order.index(head) if (head := k.split(".")[0]) in order else len(order), k != f"{head}.name", k),
     )
     if changed:
         k = changed[0]
+        role = next((r for r in recipe.roles() if f"roles.{r}.sha256" in changed), None)
+        if role is not None:
+            message = f"{run.path} was trained with another {role}"
+            raise VgmError(message, "resume with the same one, or start a new run with --out", USAGE)
         raise VgmError(
             f"{run.path} was trained with {k}={before.get(k, 'absent')}, now {k}={now.get(k, 'absent')}",
             "resume with the same recipe and overrides, or start a new run with --out",
@@ -258,7 +264,9 @@ class Trainer:
         self.facts = self.feed.facts
         torch.manual_seed(self.opts.seed)  # opening the data may have trained a codec
         built = build.build_objective(recipe, self.facts, {"codec": self.feed.codec, **roles})
+        built.check_parts()
         self.objective, self.networks, self.components = built.objective, built.networks, built.components
+        self.parts, self.sampled_with = built.parts, built.sampled_with
         ckpt.check_view(self.objective.view() if hasattr(self.objective, "view") else None)
         self.phases: list[Phase] = list(self.objective.phases())
         self._prepare()
@@ -535,10 +543,11 @@ class Trainer:
 
     def header(self, role: str = "model", weights: str = "raw") -> ckpt.Header:
         view = self.objective.view() if role == "model" and hasattr(self.objective, "view") else None
+        codec = {"codec": self.feed.codec_ref} if role == "model" and self.feed.codec_ref else {}
         return ckpt.Header(
             component=self.components.get(role, {"kind": "model", "name": role, "kwargs": {}}),
             view=view,
-            codec=self.feed.codec_ref if role == "model" else None,
+            parts=self.parts.get(role, {}) | codec,
             recipe=self.recipe.config,
             data={**asdict(self.facts), **self.feed.describe()},
             step=self.start,
@@ -709,9 +718,9 @@ class Trainer:
 
     def _refuse_other_codec(self, folder: Path) -> None:
         """VgmError (exit code 2): the first stage's file has other bytes than when `folder` was written."""
-        before = ckpt.read_header(folder / "model.safetensors").codec if "model" in self.networks else None
+        before = ckpt.read_header(folder / "model.safetensors").parts.get("codec") if "model" in self.networks else None
         now = self.feed.codec_ref
-        if before and now and before.get("sha256") != now.get("sha256"):
+        if before and now and before.sha256 != now.sha256:
             raise VgmError(f"the codec is not the one that {self.run.path} was trained with", NEW_RUN, USAGE)
 
     def preview(self, done: int, progress: Progress) -> None:
@@ -740,6 +749,7 @@ class Trainer:
                 self.feed.codec,
                 self.header(),
                 self.run.path,
+                self.sampled_with,
             )
             with self.acc.autocast():
                 generate.preview(

@@ -19,7 +19,7 @@ from vgm_cli.engine.build import Facts
 from vgm_cli.engine.distributed import pick_device
 from vgm_cli.engine.run import bf16_supported
 from vgm_cli.errors import VgmError
-from vgm_cli.recipe import Recipe
+from vgm_cli.recipe import PAIRS, Recipe
 from vgm_cli.ui import duration, human, ui
 
 TIMED_FLOPS = 4e12  # a step above this many FLOPs is timed on a smaller batch and scaled
@@ -61,6 +61,7 @@ def make_plan(recipe: Recipe, device: torch.device | None = None, world: int = 1
     """
     device = device or pick_device()
     opts = recipe.node("train")
+    build.settle(recipe)
     validation.check_parts(recipe)
     validation.check_batch(recipe, world)
     facts, count, planned = plan_facts(recipe)
@@ -128,10 +129,9 @@ def plan_facts(recipe: Recipe) -> tuple[Facts, int | None, build.PlannedCodec | 
 
 def plan_roles(recipe: Recipe, facts: Facts) -> dict[str, Any]:
     """What the command itself would make: ODE pairs of a teacher, here two empty ones."""
-    if not recipe.config.get("pairs"):
-        return {}
     x = torch.zeros(2, *facts.sample_shape)
-    return {"pairs": {"z": x, "x": x} | ({"y": torch.zeros(2, dtype=torch.long)} if facts.num_classes else {})}
+    pairs = {"z": x, "x": x} | ({"y": torch.zeros(2, dtype=torch.long)} if facts.num_classes else {})
+    return {role: pairs for role, node in recipe.roles().items() if node.get("kind") == PAIRS}
 
 
 def example(facts: Facts, n: int, device: torch.device | str, recipe: Recipe) -> Batch:

@@ -1,0 +1,101 @@
+"""ODE pairs: noise and what the teacher's flow makes of it, in model space, made once and kept for the next run.
+
+Pair i is a function of (seed, i). Files of SHARD pairs, named by the teacher's hash and the settings, are written as
+they are made, so that an interrupted run goes on and a larger count adds to what is there.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from vgm_cli import atomic
+from vgm_cli import recipe as recipes
+from vgm_cli.api import Request, generators, seed_of
+from vgm_cli.diffusion.denoiser import Denoiser
+from vgm_cli.engine import checkpoint as ckpt
+from vgm_cli.engine import distributed
+from vgm_cli.engine.sample.loop import class_labels
+from vgm_cli.recipe import Pairs, Recipe
+from vgm_cli.registry import registry
+from vgm_cli.ui import Progress, ui
+
+SHARD = 256  # pairs in one cache file
+
+
+def shared(recipe: Recipe, node: Mapping[str, Any]) -> dict[str, Tensor]:
+    """Pairs for every process, made by the first. See `pairs_of`."""
+    if not distributed.launched():
+        return pairs_of(recipe, node)
+    from accelerate import PartialState
+
+    with PartialState(cpu=not torch.cuda.is_available()).main_process_first():
+        return pairs_of(recipe, node)
+
+
+def pairs_of(recipe: Recipe, node: Mapping[str, Any]) -> dict[str, Tensor]:
+    """z, x: (count, C, H, W), the noise and the teacher's image of it; y: (count,) labels of a teacher with classes.
+
+    node: the role of kind `pairs`, see recipe.Pairs.
+    """
+    settings = recipes.pairs_of(node, "pairs")
+    teacher = recipe.roles()[recipes.STARTS["distill"]]
+    guidance = recipe.config["objective"].get("guidance_scale") or 1.0
+    made = {"teacher": teacher["sha256"], "view": teacher["view"], "sampler": settings.sampler, "steps": settings.steps}
+    made |= {"guidance_scale": guidance, "seed": settings.seed}
+    key = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:16]
+    folder = cache_folder(settings.cache) / key
+    files = [folder / f"{first:08d}.safetensors" for first in range(0, settings.count, SHARD)]
+    missing = [f for f in files if not f.is_file()]
+    if missing:
+        folder.mkdir(parents=True, exist_ok=True)
+        atomic.write_json(folder / "settings.json", made)
+        ui.info(f"{len(missing) * SHARD} pairs of the teacher into {folder}")
+        loaded = ckpt.load(teacher["run"], device=distributed.pick_device())
+        view = ckpt.build_view(loaded.model, {"name": "denoiser", **teacher["view"]})
+        with Progress("pairs", len(missing) * SHARD) as progress:
+            for done, file in enumerate(missing):
+                tensors = make_pairs(view, loaded.header, settings, guidance, int(file.stem))
+                atomic.save_safetensors(tensors, file, {"format": "pt"})
+                progress.update((done + 1) * SHARD)
+    shards = [ckpt.read_tensors(f)[0] for f in files]
+    return {k: torch.cat([s[k] for s in shards])[: settings.count] for k in shards[0]}
+
+
+@torch.no_grad()
+def make_pairs(view: Denoiser, header: ckpt.Header, settings: Pairs, guidance: float, first: int) -> dict[str, Tensor]:
+    """Pairs first .. first + SHARD."""
+    shape = tuple(header.data.get("sample_shape") or view.network.sample_shape)  # type: ignore[attr-defined]
+    classes = header.data.get("num_classes", getattr(view.network, "num_classes", 0)) or 0
+    device = next(view.network.parameters()).device  # type: ignore[attr-defined]
+    sampler = registry().build("sampler", {"name": settings.sampler})
+    batches: dict[str, list[Tensor]] = {"z": [], "x": [], "y": []}
+    for start in range(first, first + SHARD, settings.batch_size):
+        items = range(start, min(start + settings.batch_size, first + SHARD))
+        seeds = [seed_of("pairs", settings.seed, i) for i in items]
+        labels = torch.tensor(class_labels(items.stop, classes)[items.start :], dtype=torch.long, device=device)
+        request = Request(
+            shape=shape,
+            generators=generators(seeds),
+            cond={"y": labels} if classes else {},
+            steps=settings.steps,
+            guidance_scale=guidance if classes else None,
+            device=device,
+        )
+        batches["x"].append(sampler(view, request).float().cpu())
+        batches["z"].append(Request(shape=shape, generators=generators(seeds)).randn())
+        batches["y"] += [labels.cpu()] if classes else []
+    return {k: torch.cat(v) for k, v in batches.items() if v}
+
+
+def cache_folder(given: str | None) -> Path:
+    """Where pairs are kept: the folder that the recipe names, else `pairs` in vgm's cache."""
+    root = os.environ.get("VGM_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vgm"
+    return Path(given) if given else Path(root) / "pairs"
