@@ -491,14 +491,15 @@ def merge(into: dict[str, Any], new: Mapping[str, Any], origins: dict[str, str],
         for k in [k for k in origins if k == dotted or k.startswith(dotted + ".")]:
             del origins[k]
         into[key] = value
-        for leaf in _leaves(value, dotted):
+        for leaf in leaves(value, dotted):
             origins[leaf] = origin
 
 
-def _leaves(value: Any, dotted: str) -> Iterable[str]:
+def leaves(value: Any, dotted: str) -> Iterable[str]:
+    """Dotted keys of everything in a value that is no mapping, or an empty one."""
     if isinstance(value, dict) and value:
         for k, v in value.items():
-            yield from _leaves(v, f"{dotted}.{k}")
+            yield from leaves(v, f"{dotted}.{k}")
     else:
         yield dotted
 

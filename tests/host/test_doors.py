@@ -209,7 +209,7 @@ def latent() -> dict[str, Any]:
 
 def behind(path: Path, state: dict[str, Any], codec: dict[str, Any]) -> Path:
     component = {"kind": "model", "name": "dit", "kwargs": {**DIT, "input_size": 7, "in_channels": 4}}
-    return checkpoint(path, state, component=component, data=dict(LATENT), codec=codec)
+    return checkpoint(path, state, component=component, data=dict(LATENT), parts={"codec": ckpt.Reference(**codec)})
 
 
 def test_a_codec_beside_a_checkpoint_runs_nothing(vgm: Vgm, tmp_path: Path, latent: dict[str, Any]) -> None:
@@ -235,6 +235,9 @@ def test_what_lies_outside_is_told_or_refused(vgm: Vgm, tmp_path: Path, latent: 
     assert code == 0 and f"codec: {far}, as " in err, err
     code, err = sample(path="codec.safetensors", relative=True, sha256=sha)
     assert code == 0 and "codec:" not in err, err
+    assert sample(path="/gone/x.safetensors", sha256=sha)[0] == 0  # moved: ROLE.safetensors beside, by its hash
+    assert sample(path="/gone/x.safetensors", sha256="0" * 16)[0] == 1
+    (tmp_path / "here/codec.safetensors").unlink()
     refused: list[dict[str, Any]] = [
         {"path": far, "relative": False},
         {"path": far, "relative": False, "sha256": "0" * 16},
@@ -422,6 +425,8 @@ WRONG: dict[str, Any] = {
     "view": [3, "denoiser", ["denoiser"], {"name": 3}, {"name": "denoiser"}, {"name": "denoiser", "path": 5},
              {**FLOW, "network": "x"}, {**FLOW, "prediction": ["eps"]}, {**FLOW, "sigma_data": "x"}, {**FLOW, "nope": 1}],
     "codec": [3, "x", ["x"], {"path": 3}, {"asset": 3}, {"asset": "nothing"}, {"relative": True}],
+    "parts": [3, ["x"], {"base": 3}, {"base": {"path": 3}}, {"base": {"sha256": 3}}, {"base": {"path": "x", "relative": 1}},
+              {"a b": {}}, {"kind": {}}, {"../x": {"path": "y"}}, {"base": {"component": ["x"]}}],
     "recipe": [3, "x", [1], {"sampler": 3}, {"sampler": "euler"}, {"sampler": {"name": 3}}, {"sampler": {}},
                {"sampler": {"name": "euler", "steps": "x"}}, {"guidance_scale": "x", "sampler": {"name": "euler"}},
                {"train": 3, "sampler": {"name": "euler"}}, {"train": {"precision": 3}, "sampler": {"name": "euler"}}],

@@ -83,7 +83,7 @@ def test_any_policy_becomes_a_run(name: str, policies, tmp_path: Path, vgm) -> N
     assert logged[0]["reward_gain"] == 0 and logged[0]["clip_fraction"] <= 1 and logged[0]["diversity"] > 0
     assert logged[0]["reward"] == pytest.approx(2 * logged[0]["reward/ink"] + logged[0]["reward/confidence"], rel=1e-4)
     before, after = ckpt.read_header(ckpt.resolve(base)), ckpt.read_header(ckpt.resolve(out))
-    for field in ("component", "view", "codec"):
+    for field in ("component", "view", "parts"):
         assert getattr(before, field) == getattr(after, field), field
     assert after.recipe["sampler"] == before.recipe["sampler"] and after.recipe["guidance_scale"] == 1.5
     assert after.data["sample_shape"] == before.data["sample_shape"] and after.data["class_names"]
@@ -269,7 +269,7 @@ def test_another_model_cannot_be_resumed_with(flow: Path, tmp_path: Path, vgm) -
     args = ("finetune-rl", "flow-grpo", *SMALL, "--reward", "ink", "--out", tmp_path / "out")
     assert vgm(*args, "--model", flow, "--stop-after", 2)[0] == 0
     code, _, err = vgm(*args, "--model", flow, "--weights", "raw", "--resume")
-    assert code == 2 and "another model" in err
+    assert code == 2 and "another reference" in err
     code, _, err = vgm(*args, "--model", flow, "optimizer.lr=1", "--resume")
     assert code == 2 and "optimizer.lr" in err
     assert vgm(*args, "--model", flow, "--resume")[0] == 0

@@ -137,7 +137,7 @@ def replace(
         del origins[k]
     if node is not None:
         config[last] = node
-        origins.update({f"{key}.{k}": origin for k in node})
+        origins.update(dict.fromkeys(recipes.leaves(node, key), origin))
 
 
 def is_denoiser(view: Mapping[str, Any] | None) -> bool:
