@@ -138,8 +138,8 @@ def attend(qkv: Tensor, heads: int, new_order: bool) -> Tensor:
     return sdpa(q, k, v).transpose(1, 2).reshape(n, length, heads * ch)
 
 
-def pointwise(conv: nn.Conv1d, x: Tensor) -> Tensor:
-    """A convolution of width 1 on tokens: (N, T, C) -> (N, T, C'), without changing the memory layout."""
+def pointwise(conv: Any, x: Tensor) -> Tensor:
+    """A convolution of width 1 (an nn.Conv1d) on tokens, (N, T, C) -> (N, T, C'), which keeps the memory layout."""
     return F.linear(x, conv.weight[:, :, 0], conv.bias)
 
 

@@ -111,7 +111,7 @@ class Consistency(ObjectiveBase):
                 network.to(device)
         formats = {p.is_contiguous(memory_format=torch.channels_last) for p in self.model.parameters() if p.ndim == 4}
         if self.copy is not None and formats == {True}:
-            self.copy.to(memory_format=torch.channels_last)
+            self.copy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def count(self, index: int, total: int) -> int:
         """N(k)."""
@@ -122,7 +122,7 @@ class Consistency(ObjectiveBase):
 
     def condition(self, batch: Batch) -> dict[str, Tensor]:
         """What the networks are told of the labels."""
-        return {"y": batch["y"]} if batch.get("y") is not None and getattr(self.model, "num_classes", 1) else {}
+        return {"y": batch["y"]} if batch.get("y") is not None and getattr(self.model, "num_classes", True) else {}
 
     def level(self, index: Tensor, count: int) -> Tensor:
         """(B,) float64 levels of descending indices."""

@@ -107,10 +107,12 @@ class DMD(ObjectiveBase):
             Phase("guidance", guides, "fake"),
         ]
 
-    def condition(self, batch: Batch) -> dict[str, Tensor]:
+    def condition(self, batch: Batch) -> dict[str, Any]:
         """What the networks are told of the labels."""
         return (
-            {"y": batch["y"]} if batch.get("y") is not None and getattr(self.student.network, "num_classes", 1) else {}
+            {"y": batch["y"]}
+            if batch.get("y") is not None and getattr(self.student.network, "num_classes", True)
+            else {}
         )
 
     def at(self, level: Tensor) -> Tensor:
@@ -149,11 +151,10 @@ class DMD(ObjectiveBase):
             x = self.generate(batch, step)
             self._made[key] = x.detach()
             return self.generator_loss(x, batch, step)
-        x = self._made.pop(key, None)  # type: ignore[assignment]
-        if x is None:
+        if key not in self._made:
             with torch.no_grad():
-                x = self.generate(batch, step)
-        return self.guidance_loss(x, batch, step)
+                self._made[key] = self.generate(batch, step)
+        return self.guidance_loss(self._made.pop(key), batch, step)
 
     def generator_loss(self, x: Tensor, batch: Batch, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         """Distribution matching, GAN and regression losses of generated images x (B, C, H, W)."""

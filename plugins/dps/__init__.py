@@ -9,10 +9,11 @@ projection=official; a respaced walk on networks of other paths (flow, EDM) by e
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from vgm_cli.hookspecs import Component, Paper, hookimpl
 
-METHODS = {
+METHODS: dict[str, tuple[str, str | dict[str, Any], str]] = {
     "dps": ("sampler:DPS", "vgm_plugins.dps.presets:PRESETS", "gradient of the measurement's distance, any operator"),
     "mcg": ("sampler:MCG", {}, "DPS and a projection onto the measurement"),
     "projection": ("sampler:Projection", {}, "projection onto the measurement alone"),

@@ -141,6 +141,9 @@ class InvConv(nn.Module):
 class InvConvLU(nn.Module):
     """The same with W = P (L + I) (U + diag(s)), P and sign(s) fixed: its log-determinant is a sum (eq. 10)."""
 
+    w_p: Tensor
+    s_sign: Tensor
+
     def __init__(self, channels: int, row: bool = True):
         super().__init__()
         self.row = row
@@ -164,6 +167,8 @@ class InvConvLU(nn.Module):
 
 class Shuffle(nn.Module):
     """A fixed permutation of the channels: random, or reversed (RealNVP's); y_j = x_indices[j]."""
+
+    indices: Tensor
 
     def __init__(self, channels: int, reverse: bool):
         super().__init__()

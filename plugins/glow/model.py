@@ -25,6 +25,7 @@ from .layers import (
     ActNorm,
     AffineCoupling,
     Coupling,
+    InvConv,
     Permutation,
     Style,
     ZeroConv,
@@ -120,20 +121,24 @@ class Block(nn.Module):
         self.flows = nn.ModuleList(FlowStep(channels, width, coupling, permutation, style) for _ in range(depth))
         self.prior = None if top else ZeroConv(channels // 2, channels, style)
 
+    def steps(self) -> list[FlowStep]:
+        return list(self.flows)  # type: ignore[arg-type]
+
     def constant_logdet(self, positions: int) -> Tensor:
         """What the actnorms and permutations contribute, one determinant for the whole level, in float64: ()."""
-        scales = torch.stack([f.actnorm.log_scales() for f in self.flows]).double().sum()
-        known = [f.permutation.log_det() for f in self.flows]
-        if any(d is None for d in known):  # one kind of permutation per level
-            mixing = torch.linalg.slogdet(torch.stack([f.permutation.weight for f in self.flows]).double())[1].sum()
-        else:
+        scales = torch.stack([f.actnorm.log_scales() for f in self.steps()]).double().sum()
+        known = [d for f in self.steps() if (d := f.permutation.log_det()) is not None]
+        if known:  # one kind of permutation per level
             mixing = torch.stack(known).double().sum()
+        else:
+            weights: list[Tensor] = [f.permutation.weight for f in self.steps() if isinstance(f.permutation, InvConv)]
+            mixing = torch.linalg.slogdet(torch.stack(weights).double())[1].sum()
         return positions * (scales + mixing)
 
     def inverses(self) -> Tensor:
         """Inverses of the permutations, computed in float64: (depth, C, C)."""
-        with full_precision(self.flows[0].permutation.matrix().device):
-            matrices = torch.stack([f.permutation.matrix() for f in self.flows])
+        with full_precision(self.steps()[0].permutation.matrix().device):
+            matrices = torch.stack([f.permutation.matrix() for f in self.steps()])
             return torch.linalg.inv(matrices.double()).to(matrices.dtype)
 
     def prior_of(self, z1: Tensor) -> tuple[Tensor, Tensor]:
@@ -153,13 +158,13 @@ class Block(nn.Module):
 
     def reverse(self, x: Tensor) -> Tensor:
         """(B, 4c, H/2, W/2) -> (B, c, H, W)."""
-        for flow, inverse in zip(reversed(self.flows), self.inverses().flip(0)):
+        for flow, inverse in zip(reversed(self.steps()), self.inverses().flip(0)):
             x = flow.reverse(x, inverse)
         return F.pixel_shuffle(x, 2)
 
     def initialise(self, x: Tensor) -> Tensor:
         x = F.pixel_unshuffle(x, 2)
-        for flow in self.flows:
+        for flow in self.steps():
             x = flow.initialise(x)
         return x
 
@@ -216,6 +221,8 @@ class Glow(nn.Module):
     VgmError: sizes that do not fit, unknown names, labels missing.
     """
 
+    initialised: Tensor
+
     def __init__(
         self,
         size: Side = 32,
@@ -257,6 +264,9 @@ class Glow(nn.Module):
         self.classifier = Classifier(channels, num_classes) if classifier and num_classes else None
         self.register_buffer("initialised", torch.zeros((), dtype=torch.uint8))  # data-dependent initialisation done
 
+    def scales(self) -> list[Block]:
+        return list(self.blocks)  # type: ignore[arg-type]
+
     @property
     def sample_shape(self) -> tuple[int, int, int]:
         return (self.in_channels, self.size, self.size)
@@ -292,7 +302,7 @@ class Glow(nn.Module):
         z, eps, log_priors = [], [], []
         logdet = x.new_zeros(len(x))
         checkpointing = self.checkpointing and self.training
-        for block in self.blocks:
+        for block in self.scales():
             x, own = block(x, checkpointing)
             logdet = logdet + own
             if block.top:
@@ -316,7 +326,7 @@ class Glow(nn.Module):
         if normalised:
             mean, logs = self.prior(x, y)
             x = mean + logs.exp() * x
-        for block, new in zip(reversed(self.blocks), [None, *reversed(latents[:-1])]):
+        for block, new in zip(reversed(self.scales()), [None, *reversed(latents[:-1])]):
             if new is not None:
                 if normalised:
                     mean, logs = block.prior_of(x)
@@ -328,7 +338,7 @@ class Glow(nn.Module):
     @torch.no_grad()
     def initialise(self, x: Tensor) -> None:
         """Data-dependent initialisation of every actnorm from one batch x (B, C, H, W), dequantised; once."""
-        for block in self.blocks:
+        for block in self.scales():
             x = block.initialise(x)
             if not block.top:
                 x = x.chunk(2, dim=1)[0]

@@ -39,11 +39,12 @@ class GlowAdamax(torch.optim.Optimizer):
                 self.state[p] = {"step": torch.zeros(()), "m": torch.zeros_like(p), "u": torch.zeros_like(p)}
         states = [self.state[p] for p in params]
         beta1, beta2 = group["betas"]
-        grads, m, u = [p.grad for p in params], [s["m"] for s in states], [s["u"] for s in states]
+        grads = [p.grad for p in params if p.grad is not None]  # all of them, see step
+        m, u = [s["m"] for s in states], [s["u"] for s in states]
         torch._foreach_add_([s["step"] for s in states], 1)
         torch._foreach_lerp_(m, grads, 1 - beta1)
         torch._foreach_mul_(u, beta2)
-        torch._foreach_maximum_(u, torch._foreach_abs(grads))
+        torch._foreach_maximum_(u, torch._foreach_abs(grads))  # type: ignore[arg-type]  # the stub knows numbers alone
         t = states[0]["step"].item()
         rate = group["lr"] * (1 - beta2**t) ** 0.5 / (1 - beta1**t)
         if group["weight_decay"]:

@@ -154,7 +154,7 @@ class Reflow(RectifiedFlow):
         """Where the teacher's flow takes z0: (B, ...)."""
         view = self.teacher
         assert view is not None
-        cond = {"y": y} if y is not None and getattr(view.network, "num_classes", 0) else {}
+        cond = {"y": y} if y is not None and getattr(view.network, "num_classes", False) else {}
         if self.guidance_scale not in (None, 1.0) and cond:
             view = ClassifierFreeGuidance(view, float(self.guidance_scale or 1.0))
         with torch.autocast(z0.device.type, torch.bfloat16, enabled=self.teacher_precision == "bf16"):

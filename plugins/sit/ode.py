@@ -172,7 +172,10 @@ def adaptive(
             wish = 0.9 / error ** (1 / tableau.order) if error > 0 else 10.0
             h = h * min(10.0, max(wish, 1.0 if error < 1 else 0.2))
         s = (target - begin) / (t - begin)
-        yield target, tuple(sum(c[i] * s**n for n, c in enumerate(curve)) for i in range(len(y)))
+        yield (
+            target,
+            tuple(sum((c[i] * s**n for n, c in enumerate(curve)), torch.zeros_like(y[i])) for i in range(len(y))),
+        )
 
 
 def first_step(f: Field, t: float, y: State, slope: State, order: int, atol: float, rtol: float) -> float:

@@ -8,6 +8,7 @@ styles are left out.
 from __future__ import annotations
 
 from collections.abc import Iterable
+from typing import Any
 
 from vgm_cli.hookspecs import Component, Paper, hookimpl
 
@@ -24,7 +25,7 @@ CONVERTERS = (
     ("stylegan-rosinality-discriminator", "PORT_DISCRIMINATOR", "its discriminator"),
     ("stylegan-rosinality-discriminator-plain", "PORT_DISCRIMINATOR_PLAIN", "its discriminator, plain entry"),
 )
-MODELS = (
+MODELS: tuple[tuple[str, str, str | dict[str, Any], dict[str, str], str], ...] = (
     ("stylegan", "model:Generator", "presets:GENERATOR", FACTS, "style-based generator, grown progressively"),
     ("stylegan-discriminator", "model:Discriminator", "presets:DISCRIMINATOR", FACTS, "its discriminator"),
     ("stylegan2", "stylegan2:Generator", "presets:GENERATOR2", FACTS, "modulated convolutions"),

@@ -254,7 +254,12 @@ class AugmentPipe(nn.Module):
             angle = draw("hue", lambda v: (v * 2 - 1) * math.pi * self.hue_max, 0)
             cos, sin, a = angle.cos(), angle.sin(), 1 / math.sqrt(3)
             same, plus, minus = (1 - cos) / 3 + cos, (1 - cos) / 3 + a * sin, (1 - cos) / 3 - a * sin
-            turn = [[same, minus, plus, 0], [plus, same, minus, 0], [minus, plus, same, 0], [0, 0, 0, 1]]
+            turn: list[list[Tensor | float]] = [
+                [same, minus, plus, 0],
+                [plus, same, minus, 0],
+                [minus, plus, same, 0],
+                [0, 0, 0, 1],
+            ]
             c = matrix(turn, one) @ c
         if "saturation" in parts and channels > 1:
             s = draw("saturation", lambda v: torch.exp2(normal(v) * self.saturation_std), 1)

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import itertools
 import math
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -135,6 +135,8 @@ class Generator(StyleGenerator):
     doubling.
     """
 
+    lod: Tensor
+
     def __init__(
         self,
         size: Side = 1024,
@@ -177,7 +179,8 @@ class Generator(StyleGenerator):
         return self.mapping(z, y)  # type: ignore[no-any-return]
 
     def fixed_noise(self) -> list[Tensor]:
-        return [layer.noise[None, None] for layer in self.layers]
+        layers: Iterable[Any] = self.layers
+        return [layer.noise[None, None] for layer in layers]
 
     def active_layers(self, lod: float) -> int:
         """Layers in use at a level of detail."""
@@ -222,6 +225,8 @@ class Discriminator(nn.Module):
     size, in_channels, num_classes, fmap_base, fmap_max, blur_filter, base: as the generator's. group_size,
     group_features: of the minibatch standard deviation; 1 for none.
     """
+
+    lod: Tensor
 
     def __init__(
         self,

@@ -282,7 +282,8 @@ class Generator(StyleGenerator):
     def fixed_noise(self) -> list[Tensor] | None:
         if not self.noise_shapes:
             return None
-        return [layer.noise_const[None, None] for b in self.blocks() for layer in b.convs()]
+        layers: list[Any] = [layer for b in self.blocks() for layer in b.convs()]
+        return [layer.noise_const[None, None] for layer in layers]
 
     def active_layers(self, lod: float) -> int:
         return self.num_layers

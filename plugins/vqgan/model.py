@@ -92,7 +92,8 @@ class GPT(nn.Module):
         super().__init__()
         if n_embd % n_head:
             raise VgmError(f"n_embd={n_embd} does not divide into n_head={n_head}", code=USAGE)
-        self.grid, self.codes, self.num_classes = tuple(grid), vocab_size, num_classes
+        self.grid: tuple[int, int] = (grid[0], grid[1])
+        self.codes, self.num_classes = vocab_size, num_classes
         self.window = (min(window, grid[0]), min(window, grid[1])) if window else self.grid
         self.condition: Condition = condition or ("class" if num_classes else "none")
         self.sos_token, self.n_unmasked, self.order = sos_token, n_unmasked, order

@@ -41,7 +41,7 @@ class PriorObjective(ObjectiveBase):
         model = self.model
         tokens, coord = self.windows(batch["tokens"], step)
         codes = tokens.flatten(1)[:, model.permutation(tokens.device)]
-        cond = {k: batch[k] for k in ("y", "codes") if k in batch}
+        cond: dict[str, Tensor] = {k: batch[k] for k in ("y", "codes") if k in batch}
         given = codes
         if self.pkeep < 1.0:
             # uniform numbers in [0, 1) as one draw per code: the first for keeping, the second for the id
