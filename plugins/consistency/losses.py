@@ -14,6 +14,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vgm_cli.losses.pseudo_huber import pseudo_huber
 from vgm_cli.nn.shapes import along
 
 Distance = Literal["l1", "l2", "l2-32", "lpips", "pseudo-huber"]
@@ -25,8 +26,8 @@ def distance(kind: Distance, a: Tensor, b: Tensor, lpips: Function | None = None
     """Distance of image batches a, b (B, C, H, W) per item: (B,).
 
     l1, l2: means over pixels; l2-32: after bilinear resizing to 32. lpips: lpips(a, b) gives (B,) or (B, 1, 1, 1) for
-    images in [0, 1], as piq's (see piq_like); below 256 pixels they are resized to 224 first. pseudo-huber:
-    sqrt(|a - b|^2 + c^2) - c over all pixels, c None is iCT's 0.00054 sqrt(dimensions).
+    images in [0, 1], as piq's (see piq_like); below 256 pixels they are resized to 224 first. pseudo-huber, c: see
+    vgm_cli.losses.pseudo_huber.
     """
     if kind == "l1":
         return (a - b).abs().flatten(1).mean(1)
@@ -35,8 +36,7 @@ def distance(kind: Distance, a: Tensor, b: Tensor, lpips: Function | None = None
     if kind in ("l2", "l2-32"):
         return (a - b).square().flatten(1).mean(1)
     if kind == "pseudo-huber":
-        c = 0.00054 * a[0].numel() ** 0.5 if c is None else c
-        return ((a - b).square().flatten(1).sum(1) + c**2).sqrt() - c
+        return pseudo_huber(a, b, c)
     assert lpips is not None
     if a.shape[-1] < 256:
         a, b = (F.interpolate(v, size=224, mode="bilinear") for v in (a, b))

@@ -22,6 +22,7 @@ from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.diffusion.flow_map import FlowMap
 from vgm_cli.diffusion.guidance import ClassifierFreeGuidance
 from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.losses.pseudo_huber import pseudo_huber
 from vgm_cli.nn.precision import full_precision
 from vgm_cli.ranges import Fraction, NonNegative, Positive, Steps, Width, ordered
 
@@ -226,9 +227,7 @@ def distance(kind: str, a: Tensor, b: Tensor, lpips: nn.Module | None = None) ->
     if kind == "l2":
         return F.mse_loss(a, b)
     if kind == "pseudo-huber":
-        d = (a - b).flatten(1).square().sum(1)
-        c = 0.00054 * a[0].numel() ** 0.5  # iCT's
-        return ((d + c**2).sqrt() - c).mean() / a[0].numel() ** 0.5
+        return pseudo_huber(a, b).mean() / a[0].numel() ** 0.5
     assert lpips is not None
     if a.shape[-1] < 64:  # five halvings leave nothing of smaller ones
         a, b = (F.interpolate(v, size=224, mode="bilinear") for v in (a, b))

@@ -1,5 +1,6 @@
 """Properties of the Gaussian core: conversions, paths, solvers against closed forms, guidance, likelihood, samplers."""
 
+import inspect
 import itertools
 import json
 import math
@@ -272,6 +273,97 @@ def test_ddim_is_the_flows_euler(times, seed):
         lambda x, s: x0(x * path.alpha(path.t_of_ve_sigma(s))[:, None], path.t_of_ve_sigma(s)), start, levels
     )
     torch.testing.assert_close(ve, flow)
+
+
+POINT = torch.tensor([[0.3, -0.7], [0.1, 0.9]], dtype=torch.float64)  # all data there is: x0 is known at any x
+
+
+def ends() -> tuple[torch.Tensor, torch.Tensor]:
+    """alphas and sigmas of a cosine path from noise to data, as solvers on grids take them."""
+    angle = torch.linspace(1.5, 0.0, 13, dtype=torch.float64)
+    return angle.cos(), angle.sin()
+
+
+def draw() -> torch.Tensor:
+    return torch.randn(2, 2, dtype=torch.float64)
+
+
+def on_grid(x, i):
+    alphas, sigmas = ends()
+    return POINT, (x - alphas[i] * POINT) / sigmas[i]
+
+
+LEVELS = timesteps.karras(12, 0.01, 10.0, dtype=torch.float64)
+START = 10 * torch.ones(2, 2, dtype=torch.float64)
+LINE = torch.linspace(0.99, 0.0, 13, dtype=torch.float64)
+WITH_TENSORS_ALONE = {  # every solver: how it is called, and how near to the data it must end
+    **{
+        f"k-diffusion {name}": (
+            lambda f=f: f(lambda x, s: POINT, START, LEVELS, **({"noise": draw} if "noise" in taken(f) else {})),
+            0.35 if name == "lms" else 1e-6,
+        )
+        for name, f in solvers.K_DIFFUSION.items()
+    },
+    "dpm_fast": (lambda: solvers.dpm_fast(lambda x, s: POINT, START, 0.01, 10.0, 12, noise=draw), 0.1),
+    "dpm_adaptive": (lambda: solvers.dpm_adaptive(lambda x, s: POINT, START, 0.01, 10.0, noise=draw), 0.1),
+    "edm_heun": (lambda: solvers.edm_heun(lambda x, s: POINT.float(), START / 10, S_churn=5.0, noise=draw), 1e-6),
+    "edm_ablation": (lambda: solvers.edm_ablation(lambda x, s: POINT.float(), START / 10, schedule="vp"), 0.05),
+    "ddim": (lambda: solvers.ddim(on_grid, START / 10, *ends(), eta=0.5, noise=draw), 1e-6),
+    "ddpm": (lambda: solvers.ddpm(on_grid, START / 10, *ends(), noise=draw), 1e-6),
+    "dpm_solver": (lambda: solvers.dpm_solver(on_grid, START / 10, *ends()), 1e-6),
+    "unipc": (lambda: solvers.unipc(on_grid, START / 10, *ends()), 1e-6),
+    "flow_euler": (lambda: solvers.flow_euler(lambda x, i: (x - POINT) / LINE[i], START / 10, LINE), 1e-6),
+    **{
+        f"ode {name}": (lambda f=f: f(lambda x, t: (x - POINT) / t, START / 10, LINE + 0.01), 0.03)
+        for name, (f, _) in solvers.ODE.items()
+    },
+    "dopri5": (lambda: solvers.dopri5(lambda x, t: (x - POINT) / t.view(-1, 1), START / 10, 0.99, 1e-4), 1e-3),
+    "reverse_sde": (
+        lambda: solvers.reverse_sde(
+            lambda x, t: ((x - POINT) / t, -(x - (1 - t) * POINT) / t**2), START / 10, LINE, lambda t: t, noise=draw
+        ),
+        0.02,
+    ),
+    "predictor_corrector": (
+        lambda: solvers.predictor_corrector(
+            lambda x, i: (ends()[0][i] * POINT - x) / ends()[1][i] ** 2, START / 10, *ends(),
+            predictor="ancestral", noise=draw,
+        ),
+        0.35,
+    ),
+}  # fmt: skip
+
+
+def taken(function):
+    return inspect.signature(function).parameters
+
+
+def test_every_solver_is_called():
+    named = {n.split()[-1] for n in WITH_TENSORS_ALONE} | {"K_DIFFUSION", "ODE", "ALGORITHMS", "dynamic_threshold"}
+    assert set(solvers.__all__) <= named
+
+
+@pytest.mark.parametrize("name", WITH_TENSORS_ALONE)
+def test_solvers_take_tensors_alone(name):
+    """Functions and tensors in, data out: where all data are one point, every solver finds it."""
+    solve, near = WITH_TENSORS_ALONE[name]
+    assert float((solve() - POINT).abs().max()) <= near
+
+
+def test_two_guidances_lead_by_two_conditions():
+    u, a, c = torch.randn(3, 2, 4).unbind()
+    got = guidance.extrapolate((u, a, c), (1.5, 3.0))
+    torch.testing.assert_close(got, u + 1.5 * (a - u) + 3 * (c - a))
+    torch.testing.assert_close(guidance.Guidance(3.0).combine(c, u), u + 3 * (c - u))  # logits (B, V)
+
+
+def test_a_scale_may_change_with_time():
+    """SUPIR's line in the noise level, an item's own at its own time."""
+    network = lambda x, t, y: x + y.view(-1, 1)
+    line = guidance.Guidance(lambda t: 1 + 4 * t)
+    x, t, y = torch.zeros(2, 3), torch.tensor([0.0, 1.0]), torch.tensor([1.0, 1.0])
+    got = line(network, x, t, {"y": y}, {"y": torch.zeros(2)})
+    torch.testing.assert_close(got, torch.tensor([[1.0], [5.0]]).expand(2, 3))
 
 
 def test_reverse_sde_keeps_the_marginals():

@@ -10,7 +10,8 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from vgm_cli.api import Step
+from vgm_cli.api import Request, Step, generators
+from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.diffusion.discrete import (
     SCHEDULES,
     DiscreteDiffusion,
@@ -20,7 +21,7 @@ from vgm_cli.diffusion.discrete import (
     space_timesteps,
 )
 from vgm_cli.diffusion.guidance import Guidance, classifier_gradient
-from vgm_cli.diffusion.iddpm import IDDPM
+from vgm_cli.diffusion.iddpm import IDDPM, DDIMSampler
 from vgm_cli.diffusion.resample import LossSecondMomentResampler, UniformResampler, build_resampler, draw
 from vgm_cli.errors import VgmError
 
@@ -236,6 +237,19 @@ def test_bound_is_finite_and_sums() -> None:
     assert out["vb"].shape == out["mse"].shape == out["xstart_mse"].shape == (2, 12)
     torch.testing.assert_close(out["total_bpd"], out["vb"].sum(1) + out["prior_bpd"])
     assert torch.isfinite(out["total_bpd"]).all() and (out["total_bpd"] > 0).all()
+
+
+def test_given_images_are_encoded_and_come_back() -> None:
+    """The sampler's own noise is that of the reversed steps; item i starts from image i of those given."""
+    d = DiscreteDiffusion.create(learn_sigma=False)
+    view = Denoiser(exact(d, 0.1, 0.5), {"name": "vp-discrete", "steps": 1000}, "eps", time="index")
+    images = torch.rand(3, 4) * 2 - 1
+    request = Request((4,), generators(range(2)), images=images, index=[1, 2])
+    sampler = DDIMSampler(steps=500)
+    torch.testing.assert_close(sampler(view, request), images[1:], rtol=2e-2, atol=2e-2)
+    assert request.info["nfe"] == 1000
+    drawn = sampler(view, Request((4,), generators(range(2))))
+    assert (drawn - images[1:]).abs().max() > 0.5
 
 
 # -- guidance --------------------------------------------------------------------------------------------------------

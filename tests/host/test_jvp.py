@@ -8,8 +8,10 @@ import torch.nn.functional as F
 import yaml
 from torch import nn
 
+from vgm_cli.api import ObjectiveBase, Step
 from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.diffusion.jvp import total_derivative
+from vgm_cli.engine.train.loop import Root
 from vgm_cli.nn.sdpa import sdpa
 from vgm_cli.registry import registry
 
@@ -116,10 +118,55 @@ def test_attention_has_a_forward_mode_here():
     torch.testing.assert_close(fast, slow, rtol=1e-6, atol=1e-8)
 
 
+class MeanFlow(ObjectiveBase):
+    """|v - t du/dt - u|^2, the target without gradient: what a loss with a derivative inside looks like."""
+
+    def __init__(self, model: nn.Module):
+        self.model, self.networks = model, {"model": model}
+
+    def loss(self, phase, batch, step):
+        x, t, v, dt = batch["x"], batch["t"], batch["v"], torch.ones(len(batch["x"]))
+        u, derivative = total_derivative(lambda x, t: self.model(x, t, y=batch["y"])[:, :2], (x, t), (v, dt))
+        target = (v - t.view(-1, 1, 1, 1) * derivative).detach()
+        return (u - target).square().mean(), {}
+
+
+@pytest.fixture(scope="module")
+def one_process(tmp_path_factory):
+    """torch.distributed with a world of one: DDP's hooks and buckets without a second process."""
+    store = tmp_path_factory.mktemp("ddp") / "store"
+    torch.distributed.init_process_group("gloo", init_method=f"file://{store}", rank=0, world_size=1)
+    yield
+    torch.distributed.destroy_process_group()
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_in_a_loss_that_ddp_wraps(name, one_process):
+    """The trainer wraps a whole loss, so that networks inside are bare: gradients are those without DDP, and autocast
+    around it changes none of them."""
+    x, t, v, _ = direction()
+    batch = {"x": x, "t": t, "v": v, "y": torch.tensor([0, 2])}
+    grads = []
+    for wrapped in (False, True):
+        objective = MeanFlow(network(name))
+        root = Root(objective, objective.networks)
+        run = nn.parallel.DistributedDataParallel(root) if wrapped else root
+        with torch.autocast("cpu", torch.bfloat16, enabled=wrapped):
+            loss, _ = run("main", batch, Step(0))
+        loss.backward()
+        grads.append({k: p.grad for k, p in objective.model.named_parameters() if p.grad is not None})
+    assert grads[0].keys() == grads[1].keys() and len(grads[0]) > 5
+    for k, g in grads[0].items():
+        torch.testing.assert_close(grads[1][k], g)
+
+
 @pytest.mark.slow
-def test_the_caller_may_be_compiled():
+@pytest.mark.parametrize("name", NETWORKS)
+def test_the_caller_may_be_compiled(name):
+    """By aot_eager, which needs no compiler of C++ and traces as inductor does."""
+    torch.compiler.reset()
     x, t, v, dt = direction()
-    f = labelled(network("sit"))
+    f = labelled(network(name))
     with torch.no_grad():
         derive = torch.compile(lambda x, t, v, dt: total_derivative(f, (x, t), (v, dt)), backend="aot_eager")
         for a, b in zip(derive(x, t, v, dt), total_derivative(f, (x, t), (v, dt))):

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vgm_cli.api import generators
 from vgm_cli.diffusion.denoiser import Denoiser
+from vgm_cli.diffusion.path import DiscreteVPPath
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.metrics.base import Subject
 from vgm_cli.metrics.likelihood import BitsPerDim, denoiser_likelihood, dequantise
@@ -73,6 +74,33 @@ def test_bits_per_dim_of_a_gaussian_is_its_entropy() -> None:
     assert value.value == pytest.approx(entropy, abs=4 * (value.uncertainty or 0))
     assert value.uncertainty is not None and value.uncertainty < 0.02
     assert value.options["dimensions"] == 9
+
+
+class Eps(torch.nn.Module):
+    """The noise of a discrete process over N(MEAN, STD^2): eps = sigma (x_t - alpha MEAN) / var(x_t)."""
+
+    def __init__(self, path: DiscreteVPPath):
+        super().__init__()
+        self.path = path
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        alpha, sigma = (f(self.path.t_of_timestep(t)).view(-1, 1, 1, 1) for f in (self.path.alpha, self.path.sigma))
+        return (sigma * (x - alpha * MEAN) / (alpha**2 * STD**2 + sigma**2)).float()
+
+
+def test_the_bound_of_a_discrete_process_is_above_the_entropy() -> None:
+    """Ten times as many steps come nearer to it."""
+    data, bits = FakeData(gaussian_images(64)), []
+    entropy = 0.5 * math.log2(2 * math.pi * math.e * STD**2) + math.log2(127.5)
+    for steps in (100, 1000):
+        path = DiscreteVPPath("linear", steps)
+        view = Denoiser(Eps(path), path, "eps", time="index", variance="fixed_small")
+        (value,) = BitsPerDim(method="vlb")(subject(view, data), seed=0)
+        assert value.options["likelihood"] == f"variational bound, {steps} steps"
+        bits.append(value.value)
+    assert entropy < bits[1] < bits[0] < entropy + 3
+    with pytest.raises(VgmError, match="discrete steps"):
+        BitsPerDim(method="vlb")(subject(Denoiser(Exact(), "linear"), data), seed=0)
 
 
 def test_an_image_does_not_depend_on_the_batch() -> None:

@@ -120,30 +120,25 @@ def convert(
 class Denoiser:
     """What samplers, guidance, distillation and restoration see of a network(x, t, **cond).
 
-    path: alpha and sigma. prediction: what the network gives; "x_prev" too (mean of x_{t-1}, discrete paths only).
-    time: the network's own time argument, times time_scale: "unit" host t | "reversed" 1 - t, in which case a velocity
-    is the derivative in that time, -u | "index" 0..steps - 1 of a discrete path | "sigma" | "log-sigma" |
-    "edm" ln(sigma) / 4 (sigma is that of z / alpha) | "logsnr".
-    input_scale: what the network is fed: "none" z | "ve" z / alpha | "vp" z / sqrt(alpha^2 + sigma^2) |
-    "edm" c_in z / alpha; None is "edm" for F and trig, else "none".
-    learned_sigma: the network gives 2C channels, the second half being about the variance (kept aside, see `split`);
-    variance: how that half is to be read, for samplers that use it. The attribute nfe counts evaluations of one image.
-    VgmError: unknown names, "index" without a discrete path.
+    The attribute nfe counts evaluations of one image. VgmError: unknown names, time "index" without a discrete path.
     """
 
     def __init__(
         self,
-        network: Network,
-        path: str | Mapping[str, Any] | Path,
-        prediction: str = "velocity",
+        network: Network,  # (x (B, C, ...), t (B,), **cond) -> (B, C, ...), or (B, 2C, ...) with learned_sigma
+        path: str | Mapping[str, Any] | Path,  # alpha and sigma
+        prediction: str = "velocity",  # one of KINDS; "x_prev": the mean of x_{t-1}, on discrete paths only
         *,
-        time: str = "unit",
-        time_scale: float = 1.0,
-        input_scale: str | None = None,
-        learned_sigma: bool = False,
-        variance: str | None = None,
-        sigma_data: float | None = None,
+        time: str = "unit",  # how the network is told the time, see below
+        time_scale: float = 1.0,  # factor on what it is told
+        input_scale: str | None = None,  # what it is fed, see below; None: "edm" for F and trig, else "none"
+        learned_sigma: bool = False,  # it gives a second half of channels about the variance, see `split`
+        variance: str | None = None,  # how that half is to be read, by samplers that use it
+        sigma_data: float | None = None,  # deviation of the data in "F" and "trig"; None: the path's
     ):
+        # time: "unit" host t | "reversed" 1 - t, and a velocity is the derivative in that time, -u | "index" of a
+        # discrete path, 0..steps - 1 | "logsnr" | of s = sigma / alpha: "sigma" s, "log-sigma" ln s, "edm" ln(s) / 4
+        # input_scale: "none" z | "ve" z / alpha | "vp" z / sqrt(alpha^2 + sigma^2) | "edm" c_in z / alpha
         self.network, self.path = network, make_path(path)
         if prediction not in (*KINDS, "x_prev"):
             raise unknown("prediction", prediction, (*KINDS, "x_prev"))

@@ -7,15 +7,17 @@ Deviation: each image has its own noise stream, so a sample does not depend on t
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections import deque
+from collections.abc import Iterable, Mapping
 from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
 
 from vgm_cli.api import Batch, ObjectiveBase, Request, Step
-from vgm_cli.diffusion.discrete import DiscreteDiffusion, Loss, Mean, Variance, named_betas, space_timesteps
+from vgm_cli.diffusion.discrete import DiscreteDiffusion, Loss, Mean, Network, Variance, named_betas, space_timesteps
 from vgm_cli.diffusion.guidance import Guidance, check_null, classifier_gradient
+from vgm_cli.diffusion.path import DiscreteVPPath
 from vgm_cli.diffusion.resample import UniformResampler, build_resampler, draw
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.nn.processes import gather
@@ -49,10 +51,7 @@ def check_null_class(model: nn.Module, label_dropout: float) -> None:
 class IDDPM(ObjectiveBase):
     """Denoising loss plus, with a learned variance, the variational bound of the variance channels.
 
-    schedule, steps, beta_start, beta_end: see discrete.named_betas. prediction: what the network gives. learn_sigma: it
-    gives twice the channels. variance: None is learned_range with learn_sigma, else fixed_large. label_dropout: share
-    of labels replaced by the null class. resampler: uniform | loss-second-moment. rescale_timesteps: the network is
-    told t * 1000 / steps. VgmError: the network's channels or classes do not agree.
+    VgmError: the network's channels or classes do not agree.
     """
 
     shardable = True
@@ -60,17 +59,17 @@ class IDDPM(ObjectiveBase):
     def __init__(
         self,
         model: nn.Module,
-        schedule: str = "linear",
-        steps: Steps = 1000,
-        learn_sigma: bool = True,
-        prediction: Mean = "eps",
-        variance: Variance | None = None,
-        loss: Loss = "mse",
-        label_dropout: Fraction = 0.1,
-        resampler: Literal["uniform", "loss-second-moment"] = "uniform",
-        rescale_timesteps: bool = False,
-        beta_start: NonNegative | None = None,
-        beta_end: NonNegative | None = None,
+        schedule: str = "linear",  # of the betas, see discrete.named_betas
+        steps: Steps = 1000,  # of the process
+        learn_sigma: bool = True,  # the network gives twice the channels, the second half for the variance
+        prediction: Mean = "eps",  # what the network gives
+        variance: Variance | None = None,  # of a reverse step; None: learned_range with learn_sigma, else fixed_large
+        loss: Loss = "mse",  # what is minimised, see DiscreteDiffusion.losses
+        label_dropout: Fraction = 0.1,  # share of labels replaced by the null class
+        resampler: Literal["uniform", "loss-second-moment"] = "uniform",  # how timesteps are drawn
+        rescale_timesteps: bool = False,  # the network is told t * 1000 / steps
+        beta_start: NonNegative | None = None,  # the first beta; None: the schedule's
+        beta_end: NonNegative | None = None,  # the last beta; None: the schedule's
     ):
         if getattr(model, "learn_sigma", learn_sigma) != learn_sigma:
             raise VgmError(
@@ -143,25 +142,39 @@ class IDDPM(ObjectiveBase):
 # -- samplers --------------------------------------------------------------------------------------------------------
 
 
-class DDPMSampler:
-    """Ancestral (or DDIM) sampling over a respaced discrete process.
+def process_of(view: Any, steps: int | str | None = None, variance: Variance | None = None) -> DiscreteDiffusion:
+    """The discrete process that a Denoiser's network was trained on. steps: respaced to so many, see space_timesteps;
+    None: all. variance: None is the training's. VgmError: the network was not trained on discrete steps."""
+    if not isinstance(getattr(view, "path", None), DiscreteVPPath):
+        raise VgmError(
+            "this needs a network trained on discrete steps",
+            "choose a sampler for continuous time (`vgm ls samplers`), or another method",
+            USAGE,
+        )
+    betas = view.path.betas.double().cpu().numpy()
+    own: Variance = "learned_range" if view.learned_sigma else "fixed_large"
+    return DiscreteDiffusion(
+        betas,
+        mean=view.prediction,
+        variance=variance or view.variance or own,
+        keep=None if steps is None else space_timesteps(len(betas), steps),
+        rescale_timesteps=view.time_scale != 1.0,
+    )
 
-    steps: N, "a,b,c" per section, or "ddimN" for an integer stride; a request's own steps go before. variance: None is
-    the training's. cfg_channels: leading channels that guidance applies to, None for all (3 in DiT's published
-    numbers). clip_denoised: x0 to [-1, 1], or to +-that, in every step. eta: DDIM's share of noise. classifier: of
-    noisy images, (x, t) -> logits, for classifier guidance towards request.cond["y"] with classifier_scale.
-    """
+
+class DDPMSampler:
+    """Ancestral (or DDIM) sampling over a respaced discrete process."""
 
     def __init__(
         self,
-        steps: Steps | str = 250,
-        clip_denoised: bool | float = False,
-        variance: Variance | None = None,
-        cfg_channels: int | None = None,
+        steps: Steps | str = 250,  # N, "a,b,c" per section, or "ddimN" for an integer stride; a request's go before
+        clip_denoised: bool | float = False,  # x0 to [-1, 1], or to +-that, in every step
+        variance: Variance | None = None,  # None: the training's
+        cfg_channels: int | None = None,  # leading channels that guidance applies to, None for all (3 in DiT's numbers)
         sampler: Literal["ddpm", "ddim"] = "ddpm",
-        eta: NonNegative = 0.0,
-        classifier: Any = None,
-        classifier_scale: NonNegative = 1.0,
+        eta: NonNegative = 0.0,  # DDIM's share of noise
+        classifier: Any = None,  # RUN of a classifier of noisy images, (x, t) -> logits, towards request.cond["y"]
+        classifier_scale: NonNegative = 1.0,  # 1: exactly its gradient
     ):
         self.steps, self.clip_denoised, self.variance, self.cfg_channels = steps, clip_denoised, variance, cfg_channels
         self.sampler, self.eta = sampler, eta
@@ -169,25 +182,10 @@ class DDPMSampler:
 
     def process(self, view: Any, steps: int | None = None) -> DiscreteDiffusion:
         """The respaced process of a discrete denoiser's view. VgmError: the view is of another kind."""
-        betas = getattr(view.path, "betas", None)
-        if betas is None:
-            raise VgmError(
-                "this sampler needs a network trained on discrete steps",
-                "choose one for continuous time; `vgm ls samplers`",
-                USAGE,
-            )
         wanted: int | str = self.steps
         if steps is not None:
             wanted = f"ddim{steps}" if str(self.steps).startswith("ddim") else steps
-        betas = torch.as_tensor(betas, dtype=torch.float64).cpu().numpy()
-        own: Variance = "learned_range" if view.learned_sigma else "fixed_large"
-        return DiscreteDiffusion(
-            betas,
-            mean=view.prediction,
-            variance=self.variance or getattr(view, "variance", own) or own,
-            keep=space_timesteps(len(betas), wanted),
-            rescale_timesteps=getattr(view, "time_scale", 1.0) != 1.0,
-        )
+        return process_of(view, wanted, self.variance)
 
     def __call__(self, view: Any, request: Request) -> Tensor:
         """view: a Denoiser (its network and path are used). Gives (N, *request.shape)."""
@@ -197,22 +195,33 @@ class DDPMSampler:
         guides = scale != 1.0 and bool(cond)
         if guides:
             check_null(network)
-        visited = iter(reversed(process.timestep_map))
         nfe = 0
 
-        def model(x: Tensor, t: Tensor) -> Tensor:
-            nonlocal nfe
-            times = each(x, next(visited) / process.original_steps)
-            nfe += 2 if guides and guidance.active(times) else 1
-            if not guides:
-                return network(x, t, **cond)
-            return guidance(network, x, t, cond, network.null_condition(cond), times)
+        def visiting(timesteps: Iterable[int]) -> Network:
+            """The network, guided, as it is asked at these of the original timesteps one after the other."""
+            visited = iter(timesteps)
+
+            def model(x: Tensor, t: Tensor) -> Tensor:
+                nonlocal nfe
+                times = each(x, next(visited) / process.original_steps)
+                nfe += 2 if guides and guidance.active(times) else 1
+                if not guides:
+                    return network(x, t, **cond)
+                return guidance(network, x, t, cond, network.null_condition(cond), times)
+
+            return model
 
         cond_fn = None
         if self.classifier is not None:
             cond_fn = classifier_gradient(self.classifier, cond["y"], self.classifier_scale)
         x = request.randn()
-        loop = process.sample_loop(model, x, request.randn, self.sampler, self.eta, self.clip_denoised, cond_fn=cond_fn)
+        if self.sampler == "ddim" and request.images is not None:  # encoded to the noise that gives them again
+            rows = torch.tensor(request.index, device=x.device) % len(request.images)
+            encode = visiting(process.timestep_map)
+            data = request.images.to(x)[rows]
+            x, _ = deque(process.ddim_reverse_loop(encode, data, self.clip_denoised, cond_fn=cond_fn), maxlen=1).pop()
+        model, clip = visiting(reversed(process.timestep_map)), self.clip_denoised
+        loop = process.sample_loop(model, x, request.randn, self.sampler, self.eta, clip, cond_fn=cond_fn)
         for i, (x, x0) in enumerate(loop):
             if request.callback is not None:
                 view.asked_at = torch.tensor([(process.timestep_map[-1 - i] + 1) / process.original_steps])
@@ -222,7 +231,8 @@ class DDPMSampler:
 
 
 class DDIMSampler(DDPMSampler):
-    """The same with DDIM steps by default: fewer of them, deterministic at eta = 0."""
+    """The same with DDIM steps by default: fewer of them, deterministic at eta = 0. Given images (--input) are encoded
+    to noise by the reversed steps first, and come back as the network sees them."""
 
     def __init__(
         self,

@@ -96,32 +96,24 @@ def gaussian_losses(
 
 
 class GaussianObjective(ObjectiveBase):
-    """Denoising on any path.
-
-    path: a name or {"name": ..., options}. prediction: eps, x0, v, velocity, score or F. weighting: see weight_of.
-    time_sampling: uniform in t (in the index on discrete paths) | logit-normal t | edm-lognormal sigma / alpha | cosine
-    (the log-SNR of the cosine schedule) | logsnr (uniform between the path's ends, at most +-20); time_mean, time_std:
-    of the normal draw, None for 0, 1 (EDM: -1.2, 1.2). time, time_scale, input_scale, sigma_data: see Denoiser; None is
-    the network argument usual for the path. label_dropout: share of labels replaced by the null class.
-    VgmError: unknown names, a network without a null class.
-    """
+    """Denoising on any path. VgmError: unknown names, a network without a null class."""
 
     shardable = True
 
     def __init__(
         self,
         model: nn.Module,
-        path: str | dict[str, Any] = "vp-discrete",
-        prediction: Literal["eps", "x0", "v", "velocity", "score", "F"] = "eps",
-        weighting: Weighting = "uniform",
-        time_sampling: TimeSampling = "uniform",
-        label_dropout: Fraction = 0.1,
-        time: str | None = None,
-        time_scale: Positive = 1.0,
-        input_scale: str | None = None,
-        sigma_data: Positive | None = None,
-        time_mean: float | None = None,
-        time_std: NonNegative | None = None,
+        path: str | dict[str, Any] = "vp-discrete",  # a name or {"name": ..., options}
+        prediction: Literal["eps", "x0", "v", "velocity", "score", "F"] = "eps",  # what the network gives
+        weighting: Weighting = "uniform",  # of the noise levels, see weight_of
+        time_sampling: TimeSampling = "uniform",  # how noise levels are drawn, see `times`
+        label_dropout: Fraction = 0.1,  # share of labels replaced by the null class
+        time: str | None = None,  # how the network is told the time, see Denoiser; None: as usual for the path
+        time_scale: Positive = 1.0,  # factor on what it is told
+        input_scale: str | None = None,  # what it is fed, see Denoiser
+        sigma_data: Positive | None = None,  # deviation of the data in F; None: the path's
+        time_mean: float | None = None,  # of the normal draw; None: 0, of edm-lognormal -1.2
+        time_std: NonNegative | None = None,  # of the normal draw; None: 1, of edm-lognormal 1.2
     ):
         check_null_class(model, label_dropout)
         if time_sampling not in get_args(TimeSampling):
@@ -140,7 +132,12 @@ class GaussianObjective(ObjectiveBase):
         weight_of(weighting, self.denoiser, torch.tensor([0.5 * self.path.t_max], dtype=torch.float64))
 
     def times(self, n: int, step: Step) -> Tensor:
-        """Host times (n,) float64, within the ends that the prediction allows."""
+        """Host times (n,) float64, within the ends that the prediction allows.
+
+        uniform: in t (in the index on discrete paths). logit-normal: t is the sigmoid of a normal draw. edm-lognormal:
+        sigma / alpha is its exponential. cosine: the log-SNR of the cosine schedule. logsnr: uniform log-SNR between
+        the path's ends, at most +-20.
+        """
         low, high = self.denoiser.t_range()
         if self.time_sampling in ("logit-normal", "edm-lognormal"):
             normal = step.randn((n,), "t").double() * self.time_std + self.time_mean

@@ -32,6 +32,7 @@ Diffusion and flow models need nothing of this: a `Denoiser` is measured by the 
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -41,6 +42,7 @@ from torch import Tensor
 
 from vgm_cli.api import generators, seed_of
 from vgm_cli.diffusion.denoiser import Denoiser
+from vgm_cli.diffusion.iddpm import process_of
 from vgm_cli.diffusion.likelihood import bits_per_dim, log_likelihood, rademacher
 from vgm_cli.diffusion.solvers.ode import ODE
 from vgm_cli.errors import USAGE, VgmError, unknown
@@ -94,10 +96,25 @@ def denoiser_likelihood(
     return nats, f"ODE, {solver}, {trace}" + (", uniform dequantisation" if discrete else "")
 
 
+def bound_likelihood(view: Denoiser, x: Tensor, generators: list[torch.Generator], **cond: Any) -> tuple[Tensor, str]:
+    """The contract's answer by the variational bound of a discrete process: one evaluation and one draw per timestep.
+    x: uint8 (B, C, H, W). VgmError: latents, or a network of continuous time."""
+    if x.dtype != torch.uint8:
+        raise VgmError("the variational bound is one of 8-bit pixels, not of latents", "method=dopri5", USAGE)
+    process, z = process_of(view), x.float() / LEVELS - 1
+
+    def noise() -> Tensor:
+        return torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(z)
+
+    bits = process.bpd_loop(lambda x, t: view.network(x, t, **cond), z, noise)["total_bpd"]
+    return -bits.double() * z[0].numel() * math.log(2), f"variational bound, {process.steps} steps"
+
+
 class BitsPerDim:
     """-log2 p per dimension of held-out (or training) images. n: images, evenly spaced over the data; probes, method,
-    steps, rtol, atol: of the ODE, for diffusion and flow models; probes=0 takes the exact trace. samples: posterior
-    draws of latent-variable models, None for the model's own number. estimator: theirs, where they know several."""
+    steps, rtol, atol: of the ODE, for diffusion and flow models; probes=0 takes the exact trace; method=vlb is the
+    variational bound of those with discrete steps. samples: posterior draws of latent-variable models, None for the
+    model's own number. estimator: theirs, where they know several."""
 
     needs_model = True
     gives = ("bits-per-dim", "bits-per-latent-dim")
@@ -113,8 +130,9 @@ class BitsPerDim:
         samples: Count | None = None,
         estimator: str | None = None,
     ):
-        if method != "dopri5" and method not in ODE:
-            raise unknown("ODE method", method, ("dopri5", *ODE))
+        if method not in ("dopri5", "vlb", *ODE):
+            raise unknown("method", method, ("dopri5", "vlb", *ODE))
+        self.bound = method == "vlb"
         if probes < 0:
             raise VgmError(f"bits-per-dim:probes={probes}: 0 is the exact trace", code=USAGE)
         self.n = n
@@ -169,6 +187,8 @@ class BitsPerDim:
             if "estimator" in self.asked and "estimator" not in takes:
                 raise VgmError("this model knows one estimate of its likelihood", "leave estimator away", USAGE)
             return lambda x, gens, y: own(x, gens, **(given(y) if "y" in takes else {}), **more)
+        if isinstance(view, Denoiser) and self.bound:
+            return lambda x, gens, y: bound_likelihood(view, x, gens, **given(y))
         if isinstance(view, Denoiser):
             return lambda x, gens, y: denoiser_likelihood(view, x, gens, **self.ode, **given(y))
         name = subject.header.component.get("name")

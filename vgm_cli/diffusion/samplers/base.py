@@ -59,6 +59,10 @@ class GaussianSampler(ABC):
             if not isinstance(self.autoguidance, Denoiser):
                 hint = "autoguidance=RUN of a smaller network, or of a shorter training"
                 raise VgmError("autoguidance needs another diffusion or flow network", hint, USAGE)
+            taken = getattr(self.autoguidance.network, "sample_shape", None)
+            if taken is not None and tuple(taken) != tuple(request.shape):
+                what = f"the network of autoguidance makes {tuple(taken)}, the sampled one {tuple(request.shape)}"
+                raise VgmError(what, "autoguidance=RUN of the same data and codec", USAGE)
             view = Autoguidance(view, self.autoguidance, self.autoguidance_scale, request.guidance_interval)
         return view
 
