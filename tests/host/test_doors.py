@@ -17,11 +17,9 @@ import yaml
 from safetensors.torch import load_file
 
 from vgm_cli import foreign
-from vgm_cli import recipe as recipes
-from vgm_cli.engine import build, distributed
 from vgm_cli.engine import checkpoint as ckpt
+from vgm_cli.engine import distributed
 from vgm_cli.engine.run import git_state
-from vgm_cli.engine.train import plan
 from vgm_cli.errors import VgmError
 from vgm_cli.images import save_png
 from vgm_cli.registry import registry
@@ -473,21 +471,6 @@ def test_views_are_named_by_the_registry() -> None:
         assert type(again) is type(view) and again.view() == view.view() and ":" not in view.view()["name"]
     with pytest.raises(VgmError, match="wants to run"):
         ckpt.build_view(net, {"name": "vgm_plugins.dmd.generator:GeneratorSampler"})
-
-
-@pytest.mark.parametrize("name", sorted(n for n in recipes.shipped() if n.endswith("/mnist")))
-def test_headers_name_registered_components(name: str) -> None:
-    import torch
-
-    recipe = recipes.load(name)
-    facts = build.declared_facts(recipe.node("data"))
-    if recipe.config.get("codec"):
-        facts = facts.after(build.meta_codec(recipe.config["codec"], facts))
-    with torch.device("meta"):
-        built = build.build_objective(recipe, facts, plan.plan_roles(recipe, facts))
-    ckpt.check_view(built.objective.view())
-    for component in built.components.values():
-        assert (component["kind"], component["name"]) in registry().components
 
 
 # -- the world around --------------------------------------------------------------------------------------------------
