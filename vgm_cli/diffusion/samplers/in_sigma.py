@@ -25,28 +25,27 @@ from vgm_cli.ranges import NonNegative, Positive, Steps, Unbounded, ordered
 
 @dataclass(kw_only=True)
 class KDiffusionSampler(GaussianSampler):
-    """k-diffusion's samplers in VE coordinates: solver is a key of solvers.K_DIFFUSION, dpm_fast or dpm_adaptive.
+    """k-diffusion's samplers in VE coordinates. Options that are None are the solver's own.
 
-    schedule, rho: noise levels from sigma_max to sigma_min, None for the path's (timesteps.level_range). The other
-    options go to the solver where given. VgmError: unknown solver, schedule, or an option that the solver lacks.
+    VgmError: unknown solver, or an option that the solver lacks.
     """
 
     steps: Steps = 25
-    solver: str = "dpmpp_2m"
-    schedule: Literal["karras", "exponential", "polyexponential", "vp"] = "karras"
-    rho: Positive | None = None
-    sigma_min: Positive | None = None
-    sigma_max: Positive | None = None
-    eta: NonNegative | None = None
-    s_noise: NonNegative | None = None
-    s_churn: NonNegative | None = None
-    s_tmin: NonNegative | None = None
-    s_tmax: Unbounded | None = None
-    r: float | None = None
-    order: int | None = None
-    solver_type: Literal["midpoint", "heun"] | None = None
-    rtol: Positive | None = None
-    atol: Positive | None = None
+    solver: str = "dpmpp_2m"  # a key of solvers.K_DIFFUSION, dpm_fast or dpm_adaptive
+    schedule: Literal["karras", "exponential", "polyexponential", "vp"] = "karras"  # of the noise levels
+    rho: Positive | None = None  # of the schedules karras and polyexponential
+    sigma_min: Positive | None = None  # the last level before 0; None: the path's, at least 0.002
+    sigma_max: Positive | None = None  # the first level; None: the path's
+    eta: NonNegative | None = None  # of ancestral and SDE solvers: share of noise that is renewed
+    s_noise: NonNegative | None = None  # deviation of the noise that is added
+    s_churn: NonNegative | None = None  # of euler, heun, dpm_2: noise added before each step
+    s_tmin: NonNegative | None = None  # levels at which s_churn adds noise: from here ...
+    s_tmax: Unbounded | None = None  # ... to here
+    r: float | None = None  # of dpmpp_sde: where within a step the middle lies
+    order: int | None = None  # of lms and dpm_adaptive
+    solver_type: Literal["midpoint", "heun"] | None = None  # of dpmpp_2m_sde
+    rtol: Positive | None = None  # relative tolerance of dpm_adaptive
+    atol: Positive | None = None  # absolute tolerance of dpm_adaptive
 
     def __post_init__(self) -> None:
         ordered(self.sigma_min, self.sigma_max, "sigma_min, sigma_max")
@@ -115,16 +114,16 @@ class EulerAncestralSampler(KDiffusionSampler):
 
 @dataclass(kw_only=True)
 class EDMSampler(GaussianSampler):
-    """EDM's Heun sampler, stochastic with S_churn > 0: float64 states. sigma_min, sigma_max: None for the path's."""
+    """EDM's Heun sampler, stochastic with S_churn > 0: float64 states."""
 
     steps: Steps = 18
-    sigma_min: Positive | None = None
-    sigma_max: Positive | None = None
-    rho: Positive = 7.0
-    S_churn: NonNegative = 0.0
-    S_min: NonNegative = 0.0
-    S_max: Unbounded = math.inf
-    S_noise: NonNegative = 1.0
+    sigma_min: Positive | None = None  # the last level before 0; None: the path's, at least 0.002
+    sigma_max: Positive | None = None  # the first level; None: the path's
+    rho: Positive = 7.0  # above 1 there are more levels near data
+    S_churn: NonNegative = 0.0  # amount of stochasticity, 0 is the ODE
+    S_min: NonNegative = 0.0  # noise is added at levels from here ...
+    S_max: Unbounded = math.inf  # ... to here
+    S_noise: NonNegative = 1.0  # deviation of the noise that is added
 
     def __post_init__(self) -> None:
         ordered(self.sigma_min, self.sigma_max, "sigma_min, sigma_max")

@@ -34,18 +34,17 @@ def dpm_solver(
     alphas: Tensor,
     sigmas: Tensor,
     *,
-    order: int = 2,
-    algorithm: str = "dpmsolver++",
-    solver_type: str = "midpoint",
-    lower_order_final: bool = True,
-    euler_at_final: bool = False,
-    noise: Draw | None = None,
+    order: int = 2,  # 1 to 3
+    algorithm: str = "dpmsolver++",  # one of ALGORITHMS: with ++ the solver extrapolates x0, without it eps
+    solver_type: str = "midpoint",  # of order 2: midpoint | heun
+    lower_order_final: bool = True,  # fewer than 15 steps end with lower orders
+    euler_at_final: bool = False,  # the last step is of order 1; one to sigma = 0 always is
+    noise: Draw | None = None,  # the next draw like x, for the SDEs
     callback: Callback = None,
 ) -> Tensor:
     """Multistep DPM-Solver and DPM-Solver++ of order 1 to 3, ODE and SDE (Lu et al. 2022, 2206.00927 and 2211.01095).
 
-    algorithm: with ++ the solver extrapolates x0, without it eps. lower_order_final: fewer than 15 steps end with lower
-    orders; a last step to sigma = 0 is always of order 1. VgmError: unknown names, order 3 of sde-dpmsolver.
+    VgmError: unknown names, order 3 of sde-dpmsolver.
     """
     if algorithm not in ALGORITHMS:
         raise unknown("algorithm", algorithm, ALGORITHMS)

@@ -23,20 +23,20 @@ def edm_heun(
     latents: Tensor,
     *,
     num_steps: int = 18,
-    sigma_min: float = 0.002,
-    sigma_max: float = 80.0,
-    rho: float = 7.0,
-    S_churn: float = 0.0,
-    S_min: float = 0.0,
-    S_max: float = math.inf,
-    S_noise: float = 1.0,
-    round_sigma: Callable[[Tensor], Tensor] = lambda sigma: sigma,
-    noise: Draw | None = None,
+    sigma_min: float = 0.002,  # the last level before 0
+    sigma_max: float = 80.0,  # the first
+    rho: float = 7.0,  # above 1 there are more levels near data
+    S_churn: float = 0.0,  # amount of stochasticity, 0 is the ODE
+    S_min: float = 0.0,  # noise is added at levels from S_min ...
+    S_max: float = math.inf,  # ... to S_max
+    S_noise: float = 1.0,  # deviation of the noise that is added
+    round_sigma: Callable[[Tensor], Tensor] = lambda sigma: sigma,  # to the levels that the network knows
+    noise: Draw | None = None,  # the next draw like latents; None: no stochasticity
     callback: Callback = None,
 ) -> Tensor:
     """EDM's sampler (Karras et al. 2022, alg. 2): float64 states, float32 network, levels of their eq. 5.
 
-    latents: (B, ...) standard normal. round_sigma: to the levels that the network knows. Gives float64.
+    latents: (B, ...) standard normal. Gives float64.
     """
     ramp = torch.arange(num_steps, dtype=torch.float64) / max(num_steps - 1, 1)
     sigmas = append_zero(round_sigma(karras_levels(ramp, sigma_min, sigma_max, rho)))
@@ -81,32 +81,31 @@ def edm_ablation(
     latents: Tensor,
     *,
     num_steps: int = 18,
-    sigma_min: float | None = None,
-    sigma_max: float | None = None,
-    rho: float = 7.0,
-    solver: str = "heun",
-    discretization: str = "edm",
-    schedule: str = "linear",
-    scaling: str = "none",
-    epsilon_s: float = 1e-3,
-    C_1: float = 0.001,
-    C_2: float = 0.008,
-    M: int = 1000,
-    alpha: float = 1.0,
-    S_churn: float = 0.0,
+    sigma_min: float | None = None,  # the last level before 0; None: the discretization's
+    sigma_max: float | None = None,  # the first; None: the discretization's
+    rho: float = 7.0,  # of the discretization edm
+    solver: str = "heun",  # euler | heun
+    discretization: str = "edm",  # the time steps: vp | ve | iddpm | edm
+    schedule: str = "linear",  # sigma(t): vp | ve | linear
+    scaling: str = "none",  # s(t): vp | none
+    epsilon_s: float = 1e-3,  # the last time of VP
+    C_1: float = 0.001,  # of iddpm: the smallest ratio of neighbouring alpha-bars
+    C_2: float = 0.008,  # of iddpm: the offset of its cosine
+    M: int = 1000,  # of iddpm: its number of levels
+    alpha: float = 1.0,  # of heun: where the second slope is taken, 1 Heun, 0.5 midpoint
+    S_churn: float = 0.0,  # see edm_heun, like the three below
     S_min: float = 0.0,
     S_max: float = math.inf,
     S_noise: float = 1.0,
-    net_sigma_min: float = 0.0,
-    net_sigma_max: float = math.inf,
-    round_sigma: Callable[[Tensor], Tensor] = lambda sigma: sigma,
-    noise: Draw | None = None,
+    net_sigma_min: float = 0.0,  # the lowest level that the network knows
+    net_sigma_max: float = math.inf,  # the highest
+    round_sigma: Callable[[Tensor], Tensor] = lambda sigma: sigma,  # to the levels that the network knows
+    noise: Draw | None = None,  # the next draw like latents; None: no stochasticity
     callback: Callback = None,
 ) -> Tensor:
     """EDM's generalised sampler (Karras et al. 2022, app. D): any pairing of solver, time steps, schedule and scaling.
 
-    solver: euler | heun (second order of parameter alpha). discretization: vp | ve | iddpm | edm time steps; schedule:
-    sigma(t) vp | ve | linear; scaling: s(t) vp | none. float64 states, float32 network. VgmError: unknown names.
+    latents: (B, ...) standard normal. float64 states, float32 network. Gives float64. VgmError: unknown names.
     """
     for what, value, known in (
         ("solver", solver, ("euler", "heun")),
