@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from pathlib import Path
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -24,6 +23,7 @@ from vgm_plugins.adm_unet.objective import NoisyClassifier, Upsampling
 from vgm_plugins.adm_unet.presets import CLASSIFIERS, PRESETS
 
 from vgm_cli.api import Step
+from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.diffusion.discrete import (
     DiscreteDiffusion,
     discretized_gaussian_log_likelihood,
@@ -164,7 +164,7 @@ def loss_and_gradients(case: GoldenCase) -> None:
 class Drawn:
     """A request whose standard normal draws are given."""
 
-    guidance_scale, guidance_interval, steps, callback = None, None, None, None
+    guidance_scale, guidance_interval, steps, callback, images = None, None, None, None, None
 
     def __init__(self, draws: list[Tensor], cond: dict[str, Tensor]):
         self.draws, self.cond, self.info = iter(draws), cond, {}
@@ -194,8 +194,7 @@ def guided_by_a_classifier(case: GoldenCase) -> None:
     objective = IDDPM(
         own["model"], options.pop("schedule", "linear"), options.pop("steps", 1000), label_dropout=0, **options
     )
-    path = SimpleNamespace(betas=objective.process.betas)
-    view = SimpleNamespace(**{**objective.view(), "network": own["model"], "path": path})
+    view = Denoiser.from_config(own["model"], objective.view())
     sampler = DDPMSampler(
         steps=respacing,
         clip_denoised=config.get("clip_denoised", True),

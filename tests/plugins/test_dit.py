@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Iterator
-from types import SimpleNamespace
 from typing import Any
 
 import numpy as np
@@ -17,6 +16,7 @@ from vgm_plugins.dit.presets import PRESETS
 
 from vgm_cli.api import Request, Step, generators
 from vgm_cli.convert_api import unwrap
+from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.diffusion.discrete import DiscreteDiffusion, named_betas, space_timesteps
 from vgm_cli.diffusion.guidance import Guidance
 from vgm_cli.diffusion.iddpm import IDDPM, DDPMSampler
@@ -65,12 +65,6 @@ def toy(diffusion: DiscreteDiffusion) -> Callable[[Tensor, Tensor], Tensor]:
         return torch.cat([eps, 0.5 * torch.cos(x) - 0.0004 * t], dim=1) if diffusion.learned else eps
 
     return model
-
-
-def stand_in(model: DiT, objective: IDDPM) -> SimpleNamespace:
-    """What a sampler reads of the host's Denoiser."""
-    path = SimpleNamespace(betas=objective.process.betas)
-    return SimpleNamespace(**{**objective.view(), "network": model, "path": path})
 
 
 class Drawn(Request):
@@ -173,7 +167,7 @@ def guided_sampling(case: GoldenCase) -> None:
 
     theirs = {"noise_schedule": "schedule", "diffusion_steps": "steps", "learn_sigma": "learn_sigma"}
     options = {ours: case.config["diffusion"][k] for k, ours in theirs.items() if k in case.config["diffusion"]}
-    view = stand_in(model, IDDPM(model, **options))
+    view = Denoiser.from_config(model, IDDPM(model, **options).view())
     request = Drawn(
         iter([z, *steps[:, : len(z)]]), len(z), shape=tuple(z.shape[1:]), cond={"y": y}, guidance_scale=scale
     )
@@ -373,7 +367,7 @@ def test_objective_draws_and_drops_labels() -> None:
 @pytest.mark.parametrize("node", [{"name": "ddpm", "steps": 5}, {"name": "iddpm-ddim", "steps": 5, "eta": 0.5}])
 def test_samples_do_not_depend_on_the_batch(node: dict[str, Any]) -> None:
     model = filled()
-    view = stand_in(model, IDDPM(model))
+    view = Denoiser.from_config(model, IDDPM(model).view())
     sampler = load_target(next(c.target for c in components() if c.name == node["name"]))(
         **{k: v for k, v in node.items() if k != "name"}
     )
@@ -477,8 +471,6 @@ def test_respaced_timesteps_reach_the_network() -> None:
 @pytest.mark.parametrize("options", [{}, {"schedule": "cosine", "steps": 4000, "rescale_timesteps": True}])
 def test_the_host_reads_the_network_alike(options: dict[str, Any]) -> None:
     """The sampler finds the same process behind the host's Denoiser as behind the objective."""
-    from vgm_cli.diffusion.denoiser import Denoiser
-
     model = filled()
     objective = IDDPM(model, **options)
     process = DDPMSampler(steps="25").process(Denoiser.from_config(model, objective.view()))

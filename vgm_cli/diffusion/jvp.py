@@ -27,7 +27,8 @@ def total_derivative(
     by the caller. Where f draws (dropout), every evaluation sees the same draws.
     step: None is forward mode; a number is the central difference (f(p + step v) - f(p - step v)) / (2 step), two more
     evaluations, for networks with operators that have no forward mode (FSDP shards, fused attention).
-    Call the bare network: wrapping a compiled one in forward mode breaks its graph, compile the caller instead.
+    Call the bare network: wrapping a compiled one in forward mode breaks its graph, compile the caller instead (DiT and
+    SiT compile so; networks with group norms do not, torch cannot trace the forward derivative of group_norm).
     """
     primals = tuple(p.to(torch.promote_types(p.dtype, torch.float32)) for p in primals)
     tangents = tuple(v.to(p) for p, v in zip(primals, tangents, strict=True))
