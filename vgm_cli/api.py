@@ -231,6 +231,20 @@ class Sampler(Protocol):
 
 
 @runtime_checkable
+class RestorationMethod(Protocol):
+    """A sampler that `vgm restore` offers (its component's verbs name "restore"): it starts from a measurement."""
+
+    def accepts(self, model: Any, codec: Any) -> str | None:
+        """None where it can restore with this model; else a sentence that says why not, for the user. model: what
+        samplers see of the network. codec: of a model of latents, else None."""
+        ...
+
+    def __call__(self, model: Any, request: Request) -> Tensor:
+        """request.measurement: what is known of the images; request.operator: how it was made of them."""
+        ...
+
+
+@runtime_checkable
 class HasFeatures(Protocol):
     """A network that shows what its layers compute: to a discriminator's head, to a loss on features.
 

@@ -24,7 +24,7 @@ from typing import Any
 
 import pluggy
 
-from vgm_cli import hookspecs, limits
+from vgm_cli import hookspecs, limits, renamed
 from vgm_cli.errors import MISSING_ASSET, USAGE, VgmError, unknown
 from vgm_cli.hookspecs import KINDS, Component, Paper
 from vgm_cli.ranges import fit, shown
@@ -32,12 +32,6 @@ from vgm_cli.ranges import fit, shown
 BUILTIN = "vgm_plugins"
 IN_CHECKPOINTS = ("model", "codec", "view")  # kinds that are built again from a file's header
 CODE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")  # "module:attr"
-OLD_NAMES: dict[tuple[str, str], dict[str, Any]] = {  # what files of earlier versions call a component, and what it is
-    ("view", "consistency"): {"name": "flow-map", "boundary": "skip"},
-    ("view", "vgm_plugins.consistency.function:ConsistencyFunction"): {"name": "flow-map", "boundary": "skip"},
-    ("view", "dmd"): {"name": "flow-map"},
-    ("view", "vgm_plugins.dmd.generator:Generator"): {"name": "flow-map"},
-}
 REGISTER = "a plugin registers components: --plugin FILE.py, or `vgm plugin new NAME`"
 
 
@@ -176,7 +170,7 @@ class Registry:
         there, else what the user allowed to run by that name."""
         if not isinstance(name, str):
             raise VgmError(f"the name of a {kind} is text, not {name!r}", f"`vgm ls {kind}s` shows them", USAGE)
-        name = OLD_NAMES.get((kind, name), {}).get("name", name)
+        name = renamed.COMPONENTS.get((kind, name), {}).get("name", name)
         if (kind, name) in self.components:
             return self.components[kind, name]
         if ":" in name:
@@ -231,7 +225,7 @@ class Registry:
         if not isinstance(name, str):
             raise VgmError(f"{kind} {shown(name)} is no name", f"known: {', '.join(self.names(kind))}", USAGE)
         component = self.find(kind, name)
-        node |= {k: v for k, v in OLD_NAMES.get((kind, name), {}).items() if k != "name"}
+        node |= {k: v for k, v in renamed.COMPONENTS.get((kind, name), {}).items() if k != "name"}
         preset = node.pop("preset", None)
         kwargs: dict[str, Any] = {}
         if preset is not None:

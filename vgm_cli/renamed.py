@@ -8,6 +8,13 @@ from __future__ import annotations
 
 from typing import Any
 
+# (kind, name) of a component -> its name now, and keywords that the old name implied
+COMPONENTS: dict[tuple[str, str], dict[str, Any]] = {
+    ("view", "consistency"): {"name": "flow-map", "boundary": "skip"},
+    ("view", "vgm_plugins.consistency.function:ConsistencyFunction"): {"name": "flow-map", "boundary": "skip"},
+    ("view", "dmd"): {"name": "flow-map"},
+    ("view", "vgm_plugins.dmd.generator:Generator"): {"name": "flow-map"},
+}
 HEADER = {"codec": "parts.codec"}  # entry of a checkpoint's header -> where it stands now
 RECIPE = {"teacher": "roles.{start}", "pairs": "roles.pairs"}  # top key of a recipe -> where it stands now; start: the
 # role that the recipe's verb fills with a trained network, teacher or reference

@@ -9,13 +9,14 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from vgm_cli.api import Request
-from vgm_cli.diffusion.denoiser import Denoiser
+from vgm_cli.diffusion.denoiser import Denoiser, no_denoiser
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.ranges import Positive, Steps
 
@@ -86,6 +87,10 @@ class ConsistencyEditing:
     grid: int = 40
     rho: Positive = RHO
     clip: bool = True
+
+    def accepts(self, model: Any, codec: Any) -> str | None:
+        """Consistency models, and any other diffusion or flow network; None, or why not."""
+        return no_denoiser(model)
 
     def __call__(self, view: Denoiser, request: Request) -> Tensor:
         """x0 of (N, *request.shape)."""

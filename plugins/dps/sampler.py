@@ -14,6 +14,7 @@ import torch
 from torch import Tensor
 
 from vgm_cli.api import Request
+from vgm_cli.diffusion.denoiser import no_denoiser
 from vgm_cli.diffusion.discrete import Variance
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.operators.base import Operator
@@ -103,6 +104,10 @@ class Restorer(ABC):
         operator, y = measured(request, self.name)
         self.check(operator)
         return self.restore(view, request, operator, y)
+
+    def accepts(self, model: Any, codec: Any) -> str | None:
+        """Any diffusion or flow network; None, or why not."""
+        return no_denoiser(model)
 
     def check(self, operator: Operator) -> None:  # noqa: B027, most methods take every operator
         """VgmError when the method needs more of the operator than it has."""

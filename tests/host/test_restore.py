@@ -15,7 +15,7 @@ from PIL import Image
 
 from vgm_cli.data import open_dataset
 from vgm_cli.engine import checkpoint as ckpt
-from vgm_cli.engine.restore import run as engine
+from vgm_cli.engine.restore import figures, records, setup
 from vgm_cli.errors import VgmError
 from vgm_cli.images import read_png_metadata, to_uint8
 from vgm_cli.metrics.image import psnr
@@ -299,19 +299,19 @@ def test_the_default_folder_lies_in_the_run(vgm: Cli, priors: dict[str, Path], t
 def test_perceptual_distances_are_measured_on_request() -> None:
     """Any distance of pairs in [-1, 1]; images of 8 bits, as saved."""
     x, truth = torch.rand(3, 1, 28, 28) * 2 - 1, torch.rand(3, 1, 28, 28) * 2 - 1
-    found = engine.compare(x, truth, lambda a, b: (a - b).abs().mean((1, 2, 3), keepdim=True))
+    found = figures.compare(x, truth, lambda a, b: (a - b).abs().mean((1, 2, 3), keepdim=True))
     assert set(found) == {"psnr", "ssim", "lpips"}
     assert found["lpips"] == pytest.approx((x - truth).abs().mean((1, 2, 3)).tolist(), abs=0.01)
-    assert set(engine.compare(x[..., :8, :8], truth[..., :8, :8], None)) == {"psnr"}, "too small for SSIM's window"
+    assert set(figures.compare(x[..., :8, :8], truth[..., :8, :8], None)) == {"psnr"}, "too small for SSIM's window"
 
 
 def test_words_go_where_they_belong() -> None:
-    s = engine.settings_for(
+    s = setup.settings_for(
         "inpainting", "diffpir", "gaussian", ["mask=random", "zeta=0.5", "sigma=0.2", "noise.sigma=0.3"]
     )
     assert s.task == {"name": "inpainting", "mask": "random"} and s.method == {"name": "diffpir", "zeta": 0.5}
     assert s.noise.sigma == 0.3
-    s = engine.settings_for("inpainting", "dps", "none", ["method.preset=inpainting", "task.box=0.3"])
+    s = setup.settings_for("inpainting", "dps", "none", ["method.preset=inpainting", "task.box=0.3"])
     assert s.method == {"name": "dps", "preset": "inpainting"} and s.task["box"] == 0.3
 
 
@@ -331,7 +331,7 @@ def test_words_go_where_they_belong() -> None:
         (["--model", "flow", "--input", "mnist5k", "scale=none"], 2, "scale"),
         (["--model", "flow", "--input", "mnist5k", "scale"], 2, "KEY=VALUE"),
         (["--model", "nowhere", "--input", "mnist5k"], 2, "no such run"),
-        (["--model", "bare", "--input", "mnist5k"], 2, "cannot be a prior"),
+        (["--model", "bare", "--input", "mnist5k"], 2, "does not take"),
         (["--model", "mnist-codec", "--input", "mnist5k"], 2, "codec"),
         (["--model", "flow", "--input", "nowhere"], 2, "no such data"),
         (["--model", "flow", "--input", "nowhere", "--degraded"], 2, "no such file"),
@@ -393,7 +393,7 @@ def test_an_earlier_restoration_is_replaced_only_when_asked(
     other = (*common, "--task", "inpainting", "mask=random", "-n", 1)
     code, _, err = vgm(*other)
     assert code == 2 and "--overwrite" in err and left() == before
-    real, calls = engine.save_png, []
+    real, calls = records.save_png, []
 
     def stopped(*args: Any) -> None:
         calls.append(args)
@@ -402,7 +402,7 @@ def test_an_earlier_restoration_is_replaced_only_when_asked(
         real(*args)
 
     with monkeypatch.context() as patch:
-        patch.setattr(engine, "save_png", stopped)
+        patch.setattr(records, "save_png", stopped)
         code, _, err = vgm(*other, "--overwrite")
     assert code == 130 and "nothing is written" in err and left() == before
     assert [p.name for p in tmp_path.iterdir() if p.name.endswith((".tmp", ".old"))] == []
@@ -453,9 +453,9 @@ def test_ambiguous_words_are_refused() -> None:
     name = f"{__name__}:Twice"
     registry().trust(name)
     with pytest.raises(VgmError, match="both task and method have a 'zeta'") as e:
-        engine.settings_for(name, "dps", "none", ["zeta=1"])
+        setup.settings_for(name, "dps", "none", ["zeta=1"])
     assert e.value.code == 2 and "task.zeta or method.zeta" in e.value.hint
-    assert engine.settings_for(name, "dps", "none", ["task.zeta=2"]).task == {"name": name, "zeta": 2}
+    assert setup.settings_for(name, "dps", "none", ["task.zeta=2"]).task == {"name": name, "zeta": 2}
 
 
 # -- a trained prior --------------------------------------------------------------------------------------------------

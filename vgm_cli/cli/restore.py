@@ -94,7 +94,9 @@ def restore(
 
     Next: the folder's grid.png (degraded, restored, truth) and results.json.
     """
+    from vgm_cli.engine.restore import records, setup
     from vgm_cli.engine.restore import run as engine
+    from vgm_cli.engine.restore.figures import summary
     from vgm_cli.engine.sample.setup import open_model
     from vgm_cli.errors import INTERRUPTED, USAGE, VgmError
     from vgm_cli.ranges import Steps, fit
@@ -108,12 +110,12 @@ def restore(
         raise VgmError("--truth belongs to --degraded: without it the input is the truth", code=USAGE)
     allow_typed([task, method, *(overrides or [])])
     steps = fit(steps, Steps | None, "--steps")
-    settings = engine.settings_for(task, method, noise or ("gaussian" if degrade else "none"), overrides or [])
+    settings = setup.settings_for(task, method, noise or ("gaussian" if degrade else "none"), overrides or [])
     if out is not None:
-        engine.check_folder(out, overwrite)
+        records.check_folder(out, overwrite)
     loaded, where = open_model(model, weights, device)
     if noise is None:
-        ui.info(engine.assumed(settings, degrade))
+        ui.info(setup.assumed(settings, degrade))
     try:
         results = engine.run(
             loaded,
@@ -138,7 +140,7 @@ def restore(
         text = "interrupted: nothing is written, what was there is unchanged"
         raise VgmError(text, "a folder of results is made at its end; -n takes fewer images", INTERRUPTED) from e
     ui.document(results)
-    ui.table(["", "PSNR", "SSIM", "LPIPS", "residual"], engine.summary(results))
+    ui.table(["", "PSNR", "SSIM", "LPIPS", "residual"], summary(results))
     if "gain" in results:
         ui.info(f"{results['gain']:+.2f} dB PSNR over the baseline")
     count = f"{results['n']} image{'s' * (results['n'] > 1)}"

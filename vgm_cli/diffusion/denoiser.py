@@ -117,6 +117,11 @@ def convert(
 # -- the view --------------------------------------------------------------------------------------------------------
 
 
+def no_denoiser(view: Any) -> str | None:
+    """Why this cannot remove noise at every level, as a restoration method says it; None where it can."""
+    return None if isinstance(view, Denoiser) else "it is no diffusion or flow network"
+
+
 class Denoiser:
     """What samplers, guidance, distillation and restoration see of a network(x, t, **cond).
 
