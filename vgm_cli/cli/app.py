@@ -51,22 +51,31 @@ def build_app() -> typer.Typer:
     )
     app.callback()(callback)
     from vgm_cli.cli import (
+        cat,
         convert,
+        cp,
         data,
         distill,
+        env,
         evaluate,
         examples,
+        explain,
         finetune_rl,
-        info,
+        inspect,
+        ls,
         matrix,
         plugin,
+        plugins,
         restore,
         runs,
         sample,
         train,
+        validate,
     )
 
-    for verb in (train, distill, finetune_rl, sample, restore, evaluate, convert, data, info, matrix, runs, plugin):
+    work = (train, distill, finetune_rl, sample, restore, evaluate, convert, data)
+    looks = (ls, cat, cp, validate, inspect, explain, plugins, env)
+    for verb in (*work, *looks, matrix, runs, plugin):
         verb.register(app)
     r = registry()
     for name, module in r.manager.list_name_plugin():
