@@ -24,13 +24,14 @@ import torch
 from torch import Tensor, nn
 
 from vgm_cli import recipe as recipes
-from vgm_cli.api import Batch, Request, Step, generators, seed_of
+from vgm_cli.api import Batch, HasExample, Request, Step, generators, seed_of
 from vgm_cli.engine import build
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.recipe import Recipe
 from vgm_cli.registry import registry
 from vgm_cli.testing.golden import assert_close
 from vgm_cli.validation import check
+from vgm_cli.weights.prove import full_config
 
 
 @torch.no_grad()
@@ -87,6 +88,16 @@ class ModelSuite:
         assert out.shape[0] == x.shape[0] and out.shape[2:] == x.shape[2:]
         assert out.shape[1] in (x.shape[1], 2 * x.shape[1])
         assert torch.isfinite(out).all() and out.abs().max() > 0
+
+    @torch.no_grad()
+    def test_its_example_fits(self) -> None:
+        """What `example(config)` gives can be fed to forward (api.HasExample)."""
+        network = self.build()
+        if not isinstance(network, HasExample):
+            pytest.skip("the network is fed images, times and labels")
+        component, config = registry().config("model", dict(self.model))
+        given = network.example(full_config({"name": component.name, "kwargs": config}))
+        assert torch.isfinite(tensor_of(network(**given))).all()
 
     @torch.no_grad()
     def test_eval_is_deterministic(self) -> None:

@@ -31,7 +31,7 @@ def known() -> dict[str, Layout]:
     found = {}
     for name in registry().names("converter"):
         try:
-            found[name] = load_target(registry().find("converter", name).target, name)
+            found[name] = find(name)
         except Exception as e:  # a plugin's own mistake must not keep others' files from being read
             ui.warn(f"the layout '{name}' cannot be imported: {e}")
     return found
@@ -41,7 +41,12 @@ def find(name: str) -> Layout:
     """The layout of this name. VgmError: there is none."""
     if name not in registry().names("converter"):
         raise unknown("layout", name, registry().names("converter"))
-    return load_target(registry().find("converter", name).target, name)  # type: ignore[no-any-return]
+    found = load_target(registry().find("converter", name).target, name)
+    if not isinstance(found, Layout):
+        raise VgmError(
+            f"the target of converter '{name}' is a {type(found).__name__}, not a convert_api.Layout", code=USAGE
+        )
+    return found
 
 
 def official(component: str) -> Layout:
