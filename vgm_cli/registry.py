@@ -6,6 +6,7 @@ parties, whose packages are found through the entry-point group `vgm`. A broken 
 
 from __future__ import annotations
 
+import dataclasses
 import importlib
 import importlib.metadata
 import importlib.util
@@ -16,6 +17,7 @@ import re
 import sys
 import time
 import traceback
+import typing
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache, partial
@@ -314,11 +316,18 @@ def import_target(target: str, name: str = "", beside: bool = False) -> Any:
 
 
 def signature(target: Any) -> inspect.Signature:
-    """The constructor's signature with annotations evaluated, without self."""
+    """The constructor's signature with annotations evaluated, without self. A dataclass may inherit fields whose
+    annotations only the module of the base class understands."""
     try:
         return inspect.signature(target, eval_str=True)
     except (NameError, TypeError):
-        return inspect.signature(target)
+        found = inspect.signature(target)
+    if not dataclasses.is_dataclass(target):
+        return found
+    hints = typing.get_type_hints(target, include_extras=True)
+    return found.replace(
+        parameters=[p.replace(annotation=hints.get(n, p.annotation)) for n, p in found.parameters.items()]
+    )
 
 
 def bind(target: Any, kwargs: Mapping[str, Any], roles: Mapping[str, Any], where: str) -> dict[str, Any]:
