@@ -164,7 +164,7 @@ def main() -> None:
             mute(stream)
             code = code if stream is sys.stderr or isinstance(e, BrokenPipeError) else code or FAILED
     if "RANK" in os.environ:
-        from vgm_cli.engine.distributed import leave
+        from vgm_cli.engine.processes import leave
 
         leave(code)
     sys.exit(code)

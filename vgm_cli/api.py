@@ -5,9 +5,10 @@ from __future__ import annotations
 import copy
 import hashlib
 import math
+import types
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Literal, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
@@ -33,7 +34,8 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 class Phase:
     """One optimisation phase of a step.
 
-    trains: roles of `objective.networks` that receive gradients; the others are frozen during the phase.
+    trains: what receives gradients, everything else being frozen during the phase: roles of `objective.networks`
+        ("model"), or parts of them by dotted name ("model.control").
     optimizer: phases naming the same optimizer share its state. every: run at steps divisible by it.
     gain: factor on the loss (lazy regularisation). clip: gradient-norm limit, None for the recipe's.
     """
@@ -44,6 +46,11 @@ class Phase:
     every: int = 1
     gain: float = 1.0
     clip: float | None = None
+
+    @property
+    def roles(self) -> tuple[str, ...]:
+        """The roles that are trained, whole or in part."""
+        return tuple(dict.fromkeys(name.partition(".")[0] for name in self.trains))
 
 
 @dataclass(frozen=True)
@@ -169,17 +176,30 @@ class Objective(Protocol):
 
 
 class ObjectiveBase:
-    """Defaults of the optional half of the contract; inherit it or implement the same names."""
+    """Defaults of the optional half of the contract. Whoever loads a bare objective adds what it lacks (`complete`), so
+    that the host calls every name below on every objective and asks none whether it is there.
+
+    shardable: the networks are used in `loss` alone, so that train.fsdp may cut their weights into pieces.
+    uncompiled: roles that train.compile leaves alone: networks that a loss differentiates through twice, or more than
+        once (create_graph, retain_graph), which a compiled graph does not allow.
+    forward_mode: `loss` takes forward-mode derivatives (torch.func.jvp), so that no network of it is compiled in place
+        nor recomputes its activations.
+    sparse_grads: in some steps some trained parameters receive no gradient, which several processes have to know.
+    prepare_size: images that `prepare` wants, the same on every process; None: a training batch.
+    """
 
     networks: Mapping[str, nn.Module]
-    shardable = False  # True: networks are used in `loss` alone, so that train.fsdp may cut their weights into pieces
-    # roles that train.compile leaves alone: networks that a loss differentiates through twice, or more than once
-    # (create_graph, retain_graph), which a compiled graph does not allow
+    shardable: bool = False
     uncompiled: Sequence[str] = ()
-    prepare_size: int | None = None  # images that `prepare` wants, the same on every process; None: a training batch
+    forward_mode: bool = False
+    sparse_grads: bool = False
+    prepare_size: int | None = None
 
     def phases(self) -> list[Phase]:
         return [Phase("main")]
+
+    def to(self, device: torch.device) -> None:
+        """Move whatever the loss needs besides `networks`: a teacher, a reward, tables. The host moves the networks."""
 
     def prepare(self, first_batch: Batch, step: Step) -> None:
         """Data-dependent initialisation on the first batch (actnorm, latent scale)."""
@@ -189,8 +209,9 @@ class ObjectiveBase:
         generator, is made in the precision that the loss sees."""
         return [batch]
 
-    def rates(self, step: Step) -> Mapping[str, float]:
-        """Factors on the learning rates of optimizers by name at this step, on top of their schedules."""
+    def schedule(self, step: Step) -> Mapping[str, Mapping[str, float]]:
+        """What this step asks of the optimizers, by name, on top of the recipe: {"main": {"lr": 0.5}} halves the
+        learning rate of the recipe's schedule, {"main": {"weight_decay": 0.1}} takes the place of the weight decay."""
         return {}
 
     def restarts(self, step: Step) -> bool:
@@ -220,14 +241,140 @@ class ObjectiveBase:
 
 
 class Sampler(Protocol):
-    """Turns a model (or its view) and a request into samples (N, *shape).
-
-    Optional attributes: steps (of a sampler that takes them, when the request names none), grid_columns (pictures per
-    row, of samplers whose items make a table), grid_labels ("columns" or "rows" of it that share a label), grid_period
-    (items that stay under one another in a grid).
-    """
+    """Turns a model (or its view) and a request into samples (N, *shape). Optional: `SamplerBase`, `TakesSteps`."""
 
     def __call__(self, model: Any, request: Request) -> Tensor: ...
+
+
+class SamplerBase:
+    """How a grid shows what a sampler makes. Whoever loads a bare sampler adds what it lacks, as with objectives.
+
+    grid_columns: pictures per row, of samplers whose items make a table; None: any number does.
+    grid_labels: whether the "columns" or the "rows" of that table share a label.
+    grid_period: so many items stay under one another; 0: none do.
+    """
+
+    grid_columns: int | None = None
+    grid_labels: Literal["columns", "rows"] = "columns"
+    grid_period: int = 0
+
+
+def complete(thing: Any, base: type) -> Any:
+    """The same thing, with the base's attributes and methods for whatever it lacks; one that inherits lacks nothing."""
+    for name, value in vars(base).items():
+        if not name.startswith("_") and not hasattr(thing, name):
+            value = types.MethodType(value, thing) if isinstance(value, types.FunctionType) else value
+            object.__setattr__(thing, name, value)  # a frozen dataclass is completed, too
+    return thing
+
+
+# -- what a network, a view or a sampler may offer: asked for with isinstance, never by the name of an attribute -------
+
+
+@runtime_checkable
+class TakesSteps(Protocol):
+    """A sampler with a number of steps, which a request may override. steps: its own; None: the model's."""
+
+    steps: Any
+
+
+@runtime_checkable
+class NullCondition(Protocol):
+    """A network that can be unconditional: what classifier-free guidance needs. One that was built without a null class
+    does not have the method."""
+
+    def null_condition(self, cond: dict[str, Any]) -> dict[str, Any]:
+        """The unconditional version of a batch's keywords, of the same shapes: {"y": (B,)} -> the null class. The
+        argument is left as it is."""
+        ...
+
+
+@runtime_checkable
+class HasClasses(Protocol):
+    """A network that may take class labels. num_classes: how many; 0: it takes none."""
+
+    num_classes: int
+
+
+@runtime_checkable
+class DropsClasses(Protocol):
+    """A network with a null class where class_dropout_prob is above 0."""
+
+    class_dropout_prob: float
+
+
+@runtime_checkable
+class LearnsVariance(Protocol):
+    """A network whose output has twice the channels where learn_sigma is true: a mean and a variance."""
+
+    learn_sigma: bool
+
+
+@runtime_checkable
+class Checkpointing(Protocol):
+    """A network that can recompute its activations in the backward pass to save memory (train.checkpointing)."""
+
+    checkpointing: bool
+
+
+@runtime_checkable
+class Repeats(Protocol):
+    """A network of repeated blocks, which train.fsdp gathers one at a time. repeated: names of its lists of modules."""
+
+    repeated: Sequence[str]
+
+
+@runtime_checkable
+class HasLogLikelihood(Protocol):
+    """A view or network that knows the likelihood of images: vgm_cli/metrics/likelihood.py has its arguments."""
+
+    def log_likelihood(self, x: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, str]:
+        """x: what the model sees -> nats (B,), and in a few words how they were computed (exact, a bound, …)."""
+        ...
+
+
+@runtime_checkable
+class HasLatentLikelihood(Protocol):
+    """The same behind a codec. latent_likelihood: the likelihood of latents or codes means something by itself."""
+
+    latent_likelihood: bool
+
+
+@runtime_checkable
+class HasPaths(Protocol):
+    """A generator with a latent space to walk in, of which `ppl` measures how evenly images change."""
+
+    def path_samples(
+        self, generators: Sequence[torch.Generator], epsilon: float, space: str, sampling: str
+    ) -> tuple[Tensor, Tensor]:
+        """Pairs of images epsilon apart on paths between latents, a path of each generator's."""
+        ...
+
+
+@runtime_checkable
+class Movable(Protocol):
+    """A reward, a codec or whatever else an objective has to bring to a device by itself."""
+
+    def to(self, device: torch.device) -> Any: ...
+
+
+@runtime_checkable
+class HasParts(Protocol):
+    """A reward that is a sum. parts: what each term gave in the latest call, unweighted, {name: (B,)}."""
+
+    parts: Mapping[str, Tensor]
+
+
+class TokenDecoder(Protocol):
+    """One generation of tokens with a cache, code after code: what vgm_cli/ar samples from."""
+
+    def first(self) -> Tensor:
+        """Logits (B, V) of the first code."""
+        ...
+
+    def step(self, ids: Tensor) -> Tensor:
+        """ids: (B,) the latest codes -> logits (B, V) of the next."""
+        ...
 
 
 @runtime_checkable

@@ -37,7 +37,12 @@ NETWORKS = (
         summary="EDM's ADM U-Net, predicts F",
         denoiser=True,
     ),
-    Component("model", "lpips", "vgm_cli.losses.lpips:LPIPS", summary="perceptual distance; VGG and heads by path"),
+    Component(
+        kind="model",
+        name="lpips",
+        target="vgm_cli.losses.lpips:LPIPS",
+        summary="perceptual distance; VGG and heads by path",
+    ),
     Component(
         kind="objective",
         name="autoencoder",
@@ -45,7 +50,9 @@ NETWORKS = (
         verbs=("train",),
         summary="first stages: pixels, LPIPS, KL or codebook, patch discriminator",
     ),
-    Component("converter", "lpips", "vgm_cli.losses.lpips:CONVERTER", summary="taming-transformers' LPIPS"),
+    Component(
+        kind="converter", name="lpips", target="vgm_cli.losses.lpips:CONVERTER", summary="taming-transformers' LPIPS"
+    ),
 )
 
 

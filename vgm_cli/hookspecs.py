@@ -30,10 +30,11 @@ hookspec = pluggy.HookspecMarker(PROJECT)
 hookimpl = pluggy.HookimplMarker(PROJECT)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, kw_only=True)
 class Component:
     """One named thing a recipe can build. Declares only strings, so listing costs no torch import.
 
+    Every field is given by its name: Component(kind="model", name="dit", target="mine.model:DiT").
     kind: one of KINDS. name: what the recipe writes. target: "module:attr", imported when built.
     presets: published configurations, {name: constructor keywords}, or "module:attr" of such a dict
         in a torch-free module.

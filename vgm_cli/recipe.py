@@ -2,122 +2,44 @@
 
 Precedence, weakest first: host defaults < recipe (base before heir) < environment (VGM_TRAIN__STEPS=10) < command line.
 Component nodes (model, codec, objective, sampler, roles) are the component's constructor keywords; the other nodes are
-the dataclasses below. Torch-free until `validate_components`.
+the dataclasses of settings.py. Torch-free until `check_components`.
 """
 
 from __future__ import annotations
 
 import contextlib
 import dataclasses
-import os
-import re
-import typing
+import sys
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass, field
-from functools import cache
+from dataclasses import dataclass
 from importlib import resources
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Any
 
 import yaml
-from annotated_types import Ge, Le
 
-from vgm_cli import limits, renamed
+from vgm_cli import limits
 from vgm_cli.errors import USAGE, VgmError, unknown
 from vgm_cli.limits import short
-from vgm_cli.ranges import Count, Decay, NonNegative, Positive, Seed, Side, Steps, Text, Whole, fit, shown
-from vgm_cli.registry import registry
-from vgm_cli.ui import ui
-
-COMPONENT_NODES = ("model", "codec", "objective", "sampler")
-Precision = Literal["auto", "fp32", "bf16", "fp16"]
-AverageKey = Literal["decay", "warmup", "every", "half_life", "ramp", "sigma_rel"]
-TORCH_OPTIMIZERS = ("adamw", "adam", "sgd", "rmsprop", "adagrad", "adamax", "radam")
-
-
-@dataclass
-class Data:
-    """`data:` where the images come from. size, channels and num_classes are read off the data when it is there."""
-
-    path: str | None = None  # folder, .zip, .tar, .npz or a shipped set (mnist5k, shapes); nothing trains without
-    size: Side | None = None  # pixels per side; null: as found
-    channels: Literal[1, 3] | None = None  # null: as found
-    num_classes: Whole | None = None  # used only where there is no data to count (--plan)
-    count: Count | None = None  # images in the set; used only where there is no data to count (--plan)
-    crop: Literal["adm", "center", "random", "resize", "none"] = "adm"  # adm: the centre as ADM and DiT cut it
-    hflip: bool = False  # random horizontal flips
-    labels: bool | None = None  # null: use labels where the data has them
-    split: str | None = None  # train | val | test where the set has them; shipped sets: test is every tenth image
-    workers: Annotated[int, Ge(0), Le(1024)] = 0  # loader processes for sets that do not fit in memory
-    cache_latents: Text | bool = "auto"  # latents of a frozen codec: auto (memory if small), a folder, or false
-
-
-@dataclass
-class Optimizer:
-    """`optimizer:` the default of every optimizer; `optimizers: {NAME: {...}}` changes one of them."""
-
-    name: str = "adamw"  # one of TORCH_OPTIMIZERS, or an optimizer component
-    lr: NonNegative = 1e-4  # learning rate
-    betas: tuple[Decay, Decay] = (0.9, 0.999)  # of Adam and its kin; SGD's momentum is the first
-    eps: Positive = 1e-8  # added to Adam's denominator
-    weight_decay: NonNegative = 0.0  # decoupled where the optimizer is AdamW
-    decay: Literal["all", "matrices", "linear"] = "all"  # what weight_decay touches: see trainer.decay_groups
-    warmup: Whole = 0  # steps of linear warm-up
-    schedule: Literal["constant", "linear", "cosine"] = "constant"  # decay after the warm-up
-    final_lr: NonNegative = 0.0  # where the decay ends
-
-
-@dataclass
-class Train:
-    """`train:` length, batch, precision, averaging, saving."""
-
-    steps: Count = 10_000  # optimizer steps
-    batch_size: Annotated[int, Ge(1), Le(10**6)] = 64  # images per optimizer step, over all processes and accumulation
-    accumulate: Annotated[int, Ge(1), Le(10**6)] = 1  # micro-batches per step
-    precision: Precision = "auto"  # auto: bf16 where the hardware has it
-    compile: Literal["auto", "off", "on"] | bool = "auto"  # torch.compile; auto: on a GPU, for long runs
-    checkpointing: bool = False  # recompute activations in backward
-    channels_last: bool | None = None  # null: on where convolutions gain from it
-    clip: Positive | None = None  # gradient-norm limit
-    ema: list[Decay | dict[AverageKey, NonNegative]] = field(default_factory=lambda: [0.9999])  # several at once
-    seed: Seed = 0  # of initial weights, data order and every draw
-    log_every: Whole | None = 50  # steps between log lines; 0 or null: only at the end
-    save_every: Whole | None = 1000  # steps between checkpoints; 0 or null: only at the end
-    keep: Whole = 3  # checkpoints kept, the newest among them; the newest always is
-    preview_every: Whole | None = 1000  # steps between previews; 0 or null: none
-    preview_n: Annotated[int, Ge(0), Le(10_000)] = 64  # images of a preview; 0: none
-    fsdp: bool = False  # shard weights and optimizer over GPUs (FSDP2)
-
-
-@dataclass
-class Pairs:
-    """A role of kind `pairs`: noise and the teacher's images for it, made before training and kept for the next run."""
-
-    count: Annotated[int, Ge(1), Le(10**8)] = 2000
-    sampler: str = "heun"  # deterministic: an image is a function of its noise
-    steps: Steps = 25
-    batch_size: Count = 64
-    seed: Seed = 0
-    cache: str | None = None  # folder; null: $VGM_CACHE or ~/.cache/vgm, below it pairs/
-
-
-# what a role is besides a component: PAIRS, made before training; a checkpoint, `{run: RUN|FILE}`
-PAIRS = "pairs"
-CHECKPOINT = ("run", "sha256", "view")  # keys of a role that is a checkpoint
-STARTS = {"distill": "teacher", "finetune-rl": "reference"}  # verb -> the role that its trained network takes
-SHORT = {**dict.fromkeys((*COMPONENT_NODES, "optimizer"), "name"), "data": "path"}  # KEY=WORD means KEY.FIRST=WORD
-NODES: dict[str, type] = {"data": Data, "optimizer": Optimizer, "train": Train}
-TOP = (
-    "paper",
-    "base",
-    *COMPONENT_NODES,
-    "roles",
-    "optimizers",
-    "guidance_scale",
-    "expect",
-    "evaluate",
-    *NODES,
+from vgm_cli.overrides import env_assignments, merge, override, rename, start_role, verbs_of
+from vgm_cli.ranges import NonNegative, fit, shown
+from vgm_cli.registry import bind, load_target, registry, signature
+from vgm_cli.settings import (
+    CHECKPOINT,
+    COMPONENT_NODES,
+    NODES,
+    PAIRS,
+    STARTS,
+    TOP,
+    TORCH_OPTIMIZERS,
+    Optimizer,
+    Pairs,
+    check_average,
+    not_a_mapping,
+    typed,
 )
+from vgm_cli.ui import ui
+from vgm_cli.yaml_text import parse_yaml
 
 
 @dataclass
@@ -144,7 +66,8 @@ class Recipe:
     def optimizer(self, name: str) -> Optimizer:
         """Settings of one optimizer: `optimizer:` with `optimizers.NAME` on top."""
         own = (self.config.get("optimizers") or {}).get(name) or {}
-        return typed(Optimizer, {**(self.config.get("optimizer") or {}), **own}, f"optimizers.{name}")
+        made: Optimizer = typed(Optimizer, {**(self.config.get("optimizer") or {}), **own}, f"optimizers.{name}")
+        return made
 
     @property
     def paper(self) -> str:
@@ -152,69 +75,6 @@ class Recipe:
 
     def dump(self) -> str:
         return yaml.safe_dump(self.config, sort_keys=False, allow_unicode=True)
-
-
-def typed(cls: type, values: Mapping[str, Any], where: str) -> Any:
-    """A dataclass from YAML values: unknown keys refused with the nearest names, values coerced by annotation."""
-    if not isinstance(values, Mapping):
-        raise not_a_mapping(where, values)
-    known = keys_of(cls)
-    for key in values:
-        if key not in known:
-            if hint := ELSEWHERE.get(key):
-                raise VgmError(f"unknown key '{key}' in {where}", hint, USAGE)
-            raise unknown("key", key, known, where)
-    return cls(**{k: fit(v, known[k], f"{where}.{k}") for k, v in values.items()})
-
-
-@cache
-def keys_of(cls: type) -> dict[str, Any]:
-    """{key: type with its range} of a node's dataclass."""
-    hints = typing.get_type_hints(cls, include_extras=True)
-    return {f.name: hints[f.name] for f in dataclasses.fields(cls)}
-
-
-def check_average(config: float | Mapping[str, float]) -> dict[str, float]:
-    """One of `train.ema` as a mapping. VgmError: not exactly one of decay, half_life and sigma_rel, or out of range."""
-    own = dict(config) if isinstance(config, Mapping) else {"decay": float(config)}
-    wrong = set(own) - set(typing.get_args(AverageKey))
-    if wrong or sum(k in own for k in ("decay", "half_life", "sigma_rel")) != 1:
-        raise VgmError(
-            f"train.ema: {shown(config)} is no average",
-            "a decay, or a mapping with decay [, warmup, every], half_life [, ramp] or sigma_rel",
-            USAGE,
-        )
-    for key, fits, wanted in (
-        ("decay", 0 <= own.get("decay", 0) < 1, "in [0, 1)"),
-        ("half_life", own.get("half_life", 1) > 0, "above 0"),
-        ("sigma_rel", 0 < own.get("sigma_rel", 0.1) < 0.28, "in (0, 0.28)"),
-        ("every", own.get("every", 1) >= 1, "at least 1"),
-        ("ramp", own.get("ramp", 1) > 0, "above 0"),
-    ):
-        if not fits:
-            raise VgmError(f"train.ema: {key}={own[key]:g} must be {wanted}", code=USAGE)
-    return own
-
-
-def not_a_mapping(where: str, value: Any) -> VgmError:
-    return VgmError(f"{where}={shown(value)} is not a mapping of keys to values", f"example: {where}.KEY=VALUE", USAGE)
-
-
-# words of other programs, and what is meant here
-ELSEWHERE = {
-    "device": "--device cuda:0 (cpu, mps); a GPU is used where there is one",
-    "gpus": "--nproc N trains on N GPUs of this machine",
-    "epochs": "train.steps counts: epochs × images / train.batch_size",
-    "max_steps": "did you mean train.steps?",
-    "learning_rate": "did you mean optimizer.lr?",
-    "grad_clip": "did you mean train.clip?",
-    "gradient_accumulation_steps": "did you mean train.accumulate?",
-    "mixed_precision": "did you mean train.precision?",
-    "num_workers": "did you mean data.workers?",
-    "root": "did you mean data.path?",
-    "resolution": "did you mean data.size?",
-    "image_size": "did you mean data.size?",
-}
 
 
 # -- finding ---------------------------------------------------------------------------------------------------------
@@ -227,9 +87,8 @@ def shipped() -> dict[str, Path]:
     for plugin in registry().plugins.values():
         if plugin.builtin or plugin.error or not plugin.papers:
             continue
-        spec = __import__("sys").modules.get(plugin.module.split(":")[0])
-        file = getattr(spec, "__file__", None)
-        if file:
+        module = sys.modules.get(plugin.module.split(":")[0])
+        if module is not None and (file := module.__file__):
             for p in sorted((Path(file).parent / "recipes").glob("*.yaml")):
                 for paper in plugin.papers:
                     found.setdefault(f"{paper.name}/{p.stem}", p)
@@ -290,22 +149,9 @@ def verb_of(config: Mapping[str, Any]) -> str:
     return next((v for v in STARTS if v in verbs), "train")
 
 
-def verbs_of(config: Mapping[str, Any]) -> tuple[str, ...]:
-    """The verbs that offer a recipe's objective."""
-    node = config.get("objective")
-    name = node.get("name", "") if isinstance(node, dict) else ""
-    component = registry().components.get(("objective", name)) if isinstance(name, str) else None
-    return component.verbs if component is not None else ()
-
-
 def has_teacher(config: Mapping[str, Any]) -> bool:
     """Does the recipe name a teacher, were it only a stand-in?"""
     return (config.get("roles") or {}).get(STARTS["distill"]) is not None
-
-
-def start_role(config: Mapping[str, Any]) -> str:
-    """The role that a trained network takes in this recipe: teacher, or reference where a reward is learned from."""
-    return STARTS["finetune-rl" if "finetune-rl" in verbs_of(config) else "distill"]
 
 
 def starter(name: str) -> bool:
@@ -341,67 +187,6 @@ def stored(run: Path, assignments: Iterable[str] = ()) -> Recipe:
 # -- loading ---------------------------------------------------------------------------------------------------------
 
 
-NO_DATA_HINT = "data.path=FOLDER, or data.path=mnist5k for the digits that come with this package"
-
-
-class _Loader(yaml.SafeLoader):
-    """YAML 1.1 reads 1e-4 as a string; this reads it as the number everybody means."""
-
-
-_Loader.yaml_implicit_resolvers = {k: list(v) for k, v in yaml.SafeLoader.yaml_implicit_resolvers.items()}
-_Loader.add_implicit_resolver(
-    "tag:yaml.org,2002:float",
-    re.compile(r"^[-+]?(?:\d+\.?\d*|\.\d+)[eE][-+]?\d+$"),
-    list("-+0123456789."),
-)
-
-
-YAML_SIZE = 100_000  # characters of one text; a recipe has two thousand, and the parser reads 50,000 in a second
-YAML_DEPTH = 50
-DEEP = re.compile(r"(?:[\[{]\s*){50}")
-YAML_MORE = 10_000  # nodes that anchors may repeat; a node is a value, a list or a mapping
-
-
-def parse_yaml(text: str, where: str) -> Any:
-    """VgmError: not YAML, too long, too deep, or unfolding without end through its anchors."""
-    where = short(where)
-    if len(text) > YAML_SIZE:
-        raise VgmError(f"{where} has {len(text):,} characters, more than {YAML_SIZE:,}", code=USAGE)
-    if DEEP.search(text):
-        raise VgmError(f"{where} is nested too deeply", code=USAGE)  # before the parser looks ahead for every bracket
-    try:
-        loader = _Loader(text)  # refuses characters that YAML has not
-        node = loader.get_single_node()
-        if node is None:
-            return None
-        _unfolded(node, {}, (), where)
-        return loader.construct_document(node)
-    except RecursionError as e:
-        raise VgmError(f"{where} is nested too deeply", code=USAGE) from e
-    except (ValueError, OverflowError) as e:  # a date or a number that is none
-        raise VgmError(f"{where} is not valid YAML", short(str(e)), USAGE) from e
-    except yaml.YAMLError as e:
-        line = f" line {e.problem_mark.line + 1}" if isinstance(e, yaml.MarkedYAMLError) and e.problem_mark else ""
-        raise VgmError(f"{where}:{line} is not valid YAML", str(getattr(e, "problem", "") or ""), USAGE) from e
-
-
-def _unfolded(node: yaml.Node, known: dict[int, int], above: tuple[int, ...], where: str) -> int:
-    """Nodes below `node`, those of an anchor counted wherever it is named."""
-    if id(node) in above:
-        raise VgmError(f"{where}: an anchor holds itself", code=USAGE)
-    if len(above) > YAML_DEPTH:
-        raise VgmError(f"{where} is nested too deeply", code=USAGE)
-    if id(node) not in known:
-        inside = node.value if isinstance(node, yaml.CollectionNode) else []
-        parts = [p for pair in inside for p in pair] if isinstance(node, yaml.MappingNode) else inside
-        known[id(node)] = 1 + sum(_unfolded(p, known, (*above, id(node)), where) for p in parts)
-        if known[id(node)] > YAML_MORE + len(known):
-            raise VgmError(f"{where}: its anchors repeat too much", code=USAGE)
-        if isinstance(node, yaml.ScalarNode) and node.tag.endswith(":int") and len(node.value) > 100:
-            raise VgmError(f"{where}: a number of {len(node.value)} digits", code=USAGE)
-    return known[id(node)]
-
-
 def load_file(path: Path, origin: str, _seen: tuple[Path, ...] = ()) -> tuple[dict[str, Any], dict[str, str]]:
     """A recipe file with its bases merged below it."""
     path = path.resolve()
@@ -435,21 +220,6 @@ def load_file(path: Path, origin: str, _seen: tuple[Path, ...] = ()) -> tuple[di
     return merged, origins
 
 
-def rename(config: dict[str, Any], origins: dict[str, str]) -> None:
-    """Move what stands under a top key of an older version to where it stands now (see renamed.RECIPE)."""
-    start = start_role(config)
-    for old in [k for k in renamed.RECIPE if k in config]:
-        moved = {renamed.key(k, start): origins.pop(k) for k in list(origins) if k.split(".")[0] == old}
-        role = renamed.key(old, start).partition(".")[2]
-        merge(config, {"roles": {role: renamed.node(old, config.pop(old))}}, origins, "recipe")
-        origins.update({k: v for k, v in moved.items() if k in origins})
-    roles = config.get("roles")
-    nodes = [config.get("model"), *(roles.values() if isinstance(roles, dict) else [])]
-    for node in nodes:  # `name: teacher`, as a copy of the trained network was called whatever it was for
-        if isinstance(node, dict) and node.get("name") == STARTS["distill"] and STARTS["distill"] not in (roles or {}):
-            node["name"] = start
-
-
 def allow_recipe(config: Mapping[str, Any], name: str) -> None:
     """With --trust, the code that a recipe file names may run, and is told; else it is remembered who named it."""
     registry().note(config, name, "--trust runs it: look at the recipe and at that code first")
@@ -466,99 +236,6 @@ def allow_typed(words: Iterable[str | None], trust_recipes: bool = False) -> Non
         if eq:
             with contextlib.suppress(VgmError):  # told where the word is used
                 registry().trust(parse_yaml(value, key))
-
-
-def merge(into: dict[str, Any], new: Mapping[str, Any], origins: dict[str, str], origin: str, prefix: str = "") -> None:
-    """Deep merge; a component node whose `name` changes, or which becomes a checkpoint (`run`), is replaced whole:
-    its keywords belong to the name.
-
-    A word for a node (`sampler: ddim`, `data: FOLDER`) stands for the node's first key: see SHORT.
-    """
-    for key, value in new.items():
-        dotted = f"{prefix}{key}"
-        old = into.get(key)
-        if isinstance(value, str) and (first := SHORT.get(dotted)):
-            value = {first: value}
-        another = (
-            isinstance(value, dict)
-            and isinstance(old, dict)
-            and dotted not in NODES
-            and (value.get("name", old.get("name")) != old.get("name") or ("run" in value and "run" not in old))
-        )
-        if isinstance(value, dict) and isinstance(old, dict) and not another:
-            merge(old, value, origins, origin, dotted + ".")
-            continue
-        for k in [k for k in origins if k == dotted or k.startswith(dotted + ".")]:
-            del origins[k]
-        into[key] = value
-        for leaf in leaves(value, dotted):
-            origins[leaf] = origin
-
-
-def leaves(value: Any, dotted: str) -> Iterable[str]:
-    """Dotted keys of everything in a value that is no mapping, or an empty one."""
-    if isinstance(value, dict) and value:
-        for k, v in value.items():
-            yield from leaves(v, f"{dotted}.{k}")
-    else:
-        yield dotted
-
-
-def override(config: dict[str, Any], origins: dict[str, str], assignments: Iterable[str], origin: str) -> None:
-    """Apply KEY=VALUE (dotted key, YAML value, split at the first '=') and ~KEY (delete)."""
-    start = start_role(config)
-    for text in assignments:
-        if text.startswith("~"):
-            key = renamed.key(text[1:], start)
-            parent, last = _descend(config, key, text, create=False)
-            parent.pop(last, None)
-            for k in [k for k in origins if k == key or k.startswith(key + ".")]:
-                del origins[k]
-            continue
-        key, eq, value = text.partition("=")
-        if isinstance(config.get("roles"), dict | None):
-            key = renamed.key(key, start)
-        if not eq or not all(key.split(".")):
-            raise VgmError(f"{shown(text)} is not KEY=VALUE", "example: train.steps=100", USAGE)
-        if key in ("data", "data.path") and not value.strip():
-            raise VgmError(f"{key}= is empty", NO_DATA_HINT, USAGE)
-        head = key.split(".")[0]
-        if head not in TOP:
-            inside = [f"{n}.{f.name}" for n, cls in NODES.items() for f in dataclasses.fields(cls)]
-            hits = [i for i in inside if i.endswith("." + key)]
-            if head in ELSEWHERE:
-                raise VgmError(f"unknown key '{key}'", ELSEWHERE[head], USAGE)
-            raise (
-                VgmError(f"unknown key '{key}'", f"did you mean {hits[0]}?", USAGE)
-                if hits
-                else unknown("key", head, TOP)
-            )
-        node: Any = parse_yaml(value, text)
-        if key == "codec" and isinstance(node, str) and ":" not in node and node not in registry().names("codec"):
-            node = {"weights": node, "fallback": None}  # a trained one, as for --codec
-        for part in reversed(key.split(".")):
-            node = {part: node}
-        merge(config, node, origins, origin)
-
-
-def _descend(config: dict[str, Any], key: str, text: str, create: bool) -> tuple[dict[str, Any], str]:
-    *parents, last = key.split(".")
-    for p in parents:
-        config = config.get(p)  # type: ignore[assignment]
-        if not isinstance(config, dict):
-            raise VgmError(f"'{text}': there is no '{key}' to delete", code=USAGE)
-    if last not in config:
-        raise VgmError(f"'{text}': there is no '{key}' to delete", code=USAGE)
-    return config, last
-
-
-def env_assignments() -> list[str]:
-    """VGM_TRAIN__STEPS=10 -> train.steps=10 (double underscore between levels)."""
-    out = []
-    for name, value in sorted(os.environ.items()):
-        if name.startswith("VGM_") and "__" in name:
-            out.append(f"{name[4:].lower().replace('__', '.')}={value}")
-    return out
 
 
 def load(target: str, recipe: str | None = None, assignments: Iterable[str] = ()) -> Recipe:
@@ -593,6 +270,7 @@ def finish(config: dict[str, Any], origins: dict[str, str], name: str, assignmen
     averages = [check_average(a) for a in config["train"]["ema"]]
     if any(a in averages[:i] for i, a in enumerate(averages)):
         raise VgmError(f"train.ema={shown(config['train']['ema'])} names the same average twice", code=USAGE)
+    r.node("train").skip_rule()
     if "guidance_scale" in config:
         config["guidance_scale"] = fit(config["guidance_scale"], NonNegative | None, "guidance_scale")
     for role, own in r.roles().items():
@@ -601,7 +279,9 @@ def finish(config: dict[str, Any], origins: dict[str, str], name: str, assignmen
         if own.get("kind") == PAIRS:
             config["roles"][role] = {"kind": PAIRS, **dataclasses.asdict(pairs_of(own, f"roles.{role}"))}
     for opt in ("", *(config.get("optimizers") or {})):
-        chosen = r.optimizer(opt).name
+        setting = r.optimizer(opt)
+        setting.check(f"optimizers.{opt}" if opt else "optimizer")
+        chosen = setting.name
         if chosen not in TORCH_OPTIMIZERS and ":" not in chosen and chosen not in registry().names("optimizer"):
             raise unknown("optimizer", chosen, [*TORCH_OPTIMIZERS, *registry().names("optimizer")])
     if "weights" in (config.get("codec") or {}) and "name" not in config["codec"]:
@@ -610,6 +290,15 @@ def finish(config: dict[str, Any], origins: dict[str, str], name: str, assignmen
         if not config.get(required):
             raise VgmError(f"recipe {name} has no `{required}:` node", "see `vgm cat dit/mnist`", USAGE)
     return r
+
+
+def with_defaults(config: Mapping[str, Any]) -> dict[str, Any]:
+    """A resolved recipe as an older version wrote it, with the keys that its host nodes have got since."""
+    out = dict(config)
+    for node, cls in NODES.items():
+        if isinstance(out.get(node), Mapping):
+            out[node] = {**dataclasses.asdict(cls()), **out[node]}
+    return out
 
 
 def check_shape(config: Mapping[str, Any], name: str) -> None:
@@ -668,8 +357,6 @@ def copy_role(config: dict[str, Any], origins: dict[str, str], role: str, source
 
 def check_components(recipe: Recipe) -> None:
     """Bind every component node to its signature without building anything (imports torch)."""
-    from vgm_cli.registry import bind, load_target, signature
-
     roles = recipe.roles()
     injected = {"model": None, "codec": None, **dict.fromkeys(recipe.config.get("roles") or {})}
     nodes = [(n, n, recipe.config.get(n)) for n in COMPONENT_NODES]

@@ -179,7 +179,7 @@ class Registry:
             here = next((c for (k, _), c in self.components.items() if k == kind and c.target == name), None)
             if here is None and kind in IN_CHECKPOINTS and name in self.trusted:
                 raise VgmError(f"a checkpoint names registered {kind}s only, and '{name}' is none", REGISTER, USAGE)
-            return here or Component(kind, name, self.allowed(name))
+            return here or Component(kind=kind, name=name, target=self.allowed(name))
         broken = [p for p in self.plugins.values() if p.error and name in (p.name, p.module)]
         if broken:
             raise VgmError(f"plugin '{name}' could not be loaded: {broken[0].error}", "see `vgm plugins`", USAGE)
@@ -243,7 +243,8 @@ class Registry:
         """Construct a component from its recipe node.
 
         roles are injected by parameter name where the constructor asks for them and are ignored otherwise;
-        values are coerced by annotation; unknown keys are refused with the nearest names (exit code 2).
+        values are coerced by annotation; unknown keys are refused with the nearest names (exit code 2). A bare
+        objective or sampler gets the contract's defaults here, once: nobody asks it later what it has.
         """
         component, kwargs = self.config(kind, {"name": node} if isinstance(node, str) else node)
         limits.check_numbers(kwargs, f"{kind} '{component.name}'")
@@ -251,13 +252,22 @@ class Registry:
         where = f"{kind} '{component.name}'"
         bound = bind(target, kwargs, roles, where=where)
         try:
-            return target(**bound)
+            return completed(kind, target(**bound))
         except (ArithmeticError, AssertionError, LookupError, MemoryError, RuntimeError, TypeError, ValueError) as e:
             if isinstance(e, RuntimeError) and type(e) is not RuntimeError:  # out of GPU memory, not implemented
                 raise
             said = str(e).splitlines()[0] if str(e) else type(e).__name__
             given = ", ".join(f"{k}={shown(v)}" for k, v in kwargs.items())
             raise VgmError(f"{where} cannot be built: {said}", f"it was given {given or 'nothing'}", USAGE) from e
+
+
+def completed(kind: str, made: Any) -> Any:
+    """An objective or a sampler with the contract's defaults for what its author left out; others as they are."""
+    if kind not in ("objective", "sampler"):
+        return made
+    from vgm_cli import api
+
+    return api.complete(made, api.ObjectiveBase if kind == "objective" else api.SamplerBase)
 
 
 def strings(value: Any) -> Iterator[str]:

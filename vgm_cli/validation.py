@@ -11,7 +11,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from vgm_cli.errors import USAGE, VgmError, unknown
+from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.recipe import COMPONENT_NODES, Recipe, check_components
 from vgm_cli.ui import ui
 
@@ -37,9 +37,7 @@ def check(recipe: Recipe) -> tuple[dict[str, int], str]:
     except VgmError as e:
         if not data.path or not here:
             return {}, e.message
-        from vgm_cli.engine.train.plan import plan_facts
-
-        facts, _, planned = plan_facts(recipe)
+        facts, _, planned = build.plan_facts(recipe)
     else:
         planned = build.planned_codec(recipe, facts) if recipe.config.get("codec") else None
         facts = planned.facts if planned else facts
@@ -162,15 +160,13 @@ def on_meta() -> Iterator[None]:
 
 
 def build_on_meta(recipe: Recipe, facts: Facts, planned: PlannedCodec | None = None) -> Built:
-    """Networks and objective without memory, and what only they can tell: the names of the optimizers."""
+    """Networks and objective without memory, and what only they can tell: what the phases train, whether the recipe's
+    optimizers and their groups are there."""
     from vgm_cli.engine import build
-    from vgm_cli.engine.train.plan import plan_roles
+    from vgm_cli.engine.train import optim
 
     with on_meta():
         codec = {"codec": planned.codec} if planned else {}
-        built = build.build_objective(recipe, facts, {**codec, **plan_roles(recipe, facts)})
-    known = {p.optimizer for p in built.objective.phases()}
-    for name in recipe.config.get("optimizers") or {}:
-        if name not in known and name not in (recipe.config.get("roles") or {}):  # a role that was set to null is known
-            raise unknown("optimizer", name, known, "optimizers")
+        built = build.build_objective(recipe, facts, {**codec, **build.plan_roles(recipe, facts)})
+    optim.check(recipe, built.networks, built.objective.phases())
     return built

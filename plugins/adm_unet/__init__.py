@@ -41,12 +41,31 @@ def vgm_components() -> Iterable[Component | Paper]:
                 f"ImageNet {n} FID-50K (ADM-G)": v for n, v in ((64, 2.07), (128, 2.97), (256, 4.59), (512, 7.72))
             },
         ),
-        Component("model", "adm-unet", "vgm_plugins.adm_unet.model:UNetModel", presets + "PRESETS", FROM_DATA,
-                  summary="ADM U-Net", denoiser=True),
-        Component("model", "adm-classifier", CLASSIFIER, presets + "CLASSIFIERS", FROM_DATA, (), "of noisy images"),
+        Component(
+            kind="model",
+            name="adm-unet",
+            target="vgm_plugins.adm_unet.model:UNetModel",
+            presets=presets + "PRESETS",
+            from_data=FROM_DATA,
+            summary="ADM U-Net",
+            denoiser=True,
+        ),
+        Component(
+            kind="model",
+            name="adm-classifier",
+            target=CLASSIFIER,
+            presets=presets + "CLASSIFIERS",
+            from_data=FROM_DATA,
+            summary="of noisy images",
+        ),
         *(
-            Component("objective", n, f"vgm_plugins.adm_unet.objective:{a}", {}, {}, ("train",), s)
+            Component(
+                kind="objective", name=n, target=f"vgm_plugins.adm_unet.objective:{a}", verbs=("train",), summary=s
+            )
             for n, a, s in OBJECTIVES
         ),
-        *(Component("converter", n, f"vgm_plugins.adm_unet.checkpoints:{a}", summary=s) for n, a, s in CONVERTERS),
-    ]  # fmt: skip
+        *(
+            Component(kind="converter", name=n, target=f"vgm_plugins.adm_unet.checkpoints:{a}", summary=s)
+            for n, a, s in CONVERTERS
+        ),
+    ]

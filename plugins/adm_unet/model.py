@@ -10,7 +10,7 @@ super_res=True instead of a subclass; `null_class` adds a row to the label table
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -347,6 +347,8 @@ class UNetModel(Trunk):
         self.learn_sigma = out_channels == 2 * in_channels
         self.sample_shape = (in_channels, image_size, image_size)
         self.num_classes, self.null_class = num_classes or 0, null_class and bool(num_classes)
+        if self.null_class:
+            self.null_condition = self._null_condition  # api.NullCondition: absent without a null class
         self.super_res, self.patch_size = super_res, patch_size
         if self.num_classes:
             self.label_emb = nn.Embedding(self.num_classes + self.null_class, 4 * model_channels)
@@ -367,12 +369,8 @@ class UNetModel(Trunk):
         final = zero(nn.Conv2d(self.widths[0], out_channels * patch_size**2, 3, padding=1))
         self.out = nn.Sequential(GroupNorm32(ch, norm_groups), nn.SiLU(), final)
 
-    @property
-    def null_condition(self) -> Callable[[dict[str, Any]], dict[str, Any]]:
-        """cond -> its unconditional version, for classifier-free guidance; absent without a null class."""
-        if not self.null_class:
-            raise AttributeError("null_condition")
-        return lambda cond: {**cond, "y": torch.full_like(cond["y"], self.num_classes)} if "y" in cond else dict(cond)
+    def _null_condition(self, cond: dict[str, Any]) -> dict[str, Any]:
+        return {**cond, "y": torch.full_like(cond["y"], self.num_classes)} if "y" in cond else dict(cond)
 
     def labels(self, y: Tensor | None, force_drop_ids: Tensor | None, x: Tensor) -> Tensor:
         """(N,) rows of the label table. VgmError: a label is needed, or cannot be dropped."""

@@ -44,11 +44,14 @@ def vgm_components() -> Iterable[Component | Paper]:
             name="consistency",
             target="vgm_plugins.consistency.objective:Consistency",
             presets="vgm_plugins.consistency.presets:PRESETS",
-            verbs=("train", "distill"), denoiser=True,
+            verbs=("train", "distill"),
+            denoiser=True,
             summary="consistency distillation and training, iCT, progressive distillation",
         ),
         *(
-            Component("sampler", name, f"vgm_plugins.consistency.{target}", verbs=verbs, summary=summary)
+            Component(
+                kind="sampler", name=name, target=f"vgm_plugins.consistency.{target}", verbs=verbs, summary=summary
+            )
             for name, target, verbs, summary in SAMPLERS
         ),
-    ]  # fmt: skip
+    ]

@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vgm_cli.api import Batch, ObjectiveBase, Step
+from vgm_cli.api import Batch, HasClasses, ObjectiveBase, Step
 from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.diffusion.flow_map import FlowMap
 from vgm_cli.diffusion.guidance import ClassifierFreeGuidance
@@ -122,7 +122,9 @@ class Consistency(ObjectiveBase):
 
     def condition(self, batch: Batch) -> dict[str, Tensor]:
         """What the networks are told of the labels."""
-        return {"y": batch["y"]} if batch.get("y") is not None and getattr(self.model, "num_classes", True) else {}
+        if batch.get("y") is None or (isinstance(self.model, HasClasses) and not self.model.num_classes):
+            return {}
+        return {"y": batch["y"]}
 
     def level(self, index: Tensor, count: int) -> Tensor:
         """(B,) float64 levels of descending indices."""

@@ -30,7 +30,12 @@ def vgm_components() -> Iterable[Component | Paper]:
                 "ImageNet 64 FID-50K (DMD2, 1 step, longer training)": 1.28,
             },
         ),
-        Component("model", "dmd-discriminator", "vgm_plugins.dmd.discriminator:Head", summary="DMD2's logit head"),
+        Component(
+            kind="model",
+            name="dmd-discriminator",
+            target="vgm_plugins.dmd.discriminator:Head",
+            summary="DMD2's logit head",
+        ),
         Component(
             kind="objective",
             name="dmd",
@@ -39,7 +44,10 @@ def vgm_components() -> Iterable[Component | Paper]:
             summary="distribution matching distillation, with regression (DMD) or GAN (DMD2)",
         ),
         Component(
-            "sampler", "dmd", "vgm_plugins.dmd.generator:GeneratorSampler", summary="the student's one or few steps"
+            kind="sampler",
+            name="dmd",
+            target="vgm_plugins.dmd.generator:GeneratorSampler",
+            summary="the student's one or few steps",
         ),
         *(
             Component(kind="converter", name=name, target=f"vgm_plugins.dmd.checkpoints:{attr}", summary=summary)

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vgm_cli.api import HasFeatures
+from vgm_cli.api import HasClasses, HasFeatures
 from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.nn.example import noise
@@ -80,7 +80,8 @@ def head_for(network: nn.Module, features: Features, view: Denoiser) -> Head:
     """A head of the size of the network's features; found by running it once on nothing."""
     where = next(network.parameters())
     x = torch.zeros(1, *network.sample_shape, device=where.device)  # type: ignore[misc]
-    cond = {"y": torch.zeros(1, dtype=torch.long, device=where.device)} if getattr(network, "num_classes", 0) else {}
+    labelled = isinstance(network, HasClasses) and network.num_classes
+    cond = {"y": torch.zeros(1, dtype=torch.long, device=where.device)} if labelled else {}
     training = network.training
     network.eval()
     with torch.device("cpu"):

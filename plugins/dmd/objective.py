@@ -17,7 +17,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vgm_cli.api import Batch, ObjectiveBase, Phase, Step
+from vgm_cli.api import Batch, HasClasses, ObjectiveBase, Phase, Step
 from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.diffusion.flow_map import FlowMap
 from vgm_cli.diffusion.guidance import ClassifierFreeGuidance
@@ -110,11 +110,10 @@ class DMD(ObjectiveBase):
 
     def condition(self, batch: Batch) -> dict[str, Any]:
         """What the networks are told of the labels."""
-        return (
-            {"y": batch["y"]}
-            if batch.get("y") is not None and getattr(self.student.network, "num_classes", True)
-            else {}
-        )
+        network = self.student.network
+        if batch.get("y") is None or (isinstance(network, HasClasses) and not network.num_classes):
+            return {}
+        return {"y": batch["y"]}
 
     def at(self, level: Tensor) -> Tensor:
         """Host times (B,) float64 of noise levels (B,)."""

@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vgm_cli.api import Batch, ObjectiveBase, Phase, Step, seed_of
+from vgm_cli.api import Batch, HasClasses, HasParts, Movable, NullCondition, ObjectiveBase, Phase, Step, seed_of
 from vgm_cli.diffusion.denoiser import Denoiser, flow_velocity
 from vgm_cli.diffusion.guidance import ClassifierFreeGuidance
 from vgm_cli.errors import DIVERGED, USAGE, VgmError, unknown
@@ -74,10 +74,11 @@ class FlowGRPO(ObjectiveBase):
             if value <= 0:
                 raise VgmError(f"objective.{name}={value} must be above 0", code=USAGE)
         self.scale = 1.0 if guidance_scale is None else guidance_scale
-        if self.scale != 1 and not hasattr(model, "null_condition"):
+        if self.scale != 1 and not isinstance(model, NullCondition):
             hint = "objective.guidance_scale=1"
             raise VgmError("this network has no null class to be guided away from", hint, USAGE)
         self.model, self.reward, self.codec = model, reward, codec
+        self.classes = model.num_classes if isinstance(model, HasClasses) else 0
         self.group_size, self.noise_level, self.kind, self.same_latent = group_size, noise_level, sde, same_latent
         self.advantage, self.per_class, self.global_std = advantage, per_class, global_std
         self.advantage_clip, self.clip_range, self.beta = advantage_clip, clip_range, beta
@@ -106,7 +107,7 @@ class FlowGRPO(ObjectiveBase):
 
     def to(self, device: torch.device) -> None:
         for part in (self.codec, self.reward):
-            if hasattr(part, "to"):
+            if isinstance(part, Movable):
                 part.to(device)
 
     def view(self) -> dict[str, Any]:
@@ -167,7 +168,7 @@ class FlowGRPO(ObjectiveBase):
             raise VgmError("groups are compared within one batch, which cannot be accumulated", hint, USAGE)
         self.model.eval()  # the policy is what is sampled: no dropout
         n, shape, device = len(batch["x"]), batch["x"].shape[1:], batch["x"].device
-        classes = int(getattr(self.model, "num_classes", 0) or 0) if batch.get("y") is not None else 0
+        classes = self.classes if batch.get("y") is not None else 0
         seed = seed_of(step.seed, "classes", step.index)
         groups = k_repeat(max(classes, 1), n, self.group_size, step.world, step.rank, seed)
         y = groups.to(device) if classes else None
@@ -226,7 +227,7 @@ class FlowGRPO(ObjectiveBase):
         now = torch.stack([rewards.mean(), rewards.std(correction=0), diversity])
         self.first = now.clone() if self.first is None else self.first
         self.dull = self.dull + 1 if bool((spreads == 0).all()) else 0
-        terms = getattr(self.reward, "parts", {})
+        terms = self.reward.parts if isinstance(self.reward, HasParts) else {}
         self.report = {
             "reward": now[0],
             "reward_std": now[1],
@@ -276,7 +277,7 @@ class FlowGRPO(ObjectiveBase):
         index = step.randint(len(self.windows[0]), n, "index")
         sigma = expand(self.sigmas.to(x0.device)[index], x0)
         x = (1 - sigma) * x0 + sigma * step.randn(x0.shape, "noise")
-        y = batch.get("y") if getattr(self.model, "num_classes", 0) else None
+        y = batch.get("y") if self.classes else None
         v = self.velocity(self.denoiser, x, index, y)
         moved = transition(x, v, self.sigmas, index, self.noise_level, self.kind)
         following = moved.mean + moved.scale * step.randn(x.shape, "step")

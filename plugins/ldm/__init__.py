@@ -37,9 +37,19 @@ def vgm_components() -> Iterable[Component | Paper]:
             expects={f"ImageNet rFID ({n})": v for n, v in (("kl-f4", 0.27), ("kl-f8", 0.90), ("vq-f4", 0.58))},
         ),
         *(  # as a model it is trained, as a codec it is used
-            Component(kind, name, f"vgm_plugins.ldm.model:{cls}", f"vgm_plugins.ldm.presets:{p}", FROM_DATA, (), about)
+            Component(
+                kind=kind,
+                name=name,
+                target=f"vgm_plugins.ldm.model:{cls}",
+                presets=f"vgm_plugins.ldm.presets:{p}",
+                from_data=FROM_DATA,
+                summary=about,
+            )
             for kind in ("model", "codec")
             for name, cls, p, about in CODECS
         ),
-        *(Component("converter", n, f"vgm_plugins.ldm.checkpoints:{a}", summary=s) for n, a, s in CONVERTERS),
+        *(
+            Component(kind="converter", name=n, target=f"vgm_plugins.ldm.checkpoints:{a}", summary=s)
+            for n, a, s in CONVERTERS
+        ),
     ]

@@ -13,7 +13,6 @@ from vgm_cli.hookspecs import Component, Paper, hookimpl
 
 HERE = "vgm_plugins.llamagen"
 CODEC_FACTS = {"in_channels": "image_channels", "out_ch": "image_channels", "resolution": "image_size"}
-GPT = ("vgm_cli.nets.llama:LlamaGen", f"{HERE}.presets:GPT")
 FACTS = {"vocab_size": "vocab_size", "grid": "grid", "num_classes": "num_classes"}
 CONVERTERS = (
     ("llamagen", "CONVERTER", "official GPT, 16x16 codes"),
@@ -21,7 +20,7 @@ CONVERTERS = (
     ("llamagen-512", "CONVERTER_512", "official GPT, 32x32 codes"),
     ("llamagen-tokenizer", "TOKENIZER_CONVERTER", "official tokenizers"),
 )
-TOKENIZER = ("vgm_cli.nets.first_stage:VQModel", f"{HERE}.presets:TOKENIZER", CODEC_FACTS, (), "VQ-16, VQ-8 tokenizers")
+TOKENIZER = ("vgm_cli.nets.first_stage:VQModel", f"{HERE}.presets:TOKENIZER")
 
 
 @hookimpl
@@ -40,10 +39,43 @@ def vgm_components() -> Iterable[Component | Paper]:
                 for size, fid in (("B 256px", 5.46), ("L 256px", 3.80), ("XL 384px", 2.62), ("3B 384px", 2.18))
             },
         ),
-        Component("model", "llamagen", *GPT, FACTS, (), "Llama over image codes, by class or text"),
-        Component("model", "flan-t5", f"{HERE}.text:FlanT5", summary="captions to T5 features, weights by folder"),
-        Component("objective", "llamagen", f"{HERE}.objective:LlamaGenObjective", {}, {}, ("train",), "next code"),
-        Component("sampler", "llamagen", f"{HERE}.sampler:LlamaGenSampler", summary="code by code, cached, guided"),
-        *(Component(kind, "llamagen-tokenizer", *TOKENIZER) for kind in ("model", "codec")),
-        *(Component("converter", n, f"{HERE}.checkpoints:{a}", summary=s) for n, a, s in CONVERTERS),
+        Component(
+            kind="model",
+            name="llamagen",
+            target="vgm_cli.nets.llama:LlamaGen",
+            presets=f"{HERE}.presets:GPT",
+            from_data=FACTS,
+            summary="Llama over image codes, by class or text",
+        ),
+        Component(
+            kind="model",
+            name="flan-t5",
+            target=f"{HERE}.text:FlanT5",
+            summary="captions to T5 features, weights by folder",
+        ),
+        Component(
+            kind="objective",
+            name="llamagen",
+            target=f"{HERE}.objective:LlamaGenObjective",
+            verbs=("train",),
+            summary="next code",
+        ),
+        Component(
+            kind="sampler",
+            name="llamagen",
+            target=f"{HERE}.sampler:LlamaGenSampler",
+            summary="code by code, cached, guided",
+        ),
+        *(
+            Component(
+                kind=kind,
+                name="llamagen-tokenizer",
+                target=TOKENIZER[0],
+                presets=TOKENIZER[1],
+                from_data=CODEC_FACTS,
+                summary="VQ-16, VQ-8 tokenizers",
+            )
+            for kind in ("model", "codec")
+        ),
+        *(Component(kind="converter", name=n, target=f"{HERE}.checkpoints:{a}", summary=s) for n, a, s in CONVERTERS),
     ]

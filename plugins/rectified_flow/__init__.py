@@ -48,6 +48,16 @@ def vgm_components() -> Iterable[Component | Paper]:
             verbs=("train", "distill"),
             summary="the same on a teacher's pairs: reflow, distillation to one or k Euler steps",
         ),
-        Component("sampler", "rectified-flow", here + "sampler:RectifiedFlowSampler", summary="RK45, Euler or SDE"),
-        Component("converter", "rectified-flow", here + "checkpoints:CONVERTER", summary="gnobitab/RectifiedFlow .pth"),
+        Component(
+            kind="sampler",
+            name="rectified-flow",
+            target=here + "sampler:RectifiedFlowSampler",
+            summary="RK45, Euler or SDE",
+        ),
+        Component(
+            kind="converter",
+            name="rectified-flow",
+            target=here + "checkpoints:CONVERTER",
+            summary="gnobitab/RectifiedFlow .pth",
+        ),
     ]

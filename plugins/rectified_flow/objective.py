@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vgm_cli.api import Batch, ObjectiveBase, Step, send
+from vgm_cli.api import Batch, HasClasses, ObjectiveBase, Step, send
 from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.diffusion.guidance import ClassifierFreeGuidance
 from vgm_cli.diffusion.iddpm import check_null_class, label_condition
@@ -154,7 +154,8 @@ class Reflow(RectifiedFlow):
         """Where the teacher's flow takes z0: (B, ...)."""
         view = self.teacher
         assert view is not None
-        cond = {"y": y} if y is not None and getattr(view.network, "num_classes", False) else {}
+        network: Any = view.network
+        cond = {"y": y} if y is not None and isinstance(network, HasClasses) and network.num_classes else {}
         if self.guidance_scale not in (None, 1.0) and cond:
             view = ClassifierFreeGuidance(view, float(self.guidance_scale or 1.0))
         with torch.autocast(z0.device.type, torch.bfloat16, enabled=self.teacher_precision == "bf16"):

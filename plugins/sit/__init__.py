@@ -39,7 +39,12 @@ def vgm_components() -> Iterable[Component | Paper]:
             summary="DiT for t in [0, 1], variance half of the output discarded",
             denoiser=True,
         ),
-        Component("converter", "sit", "vgm_plugins.sit.checkpoints:CONVERTER", summary="willisma/SiT checkpoints"),
+        Component(
+            kind="converter",
+            name="sit",
+            target="vgm_plugins.sit.checkpoints:CONVERTER",
+            summary="willisma/SiT checkpoints",
+        ),
         Component(
             kind="objective",
             name="flow-matching",
@@ -48,6 +53,13 @@ def vgm_components() -> Iterable[Component | Paper]:
             summary="interpolants: linear, gvp or vp path; velocity, score or noise prediction",
             denoiser=True,
         ),
-        Component("sampler", "sit-ode", "vgm_plugins.sit.sampler:ODESampler", summary="probability-flow ODE"),
-        Component("sampler", "sit-sde", "vgm_plugins.sit.sampler:SDESampler", summary="SDE with a free diffusion"),
+        Component(
+            kind="sampler", name="sit-ode", target="vgm_plugins.sit.sampler:ODESampler", summary="probability-flow ODE"
+        ),
+        Component(
+            kind="sampler",
+            name="sit-sde",
+            target="vgm_plugins.sit.sampler:SDESampler",
+            summary="SDE with a free diffusion",
+        ),
     ]

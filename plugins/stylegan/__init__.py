@@ -40,14 +40,32 @@ def vgm_components() -> Iterable[Component | Paper]:
     presets = {n: f"{HERE}.{p}" if isinstance(p, str) else p for n, _, p, _, _ in MODELS}
     return [
         Paper(
-            "stylegan", "A Style-Based Generator Architecture for Generative Adversarial Networks", 2019,
-            "1812.04948", "https://github.com/NVlabs/stylegan", "gan",
-            "Styles at every layer steer a GAN from a constant.", EXPECTS,
+            "stylegan",
+            "A Style-Based Generator Architecture for Generative Adversarial Networks",
+            2019,
+            "1812.04948",
+            "https://github.com/NVlabs/stylegan",
+            "gan",
+            "Styles at every layer steer a GAN from a constant.",
+            EXPECTS,
         ),
-        *(Component("model", n, f"{HERE}.{t}", presets[n], facts, (), s) for n, t, _, facts, s in MODELS),
-        Component("objective", "stylegan", f"{HERE}.objective:StyleGANObjective", verbs=("train",),
-                  summary="GAN loss, R1, path lengths, growing, adaptive augmentation"),
-        Component("sampler", "stylegan", f"{HERE}.sampler:StyleGANSampler", summary="truncation"),
-        Component("sampler", "stylegan-mix", f"{HERE}.sampler:StyleMixingSampler", summary="tables of mixed styles"),
-        *(Component("converter", n, f"{HERE}.checkpoints:{a}", summary=s) for n, a, s in CONVERTERS),
-    ]  # fmt: skip
+        *(
+            Component(kind="model", name=n, target=f"{HERE}.{t}", presets=presets[n], from_data=facts, summary=s)
+            for n, t, _, facts, s in MODELS
+        ),
+        Component(
+            kind="objective",
+            name="stylegan",
+            target=f"{HERE}.objective:StyleGANObjective",
+            verbs=("train",),
+            summary="GAN loss, R1, path lengths, growing, adaptive augmentation",
+        ),
+        Component(kind="sampler", name="stylegan", target=f"{HERE}.sampler:StyleGANSampler", summary="truncation"),
+        Component(
+            kind="sampler",
+            name="stylegan-mix",
+            target=f"{HERE}.sampler:StyleMixingSampler",
+            summary="tables of mixed styles",
+        ),
+        *(Component(kind="converter", name=n, target=f"{HERE}.checkpoints:{a}", summary=s) for n, a, s in CONVERTERS),
+    ]

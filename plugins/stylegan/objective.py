@@ -33,6 +33,7 @@ from .losses import (
     path_penalty,
     r1_penalty,
 )
+from .model import Generator
 
 Logs = dict[str, Tensor]
 
@@ -92,7 +93,7 @@ class StyleGANObjective(ObjectiveBase):
         self.path_decay, self.mixing, self.w_decay = path_decay, mixing, w_decay
         self.drift, self.wgan_lambda = drift, wgan_lambda
         self.grow = Growth(**grow) if grow is not None else None
-        if self.grow is not None and not hasattr(model, "lod"):
+        if self.grow is not None and not isinstance(model, Generator):
             raise VgmError("only StyleGAN's first generation grows", "objective.grow=null", USAGE)
         options = dict(augment or {})
         self.target, self.kimg = float(options.pop("target", 0.6)), float(options.pop("kimg", 500))
@@ -137,14 +138,14 @@ class StyleGANObjective(ObjectiveBase):
             raise VgmError(f"grow.start={self.grow.start} is beyond the images' side", f"sides are {sides}", USAGE)
         return level_of_detail(index // 4 * 4 * self.batch_size, top, self.grow.train_kimg, self.grow.fade_kimg)
 
-    def rates(self, step: Step) -> Mapping[str, float]:
+    def schedule(self, step: Step) -> Mapping[str, Mapping[str, float]]:
         """Factors on the learning rates: those of the side in training."""
         if self.grow is None or not self.grow.rates:
             return {}
         side = self.model.size // 2 ** int(self.lod(step.index))  # type: ignore[operator]
         known = [s for s in self.grow.rates if s <= side]
         factor = self.grow.rates[max(known)] if known else 1.0
-        return {"main": factor, "discriminator": factor}
+        return {"main": {"lr": factor}, "discriminator": {"lr": factor}}
 
     def restarts(self, step: Step) -> bool:
         """Do the optimizers start afresh here? Where a level enters, and where it is in full."""

@@ -31,12 +31,25 @@ def vgm_components() -> Iterable[Component | Paper]:
             summary="An encoder and a decoder trained together on a reparameterised bound of the likelihood.",
         ),
         *(  # trained as a model; a trained one can also be the codec of another
-            Component(kind, "vae", "vgm_plugins.vae.model:VAE", "vgm_plugins.vae.presets:PRESETS", FROM_DATA, (),
-                      "perceptrons or convolutions; Bernoulli, Gaussian or discretised logistic pixels")
+            Component(
+                kind=kind,
+                name="vae",
+                target="vgm_plugins.vae.model:VAE",
+                presets="vgm_plugins.vae.presets:PRESETS",
+                from_data=FROM_DATA,
+                summary="perceptrons or convolutions; Bernoulli, Gaussian or discretised logistic pixels",
+            )
             for kind in ("model", "codec")
         ),
-        Component("objective", "vae", "vgm_plugins.vae.objective:VAEObjective", verbs=("train",),
-                  summary="evidence lower bound, or the importance-weighted bound"),
-        *(Component("sampler", n, f"vgm_plugins.vae.sampler:{a}", summary=s) for n, a, s in SAMPLERS),
-        Component("converter", "vae-pythae", "vgm_plugins.vae.checkpoints:CONVERTER", summary="pythae's VAE"),
-    ]  # fmt: skip
+        Component(
+            kind="objective",
+            name="vae",
+            target="vgm_plugins.vae.objective:VAEObjective",
+            verbs=("train",),
+            summary="evidence lower bound, or the importance-weighted bound",
+        ),
+        *(Component(kind="sampler", name=n, target=f"vgm_plugins.vae.sampler:{a}", summary=s) for n, a, s in SAMPLERS),
+        Component(
+            kind="converter", name="vae-pythae", target="vgm_plugins.vae.checkpoints:CONVERTER", summary="pythae's VAE"
+        ),
+    ]

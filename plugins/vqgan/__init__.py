@@ -15,8 +15,7 @@ from vgm_cli.hookspecs import Component, Paper, hookimpl
 HERE = "vgm_plugins.vqgan"
 CODEC_FACTS = {"in_channels": "image_channels", "out_ch": "image_channels", "resolution": "image_size"}
 PRIOR_FACTS = {"vocab_size": "vocab_size", "grid": "grid", "num_classes": "num_classes"}
-GPT = (f"{HERE}.model:GPT", f"{HERE}.presets:PRIOR")
-FIRST_STAGE = (f"{HERE}.model:VQModel", f"{HERE}.presets:FIRST_STAGE", CODEC_FACTS, (), "VQGAN first stage")
+CODEC = (f"{HERE}.model:VQModel", f"{HERE}.presets:FIRST_STAGE")
 
 
 @hookimpl
@@ -37,10 +36,42 @@ def vgm_components() -> Iterable[Component | Paper]:
                 "FFHQ 256 FID": 9.6,
             },
         ),
-        *(Component(kind, "vqgan", *FIRST_STAGE) for kind in ("model", "codec")),
-        Component("model", "vqgan-prior", *GPT, PRIOR_FACTS, (), "GPT over image codes"),
-        Component("objective", "vqgan-prior", f"{HERE}.objective:PriorObjective", {}, {}, ("train",), "next code"),
-        Component("sampler", "vqgan-prior", f"{HERE}.sampler:PriorSampler", summary="cached, or a sliding window"),
-        Component("converter", "vqgan", f"{HERE}.checkpoints:CONVERTER", summary="CompVis first stages"),
-        Component("converter", "vqgan-prior", f"{HERE}.checkpoints:PRIOR_CONVERTER", summary="CompVis priors"),
+        *(
+            Component(
+                kind=kind,
+                name="vqgan",
+                target=CODEC[0],
+                presets=CODEC[1],
+                from_data=CODEC_FACTS,
+                summary="VQGAN first stage",
+            )
+            for kind in ("model", "codec")
+        ),
+        Component(
+            kind="model",
+            name="vqgan-prior",
+            target=f"{HERE}.model:GPT",
+            presets=f"{HERE}.presets:PRIOR",
+            from_data=PRIOR_FACTS,
+            summary="GPT over image codes",
+        ),
+        Component(
+            kind="objective",
+            name="vqgan-prior",
+            target=f"{HERE}.objective:PriorObjective",
+            verbs=("train",),
+            summary="next code",
+        ),
+        Component(
+            kind="sampler",
+            name="vqgan-prior",
+            target=f"{HERE}.sampler:PriorSampler",
+            summary="cached, or a sliding window",
+        ),
+        Component(
+            kind="converter", name="vqgan", target=f"{HERE}.checkpoints:CONVERTER", summary="CompVis first stages"
+        ),
+        Component(
+            kind="converter", name="vqgan-prior", target=f"{HERE}.checkpoints:PRIOR_CONVERTER", summary="CompVis priors"
+        ),
     ]

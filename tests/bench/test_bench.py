@@ -24,7 +24,7 @@ from vgm_plugins.llamagen.sampler import decode_naively
 
 from vgm_cli.api import Request, Step, generators
 from vgm_cli.engine import checkpoint as ckpt
-from vgm_cli.engine.distributed import keep_memory
+from vgm_cli.engine.processes import keep_memory
 from vgm_cli.engine.run import bf16_supported
 from vgm_cli.registry import registry
 

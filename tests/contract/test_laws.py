@@ -98,7 +98,7 @@ def test_no_protocol_is_probed_for() -> None:
 def test_a_plugin_opens_with_its_source(folder: Path) -> None:
     """The docstring names the paper; the file is short and does not import torch."""
     text = (folder / "__init__.py").read_text(encoding="utf-8")
-    assert len(text.splitlines()) < 60
+    assert len(text.splitlines()) < 100
     assert "arXiv" in (ast.get_docstring(ast.parse(text)) or "")
     assert not [m for m, *_ in imports(folder / "__init__.py") if m.split(".")[0] == "torch"]
 

@@ -29,13 +29,13 @@ BROKEN = {
     ),
     "duplicates a name": (
         "from vgm_cli.hookspecs import Component, hookimpl\n@hookimpl\ndef vgm_components():\n"
-        "    return [Component('model', 'dit', 'mine:Dit')]",
+        "    return [Component(kind='model', name='dit', target='mine:Dit')]",
         "duplicate model 'dit': brought by both dit and",
     ),
     "wants another contract": ("requires_api = 99", "needs plugin API 99"),
     "unknown kind": (
         "from vgm_cli.hookspecs import Component, hookimpl\n@hookimpl\ndef vgm_components():\n"
-        "    return [Component('modle', 'x', 'mine:X')]",
+        "    return [Component(kind='modle', name='x', target='mine:X')]",
         "unknown component kind 'modle'",
     ),
 }
@@ -60,7 +60,7 @@ def test_a_file_brings_a_component_and_a_command(vgm, tmp_path: Path) -> None:
 
         @hookimpl
         def vgm_components():
-            return [Component("model", "mine", "mine_net:Net", summary="mine")]
+            return [Component(kind="model", name="mine", target="mine_net:Net", summary="mine")]
 
         @hookimpl
         def vgm_commands(app):

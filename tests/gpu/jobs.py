@@ -276,9 +276,9 @@ def train(recipe: Any, out: Path, **options: Any) -> Any:
 def some_pairs(recipe: Any, n: int = 16) -> dict[str, Any]:
     import torch
 
-    from vgm_cli.engine.train import plan
+    from vgm_cli.engine import build
 
-    facts = plan.plan_facts(recipe)[0]
+    facts = build.plan_facts(recipe)[0]
     g = torch.Generator().manual_seed(4)
     pairs = {k: torch.randn(n, *facts.sample_shape, generator=g) for k in ("z", "x")}
     return pairs | ({"y": torch.arange(n) % facts.num_classes} if facts.num_classes else {})
@@ -289,11 +289,10 @@ def built(name: str, device: Any) -> tuple[Any, Any, Any]:
     import torch
 
     from vgm_cli.engine import build
-    from vgm_cli.engine.train import plan
     from vgm_cli.testing.suites import randomise
 
     recipe = load(name)
-    facts = plan.plan_facts(recipe)[0]
+    facts = build.plan_facts(recipe)[0]
     torch.manual_seed(0)
     codec = None
     roles: dict[str, Any] = {"pairs": some_pairs(recipe)} if "pairs" in recipe.roles() else {}
@@ -306,8 +305,7 @@ def built(name: str, device: Any) -> tuple[Any, Any, Any]:
     for network in made.networks.values():
         randomise(network, scale=0.005 if name.startswith("glow") else 0.05)  # a flow's inverse would overflow
         network.to(device)
-    if hasattr(made.objective, "to"):
-        made.objective.to(device)
+    made.objective.to(device)
     made.codec = codec
     return recipe, made, facts
 
@@ -419,10 +417,8 @@ def networks(job: Job) -> None:
             torch.manual_seed(0)
             step = Step(3, device=job.device)
             with torch.no_grad(), torch.autocast(job.device.type, torch.bfloat16, enabled=bf16):
-                if hasattr(made.objective, "prepare"):
-                    made.objective.prepare(batch, step)
-                parts = getattr(made.objective, "experience", lambda b, s: [b])(batch, step)
-                part = next(iter(parts))
+                made.objective.prepare(batch, step)
+                part = next(iter(made.objective.experience(batch, step)))
             with torch.autocast(job.device.type, torch.bfloat16, enabled=bf16):
                 for phase in made.objective.phases():
                     made.objective.loss(phase.name, part, step)
@@ -464,15 +460,14 @@ def sampling(job: Job) -> None:
         recipe, made, facts = built(name, "cpu")
         if not recipe.config.get("sampler"):
             return
-        if hasattr(made.objective, "prepare"):  # a flow without it overflows
-            with torch.no_grad():
-                made.objective.prepare(example(facts, 24, "cpu"), Step(0))
+        with torch.no_grad():
+            made.objective.prepare(example(facts, 24, "cpu"), Step(0))  # a flow without it overflows
         found = {}
         for device in dict.fromkeys(("cpu", job.device.type)):
             network = made.networks["model"].eval().to(device)
             if made.codec is not None:
                 made.codec.to(device) if hasattr(made.codec, "to") else made.codec.codec.to(device)
-            view = ckpt.build_view(network, made.objective.view() if hasattr(made.objective, "view") else None)
+            view = ckpt.build_view(network, made.objective.view())
             n = 4
             y = {"y": torch.arange(n, device=device) % facts.num_classes} if facts.num_classes else {}
             request = Request(
@@ -622,8 +617,8 @@ def memory(job: Job) -> None:
         def full(*a: Any, **k: Any) -> Any:
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 20.00 GiB.")
 
-        before = trainer.Trainer.one_step, generate.registry
-        trainer.Trainer.one_step, generate.registry = full, full  # type: ignore[assignment,method-assign]
+        before = trainer.update, generate.registry
+        trainer.update, generate.registry = full, full  # type: ignore[assignment]
         tries = {
             "train": (["train", "sit", "--out", "big", f"data.path={digits(Path.cwd())}"], "batch_size"),
             "sample": (["sample", "run", "-n", "4", "--steps", "2", "--out", "s.npz"], "--batch-size"),
@@ -641,7 +636,7 @@ def memory(job: Job) -> None:
             free()
     finally:
         if job.dry:
-            trainer.Trainer.one_step, generate.registry = before  # type: ignore[method-assign]
+            trainer.update, generate.registry = before
         else:
             torch.cuda.set_per_process_memory_fraction(1.0)
 

@@ -89,16 +89,15 @@ def test_trains_on_a_device_without_waiting(
 ) -> None:
     """Nothing mixes devices, and once under way no step makes the CPU wait but where it has to."""
     steady: Counter[str] = Counter()
-    one_step = trainers.Trainer.one_step
+    update = trainers.update
 
-    def watched(self: Any, index: int, batches: Any) -> Any:
+    def watched(t: Any, index: int, batches: Any) -> None:
         pretended.waits.clear()
-        out = one_step(self, index, batches)
+        update(t, index, batches)
         if index == 2:
             steady.update(pretended.waits)
-        return out
 
-    monkeypatch.setattr(trainers.Trainer, "one_step", watched)
+    monkeypatch.setattr(trainers, "update", watched)
     batch = 12 if name.startswith("flow-grpo") else 4
     own = ["train.steps=3", f"train.batch_size={batch}", "train.preview_n=0", "train.log_every=3", "train.ema=[0.9]"]
     recipe = recipes.load(name, None, [*own, "train.precision=fp32", f"data.path={digits}"])

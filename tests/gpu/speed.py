@@ -24,7 +24,7 @@ import torch.nn.functional as F
 from jobs import Job, digits, free, load, sentence
 from torch import Tensor, nn
 
-from vgm_cli.api import Step
+from vgm_cli.api import NullCondition, Step
 
 PEAK_FILE = "peak.json"
 
@@ -145,7 +145,7 @@ def feed_of(codec_node: dict[str, Any], output: str | None, classes: int = 1000)
             codec = registry().build("codec", codec_node)
         codec = as_output(codec.eval().requires_grad_(False), output)
         data = recipe.node("data")
-        facts = build.Facts(data.size or 256, 3, classes, data.size or 256, 3).after(codec)
+        facts = build.Facts.of_pixels(data.size or 256, 3, num_classes=classes).after(codec)
         shape = facts.grid if facts.vocab_size else (2 * facts.channels, facts.size, facts.size)
         latents = latents_of(shape, classes, facts.vocab_size)
         return data_feed.Feed(
@@ -167,25 +167,20 @@ def feed_of(codec_node: dict[str, Any], output: str | None, classes: int = 1000)
 
 def trainer_of(recipe: Any, open_feed: Any = None, roles: Any = None) -> Any:
     """A trainer ready to step."""
-    from vgm_cli.engine.train import loop as trainer
+    from vgm_cli.engine.train import data_feed, setup
 
-    accelerator = trainer.make_accelerator(recipe, "none")
-    run = trainer.open_run(recipe, Path(tempfile.mkdtemp(dir=Path.cwd())) / "run", False, True, accelerator)
-    more = {"open_feed": open_feed} if open_feed is not None else {}
-    return trainer.Trainer(recipe, run, accelerator, roles or {}, "none", **more)
+    accelerator = setup.make_accelerator(recipe, "none")
+    run = setup.open_run(recipe, Path(tempfile.mkdtemp(dir=Path.cwd())) / "run", False, True, accelerator)
+    return setup.Trainer(recipe, run, accelerator, roles or {}, "none", open_feed or data_feed.open_feed)
 
 
 def stepping(made: Any) -> Callable[[], Any]:
     """One step of the trainer's loop at each call, with what its loop does besides."""
+    from vgm_cli.engine.train.loop import update
+
     batches = made.feed.batches(0)
     count = iter(range(10**9))
-    finite = torch.ones((), dtype=torch.bool, device=made.device)
-
-    def step() -> None:
-        _, ok = made.one_step(next(count), batches)
-        finite.logical_and_(ok)
-
-    return step
+    return lambda: update(made, next(count), batches)
 
 
 def waits(step: Callable[[], Any]) -> tuple[Counter[str], dict[str, Any]]:
@@ -287,7 +282,7 @@ def denoising(batch: dict[str, Tensor], channels: int) -> Callable[[nn.Module], 
 
 def dropped(network: nn.Module, y: Tensor) -> dict[str, Tensor]:
     """Labels that are not told, one in ten."""
-    if not hasattr(network, "null_condition"):
+    if not isinstance(network, NullCondition):
         return {}
     return {"force_drop_ids": torch.rand(len(y), device=y.device) < 0.1}
 
@@ -320,14 +315,15 @@ class DeviceStep(Step):
 def plain_objective(made: Any, batch: dict[str, Tensor], bf16: bool, clip: float | None) -> Callable[[], None]:
     """The objective's losses, backward, fused optimizers, averages: the trainer's work without the trainer. made: a
     trainer, whose networks are taken over."""
+    from vgm_cli.engine.train import optim
+
     device, objective, phases = made.device, made.objective, made.phases
     optimizers, members = {}, {}
     for name in dict.fromkeys(p.optimizer for p in phases):
-        roles = sorted({r for p in phases if p.optimizer == name for r in p.trains})
-        members[name] = [q for r in roles for q in made.trainable[r]]
+        members[name] = list(optim.members(name, phases, made.parts).values())
         optimizers[name] = torch.optim.AdamW(members[name], lr=1e-6, fused=True)
-    everything = {id(q): q for r in made.trainable.values() for q in r}
-    average = [(q.detach().clone(), q) for q in made.trainable.get("model", [])] if made.averages else []
+    everything = {id(q): q for part in made.parts.values() for q in part.values()}
+    average = [(q.detach().clone(), q) for q in made.parts.get("model", {}).values()] if made.averages else []
     count = iter(range(10**9))
 
     def step() -> None:
@@ -336,7 +332,7 @@ def plain_objective(made: Any, batch: dict[str, Tensor], bf16: bool, clip: float
         for phase in phases:
             if index % phase.every:
                 continue
-            mine = {id(q) for r in phase.trains for q in made.trainable[r]}
+            mine = {id(q) for name in phase.trains for q in made.parts[name].values()}
             if len(phases) > 1:
                 for key, q in everything.items():
                     q.requires_grad_(key in mine)
@@ -413,7 +409,7 @@ def training(
         except Exception as e:
             job.row(f"{what}: waits in a step", error=sentence(e))
     batch = {
-        k: v for k, v in made._to_model(next(made.feed.batches(0)), made._step(0)).items() if isinstance(v, Tensor)
+        k: v for k, v in made.feed.to_model(next(made.feed.batches(0)), made.step(0)).items() if isinstance(v, Tensor)
     }
     bf16 = made.acc.mixed_precision == "bf16"
     if plain is None:

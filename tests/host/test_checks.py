@@ -10,6 +10,7 @@ import torch
 from PIL import Image
 
 from vgm_cli import recipe as recipes
+from vgm_cli import settings
 from vgm_cli.errors import VgmError
 from vgm_cli.ranges import Count, Fraction, Positive, Unbounded, explain, fit
 from vgm_cli.registry import load_target, registry, signature
@@ -39,7 +40,7 @@ def told(recipe: Path, assignment: str) -> None:
 
 @pytest.mark.parametrize("node", recipes.NODES)
 def test_no_value_of_a_host_key_surprises(tiny: Path, node: str) -> None:
-    for key in recipes.keys_of(recipes.NODES[node]):
+    for key in settings.keys_of(recipes.NODES[node]):
         for value in WRONG:
             told(tiny, f"{node}.{key}={value}")
 

@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from vgm_cli import recipe as recipes
 from vgm_cli.engine.train import loop as trainers
+from vgm_cli.engine.train.setup import should_compile
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -203,7 +204,7 @@ def test_auto_compiles_where_the_run_wins_it_back(asked: Any, device: str, steps
 
     network = torch.nn.Linear(width, width, device="meta")
     options = SimpleNamespace(compile=asked, steps=steps)
-    assert trainers.should_compile(options, torch.device(device), [network]) is want
+    assert should_compile(options, torch.device(device), [network]) is want
 
 
 def test_full_precision_breaks_no_graph() -> None:

@@ -83,9 +83,9 @@ def test_every_digit_recipe_can_be_counted() -> None:
         recipe = recipes.load(*name.split("/"))
         if recipe.node("data").size is None and recipe.node("data").path is None:  # a student's data are its teacher's
             recipe = recipes.load(*name.split("/"), ["data.path=mnist5k"])
-        facts, _, _ = plan.plan_facts(recipe)
+        facts, _, _ = build.plan_facts(recipe)
         with torch.device("meta"):
-            built = build.build_objective(recipe, facts, plan.plan_roles(recipe, facts))
+            built = build.build_objective(recipe, facts, build.plan_roles(recipe, facts))
         forward, step = plan.count_flops(built, facts, recipe)
         assert forward and step and forward < step, name
         assert plan.memory_by_part(built, ["model"], recipe, "fp32", 4, facts)["activations"] > 0, name

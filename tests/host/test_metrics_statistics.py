@@ -12,7 +12,7 @@ import pytest
 import torch
 
 from vgm_cli.errors import FAILED, USAGE, VgmError
-from vgm_cli.metrics.frechet import Moments
+from vgm_cli.metrics.moments import Moments
 from vgm_cli.metrics.statistics import holds_statistics, read_statistics, write_statistics
 
 RNG = np.random.default_rng(0)

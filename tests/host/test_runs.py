@@ -25,10 +25,11 @@ from vgm_cli import recipe as recipes
 from vgm_cli.__main__ import run as main
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine import run as runs
-from vgm_cli.engine.distributed import pick_device
+from vgm_cli.engine.processes import pick_device
 from vgm_cli.engine.run import Run
 from vgm_cli.engine.train import tracking
-from vgm_cli.engine.train.loop import load_optimizer_tensors, train
+from vgm_cli.engine.train.loop import train
+from vgm_cli.engine.train.optim import load_optimizer_tensors
 from vgm_cli.errors import VgmError
 from vgm_cli.ui import ui
 

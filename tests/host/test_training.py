@@ -7,14 +7,14 @@ import os
 import signal
 import time
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
 from vgm_cli import recipe as recipes
-from vgm_cli.engine.train.loop import Trainer, train
+from vgm_cli.engine.train.loop import train
+from vgm_cli.engine.train.report import Report
 from vgm_cli.errors import VgmError
 
 
@@ -119,14 +119,14 @@ def test_signals_save_and_leave(tiny: Path, tmp_path: Path, process: type, numbe
 
 def test_a_signal_between_step_and_save_loses_nothing(tiny: Path, tmp_path: Path, monkeypatch) -> None:
     """It comes while a step is logged, after the decision whether to save: the next step is saved and the last."""
-    log = Trainer._log
+    row = Report.row
 
-    def interrupted(self: Trainer, done: int, *rest: Any) -> Any:
+    def interrupted(self: Report, done: int, regular: bool) -> None:
         if done == 2:
             os.kill(os.getpid(), signal.SIGINT)
-        return log(self, done, *rest)
+        row(self, done, regular)
 
-    monkeypatch.setattr(Trainer, "_log", interrupted)
+    monkeypatch.setattr(Report, "row", interrupted)
     r = recipes.load(str(tiny), None, ["train.log_every=1", "train.save_every=1000"])
     with pytest.raises(VgmError, match="stopped after step 3") as stopped:
         train(r, tmp_path / "run")

@@ -747,7 +747,8 @@ def test_growth_sets_rates_restarts_and_levels() -> None:
     assert (
         lods[0] == 2.0 and lods[-1] == 0.0 and lods == sorted(lods, reverse=True) and 1.8 in [round(v, 3) for v in lods]
     )
-    assert o.rates(Step(0)) == {"main": 1.0, "discriminator": 1.0} and o.rates(Step(59))["main"] == 2.0
+    assert o.schedule(Step(0)) == {"main": {"lr": 1.0}, "discriminator": {"lr": 1.0}}
+    assert o.schedule(Step(59))["main"] == {"lr": 2.0}
     o.grow.start = 8
     assert o.lod(0) == 1.0, "from 14, the next side there is"
     o.grow.start = 7

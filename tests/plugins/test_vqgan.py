@@ -28,7 +28,7 @@ from vgm_cli.ar.sampling import Decoding, filter_logits
 from vgm_cli.convert_api import unwrap
 from vgm_cli.engine import checkpoint as files
 from vgm_cli.engine.tokens import TokenCodec, as_output
-from vgm_cli.engine.train.loop import decay_groups
+from vgm_cli.engine.train.optim import group
 from vgm_cli.errors import VgmError
 from vgm_cli.losses import lpips
 from vgm_cli.losses.first_stage import (
@@ -49,6 +49,7 @@ from vgm_cli.nn.quantize import (
     warmup_cosine,
 )
 from vgm_cli.registry import registry
+from vgm_cli.settings import Optimizer
 from vgm_cli.testing import suites
 from vgm_cli.testing.golden import GoldenCase, GoldenChecks, assert_close
 
@@ -857,12 +858,12 @@ def test_orders_refuse_grids_they_do_not_know() -> None:
 def test_weight_decay_touches_what_the_paper_says() -> None:
     """VQGAN's prior: weights of linear layers alone; LlamaGen: everything with two dimensions."""
     model = tiny_prior()
-    names = {id(p): n for n, p in model.named_parameters()}
+    names = dict(model.named_parameters())
     for kind in ("linear", "matrices"):
-        yes, no = decay_groups(list(model.parameters()), [model], kind)
-        decayed, free = ({names[id(p)] for p in group["params"]} for group in (yes, no))
-        assert "weight_decay" not in yes and no["weight_decay"] == 0.0
-        assert decayed | free == set(names.values()) and not decayed & free
+        yes, no = group(names, Optimizer(decay=kind), [model])
+        decayed, free = set(yes.names), set(no.names)
+        assert yes.weight_decay is None and no.weight_decay == 0.0
+        assert decayed | free == names.keys() and not decayed & free
         assert {"head.weight", "blocks.0.attn.key.weight", "blocks.1.mlp.2.weight"} <= decayed
         assert {"ln_f.weight", "blocks.0.attn.key.bias"} <= free
         assert ("tok_emb.weight" in decayed) == ("pos_emb" in decayed) == (kind == "matrices")

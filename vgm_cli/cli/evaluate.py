@@ -127,12 +127,12 @@ def evaluate(
 
     Also: vgm evaluate diff A.json B.json (may two numbers be compared?), vgm evaluate stats DATA -o REF.safetensors
     """
-    from vgm_cli.engine.distributed import relaunched
+    from vgm_cli.engine.processes import relaunched
 
     if relaunched(nproc):
         return
     from vgm_cli import atomic
-    from vgm_cli.engine import ranks
+    from vgm_cli.engine import processes
     from vgm_cli.engine.evaluate.run import check_assertion, finite, parse_assertion, refuse_non_finite
     from vgm_cli.engine.evaluate.setup import Options, evaluate_target, is_model
     from vgm_cli.engine.run import newest
@@ -149,11 +149,11 @@ def evaluate(
         raise VgmError("nothing to measure is named, and there is no run below ./runs", hint, USAGE)
     target = target or "last"
     allow_typed([sampler, *words])
-    ranks.join()
+    processes.join()
     if out is not None:
-        ranks.on_main(lambda: atomic.refuse_existing(out, overwrite and not out.is_dir()))
+        processes.on_main(lambda: atomic.refuse_existing(out, overwrite and not out.is_dir()))
     if save_stats is not None:
-        ranks.on_main(lambda: check_target(save_stats, overwrite))
+        processes.on_main(lambda: check_target(save_stats, overwrite))
     for expression in check or []:
         parse_assertion(expression)  # a typo is told before the work
     options = Options(
@@ -252,7 +252,7 @@ def stats(
 
         vgm evaluate stats FOLDER -o ref.safetensors --features inception.pth
     """
-    from vgm_cli.engine.distributed import relaunched
+    from vgm_cli.engine.processes import relaunched
 
     if relaunched(nproc):
         return

@@ -43,7 +43,7 @@ def open_run(path: Path) -> Path:
 
 def config_of(run: Path) -> dict[str, Any]:
     from vgm_cli.limits import read_text
-    from vgm_cli.recipe import parse_yaml
+    from vgm_cli.yaml_text import parse_yaml
 
     try:
         config = parse_yaml(read_text(run / "config.yaml"), "config.yaml")

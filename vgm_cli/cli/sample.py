@@ -74,11 +74,11 @@ def sample(
 
     Next: vgm evaluate RUN, vgm rerun sample.png
     """
-    from vgm_cli.engine.distributed import relaunched
+    from vgm_cli.engine.processes import relaunched
 
     if relaunched(nproc):
         return
-    from vgm_cli.engine import ranks
+    from vgm_cli.engine import processes
     from vgm_cli.engine.run import newest
     from vgm_cli.engine.sample import loop as generate
     from vgm_cli.engine.sample import output
@@ -95,7 +95,7 @@ def sample(
         hint = "name a run or a file; vgm train dit makes one"
         raise VgmError("no model is named, and there is no run below ./runs", hint, USAGE)
     model = model or "last"
-    ranks.join()
+    processes.join()
     allow_typed([sampler, *words])
     loaded, where = open_model(model, weights, device)
     plan = plan_for(
@@ -112,7 +112,7 @@ def sample(
         images=images,
         precision=precision,
     )
-    target = out or ranks.from_main(output.default_target(loaded, plan, where))
+    target = out or processes.from_main(output.default_target(loaded, plan, where))
     plan = output.fitted(plan, target, where, n is not None)
     meta = generate.provenance(loaded, plan, named(loaded, model), where)
     output.check_target(target, meta, plan, overwrite, trace)

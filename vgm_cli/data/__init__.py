@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from vgm_cli import limits
-from vgm_cli.data.dataset import Dataset, Facts
+from vgm_cli.data.dataset import Contents, Dataset
 from vgm_cli.data.source import Source, usage
 from vgm_cli.errors import FAILED, VgmError, nearest
 from vgm_cli.ui import counted, some, ui
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
     from vgm_cli.data.decode import File
     from vgm_cli.data.latents import Latents
 
-__all__ = ["FORMATS", "SHIPPED", "Dataset", "Facts", "open_dataset", "tell", "tell_skipped"]
+__all__ = ["FORMATS", "SHIPPED", "Contents", "Dataset", "open_dataset", "tell", "tell_skipped"]
 
 SHIPPED = {
     "mnist5k": "5,000 MNIST digits, 28 × 28 grey, 10 classes (LeCun, Cortes, Burges; CC BY-SA 3.0)",

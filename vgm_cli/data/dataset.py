@@ -11,18 +11,18 @@ images up to VERIFY, of SAMPLE evenly spaced ones beyond.
 
 from __future__ import annotations
 
-import os
 import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
+from vgm_cli.data import fingerprint
 from vgm_cli.data.decode import Unreadable
 from vgm_cli.data.source import Source, usage
+from vgm_cli.data.threads import parallel
 from vgm_cli.data.transforms import check_crop, crop_to
 from vgm_cli.errors import FAILED, VgmError
 from vgm_cli.ui import counted, some, ui
@@ -40,7 +40,7 @@ T = TypeVar("T")
 
 
 @dataclass
-class Facts:
+class Contents:
     """What the images are. size: pixels per side. skipped: names of unreadable files. labels: (count,) int64 or None.
 
     kind: folder, zip, tar, npz, procedural, latent-cache, latents-folder; of latents, size and channels are theirs.
@@ -98,7 +98,7 @@ class Dataset:
         labels = None if source.labels is None else source.labels[self.rows]
         names = list(source.class_names)
         total = 0 if source.labels is None else max(len(names), int(source.labels.max(initial=-1)) + 1)
-        self.facts = Facts(
+        self.facts = Contents(
             self.size, self.channels, total, names + [str(i) for i in range(len(names), total)], len(self.rows),
             source.kind, source.root, source.captioned, skipped, labels, dict(source.others.most_common()), remarks,
         )  # fmt: skip
@@ -302,8 +302,6 @@ class Dataset:
     def fingerprint(self) -> str:
         """Changes with any name, pixel, label or caption of the set, and with size, channels and crop; neither with
         where it lies nor with the order in which a file system lists it. See `fingerprint.py`."""
-        from vgm_cli.data import fingerprint
-
         return fingerprint.of_images(self)
 
     def describe(self) -> dict[str, Any]:
@@ -318,9 +316,3 @@ class Dataset:
 def to_float(x: Tensor) -> Tensor:
     """uint8 -> float32 in [-1, 1]."""
     return x.float().div_(127.5).sub_(1)
-
-
-def parallel(work: Callable[[Any], T], items: Sequence[Any] | np.ndarray) -> list[T]:
-    """[work(i) for i in items] on a few threads; decoders leave Python's lock."""
-    with ThreadPoolExecutor(min(8, os.cpu_count() or 1)) as pool:
-        return list(pool.map(work, items))

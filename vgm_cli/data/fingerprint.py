@@ -13,6 +13,8 @@ from typing import Any
 
 import numpy as np
 
+from vgm_cli.data.threads import parallel
+
 FORMAT = "v2"
 WHOLE, MANY = 2**31, 100_000  # bytes, files
 SOME = 4096  # images
@@ -33,8 +35,6 @@ def older(a: Any, b: Any) -> bool:
 
 def of_images(dataset: Any) -> str:
     """Of a `Dataset`."""
-    from vgm_cli.data.dataset import parallel
-
     source, facts = dataset.source, dataset.facts
     rows = sorted(dataset.rows.tolist(), key=lambda row: source.names[row])
     known = {} if facts.labels is None else dict(zip(dataset.rows.tolist(), facts.labels.tolist()))

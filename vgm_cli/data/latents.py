@@ -24,7 +24,7 @@ from torch import Tensor
 
 from vgm_cli import atomic
 from vgm_cli.data import fingerprint
-from vgm_cli.data.dataset import Facts
+from vgm_cli.data.dataset import Contents
 from vgm_cli.data.source import class_indices
 from vgm_cli.errors import FAILED, USAGE, VgmError
 from vgm_cli.ui import ui
@@ -60,7 +60,7 @@ class MemoryLatents:
         classes = 0 if labels is None else int(labels.max(initial=-1)) + 1
         names = [str(i) for i in range(classes)]
         size, channels = sides(tuple(moments.shape[1:]))
-        self.facts = Facts(
+        self.facts = Contents(
             size, channels, classes, names, len(moments), "latent-cache", "memory", captions is not None, labels=labels
         )
 
@@ -212,7 +212,7 @@ class Latents(MemoryLatents):
         self.memory, self.flipped = None, None
         classes = max(data.get("num_classes", 0), 0 if labels is None else int(labels.max(initial=-1)) + 1)
         size, channels = sides(tuple(self.index.get("latent_shape", self.shape)))
-        self.facts = Facts(
+        self.facts = Contents(
             size,
             channels,
             classes,

@@ -15,6 +15,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vgm_cli.api import NullCondition
 from vgm_cli.diffusion.denoiser import KINDS, Denoiser, affine
 from vgm_cli.diffusion.path import Time
 from vgm_cli.errors import USAGE, VgmError
@@ -104,7 +105,7 @@ class Guidance:
 
 def check_null(network: Any) -> None:
     """VgmError: the network has no unconditional half to be guided away from."""
-    if not hasattr(network, "null_condition"):
+    if not isinstance(network, NullCondition):
         raise VgmError("this network has no null class to be guided away from", "guidance_scale=1", USAGE)
 
 

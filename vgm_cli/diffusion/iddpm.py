@@ -14,7 +14,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vgm_cli.api import Batch, ObjectiveBase, Request, Step
+from vgm_cli.api import Batch, DropsClasses, HasClasses, LearnsVariance, NullCondition, ObjectiveBase, Request, Step
 from vgm_cli.diffusion.discrete import DiscreteDiffusion, Loss, Mean, Network, Variance, named_betas, space_timesteps
 from vgm_cli.diffusion.guidance import Guidance, check_null, classifier_gradient
 from vgm_cli.diffusion.path import DiscreteVPPath
@@ -30,17 +30,17 @@ def label_condition(model: nn.Module, batch: Batch, step: Step, label_dropout: f
 
     Nothing for unlabelled data or a network without classes; no mask for a network without a null class.
     """
-    if batch.get("y") is None or not getattr(model, "num_classes", True):
+    if batch.get("y") is None or (isinstance(model, HasClasses) and not model.num_classes):
         return {}
     y = batch["y"]
-    if label_dropout <= 0 or not hasattr(model, "null_condition"):
+    if label_dropout <= 0 or not isinstance(model, NullCondition):
         return {"y": y}
     return {"y": y, "force_drop_ids": step.rand(len(y), "label_dropout") < label_dropout}
 
 
 def check_null_class(model: nn.Module, label_dropout: float) -> None:
     """VgmError when labels are to be dropped and the network was built without a null class."""
-    if label_dropout > 0 and getattr(model, "class_dropout_prob", 1.0) == 0:
+    if label_dropout > 0 and isinstance(model, DropsClasses) and not model.class_dropout_prob:
         raise VgmError(
             "labels cannot be dropped: the network was built without a null class",
             "objective.label_dropout=0, or model.class_dropout_prob above 0",
@@ -71,7 +71,7 @@ class IDDPM(ObjectiveBase):
         beta_start: NonNegative | None = None,  # the first beta; None: the schedule's
         beta_end: NonNegative | None = None,  # the last beta; None: the schedule's
     ):
-        if getattr(model, "learn_sigma", learn_sigma) != learn_sigma:
+        if isinstance(model, LearnsVariance) and model.learn_sigma != learn_sigma:
             raise VgmError(
                 f"learn_sigma is {str(learn_sigma).lower()} in the objective and not in the model",
                 "set objective.learn_sigma and model.learn_sigma alike",

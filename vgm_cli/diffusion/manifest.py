@@ -28,7 +28,7 @@ SAMPLERS = {
 def host_components() -> list[Component]:
     """What the host brings for Gaussian paths."""
     samplers = [
-        Component("sampler", name, f"vgm_cli.diffusion.samplers:{attr}", summary=summary)
+        Component(kind="sampler", name=name, target=f"vgm_cli.diffusion.samplers:{attr}", summary=summary)
         for name, (attr, summary) in SAMPLERS.items()
     ]
     objective = Component(

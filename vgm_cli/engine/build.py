@@ -11,69 +11,18 @@ from typing import Any
 import torch
 from torch import nn
 
+from vgm_cli.data import open_dataset
+from vgm_cli.data.latents import Latents
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine.budget import building
+from vgm_cli.engine.facts import Facts, declared_facts, facts_of
 from vgm_cli.engine.parts import freeze, leave_out
-from vgm_cli.engine.tokens import TokenCodec, as_output
+from vgm_cli.engine.tokens import as_output
 from vgm_cli.errors import MISSING_ASSET, USAGE, VgmError
 from vgm_cli.ranges import shown
-from vgm_cli.recipe import CHECKPOINT, HOST_KEYS, PAIRS, Data, Recipe, copy_role, load
+from vgm_cli.recipe import CHECKPOINT, HOST_KEYS, PAIRS, Recipe, copy_role, load
 from vgm_cli.registry import load_target, registry, signature
-
-
-@dataclass
-class Facts:
-    """What the model is built for. image_*: pixels; size/channels: as the model sees x, after the codec.
-
-    vocab_size, grid: of a codec's tokens, 0 and () where the model sees none; then size is the grid's last side.
-    """
-
-    image_size: int
-    image_channels: int
-    num_classes: int
-    size: int
-    channels: int
-    class_names: list[str] = field(default_factory=list)
-    vocab_size: int = 0
-    grid: tuple[int, ...] = ()
-
-    @property
-    def sample_shape(self) -> tuple[int, ...]:
-        return self.grid or (self.channels, self.size, self.size)
-
-    @property
-    def image_shape(self) -> tuple[int, int, int]:
-        return (self.image_channels, self.image_size, self.image_size)
-
-    def after(self, codec: Any) -> Facts:
-        """The same data behind a codec."""
-        shape = tuple(codec.latent_shape(self.image_shape))
-        mine = (self.image_size, self.image_channels, self.num_classes)
-        if isinstance(codec, TokenCodec):
-            return Facts(*mine, shape[-1], 1, self.class_names, codec.vocab_size, shape)
-        return Facts(*mine, shape[1], shape[0], self.class_names)
-
-
-def declared_facts(data: Data) -> Facts:
-    """Facts from the recipe alone, for --plan without data."""
-    if data.path == "mnist5k" and data.size is None:
-        return Facts(28, 1, 10, 28, 1)  # the shipped set
-    missing = [k for k in ("size", "channels") if getattr(data, k) is None]
-    if missing:
-        raise VgmError(
-            f"without the data, {' and '.join('data.' + m for m in missing)} must be given",
-            "example: data.size=256 data.channels=3 data.num_classes=1000",
-            USAGE,
-        )
-    assert data.size and data.channels
-    return Facts(data.size, data.channels, data.num_classes or 0, data.size, data.channels)
-
-
-def facts_of(dataset: Any, labelled: bool) -> Facts:
-    f = dataset.facts
-    return Facts(
-        f.size, f.channels, (f.num_classes or 0) if labelled else 0, f.size, f.channels, list(f.class_names or [])
-    )
+from vgm_cli.ui import ui
 
 
 def component_node(kind: str, node: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
@@ -96,9 +45,9 @@ def build_component(kind: str, node: Mapping[str, Any], facts: Facts, **roles: A
 
 def facts_behind(facts: Facts, codec: Any, dataset: Any = None) -> Facts:
     """The data behind a codec. A set of latents tells, or its codec does, what images they come from."""
-    if hasattr(dataset, "image_shape_for"):
+    if isinstance(dataset, Latents):
         channels, size, _ = dataset.image_shape_for(codec)
-        facts = Facts(size, channels, facts.num_classes, size, channels, facts.class_names)
+        facts = Facts.of_pixels(size, channels, num_classes=facts.num_classes, class_names=facts.class_names)
     return facts.after(codec)
 
 
@@ -128,7 +77,7 @@ class PlannedCodec:
 def planned_codec(recipe: Recipe, facts: Facts, dataset: Any = None) -> PlannedCodec:
     """What `find_codec` will come to, without training anything; from shapes alone where there is no data to try."""
     node = recipe.config["codec"]
-    if node.get("fallback") and not hasattr(dataset, "image_shape_for"):
+    if node.get("fallback") and not isinstance(dataset, Latents):
         if not (node.get("weights") and carries(node, facts, dataset)):
             own = codec_recipe(node["fallback"], recipe)
             with torch.device("meta"):
@@ -204,6 +153,34 @@ def find_codec(node: Mapping[str, Any], facts: Facts, images: torch.Tensor, trai
     if not node.get("fallback"):
         raise missing_codec(node)
     return None
+
+
+def plan_facts(recipe: Recipe) -> tuple[Facts, int | None, PlannedCodec | None]:
+    """Facts from the data when it is there, else from the recipe, then through the codec's shapes; the number of
+    images; the codec."""
+    data = recipe.node("data")
+    count = data.count
+    facts: Facts | None = None
+    dataset: Any = None
+    try:
+        if data.path:
+            dataset = open_dataset(data.path, size=data.size, channels=data.channels, crop=data.crop, split=data.split)
+            labelled = bool(dataset.facts.num_classes) if data.labels is None else data.labels
+            facts, count = facts_of(dataset, labelled), len(dataset)
+    except VgmError as e:
+        if data.size is None:
+            raise
+        ui.warn(f"{e.message}; planning from the recipe's own numbers")
+    facts = facts or declared_facts(data)
+    planned = planned_codec(recipe, facts, dataset) if recipe.config.get("codec") else None
+    return (planned.facts if planned else facts), count, planned
+
+
+def plan_roles(recipe: Recipe, facts: Facts) -> dict[str, Any]:
+    """What the command itself would make: ODE pairs of a teacher, here two empty ones."""
+    x = torch.zeros(2, *facts.sample_shape)
+    pairs = {"z": x, "x": x} | ({"y": torch.zeros(2, dtype=torch.long)} if facts.num_classes else {})
+    return {role: pairs for role, node in recipe.roles().items() if node.get("kind") == PAIRS}
 
 
 # -- networks and objective ------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vgm_cli.api import Batch, ObjectiveBase, Phase, Step
+from vgm_cli.api import Batch, ObjectiveBase, Phase, Step, Tokenizer
 from vgm_cli.losses.adversarial import DiscLoss, GenLoss, adaptive_weight, discriminator_loss, generator_loss
 from vgm_cli.nets.first_stage import DiagonalGaussian
 from vgm_cli.nn.quantize import code_usage, recent_usage, warmup_cosine
@@ -129,7 +129,7 @@ class AutoencoderObjective(ObjectiveBase):
         self.model, self.discriminator, self.perceptual = model, discriminator, perceptual
         roles = {"model": model, "discriminator": discriminator, "perceptual": perceptual}
         self.networks = {role: network for role, network in roles.items() if network is not None}
-        self.variational = not hasattr(model, "quantize")
+        self.variational = not isinstance(model, Tokenizer)
         self.kl_weight, self.codebook_weight = kl_weight, codebook_weight
         self.disc_weight, self.disc_start = disc_weight, disc_start
         self.disc_factor, self.disc_loss = disc_factor, disc_loss

@@ -21,7 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vgm_cli.metrics.frechet import Moments
+from vgm_cli.metrics.moments import Moments
 from vgm_cli.metrics.pictures import Items
 
 # moments, spatial: mean and covariance of pooled and of spatial features; pool, logits: features of every image;

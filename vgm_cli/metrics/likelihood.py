@@ -40,7 +40,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vgm_cli.api import generators, seed_of
+from vgm_cli.api import HasLatentLikelihood, HasLogLikelihood, generators, seed_of
 from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.diffusion.iddpm import process_of
 from vgm_cli.diffusion.likelihood import bits_per_dim, log_likelihood, rademacher
@@ -178,9 +178,9 @@ class BitsPerDim:
     ) -> Callable[[Tensor, list[torch.Generator], Tensor | None], tuple[Tensor, str]]:
         """What to ask for nats: the view itself, or the ODE of a Denoiser."""
         view = subject.view
-        own = getattr(view, "log_likelihood", None)
-        if callable(own):
-            if subject.codec is not None and not getattr(view, "latent_likelihood", False):
+        if isinstance(view, HasLogLikelihood):
+            own = view.log_likelihood
+            if subject.codec is not None and not (isinstance(view, HasLatentLikelihood) and view.latent_likelihood):
                 raise VgmError("this model sees latents of a codec, so it has no likelihood of pixels", code=USAGE)
             takes = signature(own).parameters
             more = {k: coerce(v, takes[k], "bits-per-dim") for k, v in self.asked.items() if k in takes}

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vgm_cli.api import generators, seed_of
+from vgm_cli.api import HasPaths, generators, seed_of
 from vgm_cli.errors import USAGE, VgmError, unknown
 from vgm_cli.metrics.base import Subject, Value
 from vgm_cli.metrics.image import load_lpips
@@ -83,8 +83,8 @@ class PerceptualPathLength:
         self.net, self.files = load_lpips(vgg, heads)
 
     def __call__(self, subject: Subject, seed: int) -> list[Value]:
-        pairs_of = getattr(subject.view, "path_samples", None)
-        if not callable(pairs_of):
+        view = subject.view
+        if not isinstance(view, HasPaths):
             name = subject.header.component.get("name")
             raise VgmError(f"{name} has no latent paths", "ppl is of generators such as StyleGAN's", USAGE)
         n = self.n or subject.n or PAIRS
@@ -93,7 +93,9 @@ class PerceptualPathLength:
         @torch.no_grad()
         def work(span: range) -> Tensor:
             gens = generators(seed_of("path", seed, i) for i in span)
-            a, b = (prepare(x.float(), self.crop) for x in pairs_of(gens, self.epsilon, self.space, self.sampling))
+            a, b = (
+                prepare(x.float(), self.crop) for x in view.path_samples(gens, self.epsilon, self.space, self.sampling)
+            )
             return net(a, b).flatten().cpu()
 
         spans = [range(i, min(i + subject.batch_size, n)) for i in range(0, n, subject.batch_size)]

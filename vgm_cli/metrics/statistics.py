@@ -22,7 +22,7 @@ from torch import Tensor
 
 from vgm_cli import atomic, foreign, limits
 from vgm_cli.errors import FAILED, USAGE, VgmError
-from vgm_cli.metrics.frechet import Moments
+from vgm_cli.metrics.moments import Moments
 from vgm_cli.weights import reading
 from vgm_cli.weights.contents import contents
 

@@ -298,6 +298,8 @@ class NCSNpp(nn.Module):
         self.in_channels, self.patch_size = in_channels, patch_size
         self.sample_shape = (in_channels, image_size, image_size)
         self.num_classes, self.null_class = num_classes or 0, null_class and bool(num_classes)
+        if self.null_class:
+            self.null_condition = self._null_condition  # api.NullCondition: absent without a null class
         self.act = ACTIVATIONS[nonlinearity]
         ladder = torch.linspace(math.log(sigma_max), math.log(sigma_min), num_scales, dtype=torch.float64)
         self.sigmas: Tensor
@@ -385,12 +387,8 @@ class NCSNpp(nn.Module):
 
     # conditions
 
-    @property
-    def null_condition(self) -> Callable[[dict[str, Any]], dict[str, Any]]:
-        """cond -> its unconditional version, for classifier-free guidance; absent without a null class."""
-        if not self.null_class:
-            raise AttributeError("null_condition")
-        return lambda cond: {**cond, "y": torch.full_like(cond["y"], self.num_classes)} if "y" in cond else dict(cond)
+    def _null_condition(self, cond: dict[str, Any]) -> dict[str, Any]:
+        return {**cond, "y": torch.full_like(cond["y"], self.num_classes)} if "y" in cond else dict(cond)
 
     def labels(self, y: Tensor | None, force_drop_ids: Tensor | None, x: Tensor) -> Tensor:
         """(B,) rows of the label table. VgmError: a label is needed, or cannot be dropped."""

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from vgm_cli.api import Movable
 from vgm_cli.errors import FAILED, USAGE, VgmError
 from vgm_cli.registry import load_code, registry
 
@@ -50,7 +51,7 @@ class Weighted:
 
     def to(self, device: torch.device) -> None:
         for reward in self.rewards.values():
-            if hasattr(reward, "to"):
+            if isinstance(reward, Movable):
                 reward.to(device)
 
     def __call__(self, images: Tensor, batch: Mapping[str, Any]) -> Tensor:

@@ -24,7 +24,7 @@ import torch
 from torch import Tensor, nn
 
 from vgm_cli import recipe as recipes
-from vgm_cli.api import Batch, HasExample, Request, Step, generators, seed_of
+from vgm_cli.api import Batch, HasClasses, HasExample, NullCondition, Request, Step, generators, seed_of
 from vgm_cli.engine import build
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.recipe import Recipe
@@ -68,7 +68,7 @@ class ModelSuite:
         """x: (n, C, H, W), t: (n,) inside (0, 1), cond: labels where the network has classes."""
         g = torch.Generator().manual_seed(1)
         x, t = torch.randn(n, *self.shape, generator=g), torch.linspace(0.2, 0.8, n)
-        classes = getattr(network, "num_classes", 0) or 0
+        classes = network.num_classes if isinstance(network, HasClasses) else 0
         return x, t, {"y": torch.arange(n) % classes} if classes else {}
 
     def test_builds_without_memory(self) -> None:
@@ -145,9 +145,9 @@ class ModelSuite:
         """Guidance: the unconditional version of a condition has its shape, is another one, equals a dropped label."""
         network = self.build()
         x, t, cond = self.inputs(network)
-        if not cond or not hasattr(network, "null_condition"):
+        if not cond or not isinstance(network, NullCondition):
             pytest.skip("the network takes no labels or cannot drop them")
-        null = network.null_condition(cond)  # type: ignore[operator]  # hasattr was asked above
+        null = network.null_condition(cond)
         assert {k: v.shape for k, v in null.items()} == {k: v.shape for k, v in cond.items()}
         assert torch.equal(cond["y"], self.inputs(network)[2]["y"]), "null_condition changed its argument"
         unconditional = tensor_of(network(x, t, **null))
@@ -201,8 +201,7 @@ class ObjectiveSuite(_OnRecipe):
     def test_loss_is_finite_and_a_function_of_the_step(self) -> None:
         _, made, facts = self.built()
         batch = self.batch(facts)
-        if hasattr(made.objective, "prepare"):
-            made.objective.prepare(batch, Step(0))
+        made.objective.prepare(batch, Step(0))
         for phase in made.objective.phases():
             losses = []
             for index in (0, 0, 1):
@@ -217,8 +216,7 @@ class ObjectiveSuite(_OnRecipe):
         """Whatever a phase trains and may be trained receives a gradient that is not zero, over a few steps."""
         _, made, facts = self.built()
         batch = self.batch(facts)
-        if hasattr(made.objective, "prepare"):
-            made.objective.prepare(batch, Step(0))
+        made.objective.prepare(batch, Step(0))
         waiting = {
             f"{role}.{name}": p
             for role in {r for phase in made.objective.phases() for r in phase.trains}
@@ -239,8 +237,7 @@ class ObjectiveSuite(_OnRecipe):
             pytest.skip("this objective takes statistics over its batch")
         _, made, facts = self.built()
         batch, half = self.batch(facts), self.batch_size // 2
-        if hasattr(made.objective, "prepare"):
-            made.objective.prepare(batch, Step(0))
+        made.objective.prepare(batch, Step(0))
         for phase in made.objective.phases():
             whole = made.objective.loss(phase.name, batch, Step(3))[0].detach()
             for split in (lambda i: Step(3, rank=i, world=2), lambda i: Step(3, micro=i, micros=2)):

@@ -16,13 +16,13 @@ from vgm_cli.convert_api import Layout
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine.checkpoint import Header
 from vgm_cli.errors import USAGE, VgmError, unknown
-from vgm_cli.recipe import parse_yaml
 from vgm_cli.registry import load_target, registry, signature
 from vgm_cli.weights import files as weight_files
 from vgm_cli.weights import layout as layouts
 from vgm_cli.weights import nested
 from vgm_cli.weights.compare import alike
 from vgm_cli.weights.files import State, Weights
+from vgm_cli.yaml_text import parse_yaml
 
 OURS = "vgm"
 

@@ -18,13 +18,14 @@ from torch import Tensor
 
 from vgm_cli import atomic
 from vgm_cli import recipe as recipes
-from vgm_cli.api import Request, generators, seed_of
+from vgm_cli.api import HasClasses, Request, generators, seed_of
 from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.engine import checkpoint as ckpt
-from vgm_cli.engine import distributed
+from vgm_cli.engine import processes
 from vgm_cli.engine.sample.loop import class_labels
-from vgm_cli.recipe import Pairs, Recipe
+from vgm_cli.recipe import Recipe
 from vgm_cli.registry import registry
+from vgm_cli.settings import Pairs
 from vgm_cli.ui import Progress, ui
 
 SHARD = 256  # pairs in one cache file
@@ -32,7 +33,7 @@ SHARD = 256  # pairs in one cache file
 
 def shared(recipe: Recipe, node: Mapping[str, Any]) -> dict[str, Tensor]:
     """Pairs for every process, made by the first. See `pairs_of`."""
-    if not distributed.launched():
+    if not processes.launched():
         return pairs_of(recipe, node)
     from accelerate import PartialState
 
@@ -58,7 +59,7 @@ def pairs_of(recipe: Recipe, node: Mapping[str, Any]) -> dict[str, Tensor]:
         folder.mkdir(parents=True, exist_ok=True)
         atomic.write_json(folder / "settings.json", made)
         ui.info(f"{len(missing) * SHARD} pairs of the teacher into {folder}")
-        loaded = ckpt.load(teacher["run"], device=distributed.pick_device())
+        loaded = ckpt.load(teacher["run"], device=processes.pick_device())
         view = ckpt.build_view(loaded.model, {"name": "denoiser", **teacher["view"]})
         with Progress("pairs", len(missing) * SHARD) as progress:
             for done, file in enumerate(missing):
@@ -73,7 +74,8 @@ def pairs_of(recipe: Recipe, node: Mapping[str, Any]) -> dict[str, Tensor]:
 def make_pairs(view: Denoiser, header: ckpt.Header, settings: Pairs, guidance: float, first: int) -> dict[str, Tensor]:
     """Pairs first .. first + SHARD."""
     shape = tuple(header.data.get("sample_shape") or view.network.sample_shape)  # type: ignore[attr-defined]
-    classes = header.data.get("num_classes", getattr(view.network, "num_classes", 0)) or 0
+    known = view.network.num_classes if isinstance(view.network, HasClasses) else 0
+    classes = header.data.get("num_classes", known) or 0
     device = next(view.network.parameters()).device  # type: ignore[attr-defined]
     sampler = registry().build("sampler", {"name": settings.sampler})
     batches: dict[str, list[Tensor]] = {"z": [], "x": [], "y": []}

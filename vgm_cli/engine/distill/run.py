@@ -20,6 +20,7 @@ from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine.distill import pairs
 from vgm_cli.engine.train import loop as trainer
 from vgm_cli.errors import USAGE, VgmError, unknown
+from vgm_cli.overrides import leaves
 from vgm_cli.recipe import Recipe
 from vgm_cli.registry import load_target, registry, signature
 from vgm_cli.ui import ui
@@ -137,7 +138,7 @@ def replace(
         del origins[k]
     if node is not None:
         config[last] = node
-        origins.update(dict.fromkeys(recipes.leaves(node, key), origin))
+        origins.update(dict.fromkeys(leaves(node, key), origin))
 
 
 def is_denoiser(view: Mapping[str, Any] | None) -> bool:

@@ -12,11 +12,11 @@ import torch
 from torch import Tensor
 
 from vgm_cli import __version__
-from vgm_cli.engine import ranks
+from vgm_cli.engine import processes
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.metrics.base import OF_NETWORK, Measured
 from vgm_cli.metrics.features import FeatureNet
-from vgm_cli.metrics.frechet import Moments
+from vgm_cli.metrics.moments import Moments
 from vgm_cli.metrics.pictures import DataPictures, Pictures, items_of, small
 from vgm_cli.metrics.statistics import Statistics, write_statistics
 from vgm_cli.ui import counted, ui
@@ -46,7 +46,7 @@ def measure(
     shared = {need for _, needs in wants.values() for need in needs}
     parts: dict[int, dict[Any, Any]] = {}
     spans = [(i, min(i + batch_size, n)) for i in range(0, n, batch_size)]
-    for i, (first, last) in ranks.mine(spans):
+    for i, (first, last) in processes.mine(spans):
         images = pictures.batch(first, last)
         parts[i] = {key: job.take(images, device) for key, job in jobs.items()}
         if "images" in shared:
@@ -56,10 +56,10 @@ def measure(
         if progress is not None:
             progress(last)
     merged = {key: {o: m.gather() for o, m in job.streamed.items()} for key, job in jobs.items()}
-    ordered = ranks.in_order(parts)
+    ordered = processes.in_order(parts)
     items = items_of(pictures)
-    if shared & {"images"} and ranks.joined():  # each process knows which of its own could not be read
-        lost = ranks.shares(range(ranks.rank_world()[1]), lambda _: items.lost)
+    if shared & {"images"} and processes.joined():  # each process knows which of its own could not be read
+        lost = processes.shares(range(processes.rank_world()[1]), lambda _: items.lost)
         items = replace(items, lost=frozenset().union(*lost))
     sides = {}
     for key, (_, needs) in wants.items():
@@ -215,7 +215,7 @@ def save_statistics(
     facts = {**net.describe(), **source_facts(reference), "vgm": __version__}
     if not isinstance(reference, Statistics):
         facts["reference_shape"] = list(reference.shape())
-    if ranks.rank_world()[0] == 0:
+    if processes.rank_world()[0] == 0:
         assert side.moments is not None
         write_statistics(path, side.moments, side.spatial, facts, side.pool)
     return {**facts, "n": side.n, "dim": net.dim, "out": str(path)}

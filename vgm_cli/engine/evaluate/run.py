@@ -13,7 +13,7 @@ import numpy as np
 import torch
 
 from vgm_cli import __version__
-from vgm_cli.engine import ranks
+from vgm_cli.engine import processes
 from vgm_cli.engine.evaluate.measure import (
     Progress,
     measure,
@@ -28,9 +28,9 @@ from vgm_cli.metrics.base import OF_NETWORK, Measured, Subject, Value
 from vgm_cli.metrics.features import FeatureNet
 from vgm_cli.metrics.pictures import ArrayPictures, DataPictures, InColour, Pictures, items_of, pairs
 from vgm_cli.metrics.statistics import Statistics, read_statistics
-from vgm_cli.recipe import parse_yaml
 from vgm_cli.registry import registry
 from vgm_cli.ui import ui
+from vgm_cli.yaml_text import parse_yaml
 
 ALIASES = {"pr": "precision-recall", "prdc": "density-coverage", "is": "inception-score", "bpd": "bits-per-dim"}
 NO_NETWORK = "pixels"
@@ -97,7 +97,7 @@ def evaluate(
         results += [result_of(v, counts, shared, time.time() - began) for v in values]
     if save_stats is not None:
         sides.save(save_stats)
-    return ranks.from_main(results)
+    return processes.from_main(results)
 
 
 def result_of(
@@ -275,7 +275,7 @@ class Sides:
         more = {}
         if getattr(metric, "uses_held_out", False) and self.held_out is not None:
             more["held_out"] = measure_reference(self.held_out, of_reference, net, self.batch_size, self.device)
-        values = metric(samples, reference, seed, **more) if ranks.rank_world()[0] == 0 else []
+        values = metric(samples, reference, seed, **more) if processes.rank_world()[0] == 0 else []
         data: dict[str, Any] = net.describe() if net is not None else {"features": NO_NETWORK}
         counts: tuple[int | None, int | None] = (samples.n, None)
         if metric.needs_reference:

@@ -17,10 +17,10 @@ from vgm_cli import limits
 from vgm_cli.data import SHIPPED, open_dataset
 from vgm_cli.data.decode import File, Unreadable, open_image
 from vgm_cli.engine import checkpoint as ckpt
-from vgm_cli.engine import ranks
-from vgm_cli.engine.distributed import pick_device
+from vgm_cli.engine import processes
 from vgm_cli.engine.evaluate import run as measuring
 from vgm_cli.engine.evaluate.measure import save_statistics
+from vgm_cli.engine.processes import pick_device
 from vgm_cli.engine.run import newest
 from vgm_cli.engine.sample import loop as generate
 from vgm_cli.engine.sample.output import JOB
@@ -82,7 +82,7 @@ class Target:
 
 def evaluate_target(target: str, options: Options) -> list[dict[str, Any]]:
     """Results of every metric for a run, checkpoint, codec, folder or .npz; see engine.evaluate for what one holds."""
-    ranks.join()
+    processes.join()
     protocol = protocols.protocol(options.protocol)
     metrics, built = metrics_of(options.metrics or protocol.metrics, protocol)
     if options.metrics:
@@ -240,7 +240,7 @@ def open_target(target: str, options: Options, protocol: Protocol, sampled: bool
         raise VgmError(f"{path} does not say the size of its images", "convert it with the data's facts", USAGE)
     facts = {"model": target, "weights": loaded.header.weights, "step": loaded.header.step}
     own = loaded.header
-    subject = Subject(loaded.view, loaded.codec, own, None, device, options.batch_size, options.n, ranks.shares)
+    subject = Subject(loaded.view, loaded.codec, own, None, device, options.batch_size, options.n, processes.shares)
     shape = data["image_size"], data["image_channels"]
     found = Target("model", *shape, device, None, protocol.uint8, data, facts, subject)
     if sampled:
@@ -475,10 +475,10 @@ def evaluate_statistics(
 ) -> dict[str, Any]:
     """`vgm evaluate stats`: statistics of a data set, or those of another format, as .safetensors. named: the options
     that the user gave."""
-    ranks.join()
+    processes.join()
     rule = protocols.protocol(protocol).resize
     where = pick_device(device)
-    ranks.on_main(lambda: check_target(out, overwrite))
+    processes.on_main(lambda: check_target(out, overwrite))
     if holds_statistics(Path(data)):
         for name in sorted(named - {"out", "overwrite"}):
             ui.warn(f"--{name.replace('_', '-')} has no effect on {data}: these are statistics already")
@@ -492,6 +492,6 @@ def restate(stats: Statistics, out: Path) -> dict[str, Any]:
     """Another format's statistics in ours; a network that the file does not name stays unknown."""
     assert stats.moments is not None
     facts = {"reference": str(stats.path), "reference_fingerprint": stats.fingerprint(), **stats.facts}
-    if ranks.rank_world()[0] == 0:
+    if processes.rank_world()[0] == 0:
         write_statistics(out, stats.moments, stats.spatial, facts, stats.pool)
     return {**facts, "n": stats.n, "dim": stats.moments.dim, "out": str(out)}

@@ -15,7 +15,7 @@ import torch
 from torch import Tensor
 
 from vgm_cli import atomic
-from vgm_cli.api import Request, generators, seed_of
+from vgm_cli.api import Request, TakesSteps, generators, seed_of
 from vgm_cli.data.latents import to_model
 from vgm_cli.engine.checkpoint import Loaded, load
 from vgm_cli.errors import FAILED, USAGE, VgmError
@@ -65,7 +65,7 @@ class Plan:
         """Sampler, steps and guidance as they count: steps of a sampler that takes none, guidance without labels, and
         an interval without guidance are None. asked: what the user named."""
         sampler, steps = self.build(device), None
-        if hasattr(sampler, "steps"):
+        if isinstance(sampler, TakesSteps):
             steps = sampler.steps if self.steps is None else self.steps
         scale = self.guidance_scale if self.labels else None
         return {
@@ -105,8 +105,8 @@ def class_labels(n: int, num_classes: int, wanted: Sequence[int] = (), table: An
         if not 0 <= w < num_classes:
             raise VgmError(f"label {w} does not exist", f"labels are 0 to {num_classes - 1}", USAGE)
     cycle = list(wanted) or list(range(num_classes))
-    columns = getattr(table, "grid_columns", None) or max(n, 1)
-    by_row = getattr(table, "grid_labels", "columns") == "rows"
+    columns = (table.grid_columns if table is not None else None) or max(n, 1)
+    by_row = table is not None and table.grid_labels == "rows"
     return [cycle[(i // columns if by_row else i % columns) % len(cycle)] for i in range(n)]
 
 
@@ -320,8 +320,7 @@ def layout(plan: Plan, x: Tensor, device: torch.device | str) -> Layout:
     """Of a grid of a plan's images: the sampler's own columns where it makes a table, else near a square with classes,
     or what the sampler keeps together, under one another."""
     sampler = plan.build(device)
-    period = getattr(sampler, "grid_period", 0) or plan.period()
-    return layout_of(x, getattr(sampler, "grid_columns", None), period)
+    return layout_of(x, sampler.grid_columns, sampler.grid_period or plan.period())
 
 
 def provenance(loaded: Loaded, plan: Plan, target: str, device: torch.device | str = "cpu") -> dict[str, str]:

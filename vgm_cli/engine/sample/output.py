@@ -21,7 +21,7 @@ from torch import Tensor
 
 from vgm_cli import atomic, foreign
 from vgm_cli.engine import checkpoint as ckpt
-from vgm_cli.engine import ranks
+from vgm_cli.engine import processes
 from vgm_cli.engine.checkpoint import Loaded
 from vgm_cli.engine.sample import loop as generate
 from vgm_cli.engine.sample.loop import Plan
@@ -64,7 +64,7 @@ def fitted(plan: Plan, target: Path, device: torch.device, chosen: bool) -> Plan
     """
     if target.suffix.lower() != ".png":
         return plan
-    columns = getattr(plan.build(device), "grid_columns", None) or 1  # of a table, which is shown whole
+    columns = plan.build(device).grid_columns or 1  # of a table, which is shown whole
     if plan.n % columns and (chosen or plan.n < columns):
         low = plan.n // columns * columns
         hint = " or ".join(f"-n {k}" for k in (low, low + columns) if k)
@@ -96,7 +96,7 @@ def check_target(target: Path, meta: dict[str, str], plan: Plan, overwrite: bool
         if suffix == ".npz" and not overwrite:
             check_parts(parts_of(target), meta)
 
-    ranks.on_main(look)
+    processes.on_main(look)
 
 
 def write(
@@ -109,12 +109,12 @@ def write(
     overwrite: bool = False,
 ) -> dict[str, Any]:
     """Sample the plan into `target`, which was checked, and return what was done (n, seconds, NFE, path)."""
-    ranks.on_main(lambda: begin(target, meta, overwrite))
+    processes.on_main(lambda: begin(target, meta, overwrite))
     began = time.perf_counter()
     info: dict[str, Any] = {}
     kinds = {"": write_folder, ".npz": write_npz, ".png": write_grid}
     made = kinds[target.suffix.lower()](loaded, plan, target, device, meta, info, progress)
-    made = sum(ranks.shares(range(ranks.rank_world()[1]), lambda _: made))
+    made = sum(processes.shares(range(processes.rank_world()[1]), lambda _: made))
     seconds = time.perf_counter() - began
     return {
         "out": str(target),
@@ -186,7 +186,7 @@ def write_grid(
         done += len(x)
         return x
 
-    parts = ranks.in_order({i: one(span) for i, span in ranks.mine(batches_of(plan))})
+    parts = processes.in_order({i: one(span) for i, span in processes.mine(batches_of(plan))})
     if parts:
         x = torch.cat(parts)
         save_grid(x, target, metadata=meta, layout=layout or generate.layout(plan, x, device))
@@ -270,7 +270,7 @@ def write_folder(
 ) -> int:  # fmt: skip
     """000000.png …; images already there are kept, so an interrupted job goes on. Gives how many this process made."""
     made = 0
-    for _, (first, last) in ranks.mine(batches_of(plan)):
+    for _, (first, last) in processes.mine(batches_of(plan)):
         wanted = [folder / f"{i:06d}.png" for i in range(first, last)]
         if all(p.exists() for p in wanted):
             continue
@@ -278,7 +278,7 @@ def write_folder(
             if not wanted[i].exists():
                 save_png(image, wanted[i], {**meta, "vgm.item": str(first + i)})
                 made += 1
-    ranks.from_main(None)  # nobody leaves before all are done
+    processes.from_main(None)  # nobody leaves before all are done
     return made
 
 
@@ -288,16 +288,16 @@ def write_npz(
 ) -> int:  # fmt: skip
     """ADM layout: arr_0 uint8 (N, H, W, C), arr_1 int64 labels. Batches are kept in NAME.npz.parts until all are there,
     so an interrupted job goes on; the file is then written in one pass that holds one batch in memory."""
-    parts, main = parts_of(target), ranks.rank_world()[0] == 0
+    parts, main = parts_of(target), processes.rank_world()[0] == 0
     spans, made = batches_of(plan), 0
-    for _, (first, last) in ranks.mine(spans):
+    for _, (first, last) in processes.mine(spans):
         part = parts / f"{first:08d}-{last:08d}.npy"
         if part.exists():
             continue
         with atomic.replacing(part) as temp, open(temp, "wb") as f:
             np.save(f, pictures(loaded, plan, first, last, device, info, progress))
         made += last - first
-    ranks.shares(range(ranks.rank_world()[1]), lambda r: r)  # all parts are there
+    processes.shares(range(processes.rank_world()[1]), lambda r: r)  # all parts are there
     if main:
         join_parts([parts / f"{first:08d}-{last:08d}.npy" for first, last in spans], plan, target)
         shutil.rmtree(parts, ignore_errors=True)

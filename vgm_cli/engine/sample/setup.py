@@ -9,15 +9,16 @@ from typing import Any
 import torch
 
 from vgm_cli import foreign
+from vgm_cli.api import TakesSteps
 from vgm_cli.engine import checkpoint as ckpt
-from vgm_cli.engine.distributed import keep_memory, pick_device
+from vgm_cli.engine.processes import keep_memory, pick_device
 from vgm_cli.engine.run import bf16_supported
 from vgm_cli.engine.sample.loop import Plan, class_labels, class_numbers, sampler_node
 from vgm_cli.errors import USAGE, VgmError, unknown
 from vgm_cli.ranges import Images, NonNegative, Steps, fit
-from vgm_cli.recipe import parse_yaml
 from vgm_cli.ui import ui
 from vgm_cli.validation import check_sampler
+from vgm_cli.yaml_text import parse_yaml
 
 
 def device_for(name: str | None = None) -> torch.device:
@@ -115,9 +116,9 @@ def plan_for(
         named=tuple(k for k, v in wishes.items() if v is not None),
     )
     device = next(loaded.model.parameters()).device
-    if getattr(plan.build(device), "grid_columns", None):
+    if plan.build(device).grid_columns:
         plan.labels = class_labels(n, loaded.header.data.get("num_classes") or 0, wanted, plan.build(device))
-    if hasattr(plan.build(device), "steps") and steps is not None:
+    if isinstance(plan.build(device), TakesSteps) and steps is not None:
         plan.sampler["steps"] = steps  # one truth in every record
     return plan
 

@@ -6,7 +6,7 @@ the fly. Posterior noise is drawn per step, so caching moments changes nothing t
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vgm_cli.api import Batch, Step
 from vgm_cli.data import open_dataset
-from vgm_cli.data.dataset import to_float
+from vgm_cli.data.dataset import Dataset, to_float
 from vgm_cli.data.latent_cache import build_cache
 from vgm_cli.data.latents import Latents, MemoryLatents, open_cache, to_model
 from vgm_cli.data.loader import Batches
@@ -24,8 +24,10 @@ from vgm_cli.engine import build
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine.build import Facts
 from vgm_cli.engine.run import Run
+from vgm_cli.engine.train.codec_stage import train_codec
 from vgm_cli.errors import USAGE, VgmError
-from vgm_cli.recipe import NO_DATA_HINT, Data, Recipe, start_role
+from vgm_cli.recipe import Recipe, start_role
+from vgm_cli.settings import NO_DATA_HINT, Data
 from vgm_cli.ui import some, ui
 
 IN_MEMORY = 20_000  # images whose moments are kept in memory
@@ -55,7 +57,7 @@ class Feed:
     @property
     def drawn(self) -> bool:
         """Does the data hold latents drawn from a posterior, not its moments?"""
-        return getattr(self.dataset, "drawn", False)
+        return isinstance(self.dataset, Latents) and self.dataset.drawn
 
     def describe(self) -> dict[str, Any]:
         return {
@@ -124,15 +126,22 @@ def open_images(recipe: Recipe) -> tuple[Any, bool]:
     if (start := recipe.start()) is not None and labelled:
         known = ckpt.read_header(ckpt.resolve(start)).data
         compare_classes(build.facts_of(dataset, True), known, f"the {start_role(recipe.config)}")
-    if data.channels == 1 and hasattr(dataset, "source") and not dataset.source.header(0)[2]:
+    if data.channels == 1 and isinstance(dataset, Dataset) and not dataset.source.header(0)[2]:
         ui.warn(f"data.channels=1: the colours of {data.path} are left out")
     return dataset, labelled
 
 
-def open_feed(recipe: Recipe, run: Run, accelerator: Any, micro_size: int, dataset: Any = None) -> Feed:
+def open_feed(
+    recipe: Recipe,
+    run: Run,
+    accelerator: Any,
+    micro_size: int,
+    dataset: Any = None,
+    train: Callable[..., Any] | None = None,
+) -> Feed:
     """Settle the codec of the data (training the fallback one when the shipped does not fit), encode small sets.
 
-    dataset: the recipe's, where it is open already.
+    dataset: the recipe's, where it is open already. train: loop.train, for a codec that has to be trained first.
     """
     data = recipe.node("data")
     if dataset is None:
@@ -154,7 +163,7 @@ def open_feed(recipe: Recipe, run: Run, accelerator: Any, micro_size: int, datas
     if isinstance(dataset, Latents):
         use_latents(feed, node, run)
     elif node:
-        add_codec(feed, node, recipe, run, accelerator)
+        add_codec(feed, node, recipe, run, accelerator, train)
     return feed
 
 
@@ -196,7 +205,14 @@ def use_latents(feed: Feed, node: dict[str, Any] | None, run: Run) -> None:
     feed.cache = latents
 
 
-def add_codec(feed: Feed, node: dict[str, Any], recipe: Recipe, run: Run, accelerator: Any) -> None:
+def add_codec(
+    feed: Feed,
+    node: dict[str, Any],
+    recipe: Recipe,
+    run: Run,
+    accelerator: Any,
+    train: Callable[..., Any] | None,
+) -> None:
     """Choose or train the codec, then cache what it makes of a small set."""
     sample = next(iter(Batches(feed.dataset, min(64, feed.count), seed=0, labels=False)))["x"]
     own = run.path / "codec"
@@ -210,9 +226,9 @@ def add_codec(feed: Feed, node: dict[str, Any], recipe: Recipe, run: Run, accele
                 f"no shipped codec fits {feed.facts.image_size}×{feed.facts.image_size}×{feed.facts.image_channels} "
                 f"images: training one first (recipe {node['fallback']})"
             )
-        from vgm_cli.engine.train.loop import train_codec
-
-        path = train_codec(node["fallback"], recipe, own, accelerator.device.type)
+        if train is None:
+            raise build.missing_codec(node)
+        path = train_codec(train, node["fallback"], recipe, own, accelerator.device.type)
         accelerator.wait_for_everyone()
     feed.codec = ckpt.read_codec(path, feed.device, node.get("output"))
     feed.codec_ref = ckpt.refer_codec(path, run.path, node.get("output"))

@@ -1,10 +1,11 @@
 """Exponential moving averages of network weights, several at once.
 
 Profiles: a constant decay (0.9999), the same with warm-up min(decay, (1 + n) / (10 + n)) as in TensorFlow (n from 0)
-and LDM's LitEma (n from 1), either of them at every k-th step only, a half-life in images as GANs state it (NVlabs'
-StyleGANs: decay 0.5^(batch / half_life), with a ramp at most that share of the images seen), and the power function of
-EDM2 (arXiv 2312.02696, eq. 121: beta(n) = (1 - 1/n)^(gamma + 1), gamma from the relative width sigma_rel), whose
-averages can be combined after training.
+and LDM's LitEma (n from 1), a half-life in images as GANs state it (NVlabs' StyleGANs: decay 0.5^(batch / half_life),
+with a ramp at most that share of the images seen), and the power function of EDM2 (arXiv 2312.02696, eq. 121: beta(n) =
+(1 - 1/n)^(gamma + 1), gamma from the relative width sigma_rel), whose averages can be combined after training. Each
+may be updated at every k-th step only: a decay is then that of one update, a half-life and a width mean what they do at
+every step.
 """
 
 from __future__ import annotations
@@ -16,17 +17,17 @@ import torch
 from torch import Tensor, nn
 
 from vgm_cli.engine.train.sharding import assign, local
-from vgm_cli.recipe import check_average
+from vgm_cli.settings import check_average
 
 
 class EMA:
     """One average of a network's parameters; buffers are copied. config: a decay, or one of the mappings
     {decay: 0.9999}, {decay: 0.9999, warmup: 1} (the n of the first step), {decay: 0.9, every: 8}, {half_life: 10000}
-    (images), {half_life: 500000, ramp: 0.05}, {sigma_rel: 0.05}. batch_size: images per update, for half-lives."""
+    (images), {half_life: 500000, ramp: 0.05}, {sigma_rel: 0.05}. batch_size: images per step, for half-lives."""
 
     def __init__(self, network: nn.Module, config: float | Mapping[str, float], batch_size: int = 1):
         self.config = check_average(config)
-        self.batch_size = batch_size
+        self.batch_size, self.every = batch_size, int(self.config.get("every", 1))
         self.gamma = _gamma(self.config["sigma_rel"]) if "sigma_rel" in self.config else None
         self.updates = 0
         self.source = network
@@ -42,14 +43,14 @@ class EMA:
         return f"ema-power-{self.config['sigma_rel']:g}" if self.gamma is not None else f"ema-{self.config['decay']:g}"
 
     def decay(self) -> float:
-        """Decay of the coming update (self.updates counts those done)."""
+        """Decay of the coming update (self.updates counts the steps done)."""
         if self.gamma is not None:
-            return (1 - 1 / (self.updates + 1)) ** (self.gamma + 1)
+            return (1 - self.every / (self.updates + 1)) ** (self.gamma + 1)
         if "half_life" in self.config:
             life = self.config["half_life"]
             if "ramp" in self.config:
                 life = min(life, self.updates * self.batch_size * self.config["ramp"])
-            return float(0.5 ** (self.batch_size / max(life, 1e-8)))
+            return float(0.5 ** (self.every * self.batch_size / max(life, 1e-8)))
         decay = self.config["decay"]
         if "warmup" not in self.config:
             return decay
@@ -59,7 +60,7 @@ class EMA:
     @torch.no_grad()
     def update(self) -> None:
         """average += (1 - decay) (weights - average); called once per optimizer step."""
-        if (self.updates + 1) % int(self.config.get("every", 1)):
+        if (self.updates + 1) % self.every:
             self.updates += 1
             return
         weight = 1 - self.decay()

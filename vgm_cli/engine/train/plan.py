@@ -13,13 +13,12 @@ from torch.utils.module_tracker import ModuleTracker
 
 from vgm_cli import validation
 from vgm_cli.api import Batch, Step
-from vgm_cli.data import open_dataset
 from vgm_cli.engine import build
 from vgm_cli.engine.build import Facts
-from vgm_cli.engine.distributed import pick_device
+from vgm_cli.engine.processes import pick_device
 from vgm_cli.engine.run import bf16_supported
-from vgm_cli.errors import VgmError
-from vgm_cli.recipe import PAIRS, Recipe
+from vgm_cli.engine.train import optim
+from vgm_cli.recipe import Recipe
 from vgm_cli.ui import duration, human, ui
 
 TIMED_FLOPS = 4e12  # a step above this many FLOPs is timed on a smaller batch and scaled
@@ -64,16 +63,17 @@ def make_plan(recipe: Recipe, device: torch.device | None = None, world: int = 1
     build.settle(recipe)
     validation.check_parts(recipe)
     validation.check_batch(recipe, world)
-    facts, count, planned = plan_facts(recipe)
+    facts, count, planned = build.plan_facts(recipe)
     before = None
     if planned is not None and planned.recipe is not None:
         ui.info(f"a codec is trained first: {planned.recipe.name}")
         before = make_plan(planned.recipe, device, world)
     built = validation.build_on_meta(recipe, facts, planned)
     phases = built.objective.phases()
-    trained = sorted({r for p in phases for r in p.trains})
+    trained = sorted({r for p in phases for r in p.roles})
     numbers = {r: sum(p.numel() for p in n.parameters()) for r, n in built.networks.items()}
-    trainable = sum(p.numel() for r in trained for p in built.networks[r].parameters() if p.requires_grad)
+    parts = optim.trained(built.networks, phases)
+    trainable = sum(p.numel() for p in {id(p): p for part in parts.values() for p in part.values()}.values())
     micro = opts.batch_size // (opts.accumulate * world)
     forward, step = count_flops(built, facts, recipe)
     precision = opts.precision if opts.precision != "auto" else ("bf16" if bf16_supported() else "fp32")
@@ -104,34 +104,6 @@ def make_plan(recipe: Recipe, device: torch.device | None = None, world: int = 1
         processes=world,
         first=before,
     )
-
-
-def plan_facts(recipe: Recipe) -> tuple[Facts, int | None, build.PlannedCodec | None]:
-    """Facts from the data when it is there, else from the recipe, then through the codec's shapes; the number of
-    images; the codec."""
-    data = recipe.node("data")
-    count = data.count
-    facts: Facts | None = None
-    dataset: Any = None
-    try:
-        if data.path:
-            dataset = open_dataset(data.path, size=data.size, channels=data.channels, crop=data.crop, split=data.split)
-            labelled = bool(dataset.facts.num_classes) if data.labels is None else data.labels
-            facts, count = build.facts_of(dataset, labelled), len(dataset)
-    except VgmError as e:
-        if data.size is None:
-            raise
-        ui.warn(f"{e.message}; planning from the recipe's own numbers")
-    facts = facts or build.declared_facts(data)
-    planned = build.planned_codec(recipe, facts, dataset) if recipe.config.get("codec") else None
-    return (planned.facts if planned else facts), count, planned
-
-
-def plan_roles(recipe: Recipe, facts: Facts) -> dict[str, Any]:
-    """What the command itself would make: ODE pairs of a teacher, here two empty ones."""
-    x = torch.zeros(2, *facts.sample_shape)
-    pairs = {"z": x, "x": x} | ({"y": torch.zeros(2, dtype=torch.long)} if facts.num_classes else {})
-    return {role: pairs for role, node in recipe.roles().items() if node.get("kind") == PAIRS}
 
 
 def example(facts: Facts, n: int, device: torch.device | str, recipe: Recipe) -> Batch:
@@ -261,13 +233,12 @@ def time_steps(
     n = max(2, min(share, int(affordable / max(flops_image, 1))))
     ui.info(f"timing {recipe.name} with {n} images on {device.type}, at most about {TIMED_SECONDS:.0f} s …")
     codec = {"codec": planned.codec} if planned else {}
-    built = build.build_objective(recipe, facts, {**codec, **plan_roles(recipe, facts)})
+    built = build.build_objective(recipe, facts, {**codec, **build.plan_roles(recipe, facts)})
     for network in built.networks.values():
         network.to(device)
     step = Step(index=0, device=device)
     batch = example(facts, n, device, recipe)
-    if hasattr(built.objective, "prepare"):
-        built.objective.prepare(batch, step)
+    built.objective.prepare(batch, step)
     times: list[float] = []
     while len(times) < 4 and sum(times) < TIMED_SECONDS / 2:
         began = time.perf_counter()

@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vgm_cli.api import Phase
+from vgm_cli.api import Phase, Repeats
 from vgm_cli.errors import USAGE, VgmError
 
 
 def check(objective: Any, phases: list[Phase]) -> None:
     """VgmError: this objective uses its networks elsewhere than in its loss, where their weights are in pieces."""
-    if len(phases) > 1 or not getattr(objective, "shardable", False):
+    if len(phases) > 1 or not objective.shardable:
         raise VgmError(
             f"train.fsdp=true does not go with the objective {type(objective).__name__}",
             "it shards objectives of one phase that use their network in the loss alone; without it, every process "
@@ -35,7 +35,7 @@ def shard(root: nn.Module, device: torch.device) -> None:
 
     mesh = init_device_mesh(device.type, (torch.distributed.get_world_size(),))
     for module in list(root.modules()):
-        for name in getattr(module, "repeated", ()):
+        for name in module.repeated if isinstance(module, Repeats) else ():
             for block in getattr(module, name):
                 fully_shard(block, mesh=mesh)
     fully_shard(root, mesh=mesh)
@@ -84,4 +84,8 @@ def like(target: Tensor | None, value: Tensor) -> Tensor:
 
 
 def _is_sharded(tensor: Any) -> bool:
-    return hasattr(tensor, "full_tensor")
+    if not torch.distributed.is_available():
+        return False
+    from torch.distributed.tensor import DTensor
+
+    return isinstance(tensor, DTensor)

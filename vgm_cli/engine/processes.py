@@ -1,5 +1,9 @@
-"""Processes and hardware: `--nproc N` re-executes through torch.distributed.run; torchrun, accelerate launch and
-Slurm environments are used as they are found."""
+"""Processes and hardware: how several processes start, what device each uses, and how they share work.
+
+`--nproc N` re-executes through torch.distributed.run; torchrun, accelerate launch and Slurm are used as they are found.
+Whole items of work go round, results come back in their order, so that what is made of them does not depend
+on how many processes there are.
+"""
 
 from __future__ import annotations
 
@@ -7,13 +11,19 @@ import atexit
 import contextlib
 import os
 import sys
-from collections.abc import Sequence
-from typing import TYPE_CHECKING, NoReturn
+from collections.abc import Callable, Iterable, Sequence
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
 from vgm_cli.errors import FAILED, USAGE, VgmError
 
 if TYPE_CHECKING:
     import torch
+
+T = TypeVar("T")
+R = TypeVar("R")
+
+
+# -- starting --------------------------------------------------------------------------------------------------------
 
 
 def launched() -> bool:
@@ -106,14 +116,6 @@ def pick_device(name: str | None = None) -> torch.device:
     return torch.device(asked)
 
 
-def rank() -> int:
-    return int(os.environ.get("RANK", "0"))
-
-
-def is_main() -> bool:
-    return rank() == 0
-
-
 def without_launch_options(argv: Sequence[str]) -> list[str]:
     """sys.argv[1:] without --nproc/--nnodes/--rdzv and their values."""
     out, skip = [], False
@@ -140,3 +142,79 @@ def keep_memory() -> None:
         mallopt = ctypes.CDLL(None).mallopt
         for option, value in ((-4, 0), (-1, 2**31 - 1), (-2, 2**26)):  # M_MMAP_MAX, M_TRIM_THRESHOLD, M_TOP_PAD
             mallopt(option, value)
+
+
+# -- shared work ------------------------------------------------------------------------------------------------------
+
+
+def join() -> None:
+    """Meet the other processes, if this one was launched as one of several. Objects travel over gloo."""
+    import torch
+    import torch.distributed as dist
+
+    if launched() and int(os.environ["WORLD_SIZE"]) > 1 and not dist.is_initialized():
+        if torch.cuda.is_available():
+            torch.cuda.set_device(int(os.environ.get("LOCAL_RANK", "0")) % torch.cuda.device_count())
+        dist.init_process_group("gloo")
+
+
+def joined() -> bool:
+    import torch.distributed as dist
+
+    return dist.is_available() and dist.is_initialized()
+
+
+def rank_world() -> tuple[int, int]:
+    """(number of this process, how many there are)."""
+    import torch.distributed as dist
+
+    return (dist.get_rank(), dist.get_world_size()) if joined() else (0, 1)
+
+
+def mine(items: Iterable[T]) -> list[tuple[int, T]]:
+    """(position, item) of this process's share."""
+    rank, world = rank_world()
+    return [(i, item) for i, item in enumerate(items) if i % world == rank]
+
+
+def in_order(parts: dict[int, R]) -> list[R]:
+    """What every process made, by position; on the first process only, others get []."""
+    if not joined():
+        return [parts[i] for i in sorted(parts)]
+    import torch.distributed as dist
+
+    rank, world = rank_world()
+    received: list[dict[int, R] | None] | None = [None] * world if rank == 0 else None
+    dist.gather_object(parts, received)
+    together = {i: part for each in received or [] for i, part in (each or {}).items()}
+    return [together[i] for i in sorted(together)]
+
+
+def shares(items: Iterable[T], work: Callable[[T], R]) -> list[R]:
+    """[work(item) for item in items] with the items spread over processes; the whole list on every process."""
+    made = in_order({i: work(item) for i, item in mine(items)})
+    return from_main(made)
+
+
+def from_main(value: T) -> T:
+    """The first process's value, on every process."""
+    if not joined():
+        return value
+    import torch.distributed as dist
+
+    box: list[Any] = [value]
+    dist.broadcast_object_list(box)
+    return box[0]
+
+
+def on_main(work: Callable[[], None]) -> None:
+    """Done by the first process alone; what it refuses (VgmError) every process refuses."""
+    refused: tuple[str, str, int] | None = None
+    if rank_world()[0] == 0:
+        try:
+            work()
+        except VgmError as e:
+            refused = (e.message, e.hint, e.code)
+    refused = from_main(refused)
+    if refused is not None:
+        raise VgmError(*refused)

@@ -1,0 +1,148 @@
+"""What a run tells while it trains: sums between two rows of its log, the rows, the progress line, the end."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Mapping
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+
+from vgm_cli.engine.train.card import write_card
+from vgm_cli.engine.train.optim import learning_rate
+from vgm_cli.errors import DIVERGED, VgmError
+from vgm_cli.ui import Progress, duration, ui
+
+if TYPE_CHECKING:
+    from vgm_cli.engine.train.setup import Outcome, Trainer
+
+
+class Window:
+    """Sums of what is logged since the last row, kept on the device so that no step waits for it. finite: whether every
+    loss was."""
+
+    def __init__(self, accelerator: Any):
+        self.acc = accelerator
+        self.sums: dict[str, Tensor] = {}
+        self.counts: dict[str, int] = {}
+        self.finite = torch.ones((), dtype=torch.bool, device=accelerator.device)
+
+    def add(self, logs: Mapping[str, Tensor]) -> None:
+        """One step's values."""
+        for k, v in logs.items():
+            self.sums[k] = self.sums[k] + v if k in self.sums else v
+            self.counts[k] = self.counts.get(k, 0) + 1
+
+    def totals(self) -> dict[str, float]:
+        """The sums, averaged over processes; every process must ask."""
+        keys = sorted(self.sums)
+        if not keys:
+            return {}
+        values = torch.stack([self.sums[k].double() for k in keys])
+        if self.acc.num_processes > 1:
+            values = self.acc.reduce(values, "mean")
+        return dict(zip(keys, values.tolist()))
+
+    def means(self) -> dict[str, float]:
+        return {k: float(f"{v / self.counts[k]:.6g}") for k, v in self.totals().items()}
+
+    def load(self, state: Mapping[str, Any]) -> None:
+        """state: {name: (sum, count)} of an interrupted interval."""
+        for k, (value, count) in state.items():
+            self.sums[k], self.counts[k] = torch.tensor(value, dtype=torch.float32, device=self.acc.device), count
+
+    def clear(self) -> None:
+        self.sums, self.counts = {}, {}
+
+    def refuse_divergence(self, done: int, kept: str) -> None:
+        """VgmError (exit code 5): some process saw a loss that was not finite."""
+        flag = self.finite.float()
+        if self.acc.num_processes > 1:
+            flag = self.acc.reduce(flag, "mean")
+        if flag.item() < 1:
+            raise VgmError(
+                f"training diverged: the loss was not finite by step {done}; {kept}",
+                "lower optimizer.lr, set train.clip=1.0, or train.precision=fp32",
+                DIVERGED,
+            )
+
+
+def collect(logs: dict[str, Tensor], loss: Tensor, values: Mapping[str, Any], name: str, part: int, parts: int) -> None:
+    """Add the loss, by its name, and the values of micro-batch `part` to those of a step, which are means over all
+    `parts` of them. What an earlier batch of the same step left is replaced."""
+    for k, v in {name: loss, **values}.items():
+        v = torch.as_tensor(v, device=loss.device).detach().float() / parts
+        logs[k] = logs[k] + v if part and k in logs else v
+
+
+class Report:
+    """Progress of one call of the loop. rate: images per second since the last row."""
+
+    def __init__(self, t: Trainer, until: int, progress: Progress):
+        self.t, self.until, self.progress = t, until, progress
+        self.began = time.perf_counter()
+        self.rate = 0.0
+        self.mark()
+
+    def mark(self) -> None:
+        """From now on the rate counts; what went before (a preview) does not."""
+        self.since, self.images = time.perf_counter(), self.t.images
+
+    def seconds(self) -> float:
+        """Of training, those before a resume included."""
+        return self.t.seconds + time.perf_counter() - self.began
+
+    def step(self, done: int) -> None:
+        if self.progress.bar is not None:
+            self.progress.update(done)
+
+    def row(self, done: int, regular: bool) -> None:
+        """One row for metrics.jsonl, the tracker and the terminal. regular: the interval is complete."""
+        t, opts = self.t, self.t.opts
+        self.rate = (t.images - self.images) / max(time.perf_counter() - self.since, 1e-9)
+        self.mark()
+        row: dict[str, Any] = {"step": done, "images": t.images, "images_per_second": round(self.rate, 2)}
+        row |= t.window.means()
+        for name, optimizer in t.optimizers.items():
+            key = "lr" if len(t.optimizers) == 1 else f"{name}/lr"
+            row[key] = learning_rate(optimizer.setting, done - 1, opts.steps)
+        if t.acc.is_main_process and t.track != "none":
+            t.run.log(row)
+        ui.event("step", **row)
+        t.tracker.log(row, done)
+        if regular:
+            t.window.clear()
+        t.window.refuse_divergence(done, t.run.kept())
+        losses = (f"{p.name}/loss" for p in t.phases)  # a phase may not have been due
+        told = next((k for k in ("reward", "loss", *losses) if k in row), "loss")
+        note = f"{told} {row.get(told, math.nan):.4g}  {self.rate:.0f} img/s"
+        left = (self.until - done) * opts.batch_size / max(self.rate, 1e-9)
+        self.progress.update(done, note)
+        self.progress.line(f"step {done}/{self.until}  {note}  ETA {duration(left)}")
+
+
+def announce(t: Trainer, until: int) -> None:
+    """The first lines of a run: its size, its data, its precision."""
+    count = sum(p.numel() for p in t.networks["model"].parameters()) if "model" in t.networks else 0
+    ui.event("start", run=str(t.run.path), parameters=count, steps=until, start=t.start)
+    ui.info(
+        f"{t.recipe.name}: {count:,} parameters, {t.feed.count:,} images "
+        f"{t.facts.image_size}×{t.facts.image_size}×{t.facts.image_channels}"
+        + (f", {t.facts.num_classes} classes" if t.facts.num_classes else ", unlabelled")
+        + f", {t.acc.mixed_precision.replace('no', 'fp32')}, {t.world} process{'es' * (t.world > 1)}"
+    )
+
+
+def finish(t: Trainer, outcome: Outcome, is_codec: bool, quiet: bool) -> None:
+    """The card, the last lines, the tracker's end."""
+    if t.acc.is_main_process:
+        write_card(t.run, t.recipe, outcome, t.components)
+        if not quiet:
+            ui.event("result", **asdict(outcome))
+            ui.info(f"done: {outcome.step} steps in {duration(t.seconds)}, {outcome.images_per_second:.0f} img/s")
+            ui.data(str(t.run.path))
+            ui.info(f"next: vgm {'evaluate' if is_codec else 'sample'} {t.run.path}")
+    t.tracker.finish()
