@@ -297,6 +297,13 @@ class HasClasses(Protocol):
 
 
 @runtime_checkable
+class HasSampleShape(Protocol):
+    """A network of samples of one shape only. sample_shape: (C, H, W)."""
+
+    sample_shape: tuple[int, ...]
+
+
+@runtime_checkable
 class DropsClasses(Protocol):
     """A network with a null class where class_dropout_prob is above 0."""
 

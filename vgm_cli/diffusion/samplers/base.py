@@ -10,7 +10,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vgm_cli.api import Request
+from vgm_cli.api import HasSampleShape, Request
 from vgm_cli.diffusion import solvers, timesteps
 from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.diffusion.guidance import Autoguidance, ClassifierFreeGuidance, ClassifierGuidance
@@ -59,9 +59,9 @@ class GaussianSampler(ABC):
             if not isinstance(self.autoguidance, Denoiser):
                 hint = "autoguidance=RUN of a smaller network, or of a shorter training"
                 raise VgmError("autoguidance needs another diffusion or flow network", hint, USAGE)
-            taken = getattr(self.autoguidance.network, "sample_shape", None)
-            if taken is not None and tuple(taken) != tuple(request.shape):
-                what = f"the network of autoguidance makes {tuple(taken)}, the sampled one {tuple(request.shape)}"
+            other = self.autoguidance.network
+            if isinstance(other, HasSampleShape) and tuple(other.sample_shape) != tuple(request.shape):
+                what = f"the network of autoguidance makes {other.sample_shape}, the sampled one {tuple(request.shape)}"
                 raise VgmError(what, "autoguidance=RUN of the same data and codec", USAGE)
             view = Autoguidance(view, self.autoguidance, self.autoguidance_scale, request.guidance_interval)
         return view
