@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 from vgm_cli import foreign
 from vgm_cli.engine import checkpoint as ckpt
-from vgm_cli.engine import distributed
+from vgm_cli.engine import processes
 from vgm_cli.engine.run import git_state
 from vgm_cli.errors import VgmError
 from vgm_cli.images import save_png
@@ -480,7 +480,7 @@ def test_processes_do_not_look_in_the_working_folder(monkeypatch: pytest.MonkeyP
     seen: list[str | None] = []
     monkeypatch.setenv("PYTHONSAFEPATH", "")
     monkeypatch.setattr("torch.distributed.run.main", lambda args: seen.append(os.environ.get("PYTHONSAFEPATH")))
-    assert distributed.relaunch(2, 1, None, ["ls"]) == 0
+    assert processes.relaunch(2, 1, None, ["ls"]) == 0
     assert seen == ["1"]
 
 

@@ -16,7 +16,6 @@ import yaml
 from vgm_cli import recipe as recipes
 from vgm_cli.engine import build, parts
 from vgm_cli.engine import checkpoint as ckpt
-from vgm_cli.engine.train import plan
 from vgm_cli.errors import VgmError
 from vgm_cli.nn.copying import copy_weights
 from vgm_cli.registry import CODE, registry, strings
@@ -241,7 +240,7 @@ def test_headers_name_registered_components(objective: str) -> None:
         given["codec"] = build.meta_codec(recipe.config["codec"], facts)
         facts = facts.after(given["codec"])
     with torch.device("meta"):
-        built = build.build_objective(recipe, facts, {**given, **plan.plan_roles(recipe, facts)})
+        built = build.build_objective(recipe, facts, {**given, **build.plan_roles(recipe, facts)})
     view = built.objective.view()
     ckpt.check_view(view)
     for role in {"model", *(r for phase in built.objective.phases() for r in phase.trains)} & built.components.keys():

@@ -26,6 +26,7 @@ from vgm_cli.engine.train import loop as trainer
 from vgm_cli.errors import USAGE, VgmError, unknown
 from vgm_cli.recipe import Recipe
 from vgm_cli.registry import registry
+from vgm_cli.yaml_text import parse_yaml
 
 VERB = "finetune-rl"
 REFERENCE = recipes.STARTS[VERB]
@@ -75,7 +76,7 @@ def split_rewards(rewards: Sequence[str], assignments: Sequence[str]) -> tuple[d
     terms: dict[str, Any] = {}
     for text in rewards:
         name, _, weight = text.partition("=")
-        value = recipes.parse_yaml(weight, text) if weight else 1.0
+        value = parse_yaml(weight, text) if weight else 1.0
         if not name or isinstance(value, bool) or not isinstance(value, int | float | dict):
             raise VgmError(f"--reward {text} is not NAME=WEIGHT", "example: --reward ink=1.0", USAGE)
         terms[name] = value
@@ -83,7 +84,7 @@ def split_rewards(rewards: Sequence[str], assignments: Sequence[str]) -> tuple[d
     for text in assignments:
         key, eq, value = text.partition("=")
         if key == "reward" and eq:
-            node = recipes.parse_yaml(value, text)
+            node = parse_yaml(value, text)
             terms |= node if isinstance(node, dict) else {str(node): 1.0}
         elif key.startswith("reward.") and eq:
             name, _, option = key.removeprefix("reward.").rpartition(".")
@@ -93,7 +94,7 @@ def split_rewards(rewards: Sequence[str], assignments: Sequence[str]) -> tuple[d
                     f"'{text}': there is no such reward", "--reward NAME first, then reward.NAME.OPTION=…", USAGE
                 )
             options = term if isinstance(term, dict) else {"weight": term}
-            terms[name] = {**options, option: recipes.parse_yaml(value, text)}
+            terms[name] = {**options, option: parse_yaml(value, text)}
         else:
             rest.append(text)
     check_terms(terms)
