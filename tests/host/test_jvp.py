@@ -11,7 +11,7 @@ from torch import nn
 from vgm_cli.api import ObjectiveBase, Step
 from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.diffusion.jvp import total_derivative
-from vgm_cli.engine.train.loop import Root
+from vgm_cli.engine.train.setup import Root
 from vgm_cli.nn.sdpa import sdpa
 from vgm_cli.registry import registry
 

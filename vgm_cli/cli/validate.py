@@ -7,7 +7,7 @@ from typing import Annotated
 import typer
 
 from vgm_cli.cli import complete
-from vgm_cli.cli.train import Trust
+from vgm_cli.cli.training import Trust
 from vgm_cli.ui import ui
 
 

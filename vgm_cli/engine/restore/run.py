@@ -28,7 +28,6 @@ from vgm_cli.operators.latent import Decoded
 from vgm_cli.operators.noise import Clean
 from vgm_cli.registry import registry
 from vgm_cli.ui import Progress
-from vgm_cli.yaml_text import parse_yaml
 
 
 def image_shape(loaded: Loaded) -> tuple[int, int, int]:

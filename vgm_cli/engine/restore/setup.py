@@ -11,8 +11,8 @@ from vgm_cli.api import RestorationMethod
 from vgm_cli.engine.checkpoint import Loaded
 from vgm_cli.errors import USAGE, VgmError, unknown
 from vgm_cli.operators.noise import Noise, noise_class
-from vgm_cli.recipe import parse_yaml
 from vgm_cli.registry import bind, load_target, registry, signature
+from vgm_cli.yaml_text import parse_yaml
 
 
 @dataclass
