@@ -27,8 +27,8 @@ from vgm_cli.ui import ui
 
 def component_node(kind: str, node: Mapping[str, Any], facts: Facts) -> dict[str, Any]:
     """A recipe node -> {"kind", "name", "kwargs"} with preset expanded and open keywords filled from the data."""
-    own = {k: v for k, v in node.items() if k not in HOST_KEYS.get(kind, ()) and k != "kind"}
-    component, kwargs = registry().config(kind, own)
+    settings = {k: v for k, v in node.items() if k not in HOST_KEYS.get(kind, ()) and k != "kind"}
+    component, kwargs = registry().config(kind, settings)
     params = signature(load_target(component.target, component.name)).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in params.values())
     for keyword, fact in component.from_data.items():
@@ -79,12 +79,12 @@ def planned_codec(recipe: Recipe, facts: Facts, dataset: Any = None) -> PlannedC
     node = recipe.config["codec"]
     if node.get("fallback") and not isinstance(dataset, Latents):
         if not (node.get("weights") and carries(node, facts, dataset)):
-            own = codec_recipe(node["fallback"], recipe)
+            fallback = codec_recipe(node["fallback"], recipe)
             with torch.device("meta"):
                 codec = as_output(
-                    build_component("codec", strip(own.config["model"], "model"), facts)[0], node.get("output")
+                    build_component("codec", strip(fallback.config["model"], "model"), facts)[0], node.get("output")
                 )
-            return PlannedCodec(codec, facts.after(codec), own)
+            return PlannedCodec(codec, facts.after(codec), fallback)
     codec = meta_codec(node, facts)
     return PlannedCodec(codec, facts_behind(facts, codec, dataset))
 
@@ -218,11 +218,11 @@ def build_objective(recipe: Recipe, facts: Facts, given: Mapping[str, Any] | Non
     if recipe.config.get("codec") and "codec" not in given:  # no data, no weights: its shapes
         given["codec"] = meta_codec(recipe.config["codec"], facts)
     roles = Roles(recipe, facts, given)
-    seen = {role: roles.seen(role) for role in ("model", *recipe.roles()) if role not in given and roles.has(role)}
-    objective = registry().build("objective", recipe.config["objective"], **seen, **given)
+    views = {role: roles.view(role) for role in ("model", *recipe.roles()) if role not in given and roles.has(role)}
+    objective = registry().build("objective", recipe.config["objective"], **views, **given)
     wanted = sampler_parameters(recipe) & roles.references.keys()
     roles.parts["model"] |= {role: roles.references[role] for role in wanted}
-    sampled_with = {role: seen[role] for role in wanted}
+    sampled_with = {role: views[role] for role in wanted}
     return Built(objective, dict(objective.networks), roles.components, roles.parts, sampled_with)
 
 
@@ -252,7 +252,7 @@ class Roles:
         """Is it built here? Pairs are made by the verb that asks for them."""
         return self.nodes[role].get("kind") != PAIRS
 
-    def seen(self, role: str) -> Any:
+    def view(self, role: str) -> Any:
         """A role as objectives and samplers receive it: what samplers see of a network, where its node or its file says
         how it is looked at, else what was built."""
         built = self.network(role)
@@ -266,23 +266,21 @@ class Roles:
             raise VgmError(f"roles that need each other: {', '.join(self.under_way)}", code=USAGE)
         self.under_way.append(role)
         node = self.nodes[role]
-        if node.get("run") is not None:
-            self.networks[role] = self.stored(role, node)
-        else:
-            self.networks[role] = self.component(role, node)
+        make = self.component if node.get("run") is None else self.stored
+        self.networks[role] = make(role, node)
         self.under_way.remove(role)
         return self.networks[role]
 
     def component(self, role: str, node: Mapping[str, Any]) -> Any:
         kind = node.get("kind", "model") if role != "model" else "model"
-        own = strip(node, "roles" if role != "model" else "model")
-        component, keywords = registry().config(kind, own)
+        settings = strip(node, "roles" if role != "model" else "model")
+        component, keywords = registry().config(kind, settings)
         parameters = signature(load_target(component.target, component.name)).parameters
         wanted = [r for r in parameters if r in self.nodes and r not in ("model", role, *keywords) and self.has(r)]
         given = {r: self.given[r] if r in self.given else self.network(r) for r in wanted}
         if "codec" in parameters and "codec" not in keywords and self.given.get("codec") is not None:
             given["codec"] = self.given["codec"]
-        built, self.components[role] = build_component(kind, own, self.facts, **given)
+        built, self.components[role] = build_component(kind, settings, self.facts, **given)
         self.parts[role] = {r: self.references.get(r, ckpt.Reference()) for r in wanted}
         if not isinstance(built, nn.Module):
             return built
@@ -302,11 +300,8 @@ class Roles:
             network, view = ckpt.outline(path)
         else:
             if ckpt.file_hash(path) != node.get("sha256"):
-                raise VgmError(
-                    f"roles.{role}: {path} has other bytes than when this recipe was first run",
-                    f"put the old file back, or begin a new run with roles.{role}={{run: {node['run']}}}",
-                    USAGE,
-                )
+                hint = f"put the old file back, or begin a new run with roles.{role}={{run: {node['run']}}}"
+                raise VgmError(f"roles.{role}: {path} has other bytes than when the run began", hint, USAGE)
             loaded = ckpt.load(path)
             network, view = loaded.model, loaded.view
         freeze(network)

@@ -88,11 +88,11 @@ class Header:
 def save_network(path: Path, state: Mapping[str, Tensor], header: Header) -> None:
     """Write one self-describing file atomically; tensors are made contiguous and unshared."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
-    seen: dict[int, str] = {}
+    storages: set[int] = set()
     for k, v in tensors.items():  # safetensors refuses shared storage
-        if v.numel() and v.data_ptr() in seen:
+        if v.numel() and v.data_ptr() in storages:
             tensors[k] = v.clone()
-        seen[v.data_ptr()] = k
+        storages.add(v.data_ptr())
     atomic.save_safetensors(tensors, path, header.metadata())
 
 
@@ -123,8 +123,8 @@ def is_index(path: Path) -> bool:
 def names_in(index: Path) -> list[str]:
     """Names of the files in an index of shards; none where it is no index."""
     try:
-        found = limits.parse_json(limits.read_text(index), str(index))["weight_map"].values()
-        return sorted({str(n) for n in found})
+        shards = limits.parse_json(limits.read_text(index), str(index))["weight_map"].values()
+        return sorted({str(n) for n in shards})
     except (VgmError, OSError, ValueError, KeyError, TypeError, AttributeError):
         return []
 
@@ -168,9 +168,9 @@ def resolve(target: str | Path, weights: str | None = None) -> Path:
     if not (path / "model.safetensors").is_file():
         base = path / "checkpoints" if (path / "checkpoints").is_dir() else path
         steps = complete(base)
-        if not steps and (found := newest(path)) not in (None, path):
-            ui.info(f"{target}: the newest run is {found}")
-            return resolve(str(found), weights)
+        if not steps and (latest := newest(path)) not in (None, path):
+            ui.info(f"{target}: the newest run is {latest}")
+            return resolve(str(latest), weights)
         if not steps:
             raise VgmError(f"{target} holds no complete checkpoint", "train it, or pass a .safetensors file", USAGE)
         folder = steps[-1]

@@ -36,13 +36,13 @@ def methods() -> list[str]:
 
 def distilling() -> dict[str, str]:
     """{PAPER/NAME: objective} of the shipped recipes that have a teacher."""
-    found, known = {}, methods()
+    students, known = {}, methods()
     for name, file in sorted(recipes.shipped().items()):
         config = recipes.load_file(file, name)[0]
         objective = (config.get("objective") or {}).get("name", "")
         if recipes.has_teacher(config) and objective in known:
-            found[name] = objective
-    return found
+            students[name] = objective
+    return students
 
 
 def locate(method: str, recipe: str | None = None) -> tuple[str, Path]:
