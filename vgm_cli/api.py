@@ -14,6 +14,25 @@ import torch
 from torch import Tensor, nn
 
 from vgm_cli import random
+from vgm_cli.offers import (  # noqa: F401  # the contract is imported from here
+    Checkpointing,
+    DropsClasses,
+    HasClasses,
+    HasExample,
+    HasFeatures,
+    HasLatentLikelihood,
+    HasLogLikelihood,
+    HasParts,
+    HasPaths,
+    HasSampleShape,
+    LearnsVariance,
+    Movable,
+    NullCondition,
+    Repeats,
+    RestorationMethod,
+    TakesSteps,
+    TokenDecoder,
+)
 
 # "x": (B, C, H, W) in [-1, 1] or latents (or "tokens"), "y": (B,) int64 labels, "index": (B,) positions
 Batch = dict[str, Any]
@@ -266,170 +285,6 @@ def complete(thing: Any, base: type) -> Any:
             value = types.MethodType(value, thing) if isinstance(value, types.FunctionType) else value
             object.__setattr__(thing, name, value)  # a frozen dataclass is completed, too
     return thing
-
-
-# -- what a network, a view or a sampler may offer: asked for with isinstance, never by the name of an attribute -------
-
-
-@runtime_checkable
-class TakesSteps(Protocol):
-    """A sampler with a number of steps, which a request may override. steps: its own; None: the model's."""
-
-    steps: Any
-
-
-@runtime_checkable
-class NullCondition(Protocol):
-    """A network that can be unconditional: what classifier-free guidance needs. One that was built without a null class
-    does not have the method."""
-
-    def null_condition(self, cond: dict[str, Any]) -> dict[str, Any]:
-        """The unconditional version of a batch's keywords, of the same shapes: {"y": (B,)} -> the null class. The
-        argument is left as it is."""
-        ...
-
-
-@runtime_checkable
-class HasClasses(Protocol):
-    """A network that may take class labels. num_classes: how many; 0: it takes none."""
-
-    num_classes: int
-
-
-@runtime_checkable
-class HasSampleShape(Protocol):
-    """A network of samples of one shape only. sample_shape: (C, H, W)."""
-
-    sample_shape: tuple[int, ...]
-
-
-@runtime_checkable
-class DropsClasses(Protocol):
-    """A network with a null class where class_dropout_prob is above 0."""
-
-    class_dropout_prob: float
-
-
-@runtime_checkable
-class LearnsVariance(Protocol):
-    """A network whose output has twice the channels where learn_sigma is true: a mean and a variance."""
-
-    learn_sigma: bool
-
-
-@runtime_checkable
-class Checkpointing(Protocol):
-    """A network that can recompute its activations in the backward pass to save memory (train.checkpointing)."""
-
-    checkpointing: bool
-
-
-@runtime_checkable
-class Repeats(Protocol):
-    """A network of repeated blocks, which train.fsdp gathers one at a time. repeated: names of its lists of modules."""
-
-    repeated: Sequence[str]
-
-
-@runtime_checkable
-class HasLogLikelihood(Protocol):
-    """A view or network that knows the likelihood of images: vgm_cli/metrics/likelihood.py has its arguments."""
-
-    def log_likelihood(self, x: Tensor, generators: list[torch.Generator]) -> tuple[Tensor, str]:
-        """x: what the model sees -> nats (B,), and in a few words how they were computed (exact, a bound, …)."""
-        ...
-
-
-@runtime_checkable
-class HasLatentLikelihood(Protocol):
-    """The same behind a codec. latent_likelihood: the likelihood of latents or codes means something by itself."""
-
-    latent_likelihood: bool
-
-
-@runtime_checkable
-class HasPaths(Protocol):
-    """A generator with a latent space to walk in, of which `ppl` measures how evenly images change."""
-
-    def path_samples(
-        self, generators: Sequence[torch.Generator], epsilon: float, space: str, sampling: str
-    ) -> tuple[Tensor, Tensor]:
-        """Pairs of images epsilon apart on paths between latents, a path of each generator's."""
-        ...
-
-
-@runtime_checkable
-class Movable(Protocol):
-    """A reward, a codec or whatever else an objective has to bring to a device by itself."""
-
-    def to(self, device: torch.device) -> Any: ...
-
-
-@runtime_checkable
-class HasParts(Protocol):
-    """A reward that is a sum. parts: what each term gave in the latest call, unweighted, {name: (B,)}."""
-
-    parts: Mapping[str, Tensor]
-
-
-class TokenDecoder(Protocol):
-    """One generation of tokens with a cache, code after code: what vgm_cli/ar samples from."""
-
-    def first(self) -> Tensor:
-        """Logits (B, V) of the first code."""
-        ...
-
-    def step(self, ids: Tensor) -> Tensor:
-        """ids: (B,) the latest codes -> logits (B, V) of the next."""
-        ...
-
-
-@runtime_checkable
-class RestorationMethod(Protocol):
-    """A sampler that `vgm restore` offers (its component's verbs name "restore"): it starts from a measurement."""
-
-    def accepts(self, model: Any, codec: Any) -> str | None:
-        """None where it can restore with this model; else a sentence that says why not, for the user. model: what
-        samplers see of the network. codec: of a model of latents, else None."""
-        ...
-
-    def __call__(self, model: Any, request: Request) -> Tensor:
-        """request.measurement: what is known of the images; request.operator: how it was made of them."""
-        ...
-
-
-@runtime_checkable
-class HasFeatures(Protocol):
-    """A network that shows what its layers compute: to a discriminator's head, to a loss on features.
-
-    middle: the name of the layer half way, for whoever has no other choice.
-    """
-
-    middle: str
-
-    def features(self, x: Tensor, t: Tensor, layers: Sequence[str], **cond: Any) -> list[Tensor]:
-        """Outputs of the named layers, in the order of the names: maps (B, C, h, w) or tokens (B, T, D).
-
-        Arguments are those of forward. Differentiable; what comes after the last of the layers is not run. VgmError:
-        no such layer.
-        """
-        ...
-
-
-@runtime_checkable
-class HasExample(Protocol):
-    """A network or codec that says what it takes: what a proof of a conversion or a check of shapes feeds it.
-
-    A network without it is taken for `forward(x, t, y)` of images, times and labels. vgm_cli.nn.example helps to write
-    it.
-    """
-
-    @staticmethod
-    def example(config: Mapping[str, Any]) -> dict[str, Tensor]:
-        """Keywords of forward (of a codec: `x`, the images of encode) for the network that `config` builds: one row or
-        two, as small as the network allows, the same at every call. config: every keyword of the constructor, defaults
-        included."""
-        ...
 
 
 @runtime_checkable

@@ -19,7 +19,8 @@ from vgm_cli.hookspecs import KINDS, Component, Hooks, Paper
 
 ROOT = Path(__file__).parents[2]
 HOOKS = (ROOT / "docs/hooks.md").read_text(encoding="utf-8")
-CONTRACT = {n: c for n, c in vars(api).items() if inspect.isclass(c) and c.__module__ == api.__name__}
+HOMES = ("vgm_cli.api", "vgm_cli.offers")
+CONTRACT = {n: c for n, c in vars(api).items() if inspect.isclass(c) and c.__module__ in HOMES}
 SUBJECTS = {"objective", "network", "net", "model", "sampler"}  # names that code gives to objects of the contract
 
 
