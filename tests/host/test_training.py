@@ -35,6 +35,15 @@ OBJECTIVES = {
     "rectified-flow": ["objective={name: rectified-flow}"],
     "two emas, accumulation, clipping": ["train.ema=[0.9, {sigma_rel: 0.1}]", "train.accumulate=2", "train.clip=0.1"],
     "schedule": ["optimizer.schedule=cosine", "optimizer.warmup=3"],
+    "groups, plateaus, skipping, an average of every third step": [
+        "optimizer.groups=[{match: blocks, lr: 0.5, weight_decay: 0}]",
+        "optimizer.weight_decay=0.1",
+        "optimizer.final_weight_decay=0.2",
+        "optimizer.schedule=steps",
+        "optimizer.milestones={3: 0.1}",
+        "train.skip={above: 1, norm: sum, after: 5}",
+        "train.ema=[{decay: 0.9, every: 3}]",
+    ],
     "bf16": ["train.precision=bf16"],
 }
 
