@@ -24,8 +24,8 @@ from vgm_plugins.llamagen.sampler import decode_naively
 
 from vgm_cli.api import Request, Step, generators
 from vgm_cli.engine import checkpoint as ckpt
+from vgm_cli.engine.environment import bf16_supported
 from vgm_cli.engine.processes import keep_memory
-from vgm_cli.engine.run import bf16_supported
 from vgm_cli.registry import registry
 
 pytestmark = pytest.mark.bench

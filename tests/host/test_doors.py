@@ -19,7 +19,7 @@ from safetensors.torch import load_file
 from vgm_cli import foreign
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine import processes
-from vgm_cli.engine.run import git_state
+from vgm_cli.engine.environment import git_state
 from vgm_cli.errors import VgmError
 from vgm_cli.images import save_png
 from vgm_cli.registry import registry

@@ -25,6 +25,7 @@ from vgm_cli import recipe as recipes
 from vgm_cli.__main__ import run as main
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine import run as runs
+from vgm_cli.engine import run_files
 from vgm_cli.engine.processes import pick_device
 from vgm_cli.engine.run import Run
 from vgm_cli.engine.train import tracking
@@ -59,10 +60,10 @@ def test_short_names_mean_the_newest_run() -> None:
     other = make_run(Path("runs/sit-mnist/20260101-000000"), 4, at=30, paper="sit")
     make_run(Path("runs/dit-mnist/20270101-000000"))  # nothing saved yet
     for name in ("dit", "dit/mnist", "dit-mnist", "runs/dit-mnist"):
-        assert runs.newest(name) == new, name
+        assert run_files.newest(name) == new, name
         assert ckpt.resolve(name) == new / "checkpoints/step-00000008/model.safetensors"
-    assert runs.newest("last") == runs.newest("runs") == other
-    assert runs.newest("di") is None and runs.newest(old.parent / "20270101-000000") is None
+    assert run_files.newest("last") == run_files.newest("runs") == other
+    assert run_files.newest("di") is None and run_files.newest(old.parent / "20270101-000000") is None
     assert ckpt.resolve(old).parents[2] == old
     for name in ("di", "runs/dit-mnist/20270101-000000"):
         with pytest.raises(VgmError) as e:

@@ -20,7 +20,7 @@ def env() -> None:
 
     Next: vgm plugins --all
     """
-    from vgm_cli.engine.run import environment
+    from vgm_cli.engine.environment import environment
 
     facts = environment()
     ui.document(facts)

@@ -135,7 +135,7 @@ def evaluate(
     from vgm_cli.engine import processes
     from vgm_cli.engine.evaluate.run import check_assertion, finite, parse_assertion, refuse_non_finite
     from vgm_cli.engine.evaluate.setup import Options, evaluate_target, is_model
-    from vgm_cli.engine.run import newest
+    from vgm_cli.engine.run_files import newest
     from vgm_cli.errors import INTERRUPTED, USAGE, VgmError
     from vgm_cli.metrics.statistics import check_target
     from vgm_cli.recipe import allow_typed

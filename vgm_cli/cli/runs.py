@@ -14,7 +14,8 @@ from typing import Annotated, Any
 import typer
 
 from vgm_cli.cli import complete
-from vgm_cli.engine.run import Run, find_runs, is_failed, is_run
+from vgm_cli.engine.run import Run
+from vgm_cli.engine.run_files import find_runs, is_failed, is_run
 from vgm_cli.errors import FAILED, USAGE, VgmError
 from vgm_cli.ui import duration, ui
 

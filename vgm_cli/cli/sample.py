@@ -79,7 +79,7 @@ def sample(
     if relaunched(nproc):
         return
     from vgm_cli.engine import processes
-    from vgm_cli.engine.run import newest
+    from vgm_cli.engine.run_files import newest
     from vgm_cli.engine.sample import loop as generate
     from vgm_cli.engine.sample import output
     from vgm_cli.engine.sample.setup import named, open_model, plan_for, warn_of_ignored

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 from vgm_cli import __version__, atomic, foreign, limits
 from vgm_cli.engine.budget import building
 from vgm_cli.engine.parts import ASSETS, Reference, file_hash, leave_out, locate, refer
-from vgm_cli.engine.run import complete, newest
+from vgm_cli.engine.run_files import complete, newest
 from vgm_cli.engine.tokens import as_output
 from vgm_cli.errors import FAILED, USAGE, VgmError
 from vgm_cli.limits import short
@@ -151,8 +151,8 @@ def read_header(path: Path) -> Header:
 
 
 def resolve(target: str | Path, weights: str | None = None) -> Path:
-    """RUN, RUN/checkpoints/step-N, a file, or a short name of the newest run (engine.run.newest) -> the weights file.
-    weights: "raw", an average's name, None: the first average, else raw."""
+    """The weights file that a target means: RUN, RUN/checkpoints/step-N, a file, or a short name of the newest run
+    (`run_files.newest`). weights: "raw", an average's name, None: the first average, else raw."""
     path = Path(target)
     if path.is_file():
         return path

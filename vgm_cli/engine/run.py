@@ -15,14 +15,10 @@ import errno
 import itertools
 import json
 import os
-import platform
-import re
 import shutil
-import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping
-from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -31,15 +27,12 @@ try:
 except ImportError:  # Windows: runs are not locked
     fcntl = None  # type: ignore[assignment]
 
-from vgm_cli import __version__, atomic
+from vgm_cli import atomic
+from vgm_cli.engine.environment import environment, git_state
+from vgm_cli.engine.run_files import LOCK, complete, files_in, read_record, refuse_foreign, same_text, used
 from vgm_cli.errors import FAILED, USAGE, VgmError
 
-PACKAGES = ("torch", "accelerate", "safetensors", "numpy", "pillow", "typer", "rich", "pluggy", "pydantic", "pyyaml")
-
-
-LOCK = ".lock"
 REMOVED = ".checkpoints.tmp"
-CHECKPOINT = re.compile(r"step-\d+")
 _held: set[int] = set()  # descriptors of locks; a forked child must not keep them when its parent dies
 
 
@@ -50,39 +43,6 @@ def _forget() -> None:
 
 if hasattr(os, "register_at_fork"):
     os.register_at_fork(after_in_child=_forget)
-
-DEPTH = 4  # folders below the given one that are searched for runs
-
-
-def is_run(path: Path) -> bool:
-    return (path / "config.yaml").is_file() and (path / "checkpoints").is_dir()
-
-
-def find_runs(folder: Path, failed: bool = False) -> Iterator[Path]:
-    """Runs at or below `folder`; what lies inside a run (its own codec) is not listed. failed: also what starts that
-    failed left."""
-    for root, folders, _ in os.walk(folder):
-        path = Path(root)
-        if is_run(path) or (failed and path != folder and is_failed(path)):
-            folders.clear()
-            yield path
-        else:
-            deep = len(path.relative_to(folder).parts) >= DEPTH
-            folders[:] = [] if deep else sorted(f for f in folders if not f.startswith("."))
-
-
-def newest(target: str | Path) -> Path | None:
-    """The run that was saved last among those that a short name means: a folder of runs, `last` (all below ./runs), a
-    paper or PAPER/RECIPE (its runs below ./runs). None where there is none with a checkpoint."""
-    name, folder = str(target), Path(target)
-    if folder.is_dir():
-        found = list(find_runs(folder))
-    else:
-        base = name.replace("/", "-")
-        runs = [(p, p.relative_to("runs").parts[:1]) for p in find_runs(Path("runs"))]
-        found = [p for p, top in runs if name == "last" or top == (base,) or (top and top[0].startswith(f"{base}-"))]
-    saved = [(last.stat().st_mtime, p) for p in found if (last := Run(p).last()) is not None]
-    return max(saved)[1] if saved else None
 
 
 class Run:
@@ -346,170 +306,8 @@ class Run:
             raise atomic.failure(folder, e) from e
 
 
-def complete(folder: Path) -> list[Path]:
-    """Checkpoints in `folder`, oldest first: a directory gets this form of name only when it is whole."""
-    return sorted(p for p in folder.glob("step-*") if CHECKPOINT.fullmatch(p.name) and p.is_dir())
-
-
-def same_text(a: Path, b: Path) -> bool:
-    try:
-        return a.read_bytes() == b.read_bytes()
-    except OSError:
-        return False
-
-
-def read_record(file: Path) -> dict[str, Any]:
-    """A JSON file of a run; {} where it is missing. VgmError: it is damaged."""
-    try:
-        value = json.loads(file.read_text(encoding="utf-8"))
-    except FileNotFoundError:
-        return {}
-    except (OSError, ValueError) as e:
-        raise VgmError(f"{file} is damaged: {e}", code=FAILED) from e
-    if not isinstance(value, dict):
-        raise VgmError(f"{file} is damaged: it holds no JSON object", code=FAILED)
-    return value
-
-
-# -- what belongs to a run -------------------------------------------------------------------------------------------
-
-# what training and the other verbs write into a run, as paths inside it
-OWN = re.compile(
-    r"""(codec/)?(
-        (config\.yaml|origins\.json|command\.txt|env\.json|git\.json|data\.json|card\.md|metrics\.jsonl|\.lock)
-        |\.checkpoints\.tmp/.+
-        |checkpoints/(last|\.last\.tmp)
-        |checkpoints/(step-\d+(\.tmp|\.old)?|last)/([\w.-]+\.safetensors|state\.json)
-        |samples/.+\.(png|json|npz)
-        |adapter/adapter_(model\.safetensors|config\.json)
-        |restored/.+\.(png|json|jsonl|npz|safetensors)
-        |(tensorboard|wandb)/.+
-        |(.+/)?\.[^/]+\.tmp
-    )""",
-    re.VERBOSE | re.DOTALL,
-)
-
-
-def files_in(folder: Path) -> Iterator[Path]:
-    """Everything below `folder` but folders, as relative paths; links are not followed."""
-    for root, folders, files in os.walk(folder):
-        links = [f for f in folders if os.path.islink(os.path.join(root, f))]
-        for name in (*files, *links):
-            yield (Path(root) / name).relative_to(folder)
-
-
-def used(path: Path) -> bool:
-    """Does the folder hold more than a start that failed and a codec that was trained first?"""
-    return any(p.parts[0] != "codec" and str(p) != LOCK for p in files_in(path))
-
-
-def foreign(path: Path) -> Path | None:
-    """A file in the folder that no run writes."""
-    return next((p for p in sorted(files_in(path)) if not OWN.fullmatch(p.as_posix())), None)
-
-
-def refuse_foreign(path: Path, what: str) -> None:
-    found = foreign(path)
-    if found is not None:
-        raise VgmError(f"{path} holds {found}, which no run wrote, {what}", "move it away, or choose --out", USAGE)
-
-
-def is_failed(path: Path) -> bool:
-    """Is it what a start leaves that failed: a folder for a run, with no recipe and nothing foreign in it?"""
-    if not path.is_dir() or is_run(path):
-        return False
-    begun = (path / "checkpoints").is_dir() or all(p.name == LOCK for p in path.iterdir())
-    return begun and foreign(path) is None
-
-
 def _step_of(line: str) -> int:
     try:
         return int(json.loads(line)["step"])
     except (ValueError, AttributeError, KeyError, TypeError):
         return sys.maxsize  # a line cut off by a kill goes
-
-
-def environment() -> dict[str, Any]:
-    """Versions and hardware, for bug reports and records."""
-    import torch
-
-    versions = {}
-    for name in PACKAGES:
-        try:
-            versions[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            versions[name] = "absent"
-    info: dict[str, Any] = {
-        "vgm": __version__,
-        "python": platform.python_version(),
-        "platform": platform.platform(),
-        "cpu": _cpu_name(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "bf16": bf16_supported(),
-        "packages": versions,
-    }
-    if torch.cuda.is_available():
-        info["gpus"] = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
-    return info
-
-
-def bf16_supported(device: Any = None) -> bool:
-    """Does this machine (or this device of it) multiply bf16 matrices in hardware?"""
-    import torch
-
-    kind = device.type if device is not None else ("cuda" if torch.cuda.is_available() else "cpu")
-    if kind == "mps":
-        return False
-    if kind == "cuda":
-        return torch.cuda.is_bf16_supported()
-    return "avx512_bf16" in _cpu_flags() or "amx_bf16" in _cpu_flags() or platform.machine() in ("arm64", "aarch64")
-
-
-def _cpu_flags() -> set[str]:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("flags"):
-                return set(line.split(":", 1)[1].split())
-    except OSError:
-        pass
-    return set()
-
-
-def _cpu_name() -> str:
-    try:
-        for line in Path("/proc/cpuinfo").read_text().splitlines():
-            if line.startswith("model name"):
-                return line.split(":", 1)[1].strip()
-    except OSError:
-        pass
-    return platform.processor()
-
-
-def git_state() -> dict[str, Any]:
-    """Commit of the working directory's repository and whether a tracked file differs from it, {} outside one.
-
-    The repository may be a stranger's, whose settings name programs: a monitor of files, hooks, filters of contents, a
-    way to fetch what is missing. They are set to nothing.
-    """
-    env = os.environ | {"GIT_ALLOW_PROTOCOL": "none", "GIT_NO_LAZY_FETCH": "1", "GIT_OPTIONAL_LOCKS": "0"}
-
-    def git(*args: str) -> str:
-        done = subprocess.run(["git", *args], capture_output=True, text=True, timeout=5, env=env)
-        return done.stdout.strip()
-
-    def set_to(settings: Mapping[str, str]) -> None:
-        env["GIT_CONFIG_COUNT"] = str(len(settings))
-        for i, (name, value) in enumerate(settings.items()):
-            env[f"GIT_CONFIG_KEY_{i}"], env[f"GIT_CONFIG_VALUE_{i}"] = name, value
-
-    off = {"core.fsmonitor": "false", "core.hooksPath": os.devnull}
-    try:
-        set_to(off)
-        filters = git("config", "--null", "--name-only", "--get-regexp", r"^filter\.").split("\0")
-        set_to(off | {name: "" for name in filters if name})
-        sha = git("rev-parse", "--verify", "--quiet", "HEAD")
-        changed = sha and git("diff-index", "--name-only", "--ignore-submodules=all", "HEAD", "--")
-        return {"sha": sha, "dirty": bool(changed)} if sha else {}
-    except (OSError, subprocess.SubprocessError, UnicodeDecodeError):
-        return {}

@@ -92,6 +92,7 @@ def round_trips(proof: Findings, c: Layout, ours: State, theirs: State | None = 
 def forward_passes(proof: Findings, job: Conversion) -> None:
     """Up to the precision asked for; a package that a layout's own code needs may be missing."""
     source = job.source
+    registry().find(source.kind, source.name)  # a name that is not registered is refused, not left unproved
     what = "forward pass before and after"
     try:
         before = evaluate(source, source.state, job.layout)

@@ -21,7 +21,7 @@ from vgm_cli.engine import processes
 from vgm_cli.engine.evaluate import run as measuring
 from vgm_cli.engine.evaluate.measure import save_statistics
 from vgm_cli.engine.processes import pick_device
-from vgm_cli.engine.run import newest
+from vgm_cli.engine.run_files import newest
 from vgm_cli.engine.sample import loop as generate
 from vgm_cli.engine.sample.output import JOB
 from vgm_cli.engine.sample.setup import device_for, open_model, plan_for, warn_of_ignored

@@ -11,8 +11,8 @@ import torch
 from vgm_cli import foreign
 from vgm_cli.api import TakesSteps
 from vgm_cli.engine import checkpoint as ckpt
+from vgm_cli.engine.environment import bf16_supported
 from vgm_cli.engine.processes import keep_memory, pick_device
-from vgm_cli.engine.run import bf16_supported
 from vgm_cli.engine.sample.loop import Plan, class_labels, class_numbers, sampler_node
 from vgm_cli.errors import USAGE, VgmError, unknown
 from vgm_cli.ranges import Images, NonNegative, Steps, fit

@@ -15,8 +15,8 @@ from vgm_cli import validation
 from vgm_cli.api import Batch, Step
 from vgm_cli.engine import build
 from vgm_cli.engine.build import Facts
+from vgm_cli.engine.environment import bf16_supported
 from vgm_cli.engine.processes import pick_device
-from vgm_cli.engine.run import bf16_supported
 from vgm_cli.engine.train import optim
 from vgm_cli.recipe import Recipe
 from vgm_cli.ui import duration, human, ui

@@ -14,7 +14,7 @@ from torch import Tensor
 from vgm_cli import atomic
 from vgm_cli.data.fingerprint import older
 from vgm_cli.engine import checkpoint as ckpt
-from vgm_cli.engine.run import read_record
+from vgm_cli.engine.run_files import read_record
 from vgm_cli.engine.train import sharding
 from vgm_cli.engine.train.optim import OLDER, load_optimizer_tensors, optimizer_tensors
 from vgm_cli.errors import FAILED, USAGE, VgmError

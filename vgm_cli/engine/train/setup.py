@@ -16,8 +16,9 @@ from vgm_cli import limits
 from vgm_cli.api import Batch, Checkpointing, Phase, Step
 from vgm_cli.engine import build
 from vgm_cli.engine import checkpoint as ckpt
+from vgm_cli.engine.environment import bf16_supported
 from vgm_cli.engine.processes import pick_device
-from vgm_cli.engine.run import Run, bf16_supported
+from vgm_cli.engine.run import Run
 from vgm_cli.engine.train import optim, sharding, tracking
 from vgm_cli.engine.train.ema import EMA
 from vgm_cli.engine.train.report import Window
