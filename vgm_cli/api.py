@@ -335,3 +335,29 @@ class Tokenizer(Protocol):
     def decode_tokens(self, ids: Tensor) -> Tensor:
         """ids (B, *grid), or of another grid that the codec can decode -> images (B, C, H, W) about [-1, 1]."""
         ...
+
+
+@runtime_checkable
+class PyramidTokenizer(Tokenizer, Protocol):
+    """A tokenizer of several grids from coarse to fine, each of which adds what the coarser ones left out (VAR).
+
+    The ids of an image are those of all grids one after the other: token_shape is (L,), L the positions of all grids.
+    What the grids add up to are the features (B, C, h, w), of the last grid's size, from which the image is decoded.
+    Models are built from the facts scales, vocab_size and channels (C). vgm_cli.ar.pyramid goes over the scales.
+    """
+
+    def scales(self, image_shape: tuple[int, int, int]) -> tuple[tuple[int, int], ...]:
+        """(C, H, W) of an image -> (h, w) of every grid, coarse to fine."""
+        ...
+
+    def code_vectors(self) -> Tensor:
+        """(codebook_size, C): the vector of every id; samplers may mix them."""
+        ...
+
+    def added(self, features: Tensor, codes: Tensor, scale: int) -> Tensor:
+        """The features (B, C, h, w) with what grid number `scale` adds: its code vectors are codes (B, C, h_k, w_k)."""
+        ...
+
+    def decode_features(self, features: Tensor) -> Tensor:
+        """Features (B, C, h, w), of all grids or of the first few -> images (B, C, H, W) about [-1, 1]."""
+        ...

@@ -542,8 +542,9 @@ def test_decoding_goes_on_from_a_rewound_or_overwritten_cache() -> None:
     rows = at + decoder.prefix
     with decoder.cache.overwriting(rows):
         table = model.table(ids.device)[rows]
-        logits = model.run(model.tok_embeddings(ids[:, at]), table, None, decoder.cache)[:, -1]
-    torch.testing.assert_close(logits, model(ids[:, :6], y)[:, -1])
+        logits = model.run(model.tok_embeddings(ids[:, at]), table, None, decoder.cache, last=3)
+    assert_close(logits, model(ids[:, :6], y)[:, -3:], 1e-5, "three at once")
+    torch.testing.assert_close(logits[:, -1], model(ids[:, :6], y)[:, -1])
     torch.testing.assert_close(decoder.step(ids[:, 6]), model(ids[:, :7], y)[:, -1])
 
 

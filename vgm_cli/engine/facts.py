@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass, field, replace
 from typing import Any
 
+from vgm_cli.api import PyramidTokenizer
 from vgm_cli.engine.tokens import TokenCodec
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.settings import Data
@@ -15,6 +16,8 @@ class Facts:
     """What the model is built for. image_*: pixels; size/channels: as the model sees x, after the codec.
 
     vocab_size, grid: of a codec's tokens, 0 and () where the model sees none; then size is the grid's last side.
+    scales: (h, w) of every grid of a pyramid of tokens, coarse to fine, () of any other codec; then size is the last
+    grid's side, and channels those of the features that the grids add up to.
     """
 
     image_size: int
@@ -25,6 +28,7 @@ class Facts:
     class_names: list[str] = field(default_factory=list)
     vocab_size: int = 0
     grid: tuple[int, ...] = ()
+    scales: tuple[tuple[int, int], ...] = ()
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -42,9 +46,17 @@ class Facts:
     def after(self, codec: Any) -> Facts:
         """The same data behind a codec."""
         shape = tuple(codec.latent_shape(self.image_shape))
-        if isinstance(codec, TokenCodec):
-            return replace(self, size=shape[-1], channels=1, vocab_size=codec.vocab_size, grid=shape)
-        return replace(self, size=shape[1], channels=shape[0], vocab_size=0, grid=())
+        if not isinstance(codec, TokenCodec):
+            return replace(self, size=shape[1], channels=shape[0], vocab_size=0, grid=(), scales=())
+        of_tokens = replace(self, channels=1, size=shape[-1], vocab_size=codec.vocab_size, grid=shape, scales=())
+        tokenizer = codec.codec
+        if not isinstance(tokenizer, PyramidTokenizer):
+            return of_tokens
+        scales = tuple((h, w) for h, w in tokenizer.scales(self.image_shape))
+        if shape != (sum(h * w for h, w in scales),):
+            name = type(tokenizer).__name__
+            raise VgmError(f"{name} says token_shape={shape}, its scales {scales} have other positions", code=USAGE)
+        return replace(of_tokens, size=scales[-1][1], channels=tokenizer.code_vectors().shape[1], scales=scales)
 
 
 def declared_facts(data: Data) -> Facts:

@@ -218,8 +218,18 @@ class LlamaGen(nn.Module):
         """(n,) labels; without any, the null class."""
         return torch.full((n,), self.num_classes, device=device) if y is None else y
 
-    def run(self, h: Tensor, table: Tensor, mask: Tensor | None = None, cache: KVCache | None = None) -> Tensor:
-        """Embedded positions (B, T, D) -> logits (B, T, V) float32. table: the rotations of these positions."""
+    def run(
+        self,
+        h: Tensor,
+        table: Tensor,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        last: int | None = None,
+    ) -> Tensor:
+        """Embedded positions (B, T, D) -> logits (B, T, V) float32. table: the rotations of these positions.
+
+        last: logits of so many positions at the end are wanted, (B, last, V); None: of all.
+        """
         h = self.tok_dropout(h)
         for i, layer in enumerate(self.layers):
             if self.checkpointing and self.training and torch.is_grad_enabled():
@@ -228,7 +238,7 @@ class LlamaGen(nn.Module):
                 h = layer(h, table, mask, cache, i)
         if cache is not None:
             cache.advance(h.shape[1])
-            h = h[:, -1:]
+        h = h if last is None else h[:, -last:]
         return self.output(self.norm(h)).float()
 
     @staticmethod
@@ -293,13 +303,14 @@ class Decoder:
         """Logits (B, V) of code 0."""
         h = self.model.cls_embedding(self.cond)[:, : self.prefix]
         mask = None if self.seen is None else padded_causal(self.seen[:, 0, 0, : self.prefix])
-        return self.model.run(h, self.model.table(h.device)[: self.prefix], mask, self.cache)[:, -1]
+        return self.model.run(h, self.model.table(h.device)[: self.prefix], mask, self.cache, last=1)[:, 0]
 
     def step(self, ids: Tensor) -> Tensor:
         """ids: (B,) the latest codes -> logits (B, V) of the next."""
         at = self.cache.filled
         mask = None if self.seen is None else self.seen[..., : at + 1]
-        return self.model.run(self.model.tok_embeddings(ids[:, None]), self.rotations[at], mask, self.cache)[:, -1]
+        h = self.model.tok_embeddings(ids[:, None])
+        return self.model.run(h, self.rotations[at], mask, self.cache, last=1)[:, 0]
 
 
 def padded_causal(keys: Tensor, more: int = 0) -> Tensor:

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -38,6 +40,14 @@ def causal_attention(
     if q.device.type == "cpu" and q.requires_grad and torch.is_grad_enabled() and k.shape[2] <= SHORT:
         return written_out(q, k, v, mask, dropout, causal)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)
+
+
+def block_causal(sizes: Sequence[int], device: torch.device | str = "cpu") -> Tensor:
+    """The mask (L, L) bool, L the sum of the sizes, of blocks one after the other: a position sees its own block and
+    all before it. Its rows and columns of the first blocks are the mask of those alone, so that a forward with a cache
+    takes the rows of the new positions and the columns up to their last."""
+    block = torch.arange(len(sizes), device=device).repeat_interleave(torch.tensor(sizes, device=device))
+    return block[:, None] >= block
 
 
 SHORT = 512  # the fused kernel's backward on a CPU is several times slower than this below some hundred positions
