@@ -224,7 +224,10 @@ def test_sampling_sees_what_training_saw(vgm: Vgm, plugin: Path) -> None:
     assert vgm("--plugin", plugin, "ls", "models")[0] == 0
     torch.manual_seed(0)
     facts = {"scales": SCALES, "vocab_size": 16, "channels": 2}
-    model, sampler = registry().build("model", {"name": "next-scale", **facts}), registry().build("sampler", "next-scale")
+    model, sampler = (
+        registry().build("model", {"name": "next-scale", **facts}),
+        registry().build("sampler", "next-scale"),
+    )
     tokenizer = steps()
     ids = sampler(model, Request(shape=(21,), generators=generators(range(3)), codec=tokenizer))
     logits = model(pyramid.teacher_inputs(tokenizer, ids, SCALES), 3)
