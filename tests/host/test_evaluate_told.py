@@ -21,7 +21,8 @@ from vgm_cli.cli.evaluate import evaluate as command
 from vgm_cli.data import open_dataset
 from vgm_cli.engine.evaluate.compare import read_results
 from vgm_cli.engine.evaluate.run import build_metric, evaluate, finite, refuse_non_finite
-from vgm_cli.engine.evaluate.setup import Options, Target, ineffective
+from vgm_cli.engine.evaluate.setup import ineffective
+from vgm_cli.engine.evaluate.targets import Options, Target
 from vgm_cli.errors import FAILED, INTERRUPTED, MISSING_ASSET, USAGE, VgmError
 from vgm_cli.images import write_npz
 from vgm_cli.metrics.features import mnist_features

@@ -134,7 +134,8 @@ def evaluate(
     from vgm_cli import atomic
     from vgm_cli.engine import processes
     from vgm_cli.engine.evaluate.run import check_assertion, finite, parse_assertion, refuse_non_finite
-    from vgm_cli.engine.evaluate.setup import Options, evaluate_target, is_model
+    from vgm_cli.engine.evaluate.setup import evaluate_target
+    from vgm_cli.engine.evaluate.targets import Options, is_model
     from vgm_cli.engine.run_files import newest
     from vgm_cli.errors import INTERRUPTED, USAGE, VgmError
     from vgm_cli.metrics.statistics import check_target
