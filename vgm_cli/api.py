@@ -34,7 +34,8 @@ from vgm_cli.offers import (  # noqa: F401  # the contract is imported from here
     TokenDecoder,
 )
 
-# "x": (B, C, H, W) in [-1, 1] or latents (or "tokens"), "y": (B,) int64 labels, "index": (B,) positions
+# "x": (B, C, H, W) in [-1, 1] or latents (or "tokens"), "cond": keywords of the network, some rows of them dropped,
+# "null": what stands for no condition, "index": (B,) positions, and the data's own columns, e.g. "label": (B,) int64
 Batch = dict[str, Any]
 
 
@@ -132,7 +133,9 @@ class Step:
 class Request:
     """What a sampler is asked for: N items, each with its own random stream.
 
-    shape: one sample as the model sees it (C, H, W). cond: batched conditions, e.g. {"y": (N,)}.
+    shape: one sample as the model sees it (C, H, W). cond: keywords of the network, one row for each item, e.g.
+    {"y": (N,)}. null: what stands for no condition, one row for all items, e.g. {"context": (1, L, C)}; keywords that
+    are not named are those of the network's own `null_condition`.
     steps / guidance_scale: None means the sampler's own default. callback(i, total, x_t, x0) may be None.
     codec: what turns the result into images, for samplers that look into it (a token model's codebook); None in pixels.
     index: numbers of these items in the whole job. images: what the user gave to start from (reconstruction,
@@ -142,6 +145,7 @@ class Request:
     shape: tuple[int, ...]
     generators: list[torch.Generator]
     cond: dict[str, Tensor] = field(default_factory=dict)
+    null: dict[str, Tensor] = field(default_factory=dict)
     steps: int | None = None
     guidance_scale: float | None = None
     guidance_interval: tuple[float, float] | None = None
@@ -285,6 +289,38 @@ def complete(thing: Any, base: type) -> Any:
             value = types.MethodType(value, thing) if isinstance(value, types.FunctionType) else value
             object.__setattr__(thing, name, value)  # a frozen dataclass is completed, too
     return thing
+
+
+class Condition(Protocol):
+    """One thing that a network is told besides x and t: a class, a text, a picture.
+
+    The host reads its items from the data (or from the command line), turns them into keywords of the network, and
+    drops some rows of them while training; objectives find the keywords in batch["cond"], samplers in Request.cond.
+
+    column: of the data: label, text, image, hint or mask; the command line's --label is for a condition on labels,
+    --prompt for one on texts, --hint for one on pictures. choices: every item, where they are few: sampled in turn
+    where the user asks for none. A condition that is an nn.Module encodes on the device, each distinct item once; one
+    with parameters is trained as a role of its name where the recipe says `train: true`.
+    """
+
+    column: str
+    choices: Sequence[Any]
+
+    def parse(self, words: Sequence[str]) -> list[Any]:
+        """What the user typed -> items. VgmError: a word that is none."""
+        ...
+
+    def encode(self, items: Sequence[Any], device: torch.device) -> dict[str, Tensor]:
+        """Items -> keywords of the network: {"y": (B,)}, {"context": (B, L, C)}, {"hint": (B, C, H, W)}."""
+        ...
+
+    def null(self, n: int, device: torch.device) -> dict[str, Tensor]:
+        """The keywords without a condition, n rows; {} where the network itself has them (NullCondition)."""
+        ...
+
+    def example(self, n: int, device: torch.device) -> dict[str, Tensor]:
+        """Keywords of the right shapes without an item, to count and time a network with."""
+        ...
 
 
 @runtime_checkable

@@ -56,6 +56,17 @@ NETWORKS = (
 )
 
 
+CONDITIONS = (
+    Component(
+        kind="condition",
+        name="class",
+        target="vgm_cli.conditioning:ClassLabel",
+        from_data={"num_classes": "num_classes", "class_names": "class_names"},
+        summary="the class of an image",
+    ),
+)
+
+
 @hookimpl
 def vgm_components() -> Iterable[Component | Paper]:
     return [
@@ -65,4 +76,5 @@ def vgm_components() -> Iterable[Component | Paper]:
         *operators.components(),
         *rewards.components(),
         *NETWORKS,
+        *CONDITIONS,
     ]

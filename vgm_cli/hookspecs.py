@@ -18,6 +18,7 @@ KINDS = (
     "sampler",
     "view",
     "codec",
+    "condition",
     "operator",
     "reward",
     "metric",

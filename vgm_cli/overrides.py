@@ -124,7 +124,7 @@ def env_assignments() -> list[str]:
 
 
 def rename(config: dict[str, Any], origins: dict[str, str]) -> None:
-    """Move what stands under a top key of an older version to where it stands now (see renamed.RECIPE)."""
+    """Move what an older version wrote to where it stands now (see the module renamed)."""
     start = start_role(config)
     for old in [k for k in renamed.RECIPE if k in config]:
         moved = {renamed.key(k, start): origins.pop(k) for k in list(origins) if k.split(".")[0] == old}
@@ -136,3 +136,4 @@ def rename(config: dict[str, Any], origins: dict[str, str]) -> None:
     for node in nodes:  # `name: teacher`, as a copy of the trained network was called whatever it was for
         if isinstance(node, dict) and node.get("name") == STARTS["distill"] and STARTS["distill"] not in (roles or {}):
             node["name"] = start
+    renamed.conditions(config, origins)

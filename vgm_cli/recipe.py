@@ -309,14 +309,14 @@ def check_shape(config: Mapping[str, Any], name: str) -> None:
         if key in ("paper", "guidance_scale") or value is None:
             continue
         nodes = {key: value}
-        if key in ("roles", "optimizers") and isinstance(value, dict):
+        if key in ("conditions", "roles", "optimizers") and isinstance(value, dict):
             nodes |= {f"{key}.{k}": v for k, v in value.items() if v is not None}
         for where, node in nodes.items():
             if not isinstance(node, dict):
                 raise not_a_mapping(where, node)
             if odd := [k for k in node if not isinstance(k, str) or not k]:
                 raise VgmError(f"{where}: the key {shown(odd[0])} is not a word", code=USAGE)
-            component = where in COMPONENT_NODES or where.startswith("roles.")
+            component = where in COMPONENT_NODES or where.startswith(("roles.", "conditions."))
             if component and not isinstance(node.get("name"), str | None):
                 raise VgmError(f"{where}.name={shown(node['name'])} is not a name", code=USAGE)
     if not isinstance(config.get("paper", ""), str):
@@ -361,6 +361,8 @@ def check_components(recipe: Recipe) -> None:
     injected = {"model": None, "codec": None, **dict.fromkeys(recipe.config.get("roles") or {})}
     nodes = [(n, n, recipe.config.get(n)) for n in COMPONENT_NODES]
     nodes += [(n.get("kind", "model"), f"roles.{r}", n) for r, n in roles.items()]
+    conditions = recipe.config.get("conditions") or {}
+    nodes += [("condition", f"conditions.{k}", {"name": k, **n}) for k, n in conditions.items() if n is not None]
     for kind, where, node in nodes:
         if not node or kind == PAIRS or node.get("run") is not None:
             continue
@@ -376,6 +378,7 @@ def check_components(recipe: Recipe) -> None:
 ROLE_KEYS = ("kind", "weights", *CHECKPOINT)
 HOST_KEYS: dict[str, tuple[str, ...]] = {
     "codec": ("weights", "fallback", "output"),
+    "conditions": ("dropout", "train", "column", "weights"),
     "roles": ROLE_KEYS,
     "model": ("weights",),
 }

@@ -32,7 +32,7 @@ from vgm_cli.hookspecs import KINDS, Component, Paper
 from vgm_cli.ranges import fit, shown
 
 BUILTIN = "vgm_plugins"
-IN_CHECKPOINTS = ("model", "codec", "view")  # kinds that are built again from a file's header
+IN_CHECKPOINTS = ("model", "codec", "view", "condition")  # kinds that are built again from a file's header
 CODE = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*(\.[^\W\d]\w*)*")  # "module:attr"
 REGISTER = "a plugin registers components: --plugin FILE.py, or `vgm plugin new NAME`"
 

@@ -159,6 +159,7 @@ TOP = (
     "paper",
     "base",
     *COMPONENT_NODES,
+    "conditions",
     "roles",
     "optimizers",
     "guidance_scale",

@@ -372,22 +372,16 @@ class UNetModel(Trunk):
     def _null_condition(self, cond: dict[str, Any]) -> dict[str, Any]:
         return {**cond, "y": torch.full_like(cond["y"], self.num_classes)} if "y" in cond else dict(cond)
 
-    def labels(self, y: Tensor | None, force_drop_ids: Tensor | None, x: Tensor) -> Tensor:
-        """(N,) rows of the label table. VgmError: a label is needed, or cannot be dropped."""
-        if y is not None and force_drop_ids is None:
+    def labels(self, y: Tensor | None, x: Tensor) -> Tensor:
+        """(N,) rows of the label table. VgmError: a label is needed."""
+        if y is not None:
             return y
         if not self.null_class:
-            raise VgmError(
-                "this network was built without a null class, it needs labels" if y is None else "no null class",
-                "model.null_class=true adds one",
-                USAGE,
-            )
-        null = torch.full((len(x),), self.num_classes, device=x.device)
-        return null if y is None or force_drop_ids is None else torch.where(force_drop_ids.bool(), null, y)
+            message = "this network was built without a null class, it needs labels"
+            raise VgmError(message, "model.null_class=true adds one", USAGE)
+        return torch.full((len(x),), self.num_classes, device=x.device)
 
-    def start(
-        self, x: Tensor, t: Tensor, y: Tensor | None, low_res: Tensor | None, force_drop_ids: Tensor | None
-    ) -> tuple[Tensor, Tensor]:
+    def start(self, x: Tensor, t: Tensor, y: Tensor | None, low_res: Tensor | None) -> tuple[Tensor, Tensor]:
         """What forward is given -> what the first block sees, (N, C p^2, H/p, W/p), and its condition (N, 4M)."""
         if self.super_res:
             if low_res is None:
@@ -395,7 +389,7 @@ class UNetModel(Trunk):
             x = torch.cat([x, F.interpolate(low_res, x.shape[2:], mode="bilinear")], dim=1)
         emb = self.embed(t)
         if self.num_classes:
-            emb = emb + self.label_emb(self.labels(y, force_drop_ids, x))
+            emb = emb + self.label_emb(self.labels(y, x))
         return F.pixel_unshuffle(x, self.patch_size) if self.patch_size > 1 else x, emb
 
     middle = "middle_block"
@@ -407,13 +401,12 @@ class UNetModel(Trunk):
         layers: Sequence[str],
         y: Tensor | None = None,
         low_res: Tensor | None = None,
-        force_drop_ids: Tensor | None = None,
     ) -> list[Tensor]:
         """Maps (N, C, h, w) behind "input_blocks.3", "middle_block" or "output_blocks.0"; see api.HasFeatures."""
         ins, outs = len(self.input_blocks), len(self.output_blocks)
         down, up = ([f"{part}_blocks.{i}" for i in range(n)] for part, n in (("input", ins), ("output", outs)))
         at = places(layers, [*down, "middle_block", *up])
-        h, emb = self.start(x, t, y, low_res, force_drop_ids)
+        h, emb = self.start(x, t, y, low_res)
         found: list[Tensor] = []
         for i, stage in enumerate(
             [*self.input_blocks, self.middle_block, *self.output_blocks][: max(at, default=-1) + 1]
@@ -436,12 +429,11 @@ class UNetModel(Trunk):
         t: Tensor,
         y: Tensor | None = None,
         low_res: Tensor | None = None,
-        force_drop_ids: Tensor | None = None,
     ) -> Tensor:
         """x: (N, C, H, W), H and W multiples of patch_size * 2^(levels - 1); t: (N,) timesteps in [0, 1000);
-        y: (N,) int64 labels; low_res: (N, C, h, w) for super_res; force_drop_ids: (N,), true where the label becomes
-        the null class. Gives (N, out_channels, H, W). VgmError: low_res or labels are missing."""
-        h, emb = self.start(x, t, y, low_res, force_drop_ids)
+        y: (N,) int64 labels; low_res: (N, C, h, w) for super_res. Gives (N, out_channels, H, W). VgmError: low_res or
+        labels are missing."""
+        h, emb = self.start(x, t, y, low_res)
         skips = []
         for stage in self.input_blocks:
             h = self.run(stage, h, emb)

@@ -16,7 +16,7 @@ from vgm_cli.api import Batch, ObjectiveBase, Step
 from vgm_cli.diffusion.discrete import DiscreteDiffusion, named_betas
 from vgm_cli.diffusion.iddpm import IDDPM
 from vgm_cli.errors import USAGE, VgmError
-from vgm_cli.ranges import Fraction, Steps, Width
+from vgm_cli.ranges import Steps, Width
 
 
 class NoisyClassifier(ObjectiveBase):
@@ -30,8 +30,9 @@ class NoisyClassifier(ObjectiveBase):
         self.process = DiscreteDiffusion(named_betas(schedule, steps))
 
     def loss(self, phase: str, batch: Batch, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
-        """batch x: (B, C, H, W), y: (B,). Logs the share of labels that are the first guess. VgmError: no labels."""
-        x, y = batch["x"], batch.get("y")
+        """batch x: (B, C, H, W), label: (B,). Logs the share of labels that are the first guess. VgmError: no
+        labels."""
+        x, y = batch["x"], batch.get("label")
         if y is None:
             raise VgmError("a classifier needs labelled images", "one folder per class", USAGE)
         t = step.randint(self.process.steps, len(x), "t")
@@ -57,12 +58,11 @@ class Upsampling(IDDPM):
         schedule: str = "linear",
         steps: Steps = 1000,
         learn_sigma: bool = True,
-        label_dropout: Fraction = 0.0,
         resampler: Literal["uniform", "loss-second-moment"] = "uniform",
     ):
-        super().__init__(model, schedule, steps, learn_sigma, label_dropout=label_dropout, resampler=resampler)
+        super().__init__(model, schedule, steps, learn_sigma, resampler=resampler)
         self.small_size = small_size
 
-    def condition(self, batch: Batch, step: Step) -> dict[str, Any]:
+    def told(self, batch: Batch) -> dict[str, Any]:
         low_res = F.interpolate(batch["x"], self.small_size, mode="area")  # (B, C, small, small)
-        return super().condition(batch, step) | {"low_res": low_res}
+        return super().told(batch) | {"low_res": low_res}

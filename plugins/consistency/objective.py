@@ -15,7 +15,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vgm_cli.api import Batch, HasClasses, ObjectiveBase, Step
+from vgm_cli.api import Batch, ObjectiveBase, Step
 from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.diffusion.flow_map import FlowMap
 from vgm_cli.diffusion.guidance import ClassifierFreeGuidance
@@ -120,18 +120,12 @@ class Consistency(ObjectiveBase):
             self.scale_mode, min(index, total), total, self.start_scales, self.end_scales, self.steps_per_stage
         )
 
-    def condition(self, batch: Batch) -> dict[str, Tensor]:
-        """What the networks are told of the labels."""
-        if batch.get("y") is None or (isinstance(self.model, HasClasses) and not self.model.num_classes):
-            return {}
-        return {"y": batch["y"]}
-
     def level(self, index: Tensor, count: int) -> Tensor:
         """(B,) float64 levels of descending indices."""
         return level_of(index, count, self.sigma_min, self.sigma_max, self.rho)
 
     def loss(self, phase: str, batch: Batch, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
-        """batch x: (B, C, H, W), y: (B,) optional. Logs the distance before its weight, and N.
+        """batch x: (B, C, H, W), cond: keywords of the networks. Logs the distance before its weight, and N.
 
         Without half precision where the network predicts eps or the score: its x0 is off by sigma times the rounding.
         """
@@ -140,9 +134,11 @@ class Consistency(ObjectiveBase):
             return self.loss_of(batch, step)
 
     def loss_of(self, batch: Batch, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
-        x0, cond, n = batch["x"], self.condition(batch), self.count(step.index, step.total)
+        x0, cond, n = batch["x"], batch.get("cond", {}), self.count(step.index, step.total)
         noise, uniform = step.randn(x0.shape, "noise"), step.rand(len(x0), "level")
         sigma_data = self.student.boundary_data
+        if isinstance(self.teacher, ClassifierFreeGuidance):
+            self.teacher.null = batch.get("null")
 
         def measure(a: Tensor, b: Tensor) -> Tensor:
             return distance(self.distance, a, b, self.perceptual, self.huber_c)

@@ -13,7 +13,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from vgm_cli.api import HasClasses, HasFeatures
+from vgm_cli.api import HasFeatures
+from vgm_cli.conditioning import Conditions
 from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.nn.example import noise
@@ -76,12 +77,11 @@ def as_map(features: Tensor) -> Tensor:
 
 
 @torch.no_grad()
-def head_for(network: nn.Module, features: Features, view: Denoiser) -> Head:
+def head_for(network: nn.Module, features: Features, view: Denoiser, conditions: Conditions) -> Head:
     """A head of the size of the network's features; found by running it once on nothing."""
     where = next(network.parameters())
     x = torch.zeros(1, *network.sample_shape, device=where.device)  # type: ignore[misc]
-    labelled = isinstance(network, HasClasses) and network.num_classes
-    cond = {"y": torch.zeros(1, dtype=torch.long, device=where.device)} if labelled else {}
+    cond = conditions.example(1, where.device)["cond"]
     training = network.training
     network.eval()
     with torch.device("cpu"):

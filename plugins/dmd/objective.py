@@ -3,7 +3,7 @@
 DMD (2311.18828): gradient weighting and a regression on the teacher's own ODE pairs. DMD2 (2405.14867): several
 fake-score steps per generator step instead of the regression, a GAN loss on the fake score's features, few-step
 generators trained on their own simulated inputs. Step order of tianweiy/DMD2@8d8fa55 main/edm/train_edm.py.
-Deviations: generated images take the labels of the data batch; times, predictions and weights follow the teacher,
+Deviations: generated images take the conditions of the data batch; times, predictions and weights follow the teacher,
 whatever it was trained as (EDM's and Stable Diffusion's are the official ones).
 """
 
@@ -17,7 +17,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vgm_cli.api import Batch, HasClasses, ObjectiveBase, Phase, Step
+from vgm_cli.api import Batch, ObjectiveBase, Phase, Step
+from vgm_cli.conditioning import Conditions
 from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.diffusion.flow_map import FlowMap
 from vgm_cli.diffusion.guidance import ClassifierFreeGuidance
@@ -44,6 +45,7 @@ class DMD(ObjectiveBase):
         fake_score: nn.Module,  # follows the student's distribution
         pairs: Mapping[str, Tensor] | None = None,  # the teacher's ODE pairs (`pairs:` node), for regression
         lpips: nn.Module | None = None,  # role of the perceptual regression
+        conditions: Conditions | None = None,  # what the networks are told
         weighting: Literal["dmd2", "dmd"] = "dmd2",  # dmd2: per-image |x - D_real|; dmd: that times alpha(t)
         update_ratio: Width = 5,  # fake-score steps per generator step (DMD 1, DMD2 5 or 10)
         guidance_scale: NonNegative | None = None,  # of the teacher, which the fake score never has; None is 1
@@ -76,7 +78,7 @@ class DMD(ObjectiveBase):
         self.gan = gan_weight > 0
         if self.gan:
             self.features = Features(fake_score, feature_layer)
-            self.head = head_for(fake_score, self.features, self.fake)
+            self.head = head_for(fake_score, self.features, self.fake, conditions or Conditions())
             self.networks["discriminator"] = self.head
         if update_ratio < 1 or not 0 <= min_level < max_level <= 1:
             raise VgmError("update_ratio >= 1 and 0 <= min_level < max_level <= 1 are needed", code=USAGE)
@@ -108,13 +110,6 @@ class DMD(ObjectiveBase):
             Phase("guidance", guides, "fake"),
         ]
 
-    def condition(self, batch: Batch) -> dict[str, Any]:
-        """What the networks are told of the labels."""
-        network = self.student.network
-        if batch.get("y") is None or (isinstance(network, HasClasses) and not network.num_classes):
-            return {}
-        return {"y": batch["y"]}
-
     def at(self, level: Tensor) -> Tensor:
         """Host times (B,) float64 of noise levels (B,)."""
         self.levels = self.levels.to(level.device)  # copied once
@@ -124,7 +119,7 @@ class DMD(ObjectiveBase):
 
     def generate(self, batch: Batch, step: Step) -> Tensor:
         """Images (B, C, H, W) of this step; differentiable where the caller's context is."""
-        x, cond = batch["x"], self.condition(batch)
+        x, cond = batch["x"], batch.get("cond", {})
         z = step.randn(x.shape, "z") * self.student.noise_scale()
         times = self.student.times_of()
         if len(times) == 1:
@@ -145,7 +140,8 @@ class DMD(ObjectiveBase):
     # -- phases --------------------------------------------------------------------------------------------------------
 
     def loss(self, phase: str, batch: Batch, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
-        """batch x: (B, C, H, W), y: (B,) optional. The guidance phase sees the images of the generator phase."""
+        """batch x: (B, C, H, W), cond: keywords of the networks. The guidance phase sees the images of the generator
+        phase."""
         key = (step.index, step.rank, step.world, step.micro, step.micros)
         if phase == "generator":
             x = self.generate(batch, step)
@@ -158,7 +154,9 @@ class DMD(ObjectiveBase):
 
     def generator_loss(self, x: Tensor, batch: Batch, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         """Distribution matching, GAN and regression losses of generated images x (B, C, H, W)."""
-        cond = self.condition(batch)
+        cond = batch.get("cond", {})
+        if isinstance(self.real, ClassifierFreeGuidance):
+            self.real.null = batch.get("null")
         low, high = self.dm_range
         t = self.at(low + step.randint(high - low, len(x), "dm level"))
         with torch.no_grad(), precision_for(self.fake, x):
@@ -178,7 +176,7 @@ class DMD(ObjectiveBase):
 
     def guidance_loss(self, x: Tensor, batch: Batch, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         """Denoising loss of the fake score on x (B, C, H, W), and the discriminator's between batch["x"] and x."""
-        cond = self.condition(batch)
+        cond = batch.get("cond", {})
         t = self.at(step.randint(len(self.levels), len(x), "fake level"))
         loss = fake_loss(self.fake, x, t, step.randn(x.shape, "fake noise"), **cond)
         logs = {"fake": loss.detach()}
@@ -200,12 +198,13 @@ class DMD(ObjectiveBase):
         return self.head(self.features(self.fake, x, t, **cond).float())
 
     def regression_loss(self, n: int, step: Step) -> Tensor:
-        """Distance of the student's images from the teacher's at the same noise: pairs z, x (P, C, H, W), y (P,)."""
+        """Distance of the student's images from the teacher's at the same noise: pairs z, x (P, C, H, W), and keywords
+        of the networks."""
         if self.pairs is None:
             raise VgmError("the regression has no ODE pairs", "`vgm distill dmd --teacher RUN` makes them", USAGE)
         rows = step.randint(len(self.pairs["z"]), n, "pairs").to(self.pairs["z"].device)
-        z, want = (self.pairs[k][rows].to(step.device) for k in ("z", "x"))
-        cond = {"y": self.pairs["y"][rows].to(step.device)} if "y" in self.pairs else {}
+        cond = {k: v[rows].to(step.device) for k, v in self.pairs.items()}
+        z, want = cond.pop("z"), cond.pop("x")
         got = self.student.jump(z * self.student.noise_scale(), self.student.start(), **cond).float()
         return distance(self.regression, got, want, self.lpips)
 

@@ -13,7 +13,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vgm_cli.api import Batch, HasClasses, HasParts, Movable, NullCondition, ObjectiveBase, Phase, Step, seed_of
+from vgm_cli.api import Batch, HasParts, Movable, ObjectiveBase, Phase, Step, seed_of
+from vgm_cli.conditioning import Conditions, Part
 from vgm_cli.diffusion.denoiser import Denoiser, flow_velocity
 from vgm_cli.diffusion.guidance import ClassifierFreeGuidance
 from vgm_cli.errors import DIVERGED, USAGE, VgmError, unknown
@@ -43,8 +44,9 @@ class FlowGRPO(ObjectiveBase):
         self,
         model: nn.Module,  # the policy
         reference: Denoiser,  # the policy as it was at first, frozen; says how the network is read
-        reward: Any,  # (images (B, C, H, W) in [-1, 1], {"y": (B,)}) -> (B,)
+        reward: Any,  # (images (B, C, H, W) in [-1, 1], {"label": (B,)} or {"text": B prompts}) -> (B,)
         codec: Any = None,  # decodes what the network samples; None: pixels
+        conditions: Conditions | None = None,  # what the network is told: classes, or prompts
         group_size: Width = 24,  # images of one class that are compared with each other
         steps: Steps = 10,  # levels of a roll-out
         shift: Positive = 3.0,  # of the levels; above 1 more of them at high noise
@@ -74,11 +76,9 @@ class FlowGRPO(ObjectiveBase):
             if value <= 0:
                 raise VgmError(f"objective.{name}={value} must be above 0", code=USAGE)
         self.scale = 1.0 if guidance_scale is None else guidance_scale
-        if self.scale != 1 and not isinstance(model, NullCondition):
-            hint = "objective.guidance_scale=1"
-            raise VgmError("this network has no null class to be guided away from", hint, USAGE)
         self.model, self.reward, self.codec = model, reward, codec
-        self.classes = model.num_classes if isinstance(model, HasClasses) else 0
+        self.conditions = conditions or Conditions()
+        self.asked = next(iter(self.conditions.parts.values()), None)  # what differs between groups
         self.group_size, self.noise_level, self.kind, self.same_latent = group_size, noise_level, sde, same_latent
         self.advantage, self.per_class, self.global_std = advantage, per_class, global_std
         self.advantage_clip, self.clip_range, self.beta = advantage_clip, clip_range, beta
@@ -124,30 +124,44 @@ class FlowGRPO(ObjectiveBase):
         if state:
             self.first, self.dull = state["first"].clone(), int(state["dull"])
 
+    def told(self, group: Tensor | None) -> dict[str, Tensor]:
+        """Keywords of the network for prompts by number (B,)."""
+        if group is None or self.asked is None:
+            return {}
+        return self.conditions.encode({self.asked.name: self.items(self.asked, group)}, group.device)
+
+    def items(self, asked: Part, group: Tensor) -> Any:
+        """Prompts by number: classes as they are, others as a list."""
+        choices = asked.condition.choices
+        return group if isinstance(choices, range) else [choices[i] for i in group.tolist()]
+
     # -- the policy ---------------------------------------------------------------------------------------------------
 
-    def velocity(self, denoiser: Denoiser, x: Tensor, index: Tensor, y: Tensor | None) -> Tensor:
-        """Guided velocity at x (B, ...), level sigmas[index (B,)], class y (B,) or None: float32 (B, ...). No gradient
-        goes through the unconditional half."""
-        cond = {} if y is None else {"y": y}
+    def velocity(self, denoiser: Denoiser, x: Tensor, index: Tensor, group: Tensor | None) -> Tensor:
+        """Guided velocity at x (B, ...), level sigmas[index (B,)], of prompts number group (B,), None without any:
+        float32 (B, ...). No gradient goes through the unconditional half."""
+        cond = self.told(group)
         if self.scale != 1 and cond:
-            denoiser = ClassifierFreeGuidance(denoiser, self.scale, detach=True)
+            null = self.conditions.null(x.device) if self.conditions else None
+            denoiser = ClassifierFreeGuidance(denoiser, self.scale, detach=True, null=null)
         self.sigmas = self.sigmas.to(x.device)  # copied once
         return flow_velocity(denoiser, x, self.sigmas[index], self.max_level, **cond).float()
 
-    def score(self, x: Tensor, x_next: Tensor, index: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
+    def score(self, x: Tensor, x_next: Tensor, index: Tensor, group: Tensor | None) -> tuple[Tensor, Tensor, Tensor]:
         """Log-probability (B,) of x_next, mean (B, ...) and std (B, 1, ...) of the step, under the policy."""
-        step = transition(x, self.velocity(self.denoiser, x, index, y), self.sigmas, index, self.noise_level, self.kind)
+        step = transition(
+            x, self.velocity(self.denoiser, x, index, group), self.sigmas, index, self.noise_level, self.kind
+        )
         return log_prob(x_next, step, self.kind), step.mean, step.std
 
     @torch.no_grad()
-    def reference_mean(self, x: Tensor, index: Tensor, y: Tensor | None) -> Tensor:
+    def reference_mean(self, x: Tensor, index: Tensor, group: Tensor | None) -> Tensor:
         """Mean of the step (B, ...) under the network as it was at first."""
         if self.reference is not None:
-            v = self.velocity(self.reference, x, index, y)
+            v = self.velocity(self.reference, x, index, group)
         else:
             with adapters.disabled(self.model):
-                v = self.velocity(self.denoiser, x, index, y)
+                v = self.velocity(self.denoiser, x, index, group)
         return transition(x, v, self.sigmas, index, self.noise_level, self.kind).mean
 
     def pieces(self, *tensors: Tensor | None) -> Iterator[tuple[Any, ...]]:
@@ -161,32 +175,32 @@ class FlowGRPO(ObjectiveBase):
 
     @torch.no_grad()
     def experience(self, batch: Batch, step: Step) -> list[Batch]:
-        """As many images as the batch has, rolled out for classes drawn anew and rewarded; then the parts of `updates`
-        optimizer steps per epoch, each of images and steps in one. The batch's own images are not used."""
+        """As many images as the batch has, rolled out for prompts (or classes) drawn anew and rewarded; then the parts
+        of `updates` optimizer steps per epoch, each of images and steps in one. The batch's own images are not used."""
         if step.micros > 1:
             hint = "train.accumulate=1; objective.chunk=N bounds the memory instead"
             raise VgmError("groups are compared within one batch, which cannot be accumulated", hint, USAGE)
         self.model.eval()  # the policy is what is sampled: no dropout
         n, shape, device = len(batch["x"]), batch["x"].shape[1:], batch["x"].device
-        classes = self.classes if batch.get("y") is not None else 0
+        prompts = len(self.asked.condition.choices) if self.asked is not None else 0
         seed = seed_of(step.seed, "classes", step.index)
-        groups = k_repeat(max(classes, 1), n, self.group_size, step.world, step.rank, seed)
-        y = groups.to(device) if classes else None
+        groups = k_repeat(max(prompts, 1), n, self.group_size, step.world, step.rank, seed)
+        group = groups.to(device) if prompts else None
         noisy, trained = self.steps_of(step)
         if self.same_latent:
-            noise = torch.randn(max(classes, 1), *shape, generator=step.generator("x_T"))[groups].to(device)
+            noise = torch.randn(max(prompts, 1), *shape, generator=step.generator("x_T"))[groups].to(device)
         else:
             noise = step.randn((n, *shape), "x_T")
 
         def velocity(x: Tensor, i: int) -> Tensor:
             index = torch.full((n,), i, device=device)
-            return torch.cat([self.velocity(self.denoiser, *rows) for rows in self.pieces(x, index, y)])
+            return torch.cat([self.velocity(self.denoiser, *rows) for rows in self.pieces(x, index, group)])
 
         def draw(i: int) -> Tensor:
             return step.randn((n, *shape), f"step {i}")
 
         run = roll_out(velocity, noise, self.sigmas, self.noise_level, noisy, draw, self.kind)
-        images, rewards = self.rewarded(run.latents[-1], y)
+        images, rewards = self.rewarded(run.latents[-1], group)
         everyone, asked = gather(rewards).cpu(), gather(groups.to(device)).cpu()
         own = self.compare(everyone, asked)[step.rank * n : (step.rank + 1) * n]
         order = torch.randperm(int((own == 0).sum()), generator=step.generator(f"filler {step.rank}"))
@@ -197,7 +211,9 @@ class FlowGRPO(ObjectiveBase):
         for epoch in range(self.epochs):
             g = step.generator(f"shuffle {epoch} {step.rank}")
             for chosen in rows[torch.randperm(len(rows), generator=g)].tensor_split(self.updates):
-                parts.append(flatten(run.latents, run.log_probs, own.float().to(device), y, trained, chosen.to(device)))
+                parts.append(
+                    flatten(run.latents, run.log_probs, own.float().to(device), group, trained, chosen.to(device))
+                )
         return parts
 
     def steps_of(self, step: Step) -> tuple[range, range]:
@@ -205,12 +221,13 @@ class FlowGRPO(ObjectiveBase):
         place = int(torch.randint(len(self.windows), (), generator=step.generator("window")))
         return range(self.steps) if self.every_step else self.windows[place], self.windows[place]
 
-    def rewarded(self, z: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+    def rewarded(self, z: Tensor, group: Tensor | None) -> tuple[Tensor, Tensor]:
         """(images (B, C, H, W) in [-1, 1], rewards (B,)) of what was sampled, in full precision."""
         with full_precision(z.device):
             decode = self.codec.decode if self.codec is not None else lambda z: z
             images = torch.cat([decode(rows.float()) for (rows,) in self.pieces(z)]).clamp(-1, 1)
-            return images, self.reward(images, {} if y is None else {"y": y}).float()
+            asked = {} if group is None or self.asked is None else {self.asked.column: self.items(self.asked, group)}
+            return images, self.reward(images, asked).float()
 
     def compare(self, rewards: Tensor, groups: Tensor) -> Tensor:
         """(N,) float64 advantages of the whole batch."""
@@ -256,7 +273,7 @@ class FlowGRPO(ObjectiveBase):
     def loss(self, phase: str, batch: Batch, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         """batch: a part that `experience` made. A batch of images stands for one of the same size, see `rehearsal`."""
         part = batch if "next" in batch else self.rehearsal(batch, step)
-        pieces = list(self.pieces(part["x"], part["next"], part["index"], part.get("y")))
+        pieces = list(self.pieces(part["x"], part["next"], part["index"], part.get("group")))
         if len(pieces) == 1:
             scores = [self.score(*pieces[0])]
         else:
@@ -264,7 +281,9 @@ class FlowGRPO(ObjectiveBase):
         log_p = torch.cat([s[0] for s in scores])
         loss, logs = policy_loss(log_p, part["old"], part["advantage"], self.clip_range, self.advantage_clip)
         if self.beta > 0:
-            kl = [kl_to(m, self.reference_mean(x, i, y), std) for (x, _, i, y), (_, m, std) in zip(pieces, scores)]
+            kl = [
+                kl_to(m, self.reference_mean(x, i, group), std) for (x, _, i, group), (_, m, std) in zip(pieces, scores)
+            ]
             logs["kl"] = torch.cat(kl).detach().mean()
             loss = loss + self.beta * torch.cat(kl).mean()
         return loss, {**logs, **self.report}
@@ -277,13 +296,13 @@ class FlowGRPO(ObjectiveBase):
         index = step.randint(len(self.windows[0]), n, "index")
         sigma = expand(self.sigmas.to(x0.device)[index], x0)
         x = (1 - sigma) * x0 + sigma * step.randn(x0.shape, "noise")
-        y = batch.get("y") if self.classes else None
-        v = self.velocity(self.denoiser, x, index, y)
+        group = batch.get("label") if self.asked is not None else None
+        v = self.velocity(self.denoiser, x, index, group)
         moved = transition(x, v, self.sigmas, index, self.noise_level, self.kind)
         following = moved.mean + moved.scale * step.randn(x.shape, "step")
         part = {"x": x, "next": following, "index": index, "old": log_prob(following, moved, self.kind)}
         part["advantage"] = 2.0 * step.randint(2, n, "advantage") - 1
-        return part if y is None else {**part, "y": y}
+        return part if group is None else {**part, "group": group}
 
 
 # -- small pieces ----------------------------------------------------------------------------------------------------
@@ -309,7 +328,7 @@ def flatten(
     latents: Sequence[Tensor],
     log_probs: Mapping[int, Tensor],
     advantage: Tensor,
-    y: Tensor | None,
+    group: Tensor | None,
     trained: Sequence[int],
     rows: Tensor,
 ) -> Batch:
@@ -321,7 +340,7 @@ def flatten(
         "old": torch.cat([log_probs[j][rows] for j in trained]),
         "advantage": advantage[rows].repeat(len(trained)),
     }
-    return part if y is None else {**part, "y": y[rows].repeat(len(trained))}
+    return part if group is None else {**part, "group": group[rows].repeat(len(trained))}
 
 
 def thumbnails(images: Tensor) -> Tensor:

@@ -67,9 +67,10 @@ class GlowObjective(ObjectiveBase):
         self.model.initialise(dequantise(pixels, u, self.model.n_bits))
 
     def loss(self, phase: str, batch: Batch, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
-        """batch x: (B, C, H, W) in [-1, 1], y: (B,) for a conditional model. Logs bits_x, bits_y and error."""
+        """batch x: (B, C, H, W) in [-1, 1], cond: {"y": (B,)} for a conditional model. Logs bits_x, bits_y and
+        error."""
         pixels = self.pixels(batch)
         u = step.rand(pixels.numel(), "dequantisation").view_as(pixels)
-        y = batch.get("y") if self.model.num_classes else None
+        y = batch.get("cond", {}).get("y")
         losses, parts = flow_loss(self.model, dequantise(pixels, u, self.model.n_bits), y, self.class_weight)
         return losses.mean(), {k: v.detach().mean() for k, v in parts.items()}

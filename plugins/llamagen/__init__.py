@@ -48,7 +48,7 @@ def vgm_components() -> Iterable[Component | Paper]:
             summary="Llama over image codes, by class or text",
         ),
         Component(
-            kind="model",
+            kind="condition",
             name="flan-t5",
             target=f"{HERE}.text:FlanT5",
             summary="captions to T5 features, weights by folder",

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vgm_cli.api import Request
 from vgm_cli.ar.sampling import Decoding, Pick, generate, in_one_dtype
+from vgm_cli.conditioning import unconditional
 from vgm_cli.diffusion.guidance import Guidance
 from vgm_cli.nets.llama import Decoder, LlamaGen
 from vgm_cli.ranges import Fraction, NonNegative, Whole
@@ -26,22 +27,24 @@ def decode(
     guidance_scale: float = 1.0,
     cfg_interval: int = -1,
     watch: Callable[[Tensor, int], None] | None = None,
+    null: dict[str, Tensor] | None = None,
 ) -> Tensor:
     """Codes (B, tokens) int64. cond: {"y": (B,)} or {"text": (B, T, C), "pad": (B, T)}.
 
     guidance_scale <= 1: the condition alone, without the null half. cfg_interval k >= 0: guidance on the first code and
-    the k + 1 after it, plain conditional logits from then on. watch(logits, i) sees what is drawn from.
+    the k + 1 after it, plain conditional logits from then on. watch(logits, i) sees what is drawn from. null: see
+    conditioning.unconditional.
     """
     scaled, guidance = guidance_scale > 1.0, Guidance(guidance_scale)
     if scaled:
-        null = model.null_condition(cond)
-        cond = {k: torch.cat([v, null[k]]) for k, v in cond.items()}
+        other = unconditional(model, cond, null)
+        cond = {k: torch.cat([v, other[k]]) for k, v in cond.items()}
     decoder = Decoder(model, cond["y"] if "y" in cond else cond["text"], cond.get("pad"))
 
     def choose(logits: Tensor, i: int) -> Tensor:
         if scaled:
-            wanted, null = logits.chunk(2)
-            logits = guidance.combine(wanted, null) if cfg_interval < 0 or i <= cfg_interval + 1 else wanted
+            wanted, worse = logits.chunk(2)
+            logits = guidance.combine(wanted, worse) if cfg_interval < 0 or i <= cfg_interval + 1 else wanted
         if watch is not None:
             watch(logits, i)
         return pick(logits, i)
@@ -74,29 +77,16 @@ class LlamaGenSampler:
         greedy: bool = False,
         cfg_interval: int = -1,  # guide the first k + 2 codes only; -1: all
         guidance_scale: NonNegative = 1.0,  # where the request names none
-        prompt: str | list[str] | None = None,  # text to image: one caption for all, or one for each in turn
-        text_encoder: str | None = None,  # folder of FLAN-T5 weights, for prompts
     ):
         self.decoding = Decoding(temperature, top_k, top_p, greedy)
         self.cfg_interval, self.guidance_scale = cfg_interval, guidance_scale
-        self.prompt, self.text_encoder = prompt, text_encoder
 
     def __call__(self, model: LlamaGen, request: Request) -> Tensor:
         """Codes (N, h, w) int64."""
-        cond = self.condition(model, request)
+        cond = {"y": model.labels(None, len(request), request.device)} if not request.cond else request.cond
         scale = self.guidance_scale if request.guidance_scale is None else request.guidance_scale
         u = None if self.decoding.greedy else request.rand((model.block_size,))
         with in_one_dtype(model, request.device) as network:
-            ids = decode(network, cond, self.decoding.picker(u), scale, self.cfg_interval)
+            ids = decode(network, cond, self.decoding.picker(u), scale, self.cfg_interval, null=request.null)
         request.info["nfe"] = model.block_size
         return ids.unflatten(1, model.grid)
-
-    def condition(self, model: LlamaGen, request: Request) -> dict[str, Tensor]:
-        if model.model_type == "c2i":
-            return {"y": model.labels(request.cond.get("y"), len(request), request.device)}
-        if "text" in request.cond:
-            return {k: request.cond[k] for k in ("text", "pad") if k in request.cond}
-        from .text import prompt_features
-
-        features, pad = prompt_features(self.prompt, self.text_encoder, len(request), model.cls_token_num)
-        return {"text": features.to(request.device), "pad": pad.to(request.device)}

@@ -10,7 +10,8 @@ from __future__ import annotations
 import html
 import re
 import urllib.parse
-from functools import lru_cache
+from collections.abc import Sequence
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -53,35 +54,40 @@ def left_pad(features: Tensor, mask: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class FlanT5(nn.Module):
-    """captions -> (features (B, tokens, C), mask (B, tokens)), padded on the left. path: folder of the encoder,
-    loaded at the first call; without one, only trainings without captions work."""
+    """The condition `flan-t5`: captions -> {"text": (B, tokens, width), "pad": (B, tokens)}, padded on the left.
 
-    def __init__(self, path: str | None = None, tokens: Width = 120):
+    path: folder of the encoder, loaded when the first caption comes. No caption is the network's own null caption.
+    """
+
+    column = "text"
+    choices: Sequence[Any] = ()
+
+    def __init__(
+        self,
+        path: str | None = None,  # google/flan-t5-xl in transformers' layout
+        tokens: Width = 120,
+        width: Width = 2048,  # of the features
+    ):
         super().__init__()
-        self.path, self.tokens = path, tokens
+        self.path, self.tokens, self.width = path, tokens, width
         self.encoder: T5Features | None = None  # not a submodule: its weights are not ours to save or train
 
-    def forward(self, captions: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
+    def parse(self, words: Sequence[str]) -> list[Any]:
+        return list(words)
+
+    def encode(self, items: Sequence[Any], device: torch.device) -> dict[str, Tensor]:
         if self.encoder is None:
             if self.path is None:
-                hint = "a folder of google/flan-t5-xl: roles.text.path=DIR in training, text_encoder=DIR in sampling"
-                raise VgmError("captions need a text encoder", hint, MISSING_ASSET)
+                raise VgmError(
+                    "captions need a text encoder", "conditions.text.path=FOLDER of flan-t5-xl", MISSING_ASSET
+                )
             self.encoder = T5Features(self.path, self.tokens, device)
-        return left_pad(*self.encoder([clean(clean(c)) for c in captions]))
+        features, pad = left_pad(*self.encoder([clean(clean(c)) for c in items]))
+        return {"text": features.to(device), "pad": pad.to(device)}
 
+    def null(self, n: int, device: torch.device) -> dict[str, Tensor]:
+        return {}
 
-@lru_cache(maxsize=1)
-def encoder_at(path: str | None, tokens: int) -> FlanT5:
-    return FlanT5(path, tokens)
-
-
-def prompt_features(
-    prompt: str | list[str] | None, path: str | None, n: int, tokens: int, device: torch.device | None = None
-) -> tuple[Tensor, Tensor]:
-    """Features (n, tokens, C) and mask (n, tokens) of the prompts, taken in turn."""
-    if prompt is None:
-        raise VgmError("this model draws what a text says", "vgm sample RUN prompt='a red car' text_encoder=DIR")
-    prompts = [prompt] if isinstance(prompt, str) else prompt
-    features, mask = encoder_at(path, tokens)(prompts, device or torch.device("cpu"))
-    rows = torch.arange(n) % len(prompts)
-    return features[rows], mask[rows]
+    def example(self, n: int, device: torch.device) -> dict[str, Tensor]:
+        pad = torch.ones(n, self.tokens, dtype=torch.long, device=device)
+        return {"text": torch.zeros(n, self.tokens, self.width, device=device), "pad": pad}

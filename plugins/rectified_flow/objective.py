@@ -13,12 +13,12 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vgm_cli.api import Batch, HasClasses, ObjectiveBase, Step, send
+from vgm_cli.api import Batch, ObjectiveBase, Step, send
+from vgm_cli.conditioning import Conditions
 from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.diffusion.guidance import ClassifierFreeGuidance
-from vgm_cli.diffusion.iddpm import check_null_class, label_condition
 from vgm_cli.errors import USAGE, VgmError
-from vgm_cli.ranges import Fraction, NonNegative, Positive, Steps
+from vgm_cli.ranges import NonNegative, Positive, Steps
 
 from .flow import EPS, Loss, Schedule, Velocity, euler, flow_losses, times
 from .pairs import Pairs, Part, read_pairs
@@ -34,7 +34,7 @@ class RectifiedFlow(ObjectiveBase):
 
     The pairs are independent, unless the batch couples them by "z0". noise_scale: standard deviation of z0. eps: time
     left out at the noise. reduce_mean: mean over an image (all published runs), false: half the sum. time_scale: the
-    network is told time_scale * t. label_dropout: share of labels replaced by the null class.
+    network is told time_scale * t.
     """
 
     def __init__(
@@ -44,25 +44,23 @@ class RectifiedFlow(ObjectiveBase):
         eps: NonNegative = EPS,
         reduce_mean: bool = True,
         time_scale: Positive = 999.0,
-        label_dropout: Fraction = 0.1,
     ):
         if not 0 < eps < 1:
             raise VgmError(f"eps={eps} is not between 0 and 1", code=USAGE)
-        check_null_class(model, label_dropout)
         self.model, self.networks = model, {"model": model}
         self.noise_scale, self.eps, self.reduce_mean, self.time_scale = noise_scale, eps, reduce_mean, time_scale
-        self.label_dropout = label_dropout
         self.t_schedule: Schedule = "uniform"
         self.loss_kind: Loss = "l2"
         self.perceptual: nn.Module | None = None
         self.learned_sigma = False  # True: the second half of the network's channels is thrown away
 
     def loss(self, phase: str, batch: Batch, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
-        """batch x: (B, C, H, W), y: (B,) optional, z0: like x, optional. Logs the velocity's squared error as mse."""
+        """batch x: (B, C, H, W), cond: keywords of the network, z0: like x, optional. Logs the velocity's squared error
+        as mse."""
         x1, n, k = batch["x"], len(batch["x"]), self.t_schedule
         z0 = batch["z0"] if "z0" in batch else step.randn(x1.shape, "noise") * self.noise_scale
         t = times(step.randint(k, n, "t") if isinstance(k, int) else step.rand(n, "t"), k, self.eps)
-        cond = label_condition(self.model, batch, step, self.label_dropout)
+        cond = batch.get("cond", {})
 
         def velocity(x: Tensor, s: Tensor) -> Tensor:
             v = self.model(x, s * self.time_scale, **cond)
@@ -98,6 +96,7 @@ class Reflow(RectifiedFlow):
         teacher: nn.Module | Denoiser | None = None,
         perceptual: nn.Module | None = None,
         pairs: Mapping[str, Tensor] | None = None,
+        conditions: Conditions | None = None,
         t_schedule: Literal["uniform", "t0", "t1"] | int = "uniform",
         loss: Loss = "l2",
         pair_folder: str | None = None,
@@ -108,9 +107,8 @@ class Reflow(RectifiedFlow):
         eps: NonNegative = EPS,
         reduce_mean: bool = True,
         time_scale: Positive = 999.0,
-        label_dropout: Fraction = 0.1,
     ):
-        super().__init__(model, noise_scale, eps, reduce_mean, time_scale, label_dropout)
+        super().__init__(model, noise_scale, eps, reduce_mean, time_scale)
         times(torch.zeros(1, device="cpu"), t_schedule, eps)  # a wrong schedule is told now
         if loss != "l2" and (t_schedule != "t0" or perceptual is None):
             raise VgmError(f"loss={loss} is for t_schedule=t0 and needs the role perceptual", code=USAGE)
@@ -122,6 +120,7 @@ class Reflow(RectifiedFlow):
         self.learned_sigma = teacher is not None and teacher.learned_sigma  # the student is made like its teacher
         self.teacher_steps, self.teacher_precision = teacher_steps, teacher_precision
         self.guidance_scale = guidance_scale
+        self.conditions = conditions
         self.pairs: Pairs | None = None
         if pair_folder is not None:
             self.pairs = read_pairs(Path(pair_folder))
@@ -142,21 +141,22 @@ class Reflow(RectifiedFlow):
         x = batch["x"]
         if self.pairs is None:
             z0 = step.randn(x.shape, "noise") * self.noise_scale
-            return [{**batch, "z0": z0, "x": self.generate(z0, batch.get("y"))}]
+            return [{**batch, "z0": z0, "x": self.generate(z0, batch.get("cond", {}), batch.get("null"))}]
         z0, x1, y = self.pairs.take(step.on_cpu().randint(len(self.pairs), len(x), "pair"))
         if x1.shape[1:] != x.shape[1:]:
             raise VgmError(f"the pairs are {tuple(x1.shape[1:])}, the data {tuple(x.shape[1:])}", code=USAGE)
         pair = {"z0": send(z0, x.device), "x": send(x1, x.device)}
-        return [pair if y is None else {**pair, "y": send(y, x.device)}]
+        if y is None:
+            return [pair]
+        told = {**pair, "label": send(y, x.device)}
+        return [self.conditions.apply(told, step) if self.conditions else {**told, "cond": {"y": told["label"]}}]
 
     @torch.no_grad()
-    def generate(self, z0: Tensor, y: Tensor | None) -> Tensor:
+    def generate(self, z0: Tensor, cond: Mapping[str, Tensor], null: dict[str, Tensor] | None = None) -> Tensor:
         """Where the teacher's flow takes z0: (B, ...)."""
         view = self.teacher
         assert view is not None
-        network: Any = view.network
-        cond = {"y": y} if y is not None and isinstance(network, HasClasses) and network.num_classes else {}
         if self.guidance_scale not in (None, 1.0) and cond:
-            view = ClassifierFreeGuidance(view, float(self.guidance_scale or 1.0))
+            view = ClassifierFreeGuidance(view, float(self.guidance_scale or 1.0), null=null)
         with torch.autocast(z0.device.type, torch.bfloat16, enabled=self.teacher_precision == "bf16"):
             return euler(velocity_of(view, **cond), z0, self.teacher_steps, eps=self.eps).float()

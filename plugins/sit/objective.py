@@ -11,8 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from vgm_cli.api import Batch, ObjectiveBase, Step
-from vgm_cli.diffusion.iddpm import check_null_class, label_condition
-from vgm_cli.ranges import Fraction, NonNegative
+from vgm_cli.ranges import NonNegative
 
 from .transport import Prediction, Transport, Weight, view_of
 
@@ -22,7 +21,7 @@ class FlowMatching(ObjectiveBase):
 
     path: linear | gvp | vp. weight: None, velocity or likelihood, for score and noise. time_sampling: uniform (the
     paper's), or logit-normal with time_mean and time_std. train_eps: time left out at the singular end, None for the
-    paper's. label_dropout: share of labels replaced by the null class.
+    paper's.
     """
 
     shardable = True
@@ -37,13 +36,10 @@ class FlowMatching(ObjectiveBase):
         time_mean: float = 0.0,
         time_std: NonNegative = 1.0,
         train_eps: NonNegative | None = None,
-        label_dropout: Fraction = 0.1,
     ):
-        check_null_class(model, label_dropout)
         self.model, self.networks = model, {"model": model}
         self.transport = Transport(path, prediction, weight, train_eps)
         self.time_sampling, self.time_mean, self.time_std = time_sampling, time_mean, time_std
-        self.label_dropout = label_dropout
 
     def times(self, n: int, step: Step) -> Tensor:
         """(n,) times in the trained interval."""
@@ -55,10 +51,10 @@ class FlowMatching(ObjectiveBase):
         return u * (t1 - t0) + t0
 
     def loss(self, phase: str, batch: Batch, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
-        """batch x: (B, C, H, W), y: (B,) optional."""
+        """batch x: (B, C, H, W), cond: keywords of the network."""
         x1 = batch["x"]
         t, x0 = self.times(len(x1), step), step.randn(x1.shape, "noise")
-        cond = label_condition(self.model, batch, step, self.label_dropout)
+        cond = batch.get("cond", {})
         return self.transport.losses(lambda x, s: self.model(x, s, **cond), x1, x0, t).mean(), {}
 
     def view(self) -> dict[str, Any]:

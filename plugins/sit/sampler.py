@@ -16,7 +16,8 @@ import torch
 from torch import Tensor
 
 from vgm_cli.api import Request
-from vgm_cli.diffusion.guidance import Guidance, check_null
+from vgm_cli.conditioning import unconditional
+from vgm_cli.diffusion.guidance import Guidance
 from vgm_cli.errors import USAGE, VgmError, unknown
 from vgm_cli.nn.shapes import each
 from vgm_cli.ranges import NonNegative, Positive, Steps
@@ -157,15 +158,14 @@ class Guided:
         self.guidance = Guidance(scale, cfg_channels, request.guidance_interval)
         self.guides = scale != 1.0 and bool(self.cond)
         if self.guides:
-            check_null(self.network)
+            self.null = unconditional(self.network, self.cond, request.null)
 
     def __call__(self, x: Tensor, t: Tensor) -> Tensor:
         if not self.guides:
             self.nfe += 1
             return self.network(x, t, **self.cond).float()
         self.nfe += 2 if self.guidance.active(1 - t) else 1
-        null = self.network.null_condition(self.cond)
-        return self.guidance(self.network, x, t, self.cond, null, 1 - t).float()
+        return self.guidance(self.network, x, t, self.cond, self.null, 1 - t).float()
 
 
 def estimate(view: Any, model: Guided, x: Tensor, t: float) -> Tensor:

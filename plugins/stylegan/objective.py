@@ -194,8 +194,8 @@ class StyleGANObjective(ObjectiveBase):
     # -- losses -------------------------------------------------------------------------------------------------------
 
     def loss(self, phase: str, batch: Batch, step: Step) -> tuple[Tensor, Logs]:
-        """batch x: (B, C, H, W) in [-1, 1], y: (B,) for conditional networks."""
-        x, y = batch["x"], batch.get("y") if self.model.num_classes else None
+        """batch x: (B, C, H, W) in [-1, 1], cond: {"y": (B,)} for conditional networks."""
+        x, y = batch["x"], batch.get("cond", {}).get("y")
         if not self.batch_size:
             self.prepare(batch, step)
         lod = self.lod(step.index)

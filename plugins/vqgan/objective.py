@@ -27,7 +27,7 @@ def prior_logits(model: GPT, prefix: Tensor, codes: Tensor) -> Tensor:
 
 
 class PriorObjective(ObjectiveBase):
-    """batch: tokens (B, h, w) int64, y (B,) for a class-conditional prior.
+    """batch: tokens (B, h, w) int64; cond: {"y": (B,)} for a class-conditional prior, {"codes": (B, length)}.
 
     pkeep: share of input codes left as they are while the others become random ones, so that the prior learns to go on
     from its own mistakes; targets are unchanged.
@@ -41,7 +41,7 @@ class PriorObjective(ObjectiveBase):
         model = self.model
         tokens, coord = self.windows(batch["tokens"], step)
         codes = tokens.flatten(1)[:, model.permutation(tokens.device)]
-        cond: dict[str, Tensor] = {k: batch[k] for k in ("y", "codes") if k in batch}
+        cond: dict[str, Tensor] = dict(batch.get("cond", {}))
         given = codes
         if self.pkeep < 1.0:
             # uniform numbers in [0, 1) as one draw per code: the first for keeping, the second for the id

@@ -115,10 +115,10 @@ def test_dit_training_step(mode: str) -> None:
         abs(sum(p.numel() for p in ours.parameters()) / 16e6) > 0.3
     )  # the same widths; the peer embeds t in every block
     x, y = torch.randn(16, 4, 16, 16), torch.arange(16) % 10
-    objective = registry().build("objective", {"name": "iddpm", "learn_sigma": False, "label_dropout": 0.0}, model=ours)
+    objective = registry().build("objective", {"name": "iddpm", "learn_sigma": False}, model=ours)
     bf16 = mode == "defaults" and bf16_supported()
     index = iter(range(10**9))
-    a = training(ours, lambda: objective.loss("main", {"x": x, "y": y}, Step(next(index)))[0], bf16, True)
+    a = training(ours, lambda: objective.loss("main", {"x": x, "cond": {"y": y}}, Step(next(index)))[0], bf16, True)
     b = training(peer, lambda: eps_loss(lambda z, t, y: peer(z, t, y).sample, x, y), False, False)
     speed = report(f"DiT training step, 16 x 64 tokens x 384, {'bf16' if bf16 else 'fp32'}", *race(a, b), "diffusers")
     assert speed > (1.5 if bf16 else 1 / SLACK)
@@ -189,7 +189,7 @@ def test_unet_training_step(mode: str) -> None:
     if mode == "defaults":
         ours = ours.to(memory_format=torch.channels_last)  # what the trainer does with convolutional networks
     x, y = torch.randn(8, 3, 32, 32), None
-    objective = registry().build("objective", {"name": "iddpm", "learn_sigma": False, "label_dropout": 0.0}, model=ours)
+    objective = registry().build("objective", {"name": "iddpm", "learn_sigma": False}, model=ours)
     bf16 = mode == "defaults" and bf16_supported()
     index = iter(range(10**9))
     a = training(ours, lambda: objective.loss("main", {"x": x}, Step(next(index)))[0], bf16, True)
@@ -207,8 +207,8 @@ from vgm_cli.registry import registry
 x, y = torch.randn(64, 4, 16, 16), torch.arange(64) % 10
 if sys.argv[1] == "ours":
     net = our_dit()
-    o = registry().build("objective", {{"name": "iddpm", "learn_sigma": False, "label_dropout": 0.0}}, model=net)
-    step = training(net, lambda: o.loss("main", {{"x": x, "y": y}}, Step(0))[0], sys.argv[2] == "bf16", True)
+    o = registry().build("objective", {{"name": "iddpm", "learn_sigma": False}}, model=net)
+    step = training(net, lambda: o.loss("main", {{"x": x, "cond": {{"y": y}}}}, Step(0))[0], sys.argv[2] == "bf16", True)
 else:
     net = their_dit()
     step = training(net, lambda: eps_loss(lambda z, t, y: net(z, t, y).sample, x, y), False, False)

@@ -22,7 +22,7 @@ from vgm_cli.registry import load_target, registry, signature
 ROOT = Path(__file__).parents[2]
 PLUGINS = sorted(p.parent for p in (ROOT / "plugins").glob("*/__init__.py"))
 RECIPES = sorted(f"{p.parent.name}/{p.stem}" for p in (ROOT / "recipes").glob("*/*.yaml"))
-HOST_LIBRARY = {"hookspecs", "api", "convert_api", "errors", "ranges"}
+HOST_LIBRARY = {"hookspecs", "api", "conditioning", "convert_api", "errors", "ranges"}
 HOST_LIBRARY |= {"nn", "nets", "diffusion", "ar", "losses", "operators"}
 OTHER_PACKAGES = {"torch", "numpy", "safetensors", "PIL"}
 OPTIONAL = {"diffusers", "transformers"}  # inside functions: extras of pyproject.toml

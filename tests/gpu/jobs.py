@@ -245,7 +245,7 @@ def digits(folder: Path, n: int = 48) -> Path:
     path = folder / f"digits-{n}.npz"
     if not path.exists():
         found = open_dataset("mnist5k").gather(range(0, 5000, 5000 // n))
-        np.savez(path, images=found["x"].permute(0, 2, 3, 1).numpy(), labels=found["y"].numpy())
+        np.savez(path, images=found["x"].permute(0, 2, 3, 1).numpy(), labels=found["label"].numpy())
     return path
 
 
@@ -320,8 +320,9 @@ def example(facts: Any, n: int, device: Any) -> dict[str, Any]:
     else:
         batch["x"] = torch.randn(n, *facts.sample_shape, generator=g).clamp(-1, 1)
     if facts.num_classes:
-        batch["y"] = torch.arange(n) % facts.num_classes
-    return {k: v.to(device) for k, v in batch.items()}
+        batch["label"] = torch.arange(n) % facts.num_classes
+        batch["cond"] = {"y": batch["label"].to(device)}
+    return {k: v.to(device) if isinstance(v, torch.Tensor) else v for k, v in batch.items()}
 
 
 def each(job: Job, names: list[str], check: Callable[[str], None]) -> None:

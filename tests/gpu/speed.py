@@ -269,32 +269,32 @@ def denoising(batch: dict[str, Tensor], channels: int) -> Callable[[nn.Module], 
     """DDPM's simple loss: noise the batch, predict the noise."""
     betas = torch.linspace(1e-4, 0.02, 1000, device=batch["x"].device)
     bar = (1 - betas).cumprod(0)
-    x, y = batch["x"], batch["y"]
+    x, y = batch["x"], batch["label"]
 
     def loss(network: nn.Module) -> Tensor:
         t, noise = torch.randint(1000, (len(x),), device=x.device), torch.randn_like(x)
         a = bar[t].view(-1, 1, 1, 1)
-        out = network(a.sqrt() * x + (1 - a).sqrt() * noise, t, y, **dropped(network, y))
+        out = network(a.sqrt() * x + (1 - a).sqrt() * noise, t, dropped(network, y))
         return F.mse_loss(out[:, :channels].float(), noise)
 
     return loss
 
 
-def dropped(network: nn.Module, y: Tensor) -> dict[str, Tensor]:
-    """Labels that are not told, one in ten."""
+def dropped(network: nn.Module, y: Tensor) -> Tensor:
+    """The labels, one in ten of them the null class."""
     if not isinstance(network, NullCondition):
-        return {}
-    return {"force_drop_ids": torch.rand(len(y), device=y.device) < 0.1}
+        return y
+    return torch.where(torch.rand(len(y), device=y.device) < 0.1, network.null_condition({"y": y})["y"], y)
 
 
 def flowing(batch: dict[str, Tensor]) -> Callable[[nn.Module], Tensor]:
     """Flow matching on the straight path."""
-    x, y = batch["x"], batch["y"]
+    x, y = batch["x"], batch["label"]
 
     def loss(network: nn.Module) -> Tensor:
         t, noise = torch.rand(len(x), device=x.device), torch.randn_like(x)
         s = t.view(-1, 1, 1, 1)
-        return F.mse_loss(network(s * x + (1 - s) * noise, t, y, **dropped(network, y)).float(), x - noise)
+        return F.mse_loss(network(s * x + (1 - s) * noise, t, dropped(network, y)).float(), x - noise)
 
     return loss
 
@@ -497,7 +497,7 @@ def sit(job: Job) -> None:
 
 def llamagen(job: Job) -> None:
     def loss_of(batch: dict[str, Tensor]) -> Callable[[nn.Module], Tensor]:
-        ids, y = batch["tokens"].flatten(1), batch["y"]
+        ids, y = batch["tokens"].flatten(1), batch["label"]
 
         def loss(network: nn.Module) -> Tensor:
             return F.cross_entropy(network(ids[:, :-1], y).flatten(0, 1).float(), ids.flatten())

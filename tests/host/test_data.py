@@ -73,7 +73,7 @@ def test_a_flat_folder_is_unlabelled(tmp_path: Path) -> None:
     for i in range(3):
         save(tmp_path / "d" / f"{i}.png", picture(i))
     d = open_dataset(tmp_path / "d")
-    assert d.facts.num_classes == 0 and d.facts.labels is None and "y" not in d.gather([0])
+    assert d.facts.num_classes == 0 and d.facts.labels is None and "label" not in d.gather([0])
     fails(2, "no labels", "class sub-folders", path=tmp_path / "d", labels=True)
 
 
@@ -442,9 +442,9 @@ def test_batches_hold_what_the_contract_says(twelve: Any) -> None:
     batch = take(twelve, 5, 1)[0]
     assert batch["x"].shape == (5, 3, 16, 16) and batch["x"].dtype == torch.float32
     assert -1 <= batch["x"].min() < -0.9 and 0.9 < batch["x"].max() <= 1
-    assert batch["y"].tolist() == twelve.facts.labels[batch["index"]].tolist()
+    assert batch["label"].tolist() == twelve.facts.labels[batch["index"]].tolist()
     assert torch.equal(batch["x"], twelve.pixels(batch["index"]))
-    assert "y" not in take(twelve, 5, 1, labels=False)[0]
+    assert "label" not in take(twelve, 5, 1, labels=False)[0]
 
 
 def test_the_order_is_the_seeds(twelve: Any) -> None:
@@ -464,7 +464,7 @@ def test_processes_share_one_stream(twelve: Any, world: int) -> None:
     one = take(twelve, 6, 5, hflip=True)
     ranks = [take(twelve, 6 // world, 5, rank=r, world=world, hflip=True) for r in range(world)]
     for step, batch in enumerate(one):
-        for k in ("x", "y", "index"):
+        for k in ("x", "label", "index"):
             assert torch.equal(batch[k], torch.cat([r[step][k] for r in ranks])), k
 
 

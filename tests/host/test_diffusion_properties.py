@@ -737,10 +737,9 @@ class Tiny(nn.Module):
         self.scale = nn.Parameter(torch.tensor(0.1))
         self.labels = nn.Embedding(4, 1)
 
-    def forward(self, x, t, y=None, force_drop_ids=None):
+    def forward(self, x, t, y=None):
         assert t.dtype == torch.float32 and torch.isfinite(t).all()
         y = torch.full((len(x),), 3) if y is None else y
-        y = y if force_drop_ids is None else torch.where(force_drop_ids, 3, y)
         return self.scale * x + self.labels(y).view(-1, 1, 1, 1) * t.view(-1, 1, 1, 1)
 
     def null_condition(self, cond):
@@ -752,7 +751,7 @@ class Tiny(nn.Module):
 def test_objective_trains_and_describes_its_view(path, time_sampling):
     prediction = "F" if path == "edm" else "v"
     objective = objectives.GaussianObjective(Tiny(), path=path, prediction=prediction, time_sampling=time_sampling)
-    batch = {"x": torch.randn(8, 1, 2, 2), "y": torch.arange(8) % 3}
+    batch = {"x": torch.randn(8, 1, 2, 2), "cond": {"y": torch.tensor([0, 1, 2, 3, 0, 1, 2, 3])}}
     loss, logs = objective.loss("main", batch, Step(0))
     again, _ = objective.loss("main", batch, Step(0))
     other, _ = objective.loss("main", batch, Step(1))

@@ -317,23 +317,21 @@ def test_resamplers_by_name() -> None:
 
 
 def test_objective_learns_which_timesteps_matter() -> None:
-    objective = IDDPM(Linear(), "cosine", steps=4, resampler="loss-second-moment", label_dropout=0.0)
+    objective = IDDPM(Linear(), "cosine", steps=4, resampler="loss-second-moment")
     for index in range(40):
         step = Step(index=index)
         objective.loss("main", {"x": torch.rand(16, 1, 2, 2)}, step)
         objective.after_step(step)
     weights = objective.resampler.weights()
     assert objective.resampler.warmed_up and weights.std() > 0
-    fresh = IDDPM(Linear(), "cosine", steps=4, resampler="loss-second-moment", label_dropout=0.0)
+    fresh = IDDPM(Linear(), "cosine", steps=4, resampler="loss-second-moment")
     fresh.load_state_dict(objective.state_dict())
     batch, step = {"x": torch.rand(16, 1, 2, 2)}, Step(index=99)
     torch.testing.assert_close(fresh.loss("main", batch, step)[0], objective.loss("main", batch, step)[0])
 
 
 def test_micro_batches_reach_the_resampler_in_order() -> None:
-    whole, parts = (
-        IDDPM(Linear(), "cosine", steps=5, resampler="loss-second-moment", label_dropout=0.0) for _ in range(2)
-    )
+    whole, parts = (IDDPM(Linear(), "cosine", steps=5, resampler="loss-second-moment") for _ in range(2))
     x = torch.rand(8, 1, 2, 2)
     whole.loss("main", {"x": x}, Step(index=0))
     for micro in range(2):

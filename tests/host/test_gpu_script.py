@@ -72,7 +72,7 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
     path = tmp_path_factory.mktemp("digits") / "digits.npz"
     found = open_dataset("mnist5k").gather(range(0, 5000, 312))
-    np.savez(path, images=found["x"].permute(0, 2, 3, 1).numpy(), labels=found["y"].numpy())
+    np.savez(path, images=found["x"].permute(0, 2, 3, 1).numpy(), labels=found["label"].numpy())
     return path
 
 

@@ -181,7 +181,7 @@ def test_training_sees_what_encoding_each_time_gives(few: Any, tmp_path: Path, w
     cached = itertools.islice(Batches(d, 7, seed=3, hflip=True, workers=workers), 8)
     for a, b in zip(pixels, cached, strict=True):
         assert torch.allclose(Posterior().encode(a["x"]), b["moments"], atol=1e-6)
-        assert torch.equal(a["index"], b["index"]) and torch.equal(a["y"], b["y"]) and a["text"] == b["text"]
+        assert torch.equal(a["index"], b["index"]) and torch.equal(a["label"], b["label"]) and a["text"] == b["text"]
         assert "x" not in b
 
 
@@ -191,7 +191,9 @@ def test_memory_and_disk_agree(few: Any, tmp_path: Path) -> None:
     codec = Posterior()
     held = MemoryLatents(codec.encode(x), codec.encode(x.flip(-1)), few.labels(), [few.item(i)[2] for i in range(10)])
     for a, b in itertools.islice(zip(Batches(d, 4, seed=1, hflip=True), Batches(held, 4, seed=1, hflip=True)), 5):
-        assert a.keys() == b.keys() and torch.allclose(a["moments"], b["moments"]) and torch.equal(a["y"], b["y"])
+        assert (
+            a.keys() == b.keys() and torch.allclose(a["moments"], b["moments"]) and torch.equal(a["label"], b["label"])
+        )
     with pytest.raises(VgmError, match="10 latents but 3 labels"):
         MemoryLatents(codec.encode(x), labels=np.zeros(3, np.int64))
 

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vgm_cli.api import generators
+from vgm_cli.conditioning import ClassLabel, Conditions, Part
 from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.diffusion.path import DiscreteVPPath
 from vgm_cli.errors import USAGE, VgmError
@@ -125,14 +126,14 @@ class FakeData:
 
     def gather(self, rows: list[int]) -> dict[str, Tensor]:
         batch = {"x": self.x[rows]}
-        return batch if self.own is None else {**batch, "y": torch.from_numpy(self.own[rows])}
+        return batch if self.own is None else {**batch, "label": torch.from_numpy(self.own[rows])}
 
 
 def subject(view: Any, data: Any, codec: Any = None, classes: int = 0, batch_size: int = 64) -> Subject:
     header = SimpleNamespace(component={"name": "toy"}, data={"num_classes": classes})
-    return Subject(
-        view, codec, header, data, torch.device("cpu"), batch_size, None, lambda items, work: [work(i) for i in items]
-    )
+    told = Conditions([Part("class", ClassLabel(classes), "label")] if classes else [])
+    shares = lambda items, work: [work(i) for i in items]
+    return Subject(view, codec, header, data, torch.device("cpu"), batch_size, None, shares, told)
 
 
 class Uniform:

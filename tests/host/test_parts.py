@@ -50,7 +50,7 @@ class Branch(nn.Module):
         nn.init.zeros_(self.out.bias)
 
     def forward(self, x, t, y=None):
-        tokens, c = self.base.embed(x, t, y, None)
+        tokens, c = self.base.embed(x, t, y)
         side = tokens
         for block in self.blocks:
             side = block(side, c)

@@ -84,19 +84,19 @@ def test_similarity(tmp_path: Path, digits) -> None:
 
 def test_confidence(digits) -> None:
     x, y = digits
-    right, wrong = build("confidence")(x, {"y": y}), build("confidence")(x, {"y": (y + 1) % 10})
+    right, wrong = build("confidence")(x, {"label": y}), build("confidence")(x, {"label": (y + 1) % 10})
     assert right.mean() > 0.9 and wrong.mean() < 0.05
-    torch.testing.assert_close(build("confidence", log=True)(x, {"y": y}).exp(), right)
+    torch.testing.assert_close(build("confidence", log=True)(x, {"label": y}).exp(), right)
     assert (build("confidence")(x, {}) >= right).all()
     with pytest.raises(VgmError, match="digits 0 to 9"):
-        build("confidence")(x, {"y": y + 5})
+        build("confidence")(x, {"label": y + 5})
 
 
 def test_weighted_sum(digits) -> None:
     x, y = digits
     both = build("weighted", terms={"ink": 2.0, "confidence": {"weight": 0.5, "log": True}})
-    expected = 2 * build("ink")(x, {}) + 0.5 * build("confidence", log=True)(x, {"y": y})
-    torch.testing.assert_close(both(x, {"y": y}), expected)
+    expected = 2 * build("ink")(x, {}) + 0.5 * build("confidence", log=True)(x, {"label": y})
+    torch.testing.assert_close(both(x, {"label": y}), expected)
     assert set(both.parts) == {"ink", "confidence"}
     for terms, message in (
         ({}, "no reward"),
@@ -207,8 +207,8 @@ def test_clip_rewards_on_a_small_network(tmp_path: Path) -> None:
         logits = model(**inputs).logits_per_image.diagonal()
     torch.testing.assert_close(build("clip-score", path=str(folder))(images, {"text": prompts}), logits / 30)
     pick = build("pickscore", path=str(folder), prompts=["two dogs", "a cat"])
-    torch.testing.assert_close(pick(images, {"y": torch.tensor([1, 0])}), logits / 26)
+    torch.testing.assert_close(pick(images, {"label": torch.tensor([1, 0])}), logits / 26)
     with pytest.raises(VgmError, match="2 prompts"):
-        pick(images, {"y": torch.tensor([2, 0])})
+        pick(images, {"label": torch.tensor([2, 0])})
     with pytest.raises(VgmError, match="needs prompts"):
-        build("clip-score", path=str(folder))(images, {"y": torch.tensor([0, 0])})
+        build("clip-score", path=str(folder))(images, {"label": torch.tensor([0, 0])})

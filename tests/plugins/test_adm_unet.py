@@ -191,9 +191,7 @@ def guided_by_a_classifier(case: GoldenCase) -> None:
         options.pop(key, None)
         case.ignore(f"diffusion.{key}", why="nothing is trained")
     respacing = options.pop("respacing", options.get("steps", 1000))
-    objective = IDDPM(
-        own["model"], options.pop("schedule", "linear"), options.pop("steps", 1000), label_dropout=0, **options
-    )
+    objective = IDDPM(own["model"], options.pop("schedule", "linear"), options.pop("steps", 1000), **options)
     view = Denoiser.from_config(own["model"], objective.view())
     sampler = DDPMSampler(
         steps=respacing,
@@ -495,8 +493,6 @@ def test_errors_are_told() -> None:
     model, x, t = UNetModel(**SMALL), torch.randn(1, 3, 16, 16), torch.tensor([1])
     with pytest.raises(VgmError, match="needs labels"):
         model(x, t)
-    with pytest.raises(VgmError, match="no null class"):
-        model(x, t, torch.tensor([1]), force_drop_ids=torch.tensor([True]))
     with pytest.raises(VgmError, match="small image"):
         UNetModel(**SMALL, super_res=True)(x, t, torch.tensor([1]))
     assert not hasattr(model, "null_condition")
@@ -512,7 +508,7 @@ def test_classifier_learns_a_brightness() -> None:
     x = (y * 2.0 - 1)[:, None, None, None].expand(-1, 1, 8, 8)
     losses = []
     for index in range(30):
-        loss, logs = objective.loss("main", {"x": x, "y": y}, Step(index))
+        loss, logs = objective.loss("main", {"x": x, "label": y}, Step(index))
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -530,8 +526,8 @@ def test_upsampler_sees_the_small_image() -> None:
     model = UNetModel(**SMALL, super_res=True)
     suites.randomise(model)
     objective = Upsampling(model, small_size=8)
-    batch = {"x": torch.rand(2, 3, 16, 16), "y": torch.tensor([0, 1])}
-    cond = objective.condition(batch, Step(0))
+    batch = {"x": torch.rand(2, 3, 16, 16), "cond": {"y": torch.tensor([0, 1])}}
+    cond = objective.told(batch)
     assert cond["low_res"].shape == (2, 3, 8, 8)
     assert_close(cond["low_res"], torch.nn.functional.avg_pool2d(batch["x"], 2), 1e-6, "area means")
     loss, _ = objective.loss("main", batch, Step(0))

@@ -397,7 +397,7 @@ def test_any_teacher_distills(kind: str) -> None:
     teacher = teacher_of(kind)
     student = small("dit", VIEWS[kind].get("learned_sigma", False))
     student.load_state_dict(teacher.network.state_dict())
-    batch = {"x": torch.randn(4, 2, 8, 8), "y": torch.tensor([0, 1, 2, 0])}
+    batch = {"x": torch.randn(4, 2, 8, 8), "cond": {"y": torch.tensor([0, 1, 2, 0])}}
     losses = []
     for scale in (None, 3.0):
         objective = Consistency(student, teacher, guidance_scale=scale)
@@ -447,7 +447,7 @@ def test_improved_training_has_no_target_network() -> None:
     assert objective.copy is None and objective.state_dict() == {}
     assert [objective.count(k, 400) for k in (0, 99, 100, 300, 400)] == [11, 11, 21, 81, 81]
     loss, _ = objective.loss(
-        "main", {"x": torch.randn(4, 2, 8, 8), "y": torch.tensor([0, 1, 2, 0])}, Step(0, total=400)
+        "main", {"x": torch.randn(4, 2, 8, 8), "cond": {"y": torch.tensor([0, 1, 2, 0])}}, Step(0, total=400)
     )
     loss.backward()
     assert math.isfinite(loss.item())
@@ -470,7 +470,7 @@ def test_progressive_distillation_turns_students_into_teachers() -> None:
     objective = Consistency(student, teacher, mode="progdist", scale_mode="progdist", start_scales=8, steps_per_stage=3)
     assert [objective.count(k, 100) for k in range(0, 12, 3)] == [8, 4, 2, 2]
     suites.randomise(student, 3)
-    batch = {"x": torch.randn(2, 2, 8, 8), "y": torch.tensor([0, 1])}
+    batch = {"x": torch.randn(2, 2, 8, 8), "cond": {"y": torch.tensor([0, 1])}}
     loss, _ = objective.loss("main", batch, Step(0, total=100))
     assert math.isfinite(loss.item()) and loss.item() > 0
 

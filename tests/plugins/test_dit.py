@@ -15,6 +15,7 @@ from vgm_plugins.dit.checkpoints import CONVERTER, DIFFUSERS, DIFFUSERS_512, dif
 from vgm_plugins.dit.presets import PRESETS
 
 from vgm_cli.api import Request, Step, generators
+from vgm_cli.conditioning import ClassLabel, Conditions, Part
 from vgm_cli.convert_api import unwrap
 from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.diffusion.discrete import DiscreteDiffusion, named_betas, space_timesteps
@@ -110,7 +111,10 @@ def loss_and_gradients(case: GoldenCase) -> None:
     model, diffusion = load(case), process(case)
     y, drop = case.inputs["y"], case.inputs.get("drop")
     terms = diffusion.losses(
-        lambda x, t: model(x, t, y, force_drop_ids=drop), case.inputs["x0"], case.inputs["t"], case.inputs["noise"]
+        lambda x, t: model(x, t, y if drop is None else torch.where(drop.bool(), model.num_classes, y)),
+        case.inputs["x0"],
+        case.inputs["t"],
+        case.inputs["noise"],
     )
     for name in ("loss", "mse", "vb"):
         if name in case.outputs:
@@ -291,13 +295,10 @@ def test_starts_as_the_zero_function() -> None:
     assert model(torch.randn(2, 4, 8, 8), torch.tensor([3, 900]), torch.tensor([1, 2])).abs().max() == 0
 
 
-def test_dropped_labels_are_the_null_condition() -> None:
+def test_no_label_is_the_null_condition() -> None:
     model, x, t, y = filled(), torch.randn(3, 4, 8, 8), torch.tensor([1, 20, 999]), torch.tensor([0, 3, 6])
     null = model(x, t, **model.null_condition({"y": y}))
-    assert torch.equal(null, model(x, t, y, force_drop_ids=torch.ones(3)))
     assert torch.equal(null, model(x, t))
-    mixed = model(x, t, y, force_drop_ids=torch.tensor([True, False, False]))
-    torch.testing.assert_close(mixed, torch.cat([null[:1], model(x, t, y)[1:]]))
     assert not torch.allclose(null, model(x, t, y))
 
 
@@ -307,7 +308,7 @@ def test_without_a_null_class_it_cannot_be_unconditional() -> None:
     with pytest.raises(VgmError, match="null class"):
         model(torch.randn(1, 4, 8, 8), torch.zeros(1))
     with pytest.raises(VgmError, match="null class"):
-        IDDPM(model)
+        Conditions([Part("class", ClassLabel(7), "label", 0.1)], model).check()
 
 
 def test_guidance_of_all_channels_differs_only_in_the_fourth() -> None:
@@ -349,17 +350,15 @@ def test_sit_returns_the_first_half() -> None:
 # -- objective and sampler -------------------------------------------------------------------------------------------
 
 
-def test_objective_draws_and_drops_labels() -> None:
-    """The objective's loss is the process's, at the step's own draws, with a tenth of the labels dropped."""
+def test_objective_draws() -> None:
+    """The objective's loss is the process's, at the step's own draws."""
     model = filled()
-    objective = IDDPM(model, label_dropout=0.5)
-    batch = {"x": torch.randn(6, 4, 8, 8), "y": torch.arange(6)}
+    objective = IDDPM(model)
+    batch = {"x": torch.randn(6, 4, 8, 8), "cond": {"y": torch.arange(6)}}
     step = Step(index=5, seed=1)
     loss, logs = objective.loss("main", batch, step)
     t, noise = step.randint(1000, 6, "t"), step.randn((6, 4, 8, 8), "noise")
-    drop = step.rand(6, "label_dropout") < 0.5
-    assert 0 < drop.sum() < 6
-    want = objective.process.losses(lambda x, s: model(x, s, batch["y"], drop), batch["x"], t, noise)
+    want = objective.process.losses(lambda x, s: model(x, s, **batch["cond"]), batch["x"], t, noise)
     torch.testing.assert_close(loss, want["loss"].mean())
     assert set(logs) == {"mse", "vb"}
 

@@ -25,6 +25,7 @@ from vgm_plugins.dmd.losses import (
 from vgm_plugins.dmd.objective import DMD
 
 from vgm_cli.api import Request, Step, generators
+from vgm_cli.conditioning import ClassLabel, Conditions, Part
 from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.diffusion.flow_map import FlowMap
 from vgm_cli.diffusion.guidance import ClassifierFreeGuidance
@@ -200,7 +201,9 @@ def edm_gan(case: GoldenCase) -> None:
     config = HEAD.config(case.state)
     fake, head = edm(case, "fake", config["channels"]), Head(**config)
     head.load_state_dict(state)
-    made = head_for(fake.network, Features(fake.network), fake)
+    classes = getattr(fake.network, "num_classes", 0)
+    told = Conditions([Part("class", ClassLabel(classes), "label")] if classes else [], fake.network)
+    made = head_for(fake.network, Features(fake.network), fake, told)
     assert {k: v.shape for k, v in made.state_dict().items()} == {k: v.shape for k, v in state.items()}
 
     last = case.config["diffusion_gan_max_timestep"]
@@ -668,7 +671,7 @@ def test_any_teacher(name: str, steps: int) -> None:
     objective = DMD(
         copied(teacher, name), teacher, copied(teacher, name), denoising_steps=steps, guidance_scale=2.0, update_ratio=1
     )
-    batch = {"x": torch.randn(4, 2, 8, 8), "y": torch.tensor([0, 1, 2, 0])}
+    batch = {"x": torch.randn(4, 2, 8, 8), "cond": {"y": torch.tensor([0, 1, 2, 0])}}
     for index in range(4):
         for phase in objective.phases():
             for role, net in objective.networks.items():
@@ -732,7 +735,7 @@ def test_regression_pulls_to_the_pairs() -> None:
         pairs = {"z": z, "x": made.jump(z, 1.0, y=y), "y": y}
     keywords: dict[str, Any] = {"weighting": "dmd", "update_ratio": 1, "gan_weight": 0.0, "regression_weight": 0.25}
     objective = DMD(student, teacher, copied(teacher, "adm-unet"), pairs, **keywords)
-    batch = {"x": torch.randn(4, 2, 8, 8), "y": torch.tensor([0, 1, 2, 0])}
+    batch = {"x": torch.randn(4, 2, 8, 8), "cond": {"y": torch.tensor([0, 1, 2, 0])}}
     assert objective.loss("generator", batch, Step(0))[1]["regression"] < 1e-9
     objective.pairs = {**pairs, "x": pairs["x"] + 1}
     assert objective.loss("generator", batch, Step(0))[1]["regression"] == pytest.approx(1.0, abs=1e-4)

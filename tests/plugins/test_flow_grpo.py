@@ -15,6 +15,7 @@ from vgm_plugins.flow_grpo.policy import kl_to, levels, log_prob, policy_loss, r
 
 from vgm_cli import recipe as recipes
 from vgm_cli.api import Step
+from vgm_cli.conditioning import ClassLabel, Conditions, Part
 from vgm_cli.diffusion.denoiser import Denoiser, flow_velocity
 from vgm_cli.engine.train.ema import EMA
 from vgm_cli.errors import VgmError
@@ -391,7 +392,7 @@ def bright(images: Tensor, batch: Any) -> Tensor:
     return images.flatten(1).mean(1)
 
 
-def policy(reward: Any = bright, classes: int = 4, **options: Any) -> FlowGRPO:
+def policy(reward: Any = bright, classes: int = 4, labelled: bool = True, **options: Any) -> FlowGRPO:
     """A small network, its frozen copy, and the objective on them."""
     node = {**TINY, "num_classes": classes, "learn_sigma": False}
     torch.manual_seed(0)
@@ -400,12 +401,12 @@ def policy(reward: Any = bright, classes: int = 4, **options: Any) -> FlowGRPO:
     frozen.load_state_dict(model.state_dict())
     frozen.eval().requires_grad_(False)
     usual = {"group_size": 4, "steps": 4, "shift": 1.0, "clip_range": 0.05, "beta": 0.1}
-    return FlowGRPO(model, Denoiser.from_config(frozen, FLOW), reward, **{**usual, **options})
+    told = Conditions([Part("class", ClassLabel(classes), "label")] if classes and labelled else [], model)
+    return FlowGRPO(model, Denoiser.from_config(frozen, FLOW), reward, conditions=told, **{**usual, **options})
 
 
-def images(n: int = 16, labelled: bool = True) -> dict[str, Tensor]:
-    batch = {"x": torch.zeros(n, 1, 8, 8), "index": torch.arange(n)}
-    return {**batch, "y": torch.zeros(n, dtype=torch.long)} if labelled else batch
+def images(n: int = 16) -> dict[str, Tensor]:
+    return {"x": torch.zeros(n, 1, 8, 8), "index": torch.arange(n), "label": torch.zeros(n, dtype=torch.long)}
 
 
 VARIANTS: dict[str, dict[str, Any]] = {
@@ -427,7 +428,7 @@ def test_it_starts_at_ratio_one_and_no_divergence(name: str) -> None:
     trained = objective.windows[0]
     for part in parts:
         assert set(part["index"].tolist()) <= {i for w in objective.windows for i in w}
-        assert len(part["x"]) == len(part["y"]) == len(part["old"]) and len(part["x"]) % len(trained) == 0
+        assert len(part["x"]) == len(part["group"]) == len(part["old"]) and len(part["x"]) % len(trained) == 0
         loss, logs = objective.loss("policy", part, Step(0))
         assert logs["ratio"].item() == pytest.approx(1, abs=1e-4)
         assert logs["kl"].item() == pytest.approx(0, abs=1e-8)
@@ -441,7 +442,7 @@ def test_noise_only_inside_the_window() -> None:
     """Outside it, a trajectory follows the ODE: images of a group that share their noise part only there."""
     objective = policy(same_latent=True, window=1, window_range=(2, 3), steps=4)
     parts = objective.experience(images(), Step(0))
-    x, y = torch.cat([p["x"] for p in parts]), torch.cat([p["y"] for p in parts])
+    x, y = torch.cat([p["x"] for p in parts]), torch.cat([p["group"] for p in parts])
     assert (torch.cat([p["index"] for p in parts]) == 2).all()
     for label in y.unique():
         same = x[y == label]
@@ -500,16 +501,16 @@ def test_reference_of_adapters_is_the_network_without_them() -> None:
                 p.normal_(std=0.1)
     part = objective.experience(images(), Step(0))[0]
     assert objective.loss("policy", part, Step(0))[1]["kl"] > 0
-    x, y = part["x"][:3], part["y"][:3]
+    x, y = part["x"][:3], part["group"][:3]
     plain = policy()
     index = torch.tensor([0, 1, 2])
     torch.testing.assert_close(objective.reference_mean(x, index, y), plain.reference_mean(x, index, y))
 
 
 def test_unlabelled_policies_are_one_group() -> None:
-    objective = policy(classes=4)
-    parts = objective.experience(images(labelled=False), Step(0))
-    assert "y" not in parts[0]
+    objective = policy(classes=4, labelled=False)
+    parts = objective.experience(images(), Step(0))
+    assert "group" not in parts[0]
     assert torch.isfinite(objective.loss("policy", parts[0], Step(0))[0])
 
 
@@ -517,11 +518,11 @@ def test_images_without_advantage_are_left_out() -> None:
     """Two of four classes have a reward: half of the images teach nothing."""
 
     def some(images: Tensor, batch: Any) -> Tensor:
-        return torch.where(batch["y"] < 2, images.flatten(1).mean(1), 0.0)
+        return torch.where(batch["label"] < 2, images.flatten(1).mean(1), 0.0)
 
     objective = policy(reward=some)
     parts = objective.experience(images(), Step(0))
-    assert set(torch.cat([p["y"] for p in parts]).tolist()) <= {0, 1}
+    assert set(torch.cat([p["group"] for p in parts]).tolist()) <= {0, 1}
     assert objective.report["kept"].item() == pytest.approx(0.5)
     assert objective.report["equal_groups"].item() == pytest.approx(0.5)
 

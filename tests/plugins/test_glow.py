@@ -527,16 +527,16 @@ def test_objective_draws_and_initialises_once() -> None:
     model = Glow(**TINY, num_classes=2, classifier=True)
     objective = GlowObjective(model, class_weight=0.01)
     g = torch.Generator().manual_seed(0)
-    batch = {"x": torch.randint(0, 256, (6, 2, 8, 8), generator=g) / 127.5 - 1, "y": torch.arange(6) % 2}
+    batch = {"x": torch.randint(0, 256, (6, 2, 8, 8), generator=g) / 127.5 - 1, "cond": {"y": torch.arange(6) % 2}}
     objective.prepare(batch, Step(0))
     before = model.blocks[0].flows[0].actnorm.b.clone()
-    objective.prepare({"x": -batch["x"], "y": batch["y"]}, Step(0))
+    objective.prepare({"x": -batch["x"], "cond": batch["cond"]}, Step(0))
     assert torch.equal(before, model.blocks[0].flows[0].actnorm.b), "loaded weights would be initialised away"
     step = Step(3, seed=1)
     loss, logs = objective.loss("main", batch, step)
     u = step.rand(6 * 128, "dequantisation").view(6, 2, 8, 8)
     z = dequantise((batch["x"] + 1) * 127.5 + 0.25, u, 8)
-    torch.testing.assert_close(loss, flow_loss(model, z, batch["y"], 0.01)[0].mean())
+    torch.testing.assert_close(loss, flow_loss(model, z, batch["cond"]["y"], 0.01)[0].mean())
     torch.testing.assert_close(loss.detach(), logs["bits_x"] + 0.01 * logs["bits_y"])
     assert logs["bits_y"] == 1.0, "a zero-initialised classifier of two classes costs one bit"
 

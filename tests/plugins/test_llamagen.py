@@ -7,9 +7,11 @@ import math
 from pathlib import Path
 from typing import Any, ClassVar
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+import yaml
 from torch import Tensor, nn
 from vgm_plugins.llamagen import checkpoints as ck
 from vgm_plugins.llamagen.objective import LlamaGenObjective, next_token_loss
@@ -19,6 +21,7 @@ from vgm_plugins.llamagen.text import FlanT5, clean, left_pad
 
 from vgm_cli.api import Request, Step, Tokenizer, generators
 from vgm_cli.ar.sampling import Decoding, draw, filter_logits, in_one_dtype
+from vgm_cli.conditioning import Conditions, Part
 from vgm_cli.convert_api import unwrap
 from vgm_cli.errors import VgmError
 from vgm_cli.losses.adversarial import discriminator_loss, generator_loss
@@ -592,20 +595,11 @@ def test_likelihoods_of_all_images_sum_to_one(y: Tensor | None) -> None:
 # -- training ----------------------------------------------------------------------------------------------------------
 
 
-def test_label_dropout() -> None:
-    """The share of null labels; none without dropout; unlabelled data are all null."""
-    model = tiny()
-    seen: list[Tensor] = []
-    model.register_forward_pre_hook(lambda module, args: seen.append(args[1]))
-    batch = {"tokens": torch.randint(20, (400, 3, 4)), "y": torch.arange(400) % 5}
-    for p in (0.0, 0.3):
-        LlamaGenObjective(model, label_dropout=p).loss("main", batch, Step(0))
-    assert torch.equal(seen[0], batch["y"])
-    assert 0.2 < (seen[1] == 5).float().mean() < 0.4
-    assert torch.equal(seen[1][seen[1] != 5], batch["y"][seen[1] != 5])
+def test_unlabelled_data_are_the_null_class() -> None:
+    batch = {"tokens": torch.randint(20, (400, 3, 4))}
     unlabelled = tiny(num_classes=0)
     assert unlabelled.cls_embedding.embedding_table.num_embeddings == 1
-    loss, logs = LlamaGenObjective(unlabelled).loss("main", {"tokens": batch["tokens"]}, Step(0))
+    loss, logs = LlamaGenObjective(unlabelled).loss("main", batch, Step(0))
     assert loss.isfinite() and 0 <= logs["accuracy"] <= 1
 
 
@@ -632,41 +626,53 @@ def test_drop_path_and_checkpointing() -> None:
     assert not torch.allclose(model(ids, y), second), "layers are left out at random"
 
 
-class Words(nn.Module):
+class Words(FlanT5):
     """A text encoder without weights: a feature of the caption's length, right-padded, then left-padded."""
 
-    def forward(self, captions: list[str], device: torch.device) -> tuple[Tensor, Tensor]:
-        lengths = torch.tensor([len(c) for c in captions])
+    def encode(self, items: Any, device: torch.device) -> dict[str, Tensor]:
+        lengths = torch.tensor([len(c) for c in items])
         mask = (torch.arange(6) < lengths[:, None].clamp(max=6)).long()
-        return left_pad(lengths[:, None, None].expand(-1, 6, 8).float() * mask[..., None], mask)
+        text, pad = left_pad(lengths[:, None, None].expand(-1, 6, 8).float() * mask[..., None], mask)
+        return {"text": text, "pad": pad}
+
+
+TEXT: dict[str, Any] = {"model_type": "t2i", "cls_token_num": 6, "caption_dim": 8, "num_classes": 0}
+
+
+def told(model: LlamaGen, condition: Any, dropout: float = 0.0) -> Conditions:
+    return Conditions([Part("text", condition, "text", dropout)], model)
 
 
 def test_text_to_image_trains_and_samples() -> None:
-    model = tiny(model_type="t2i", cls_token_num=6, caption_dim=8, num_classes=0)
-    objective = LlamaGenObjective(model, Words(), label_dropout=0.5)
+    model = tiny(**TEXT)
+    conditions = told(model, Words(), 0.5)
     batch = {"tokens": torch.randint(20, (8, 3, 4)), "text": ["a", "bb", "ccc", "dddd"] * 2}
-    loss, _ = objective.loss("main", batch, Step(0))
+    seen = conditions.apply(batch, Step(0))["cond"]
+    dropped = (seen["text"] == model.null_caption).flatten(1).all(1)
+    assert torch.equal(dropped, Step(0).rand(8, "text dropout") < 0.5) and dropped.any() and not dropped.all()
+    loss, _ = LlamaGenObjective(model).loss("main", {**batch, "cond": seen}, Step(0))
     loss.backward()
     assert loss.isfinite() and model.cls_embedding.cap_proj.fc1.weight.grad.abs().sum() > 0
     assert "cls_embedding.uncond_embedding" not in dict(model.named_parameters())
-    features, pad = Words()(["a", "dddd"], torch.device("cpu"))
+    cond = conditions.encode({"text": ["a", "dddd"]}, torch.device("cpu"))
+    features, pad = cond["text"], cond["pad"]
     assert pad.tolist() == [[0, 0, 0, 0, 0, 1], [0, 0, 1, 1, 1, 1]] and features[0, :5].abs().max() == 0
-    request = Request((3, 4), generators([1, 2]), cond={"text": features, "pad": pad}, guidance_scale=2.0)
+    request = Request((3, 4), generators([1, 2]), cond=cond, guidance_scale=2.0)
     ids = LlamaGenSampler()(model, request)
     assert ids.shape == (2, 3, 4) and request.info["nfe"] == 12
     garbage = features.masked_fill(pad[..., None] == 0, 1e3)  # padding is never looked at
     request = Request((3, 4), generators([1, 2]), cond={"text": garbage, "pad": pad}, guidance_scale=2.0)
     assert torch.equal(LlamaGenSampler()(model, request), ids)
+    null = told(model, Words()).null(torch.device("cpu"), {"text": ["dddd"]})  # guided away from a text
+    away = Request((3, 4), generators([1, 2]), cond=cond, null=null, guidance_scale=5.0)
+    assert not torch.equal(LlamaGenSampler()(model, away), ids)
 
 
 def test_text_without_an_encoder_says_what_is_missing() -> None:
-    model = tiny(model_type="t2i", cls_token_num=6, caption_dim=8, num_classes=0)
-    with pytest.raises(VgmError, match="what a text says"):
-        LlamaGenSampler()(model, Request((3, 4), generators([1])))
     with pytest.raises(VgmError, match="no text encoder"):
-        LlamaGenSampler(prompt="a red car", text_encoder="/nowhere")(model, Request((3, 4), generators([1])))
+        FlanT5("/nowhere").encode(["a red car"], torch.device("cpu"))
     with pytest.raises(VgmError, match="text encoder") as e:
-        FlanT5()(["a"], torch.device("cpu"))
+        FlanT5().encode(["a"], torch.device("cpu"))
     assert e.value.code == 4 and "flan-t5" in e.value.hint
     with pytest.raises(VgmError, match="a class is 1 token"):
         tiny(cls_token_num=6)
@@ -690,46 +696,70 @@ def tiny_t5(tmp_path: Path) -> Path:
 
 def test_captions_become_left_padded_features(tiny_t5: Path) -> None:
     encoder = FlanT5(str(tiny_t5), tokens=6)
-    features, pad = encoder(["A red  CAR", "a cat on grass on grass on grass"], torch.device("cpu"))
+    features, pad = encoder.encode(["a red car", "a blue cat on a grass"], torch.device("cpu")).values()
     assert features.shape == (2, 6, 8) and features.dtype == torch.float32
     assert pad.tolist() == [[0, 0, 0, 1, 1, 1], [1] * 6] and features[0, :3].abs().max() == 0
-    alone, _ = encoder(["a red car"], torch.device("cpu"))
+    alone = encoder.encode(["a red car"], torch.device("cpu"))["text"]
     torch.testing.assert_close(alone[0], features[0])
     assert not list(encoder.parameters()), "its weights are not this model's"
-    model = tiny(model_type="t2i", cls_token_num=6, caption_dim=8, num_classes=0)
-    drawn = {}
-    for prompt in ("a red car", "a blue cat", ["a red car", "a blue cat"]):
-        request = Request((3, 4), generators([1, 2]))
-        sampler = LlamaGenSampler(guidance_scale=3.0, prompt=prompt, text_encoder=str(tiny_t5))
-        drawn[str(prompt)] = sampler(model, request)
-    red, blue, both = drawn.values()
-    assert not torch.equal(red, blue) and torch.equal(both, torch.stack([red[0], blue[1]]))
+
+
+def test_each_distinct_caption_is_encoded_once(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    encode = Words.encode
+    monkeypatch.setattr(
+        Words, "encode", lambda self, items, device: (seen.extend(items), encode(self, items, device))[1]
+    )
+    conditions = told(tiny(**TEXT), Words())
+    first = conditions.encode({"text": ["a", "bb", "a"]}, torch.device("cpu"))
+    again = conditions.encode({"text": ["bb", "ccc"]}, torch.device("cpu"))
+    assert seen == ["a", "bb", "ccc"]
+    assert torch.equal(first["text"][0], first["text"][2]) and torch.equal(first["text"][1], again["text"][0])
 
 
 def test_text_to_image_from_the_command_line(
     tiny_t5: Path, tiny_dataset: Path, tmp_run: Path, vgm: Any, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    """Captions beside the images, T5 from a folder; prompts; codes scored under the null caption."""
+    """Captions beside the images, T5 from a folder; prompts in turn, whatever the batch; guidance; a negative prompt."""
     for image in tiny_dataset.rglob("*.png"):
         image.with_suffix(".txt").write_text("a red car" if image.parent.name == "disc" else "a blue cat")
-    role = f"roles.text={{kind: model, name: flan-t5, path: {tiny_t5}, tokens: 6}}"
+    role = f"roles.text={{kind: model, name: flan-t5, path: {tiny_t5}, tokens: 6}}"  # as earlier versions said it
     text = ("model.model_type=t2i", "model.cls_token_num=6", "model.caption_dim=8", "data.labels=false", role)
-    quick = ("train.steps=2", "train.save_every=2", "train.batch_size=8", "train.preview_n=0", "train.precision=fp32")
-    run, seen, forward = tmp_run / "text", [], FlanT5.forward
+    quick = ("train.steps=6", "optimizer.lr=0.03", "train.batch_size=8", "train.preview_n=2", "train.precision=fp32")
+    run, seen, encode = tmp_run / "text", [], FlanT5.encode
     monkeypatch.setattr(
-        FlanT5, "forward", lambda self, words, device: (seen.extend(words), forward(self, words, device))[1]
+        FlanT5, "encode", lambda self, words, device: (seen.extend(words), encode(self, words, device))[1]
     )
     code, _, err = vgm("train", "llamagen", f"data.path={tiny_dataset}", *SMALL, *text, *quick, "--out", run)
     assert code == 0, err
-    assert set(seen) == {"a red car", "a blue cat"}
-    code, _, err = vgm(
-        "sample", run, "-n", 2, "prompt=a red car", f"text_encoder={tiny_t5}", "--out", tmp_run / "x.png"
-    )
-    assert code == 0 and (tmp_run / "x.png").is_file(), err
-    code, _, err = vgm("sample", run, "-n", 2, "prompt=a red car", "--out", tmp_run / "y.png")
+    assert sorted(seen) == ["a blue cat", "a red car"], "each of them once, for steps and previews"
+    config = yaml.safe_load((run / "config.yaml").read_text())
+    assert config["conditions"]["text"]["name"] == "flan-t5" and "label_dropout" not in config["objective"]
+
+    def drawn(*words: Any) -> np.ndarray:
+        code, _, err = vgm("sample", run, "-n", 5, *words, "--out", tmp_run / "x.npz", "--overwrite")
+        assert code == 0, err
+        return np.load(tmp_run / "x.npz")["arr_0"]
+
+    both = ("--prompt", "a red car", "--prompt", "a blue cat")
+    for guided in ((), ("--guidance-scale", 100)):
+        images = drawn(*both, *guided, "--batch-size", 64)
+        assert (images == drawn(*both, *guided, "--batch-size", 2)).all()
+        assert (images[::2] == drawn("--prompt", "a red car", *guided)[::2]).all()
+        assert (images[1::2] == drawn("prompt=a blue cat", f"text_encoder={tiny_t5}", *guided)[1::2]).all()
+    assert (images != drawn(*both)).any(), "the scale has an effect"
+    assert (images != drawn(*both, *guided, "--negative", "on grass")).any()
+    listed = tmp_run / "prompts.txt"
+    listed.write_text("a red car\n\na blue cat\n")
+    assert (images == drawn("--prompts", listed, *guided)).all()
+    code, _, err = vgm("sample", run, "-n", 2, *both, "conditions.text.path=null", "--out", tmp_run / "y.png")
     assert code == 4 and "text encoder" in err
+    code, _, err = vgm("sample", run, "-n", 2, "--out", tmp_run / "y.png")
+    assert code == 2 and "--prompt" in err
+    code, _, err = vgm("sample", run, "-n", 2, "--label", 1, "--out", tmp_run / "y.png")
+    assert code == 2 and "takes no --label" in err
     code, out, err = vgm("evaluate", run, "--metrics", "bits-per-dim", "-n", 4, "--json")
-    assert code == 0 and "null caption" in out, err
+    assert code == 0 and "given the caption" in out, err
 
 
 def test_captions_are_cleaned() -> None:

@@ -164,7 +164,7 @@ def sampling(case: GoldenCase) -> None:
     tolerance = 1e-3 if adaptive else 1e-5
     assert_close((x + 1) / 2, case.outputs["x"], tolerance, "samples")
 
-    objective = RectifiedFlow(Toy(), noise_scale=scale, eps=eps, label_dropout=0)
+    objective = RectifiedFlow(Toy(), noise_scale=scale, eps=eps)
     view = Denoiser.from_config(Toy(), objective.view())
     tol = {"ode_tol": config["ode_tol"]} if adaptive else {}
     sampler = RectifiedFlowSampler(method=config["sampler"], steps=config["sample_N"] or 1, sigma_var=var, **tol)
@@ -316,8 +316,6 @@ def test_network_errors() -> None:
     model, x, t = NCSNpp(**SMALL, num_classes=3), torch.randn(1, 3, 8, 8), torch.tensor([1.0])
     with pytest.raises(VgmError, match="needs labels"):
         model(x, t)
-    with pytest.raises(VgmError, match="no null class"):
-        model(x, t, torch.tensor([1]), force_drop_ids=torch.tensor([True]))
     with pytest.raises(VgmError, match="time embedding"):
         NCSNpp(**SMALL, num_classes=3, conditional=False)
     assert not hasattr(model, "null_condition")
@@ -334,18 +332,16 @@ def tiny(**own: Any) -> NCSNpp:
     return model
 
 
-BATCH = {"x": torch.linspace(-1, 1, 6 * 64).view(6, 1, 8, 8), "y": torch.arange(6) % 3}
+BATCH = {"x": torch.linspace(-1, 1, 6 * 64).view(6, 1, 8, 8), "cond": {"y": torch.arange(6) % 3}}
 
 
 def test_objective_draws() -> None:
     model = tiny()
-    objective, step = RectifiedFlow(model, noise_scale=1.5, reduce_mean=False, label_dropout=0.4), Step(3)
+    objective, step = RectifiedFlow(model, noise_scale=1.5, reduce_mean=False), Step(3)
     loss, logs = objective.loss("main", BATCH, step)
     z0, t = step.randn((6, 1, 8, 8), "noise") * 1.5, step.rand(6, "t") * 0.999 + 1e-3
-    drop, s = step.rand(6, "label_dropout") < 0.4, t.view(-1, 1, 1, 1)
-    assert drop.any() and not drop.all()
-    y = torch.where(drop, 3, BATCH["y"])
-    want = model(s * BATCH["x"] + (1 - s) * z0, 999 * t, y) - (BATCH["x"] - z0)
+    s = t.view(-1, 1, 1, 1)
+    want = model(s * BATCH["x"] + (1 - s) * z0, 999 * t, **BATCH["cond"]) - (BATCH["x"] - z0)
     assert_close(loss, 0.5 * want.square().flatten(1).sum(1).mean(), 1e-5, "loss")
     assert_close(logs["mse"], want.square().mean(), 1e-5, "mse")
 
@@ -363,11 +359,11 @@ def test_distillation_uses_the_pairs(schedule: Any) -> None:
     pairs = {"z": torch.randn(20, 1, 8, 8), "x": torch.randn(20, 1, 8, 8), "y": torch.arange(20) % 3}
     model = Perfect()
     model.num_classes = 3
-    objective = Reflow(model, pairs=pairs, t_schedule=schedule, noise_scale=2.0, label_dropout=0)
+    objective = Reflow(model, pairs=pairs, t_schedule=schedule, noise_scale=2.0)
     (batch,) = objective.experience(BATCH, Step(1))
     rows = Step(1).randint(20, 6, "pair")
     assert torch.equal(batch["z0"], pairs["z"][rows] * 2) and torch.equal(batch["x"], pairs["x"][rows])
-    assert torch.equal(batch["y"], pairs["y"][rows])
+    assert torch.equal(batch["cond"]["y"], pairs["y"][rows])
     loss, _ = objective.loss("main", batch, Step(1))
     assert loss == 0
     allowed = {"t0": [0.999], "t1": [999.0], 3: [0.999 * (1 + j * 1000 / 3 * 0.999) for j in range(3)]}
@@ -381,9 +377,9 @@ def test_online_pairs_are_the_teachers() -> None:
     objective = Reflow(tiny(), teacher=teacher, teacher_steps=4)
     (batch,) = objective.experience(BATCH, step)
     z0 = step.randn((6, 1, 8, 8), "noise")
-    assert torch.equal(batch["z0"], z0) and batch["y"] is BATCH["y"]
+    assert torch.equal(batch["z0"], z0) and batch["cond"] is BATCH["cond"]
     with torch.no_grad():
-        want = euler(lambda x, t: teacher(x, t * 999, BATCH["y"]), z0, 4)
+        want = euler(lambda x, t: teacher(x, t * 999, **BATCH["cond"]), z0, 4)
     assert_close(batch["x"], want, 1e-5, "pairs")
     guided = Reflow(tiny(), teacher=teacher, teacher_steps=4, guidance_scale=3.0).experience(BATCH, step)
     assert not torch.allclose(guided[0]["x"], want)
@@ -403,7 +399,7 @@ def test_perceptual_distillation() -> None:
     pairs = {"z": z, "x": torch.randn(6, 1, 8, 8), "y": torch.arange(6) % 3}
     losses = {}
     for kind in ("lpips", "lpips+l2", "l2"):
-        objective = Reflow(model, perceptual=Distance(), pairs=pairs, t_schedule="t0", loss=kind, label_dropout=0)
+        objective = Reflow(model, perceptual=Distance(), pairs=pairs, t_schedule="t0", loss=kind)
         (batch,) = objective.experience(BATCH, Step(2))
         losses[kind] = objective.loss("main", batch, Step(2))[0]
     assert_close(losses["lpips+l2"], losses["lpips"] + losses["l2"], 1e-5, "sum")
@@ -522,7 +518,9 @@ def test_any_network_of_the_host_learns_a_rectified_flow(node: dict[str, Any]) -
     optimizer = torch.optim.Adam(model.parameters(), lr=3e-3)
     losses = []
     for index in range(30):
-        loss, _ = objective.loss("main", {"x": torch.ones(16, 1, 8, 8), "y": torch.arange(16) % 3}, Step(index))
+        loss, _ = objective.loss(
+            "main", {"x": torch.ones(16, 1, 8, 8), "cond": {"y": torch.arange(16) % 3}}, Step(index)
+        )
         optimizer.zero_grad()
         loss.backward()
         optimizer.step()
@@ -573,7 +571,7 @@ def test_the_exact_sde_keeps_the_marginals_and_the_official_one_does_not(scale: 
 
 
 def test_inversion_finds_the_noise() -> None:
-    view = Denoiser.from_config(Toy(), RectifiedFlow(Toy(), label_dropout=0, noise_scale=2.0).view())
+    view = Denoiser.from_config(Toy(), RectifiedFlow(Toy(), noise_scale=2.0).view())
     z = torch.randn(3, 2, 4, 4, generator=torch.Generator().manual_seed(0))
     for data_range in ("centered", "unit"):
         sampler = RectifiedFlowSampler(data_range=data_range)
@@ -609,7 +607,7 @@ def test_host_samplers_take_rectified_flows(name: str, scale: float) -> None:
             assert bool((t >= 0.998).all()) and bool((t <= 999.01).all())
             return velocity(x, t / 999)
 
-    view = Denoiser.from_config(Exact(), RectifiedFlow(Exact(), noise_scale=scale, label_dropout=0).view())
+    view = Denoiser.from_config(Exact(), RectifiedFlow(Exact(), noise_scale=scale).view())
     request = Request(shape=(1, 16, 16), generators=generators(range(40)), steps=60)
     x = registry().build("sampler", {"name": name})(view, request)
     assert float(x.mean()) == pytest.approx(0.3, abs=0.05) and float(x.std()) == pytest.approx(0.5, abs=0.06)
@@ -645,7 +643,7 @@ def test_straightness_of_known_flows() -> None:
         def forward(self, x: Tensor, t: Tensor) -> Tensor:
             return torch.ones_like(x)
 
-    view = RectifiedFlow(Timed(), label_dropout=0).view()
+    view = RectifiedFlow(Timed()).view()
     noise = torch.randn(4, 1, 2, 2)
     assert straightness(Denoiser.from_config(Constant(), view), noise).abs().max() < 1e-6
     assert_close(straightness(Denoiser.from_config(Timed(), view), noise, 200), torch.full((4,), 1 / 12), 1e-2, "timed")

@@ -285,7 +285,7 @@ def test_the_host_reads_the_network_alike(path: str, prediction: str) -> None:
             told.append(t)
             return output
 
-    view = Denoiser.from_config(Known(), FlowMatching(Known(), path, prediction, label_dropout=0).view())
+    view = Denoiser.from_config(Known(), FlowMatching(Known(), path, prediction).view())
     x0 = view.predict(x, 1 - t)
     torch.testing.assert_close(told[-1], t)
     torch.testing.assert_close(x0, data, rtol=1e-3, atol=1e-3)
@@ -418,7 +418,7 @@ def test_objective_draws(time_sampling: str) -> None:
     model = SiT(**TINY)
     objective = FlowMatching(model, "gvp", "noise", time_sampling=time_sampling, time_mean=-0.5)
     step = Step(index=3)
-    batch = {"x": torch.randn(6, 4, 8, 8), "y": torch.arange(6)}
+    batch = {"x": torch.randn(6, 4, 8, 8), "cond": {"y": torch.arange(6)}}
     loss, _ = objective.loss("main", batch, step)
     noise = step.randn((6, 4, 8, 8), "noise")
     torch.testing.assert_close(loss, noise.square().mean())  # a fresh network predicts zero
@@ -428,7 +428,9 @@ def test_objective_draws(time_sampling: str) -> None:
 
 def test_variance_channels_are_refused_with_the_way_out() -> None:
     with pytest.raises(VgmError) as e:
-        FlowMatching(DiT(**TINY)).loss("main", {"x": torch.zeros(1, 4, 8, 8), "y": torch.zeros(1).long()}, Step(0))
+        FlowMatching(DiT(**TINY)).loss(
+            "main", {"x": torch.zeros(1, 4, 8, 8), "cond": {"y": torch.zeros(1).long()}}, Step(0)
+        )
     assert "learn_sigma=false" in e.value.hint
 
 

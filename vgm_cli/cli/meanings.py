@@ -131,7 +131,6 @@ WORDS = {
     "image_size": "side of the images in pixels; read off the data",
     "in_channels": "channels of the input; read off the data",
     "initializer_range": "standard deviation of the initial weights",
-    "label_dropout": "share of labels replaced by the null class, in [0, 1]",
     "latent_size": "length of z",
     "learn_sigma": "the network gives the variance, too: twice the channels",
     "legacy": "the published (transposed) weighting of the commitment loss",

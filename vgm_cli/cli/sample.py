@@ -30,6 +30,19 @@ def sample(
     ] = None,
     n: Annotated[int | None, typer.Option("-n", help="How many images. Default: 64.", min=1)] = None,
     label: Annotated[str, typer.Option(help="Classes, numbers or names: 3,7. Default: all in turn.")] = "",
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A text, of a model that reads one; several are taken in turn.")
+    ] = None,
+    prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="Texts, one a line: image i is of line i, from the first again.")
+    ] = None,
+    negative: Annotated[str | None, typer.Option(help="A text to be guided away from.")] = None,
+    hint: Annotated[
+        list[str] | None,
+        typer.Option(
+            metavar="IMG|DIR", help="A picture to follow, of a model that takes one; of a folder all in turn."
+        ),
+    ] = None,
     sampler: Annotated[
         str | None, typer.Option(help="Another sampler than the recipe's.", autocompletion=complete.samplers)
     ] = None,
@@ -70,6 +83,8 @@ def sample(
 
         vgm sample RUN -n 1000 --label 3,7 --guidance-scale 2 --out samples.npz
 
+        vgm sample RUN --prompt "a red circle" --prompt "a blue square" -n 8
+
         vgm sample RUN -n 50000 --out FOLDER --nproc 8     # interrupted? the same command goes on
 
     Next: vgm evaluate RUN, vgm rerun sample.png
@@ -82,7 +97,7 @@ def sample(
     from vgm_cli.engine.run_files import newest
     from vgm_cli.engine.sample import loop as generate
     from vgm_cli.engine.sample import output
-    from vgm_cli.engine.sample.setup import named, open_model, plan_for, warn_of_ignored
+    from vgm_cli.engine.sample.setup import named, open_model, plan_for, prompts_in, warn_of_ignored
     from vgm_cli.errors import INTERRUPTED, USAGE, VgmError
     from vgm_cli.images import save_png
     from vgm_cli.recipe import allow_typed
@@ -102,6 +117,9 @@ def sample(
         loaded,
         n=n or 64,
         label=label,
+        prompts=[*(prompt or []), *(prompts_in(prompts) if prompts is not None else [])],
+        negative=negative,
+        hints=hint or [],
         sampler=sampler,
         steps=steps,
         guidance_scale=guidance_scale,

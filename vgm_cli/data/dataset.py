@@ -257,7 +257,7 @@ class Dataset:
     def gather(
         self, index: Iterable[int], flip: Any = None, seeds: Sequence[int] | None = None, labels: bool = True
     ) -> dict[str, Any]:
-        """Items as one batch: "x" uint8 (B, C, H, W), "y" int64 (B,) if labelled, "text" if captioned.
+        """Items as one batch: "x" uint8 (B, C, H, W), "label" int64 (B,) if labelled, "text" if captioned.
 
         flip: bool (B,), which to mirror. seeds: one per item, for crop=random.
         """
@@ -280,7 +280,7 @@ class Dataset:
             mask = torch.as_tensor(flip)
             batch["x"][mask] = batch["x"][mask].flip(-1)
         if labels and y is not None:
-            batch["y"] = torch.from_numpy(y)
+            batch["label"] = torch.from_numpy(y)
         if texts is not None:
             batch["text"] = [t or "" for t in texts]
         return batch

@@ -13,6 +13,7 @@ import io
 import os
 import threading
 import warnings
+from pathlib import Path
 from typing import BinaryIO
 
 import numpy as np
@@ -172,3 +173,16 @@ def read_header(file: File) -> tuple[int, int, bool]:
         raise
     except Exception as e:
         raise Unreadable(why(e)) from e
+
+
+def image_files(source: str) -> list[Path]:
+    """One image, or the images of a folder in the order of their names."""
+    path = Path(source)
+    if path.is_file():
+        return [path]
+    if not path.is_dir():
+        raise VgmError(f"no such file or folder: {source}", code=USAGE)
+    files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
+    if not files:
+        raise VgmError(f"no images in {source}", "png, jpg, webp, … or an .npz with 'y'", USAGE)
+    return files

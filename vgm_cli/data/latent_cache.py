@@ -168,8 +168,8 @@ class _Build:
             found.setdefault("moments", []).append(moments.cpu())
             if self.hflip:
                 found.setdefault("moments_flip", []).append(self.encode(x.flip(-1)).cpu())
-            if "y" in images:
-                found.setdefault("labels", []).append(images["y"])
+            if "label" in images:
+                found.setdefault("labels", []).append(images["label"])
             texts += images.get("text", [])
             if moments.is_floating_point():
                 shape = (len(x), *self.codec.latent_shape(tuple(x.shape[1:])))

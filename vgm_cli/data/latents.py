@@ -79,7 +79,7 @@ class MemoryLatents:
     def gather(
         self, index: Iterable[int], flip: Any = None, seeds: Sequence[int] | None = None, labels: bool = True
     ) -> dict[str, Any]:
-        """Items as one batch: "moments" (B, …) as stored, "y" int64 (B,) if labelled, "text" if captioned.
+        """Items as one batch: "moments" (B, …) as stored, "label" int64 (B,) if labelled, "text" if captioned.
 
         flip: bool (B,), which to take mirrored. seeds are for crops; there are none here.
         """
@@ -89,7 +89,7 @@ class MemoryLatents:
             mask = torch.as_tensor(np.asarray(flip))
             batch["moments"][mask] = self.rows(at[mask], mirror=True)
         if labels and self.facts.labels is not None:
-            batch["y"] = torch.from_numpy(self.facts.labels[at.numpy()].astype(np.int64))
+            batch["label"] = torch.from_numpy(self.facts.labels[at.numpy()].astype(np.int64))
         if self.captions is not None:
             batch["text"] = [self.captions[i] for i in at.tolist()]
         return batch

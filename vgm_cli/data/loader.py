@@ -32,7 +32,7 @@ class Batches:
     """Endless batches for one process, from batch `start` on.
 
     dataset: a Dataset (gives "x": float32 (B, C, H, W) in [-1, 1]) or latents (gives "moments": (B, …)). Each batch
-    also has "index": int64 (B,), "y": int64 (B,) where the set has labels (and `labels`), "text": list where it has
+    also has "index": int64 (B,), "label": int64 (B,) where the set has labels (and `labels`), "text": list where it has
     captions. batch_size: rows per process. drop_last: True (default) lets a batch run on into the next epoch, so that
     all are full and sets smaller than a batch work; False ends each epoch with a short batch. workers: loader
     processes; sets held in memory need none and ignore it. device: where the tensors go (uint8 travels, floats are made

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vgm_cli.api import NullCondition
+from vgm_cli.conditioning import unconditional
 from vgm_cli.diffusion.denoiser import KINDS, Denoiser, affine
 from vgm_cli.diffusion.path import Time
 from vgm_cli.errors import USAGE, VgmError
@@ -130,7 +131,8 @@ class Guided(Denoiser):
 class ClassifierFreeGuidance(Guided):
     """A Denoiser guided away from its own unconditional estimate, see Guidance for the options.
 
-    interval: host times. VgmError: the network has no null_condition.
+    interval: host times. null: what the network itself does not know of no condition, see conditioning.unconditional;
+    it may be set anew for every batch, and is {} where it will be. VgmError: nothing says what no condition is.
     """
 
     def __init__(
@@ -141,15 +143,17 @@ class ClassifierFreeGuidance(Guided):
         interval: tuple[float, float] | None = None,
         rescale: float = 0.0,
         detach: bool = False,
+        null: dict[str, Tensor] | None = None,
     ):
         super().__init__(inner)
-        check_null(inner.network)
-        self.guidance = Guidance(scale, channels, interval, rescale, detach)
+        if null is None:
+            check_null(inner.network)
+        self.guidance, self.null = Guidance(scale, channels, interval, rescale, detach), null
 
     def raw(self, x_t: Tensor, t: Time, **cond: Any) -> Tensor:
         times = self.batch_time(x_t, t)
         self.nfe += 2 if self.guidance.active(times) else 1
-        return self.guidance(self.inner.raw, x_t, times, cond, self.network.null_condition(cond))  # type: ignore[attr-defined]
+        return self.guidance(self.inner.raw, x_t, times, cond, unconditional(self.network, cond, self.null))
 
 
 class Autoguidance(Guided):

@@ -14,38 +14,16 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vgm_cli.api import Batch, DropsClasses, HasClasses, LearnsVariance, NullCondition, ObjectiveBase, Request, Step
+from vgm_cli.api import Batch, LearnsVariance, ObjectiveBase, Request, Step
+from vgm_cli.conditioning import unconditional
 from vgm_cli.diffusion.discrete import DiscreteDiffusion, Loss, Mean, Network, Variance, named_betas, space_timesteps
-from vgm_cli.diffusion.guidance import Guidance, check_null, classifier_gradient
+from vgm_cli.diffusion.guidance import Guidance, classifier_gradient
 from vgm_cli.diffusion.path import DiscreteVPPath
 from vgm_cli.diffusion.resample import UniformResampler, build_resampler, draw
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.nn.processes import gather
 from vgm_cli.nn.shapes import each
-from vgm_cli.ranges import Fraction, NonNegative, Steps
-
-
-def label_condition(model: nn.Module, batch: Batch, step: Step, label_dropout: float) -> dict[str, Tensor]:
-    """Keywords for the network: the batch's labels, and which of them to drop ("force_drop_ids": (B,) bool).
-
-    Nothing for unlabelled data or a network without classes; no mask for a network without a null class.
-    """
-    if batch.get("y") is None or (isinstance(model, HasClasses) and not model.num_classes):
-        return {}
-    y = batch["y"]
-    if label_dropout <= 0 or not isinstance(model, NullCondition):
-        return {"y": y}
-    return {"y": y, "force_drop_ids": step.rand(len(y), "label_dropout") < label_dropout}
-
-
-def check_null_class(model: nn.Module, label_dropout: float) -> None:
-    """VgmError when labels are to be dropped and the network was built without a null class."""
-    if label_dropout > 0 and isinstance(model, DropsClasses) and not model.class_dropout_prob:
-        raise VgmError(
-            "labels cannot be dropped: the network was built without a null class",
-            "objective.label_dropout=0, or model.class_dropout_prob above 0",
-            USAGE,
-        )
+from vgm_cli.ranges import NonNegative, Steps
 
 
 class IDDPM(ObjectiveBase):
@@ -65,7 +43,6 @@ class IDDPM(ObjectiveBase):
         prediction: Mean = "eps",  # what the network gives
         variance: Variance | None = None,  # of a reverse step; None: learned_range with learn_sigma, else fixed_large
         loss: Loss = "mse",  # what is minimised, see DiscreteDiffusion.losses
-        label_dropout: Fraction = 0.1,  # share of labels replaced by the null class
         resampler: Literal["uniform", "loss-second-moment"] = "uniform",  # how timesteps are drawn
         rescale_timesteps: bool = False,  # the network is told t * 1000 / steps
         beta_start: NonNegative | None = None,  # the first beta; None: the schedule's
@@ -77,9 +54,7 @@ class IDDPM(ObjectiveBase):
                 "set objective.learn_sigma and model.learn_sigma alike",
                 USAGE,
             )
-        check_null_class(model, label_dropout)
         self.model, self.networks = model, {"model": model}
-        self.label_dropout = label_dropout
         variance = variance or ("learned_range" if learn_sigma else "fixed_large")
         betas = named_betas(schedule, steps, beta_start, beta_end)
         self.process = DiscreteDiffusion(betas, prediction, variance, loss, rescale_timesteps=rescale_timesteps)
@@ -90,9 +65,9 @@ class IDDPM(ObjectiveBase):
         self.resampler = build_resampler(resampler, steps)
         self._seen: list[tuple[Tensor, Tensor]] = []
 
-    def condition(self, batch: Batch, step: Step) -> dict[str, Tensor]:
+    def told(self, batch: Batch) -> dict[str, Tensor]:
         """What the network is told besides x_t and t."""
-        return label_condition(self.model, batch, step, self.label_dropout)
+        return dict(batch.get("cond", {}))
 
     def loss(self, phase: str, batch: Batch, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         """batch x: (B, C, H, W), y: (B,) optional. Logs mse and vb (bits per dimension) where they exist."""
@@ -102,7 +77,7 @@ class IDDPM(ObjectiveBase):
         else:
             t, weight = draw(self.resampler.weights(), step.rand(len(x0), "t"))
         noise = step.randn(x0.shape, "noise")
-        cond = self.condition(batch, step)
+        cond = self.told(batch)
         terms = self.process.losses(lambda x, s: self.model(x, s, **cond), x0, t, noise)
         loss = terms.pop("loss")
         if weight is not None:
@@ -194,7 +169,7 @@ class DDPMSampler:
         guidance = Guidance(scale, self.cfg_channels, request.guidance_interval)
         guides = scale != 1.0 and bool(cond)
         if guides:
-            check_null(network)
+            null = unconditional(network, cond, request.null)
         nfe = 0
 
         def visiting(timesteps: Iterable[int]) -> Network:
@@ -207,7 +182,7 @@ class DDPMSampler:
                 nfe += 2 if guides and guidance.active(times) else 1
                 if not guides:
                     return network(x, t, **cond)
-                return guidance(network, x, t, cond, network.null_condition(cond), times)
+                return guidance(network, x, t, cond, null, times)
 
             return model
 

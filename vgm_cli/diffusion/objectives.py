@@ -17,11 +17,10 @@ from torch import Tensor, nn
 
 from vgm_cli.api import Batch, ObjectiveBase, Step
 from vgm_cli.diffusion.denoiser import Denoiser, affine, x0_from
-from vgm_cli.diffusion.iddpm import check_null_class, label_condition
 from vgm_cli.diffusion.path import DiscreteVPPath, EDMPath, Path, make_path
 from vgm_cli.errors import USAGE, VgmError, unknown
 from vgm_cli.nn.shapes import expand
-from vgm_cli.ranges import Fraction, NonNegative, Positive
+from vgm_cli.ranges import NonNegative, Positive
 
 Weighting = Literal["uniform", "x0", "eps", "v", "velocity", "snr", "min-snr-5", "edm", "sigmoid"]
 TimeSampling = Literal["uniform", "logit-normal", "edm-lognormal", "cosine", "logsnr"]
@@ -96,7 +95,7 @@ def gaussian_losses(
 
 
 class GaussianObjective(ObjectiveBase):
-    """Denoising on any path. VgmError: unknown names, a network without a null class."""
+    """Denoising on any path. VgmError: unknown names."""
 
     shardable = True
 
@@ -107,7 +106,6 @@ class GaussianObjective(ObjectiveBase):
         prediction: Literal["eps", "x0", "v", "velocity", "score", "F"] = "eps",  # what the network gives
         weighting: Weighting = "uniform",  # of the noise levels, see weight_of
         time_sampling: TimeSampling = "uniform",  # how noise levels are drawn, see `times`
-        label_dropout: Fraction = 0.1,  # share of labels replaced by the null class
         time: str | None = None,  # how the network is told the time, see Denoiser; None: as usual for the path
         time_scale: Positive = 1.0,  # factor on what it is told
         input_scale: str | None = None,  # what it is fed, see Denoiser
@@ -115,7 +113,6 @@ class GaussianObjective(ObjectiveBase):
         time_mean: float | None = None,  # of the normal draw; None: 0, of edm-lognormal -1.2
         time_std: NonNegative | None = None,  # of the normal draw; None: 1, of edm-lognormal 1.2
     ):
-        check_null_class(model, label_dropout)
         if time_sampling not in get_args(TimeSampling):
             raise unknown("time sampling", time_sampling, get_args(TimeSampling))
         self.path = make_path(path)
@@ -125,7 +122,7 @@ class GaussianObjective(ObjectiveBase):
         keywords: dict[str, Any] = {"time": time, "time_scale": time_scale, "sigma_data": sigma_data}
         self.denoiser = Denoiser(model, self.path, prediction, input_scale=input_scale, **keywords)
         self.model, self.networks = model, {"model": model}
-        self.weighting, self.time_sampling, self.label_dropout = weighting, time_sampling, label_dropout
+        self.weighting, self.time_sampling = weighting, time_sampling
         edm = time_sampling == "edm-lognormal"
         self.time_mean = (-1.2 if edm else 0.0) if time_mean is None else time_mean
         self.time_std = (1.2 if edm else 1.0) if time_std is None else time_std
@@ -154,11 +151,10 @@ class GaussianObjective(ObjectiveBase):
         return low + u * (high - low)
 
     def loss(self, phase: str, batch: Batch, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
-        """batch x: (B, C, H, W), y: (B,) optional. Logs the unweighted error as mse."""
+        """batch x: (B, C, H, W), cond: keywords of the network. Logs the unweighted error as mse."""
         x0 = batch["x"]
         t, noise = self.times(len(x0), step), step.randn(x0.shape, "noise")
-        cond = label_condition(self.model, batch, step, self.label_dropout)
-        losses, plain = gaussian_losses(self.denoiser, x0, t, noise, self.weighting, **cond)
+        losses, plain = gaussian_losses(self.denoiser, x0, t, noise, self.weighting, **batch.get("cond", {}))
         return losses.mean(), {"mse": plain.detach().mean()}
 
     def view(self) -> dict[str, Any]:

@@ -4,13 +4,15 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
+from vgm_cli.api import HasClasses, Phase
+from vgm_cli.conditioning import Conditions, build_parts
 from vgm_cli.data import open_dataset
 from vgm_cli.data.latents import Latents
 from vgm_cli.engine import checkpoint as ckpt
@@ -41,6 +43,16 @@ def build_component(kind: str, node: Mapping[str, Any], facts: Facts, **roles: A
     described = component_node(kind, node, facts)
     with building(f"{kind} '{described['name']}'"):
         return registry().build(kind, {"name": described["name"], **described["kwargs"]}, **roles), described
+
+
+def labelled(recipe: Recipe, dataset: Any) -> bool:
+    """Whether the labels of the data are used: where it has them, unless data.labels or the conditions say
+    otherwise."""
+    wanted = recipe.node("data").labels
+    if wanted is None:
+        names = [node.get("name", k) for k, node in (recipe.config.get("conditions") or {}).items() if node is not None]
+        wanted = "class" in names and bool(dataset.facts.num_classes)
+    return bool(wanted)
 
 
 def facts_behind(facts: Facts, codec: Any, dataset: Any = None) -> Facts:
@@ -165,8 +177,7 @@ def plan_facts(recipe: Recipe) -> tuple[Facts, int | None, PlannedCodec | None]:
     try:
         if data.path:
             dataset = open_dataset(data.path, size=data.size, channels=data.channels, crop=data.crop, split=data.split)
-            labelled = bool(dataset.facts.num_classes) if data.labels is None else data.labels
-            facts, count = facts_of(dataset, labelled), len(dataset)
+            facts, count = facts_of(dataset, labelled(recipe, dataset)), len(dataset)
     except VgmError as e:
         if data.size is None:
             raise
@@ -179,7 +190,8 @@ def plan_facts(recipe: Recipe) -> tuple[Facts, int | None, PlannedCodec | None]:
 def plan_roles(recipe: Recipe, facts: Facts) -> dict[str, Any]:
     """What the command itself would make: ODE pairs of a teacher, here two empty ones."""
     x = torch.zeros(2, *facts.sample_shape)
-    pairs = {"z": x, "x": x} | ({"y": torch.zeros(2, dtype=torch.long)} if facts.num_classes else {})
+    told = Conditions(build_parts(recipe.config.get("conditions") or {}, asdict(facts)))
+    pairs = {"z": x, "x": x, **told.example(2, x.device)["cond"]}
     return {role: pairs for role, node in recipe.roles().items() if node.get("kind") == PAIRS}
 
 
@@ -195,6 +207,12 @@ class Built:
     components: dict[str, dict[str, Any]]  # what each role is, for its checkpoint's header
     parts: dict[str, dict[str, ckpt.Reference]]  # by role: the checkpoints that it is built with, by their roles
     sampled_with: dict[str, Any] = field(default_factory=dict)  # what the recipe's sampler receives by parameter name
+    conditions: Conditions = field(default_factory=Conditions)  # trained encoders of theirs are among the networks
+
+    def phases(self) -> list[Phase]:
+        """The objective's; encoders of conditions are trained by those that train the network."""
+        more = tuple(self.conditions.networks)
+        return [replace(p, trains=(*p.trains, *more)) if "model" in p.roles else p for p in self.objective.phases()]
 
     def check_parts(self) -> None:
         """VgmError: a network was given one that is no checkpoint, so that its own checkpoint could not name it."""
@@ -219,11 +237,19 @@ def build_objective(recipe: Recipe, facts: Facts, given: Mapping[str, Any] | Non
         given["codec"] = meta_codec(recipe.config["codec"], facts)
     roles = Roles(recipe, facts, given)
     views = {role: roles.view(role) for role in ("model", *recipe.roles()) if role not in given and roles.has(role)}
+    model = roles.networks.get("model", given.get("model"))
+    conditions = Conditions(build_parts(recipe.config.get("conditions") or {}, asdict(facts)), model)
+    if isinstance(model, HasClasses) and not model.num_classes:
+        conditions.parts = {n: p for n, p in conditions.parts.items() if p.condition.column != "label"}
+    conditions.check()
+    given["conditions"] = conditions
     objective = registry().build("objective", recipe.config["objective"], **views, **given)
     wanted = sampler_parameters(recipe) & roles.references.keys()
     roles.parts["model"] |= {role: roles.references[role] for role in wanted}
     sampled_with = {role: views[role] for role in wanted}
-    return Built(objective, dict(objective.networks), roles.components, roles.parts, sampled_with)
+    networks = {**objective.networks, **conditions.networks}
+    encoders = {n: {"kind": "condition", **dict(conditions.parts[n].component or {})} for n in conditions.networks}
+    return Built(objective, networks, roles.components | encoders, roles.parts, sampled_with, conditions)
 
 
 def sampler_parameters(recipe: Recipe) -> set[str]:

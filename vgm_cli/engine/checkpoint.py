@@ -1,8 +1,9 @@
 """Self-describing weights: one .safetensors file is enough to build the network again, sample from it, distill from it.
 
 Header (all strings, values JSON): `vgm.component` {kind, name, kwargs}, `vgm.view` (how a sampler sees the network),
-`vgm.parts` {role: reference} (other files that it needs, such as its codec), `vgm.recipe`, `vgm.data`, `vgm.step`,
-`vgm.images`, `vgm.weights` (raw or the average's name), beside the ModelSpec keys. Nothing is ever unpickled here.
+`vgm.parts` {role: reference} (other files that it needs, such as its codec), `vgm.conditions` (what the network is
+told, by name), `vgm.recipe`, `vgm.data`, `vgm.step`, `vgm.images`, `vgm.weights` (raw or the average's name), beside
+the ModelSpec keys. Nothing is ever unpickled here.
 """
 
 from __future__ import annotations
@@ -18,12 +19,13 @@ import torch
 from safetensors import SafetensorError
 from torch import Tensor, nn
 
-from vgm_cli import __version__, atomic, foreign, limits
+from vgm_cli import __version__, atomic, foreign, limits, renamed
+from vgm_cli.conditioning import Conditions, build_parts
 from vgm_cli.engine.budget import building
 from vgm_cli.engine.parts import ASSETS, Reference, file_hash, leave_out, locate, refer
 from vgm_cli.engine.run_files import complete, newest
 from vgm_cli.engine.tokens import as_output
-from vgm_cli.errors import FAILED, USAGE, VgmError
+from vgm_cli.errors import FAILED, MISSING_ASSET, USAGE, VgmError
 from vgm_cli.limits import short
 from vgm_cli.registry import registry
 from vgm_cli.ui import ui
@@ -44,6 +46,7 @@ class Header:
     images: int = 0
     weights: str = "raw"
     extra: dict[str, Any] = field(default_factory=dict)
+    conditions: dict[str, Any] | None = None  # {name: node}; None: see renamed.conditions_of
 
     @property
     def is_codec(self) -> bool:
@@ -57,6 +60,7 @@ class Header:
             "component": self.component,
             "view": self.view,
             "parts": {role: ref.record() for role, ref in self.parts.items()},
+            "conditions": self.conditions,
             "recipe": self.recipe,
             "data": self.data,
             "step": self.step,
@@ -78,7 +82,7 @@ class Header:
     def parse(cls, metadata: Mapping[str, str], path: Path) -> Header:
         said = foreign.header(metadata, path)
         registry().note(said, str(path))
-        known = {k: said[k] for k in ("component", "view", "step", "images", "weights") if k in said}
+        known = {k: said[k] for k in ("component", "view", "conditions", "step", "images", "weights") if k in said}
         parts = {role: Reference.parse(ref) for role, ref in (said.get("parts") or {}).items()}
         if odd := [role for role in parts if not role.isidentifier() or role in ("kind", "node")]:
             raise VgmError(f"{path}: {short(odd[0])} is no name of a part", code=FAILED)
@@ -195,6 +199,7 @@ class Loaded:
     header: Header
     path: Path
     roles: dict[str, Any] = field(default_factory=dict)  # what a sampler's constructor receives by parameter name
+    conditions: Conditions = field(default_factory=Conditions)  # what the network is told
 
     def sha256(self) -> str:
         """Of the weights' file."""
@@ -217,7 +222,31 @@ def load(
     model.eval().requires_grad_(False).to(device)
     if dtype is not None:
         model.to(dtype)
-    return Loaded(model, build_view(model, header.view), codec, header, path, {r: p.view for r, p in parts.items()})
+    views, told = {r: p.view for r, p in parts.items()}, load_conditions(header, path, model, device)
+    return Loaded(model, build_view(model, header.view), codec, header, path, views, told)
+
+
+def load_conditions(header: Header, path: Path, model: nn.Module, device: torch.device | str = "cpu") -> Conditions:
+    """What the network is told, as its header says. An encoder that was trained with it lies in a file beside it."""
+    nodes = header.conditions
+    if nodes is None:
+        nodes = renamed.conditions_of(header.component, header.recipe)
+    foreign.tell_files(nodes, path)
+    conditions = Conditions(build_parts(nodes, header.data), model)
+    for name, encoder in conditions.networks.items():
+        file = path.parent / f"{name}.safetensors"
+        if not file.is_file():
+            message = f"the encoder that {path.name} was trained with is missing: {file.name}"
+            raise VgmError(message, f"keep it beside {path.name}", MISSING_ASSET)
+        tensors, metadata = read_tensors(file)
+        if metadata.get("vgm.checkpoint") != limits.safetensors_header(path)[1].get("vgm.checkpoint"):
+            raise VgmError(f"{file} is of another checkpoint than {path.name}", "keep both files together", FAILED)
+        check_fit(encoder, tensors, file, name)
+        refuse_non_finite(tensors, file)
+        encoder.load_state_dict(tensors)
+        encoder.eval().requires_grad_(False).to(device)
+        conditions.parts[name].trained = False  # from here on each item is encoded once
+    return conditions
 
 
 def outline(path: Path) -> tuple[nn.Module, Any]:

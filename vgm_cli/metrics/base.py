@@ -21,6 +21,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
+from vgm_cli.conditioning import Conditions
 from vgm_cli.metrics.moments import Moments
 from vgm_cli.metrics.pictures import Items
 
@@ -75,8 +76,9 @@ class Metric(Protocol):
 
 @dataclass
 class Subject:
-    """A trained model under test. view: what a sampler would be handed; dataset: the reference; n: images wanted, None
-    for the metric's own number; shares(items, work): [work(item) for item in items], spread over processes."""
+    """A trained model under test. view: what a sampler would be handed; conditions: what the network is told; dataset:
+    the reference; n: images wanted, None for the metric's own number; shares(items, work): [work(item) for item in
+    items], spread over processes."""
 
     view: Any
     codec: Any
@@ -86,6 +88,7 @@ class Subject:
     batch_size: int
     n: int | None
     shares: Callable[[list[Any], Callable[[Any], Any]], list[Any]]
+    conditions: Conditions = field(default_factory=Conditions)
 
 
 class ModelMetric(Protocol):

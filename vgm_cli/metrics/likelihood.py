@@ -162,8 +162,8 @@ class BitsPerDim:
             x = batch["x"].to(subject.device)
             if subject.codec is not None:
                 x = encode(subject.codec, x, gens)
-            y = batch["y"].to(subject.device) if "y" in batch and subject.header.data.get("num_classes") else None
-            nats, kind = ask(x, gens, y)
+            told = {name: batch[p.column] for name, p in subject.conditions.parts.items() if p.column in batch}
+            nats, kind = ask(x, gens, subject.conditions.encode(told, subject.device))
             return nats.double().cpu(), kind, x[0].numel()
 
         parts = subject.shares(spans, work)
@@ -175,7 +175,7 @@ class BitsPerDim:
 
     def answerer(
         self, subject: Subject
-    ) -> Callable[[Tensor, list[torch.Generator], Tensor | None], tuple[Tensor, str]]:
+    ) -> Callable[[Tensor, list[torch.Generator], dict[str, Tensor]], tuple[Tensor, str]]:
         """What to ask for nats: the view itself, or the ODE of a Denoiser."""
         view = subject.view
         if isinstance(view, HasLogLikelihood):
@@ -186,20 +186,15 @@ class BitsPerDim:
             more = {k: coerce(v, takes[k], "bits-per-dim") for k, v in self.asked.items() if k in takes}
             if "estimator" in self.asked and "estimator" not in takes:
                 raise VgmError("this model knows one estimate of its likelihood", "leave estimator away", USAGE)
-            return lambda x, gens, y: own(x, gens, **(given(y) if "y" in takes else {}), **more)
+            return lambda x, gens, cond: own(x, gens, **{k: v for k, v in cond.items() if k in takes}, **more)
         if isinstance(view, Denoiser) and self.bound:
-            return lambda x, gens, y: bound_likelihood(view, x, gens, **given(y))
+            return lambda x, gens, cond: bound_likelihood(view, x, gens, **cond)
         if isinstance(view, Denoiser):
-            return lambda x, gens, y: denoiser_likelihood(view, x, gens, **self.ode, **given(y))
+            return lambda x, gens, cond: denoiser_likelihood(view, x, gens, **self.ode, **cond)
         name = subject.header.component.get("name")
         raise VgmError(
             f"{name} offers no likelihood", "vgm_cli/metrics/likelihood.py says what a model must offer", USAGE
         )
-
-
-def given(y: Tensor | None) -> dict[str, Any]:
-    """The condition, where there is one."""
-    return {} if y is None else {"y": y}
 
 
 def encode(codec: Any, x: Tensor, gens: list[torch.Generator]) -> Tensor:

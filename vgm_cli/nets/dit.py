@@ -1,7 +1,7 @@
 """DiT: a plain transformer on latent patches, conditioned by adaLN-Zero. Peebles & Xie 2022 (arXiv 2212.09748).
 
 Same function and parameter names as facebookresearch/DiT@ed81ce2 models.py. Deviations: fused attention; labels are
-dropped by an explicit mask, never by a draw inside forward; y may be None (unconditional); guidance is the host's, so
+dropped by the host, never by a draw inside forward; y may be None (unconditional); guidance is the host's, so
 there is no forward_with_cfg. `SiT` below is the same network with the variance half of its output thrown away.
 """
 
@@ -79,9 +79,7 @@ class LabelEmbedder(nn.Module):
         self.num_classes = num_classes
         self.embedding_table = nn.Embedding(num_classes + has_null, hidden_size)
 
-    def forward(self, y: Tensor, force_drop_ids: Tensor | None = None) -> Tensor:
-        if force_drop_ids is not None:
-            y = torch.where(force_drop_ids.bool(), self.num_classes, y)
+    def forward(self, y: Tensor) -> Tensor:
         return self.embedding_table(y)
 
 
@@ -221,13 +219,13 @@ class DiT(nn.Module):
         x = x.view(len(x), grid, grid, p, p, -1)  # (N, h, w, p, p, C)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, self.input_size, self.input_size)
 
-    def embed(self, x: Tensor, t: Tensor, y: Tensor | None, force_drop_ids: Tensor | None) -> tuple[Tensor, Tensor]:
+    def embed(self, x: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
         """What forward is given -> tokens (N, T, D) and their condition (N, D)."""
         if x.shape[1:] != self.sample_shape:
             raise VgmError(f"the network is built for {self.sample_shape}, got {tuple(x.shape[1:])}", code=USAGE)
         if y is None:
             y = self.null_labels(x)
-        return self.x_embedder(x) + self.pos_embed, self.t_embedder(t) + self.y_embedder(y, force_drop_ids)
+        return self.x_embedder(x) + self.pos_embed, self.t_embedder(t) + self.y_embedder(y)
 
     def run(self, block: nn.Module, x: Tensor, c: Tensor) -> Tensor:
         """block(x, c), recomputed in backward when `checkpointing` is on."""
@@ -245,11 +243,10 @@ class DiT(nn.Module):
         t: Tensor,
         layers: Sequence[str],
         y: Tensor | None = None,
-        force_drop_ids: Tensor | None = None,
     ) -> list[Tensor]:
         """Tokens (N, T, D) behind the blocks that are named "blocks.3"; see api.HasFeatures."""
         at = places(layers, [f"blocks.{i}" for i in range(len(self.blocks))])
-        x, c = self.embed(x, t, y, force_drop_ids)
+        x, c = self.embed(x, t, y)
         found: list[Tensor] = []
         for block in self.blocks[: max(at, default=-1) + 1]:
             x = self.run(block, x, c)
@@ -260,10 +257,10 @@ class DiT(nn.Module):
     def example(config: Mapping[str, Any]) -> dict[str, Tensor]:
         return images(config["in_channels"], config["input_size"], config["num_classes"])
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, force_drop_ids: Tensor | None = None) -> Tensor:
-        """x: (N, C, H, W); t: (N,) timesteps in [0, 1000); y: (N,) int64 labels; force_drop_ids: (N,), true where the
-        label becomes the null class. Gives (N, C or 2C, H, W). VgmError: x has another size than the positions."""
-        x, c = self.embed(x, t, y, force_drop_ids)
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """x: (N, C, H, W); t: (N,) timesteps in [0, 1000); y: (N,) int64 labels. Gives (N, C or 2C, H, W). VgmError: x
+        has another size than the positions."""
+        x, c = self.embed(x, t, y)
         for block in self.blocks:
             x = self.run(block, x, c)  # (N, T, D)
         return self.unpatchify(self.final_layer(x, c))  # (N, C or 2C, H, W)
@@ -273,5 +270,5 @@ class SiT(DiT):
     """DiT as Scalable Interpolant Transformers use it (willisma/SiT@947f95b): t in [0, 1] fed as it is, and only the
     first half of the output channels returned; learn_sigma stays true so that published weights fit."""
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, force_drop_ids: Tensor | None = None) -> Tensor:
-        return super().forward(x, t, y, force_drop_ids)[:, : self.in_channels]
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        return super().forward(x, t, y)[:, : self.in_channels]

@@ -185,7 +185,7 @@ class DhariwalUNet(nn.Module):
         """The unconditional version of cond: label num_classes, whose one-hot row is zero."""
         return {**cond, "y": torch.full_like(cond["y"], self.num_classes)} if cond.get("y") is not None else dict(cond)
 
-    def embed(self, t: Tensor, y: Tensor | None, drop: Tensor | None = None) -> Tensor:
+    def embed(self, t: Tensor, y: Tensor | None) -> Tensor:
         """(N,) noise conditions and labels -> (N, emb)."""
         half = self.model_channels // 2
         k = torch.arange(half, dtype=torch.float32, device=t.device)
@@ -194,8 +194,6 @@ class DhariwalUNet(nn.Module):
         emb = self.map_layer1(emb)
         if self.num_classes and y is not None:
             rows = y if y.is_floating_point() else y[:, None] == torch.arange(self.num_classes, device=y.device)
-            if drop is not None:
-                rows = rows * ~drop[:, None].bool()
             emb = emb + self.map_label(rows.to(emb.dtype))
         return F.silu(emb)
 
@@ -224,11 +222,10 @@ class DhariwalUNet(nn.Module):
         t: Tensor,
         layers: Sequence[str],
         y: Tensor | None = None,
-        force_drop_ids: Tensor | None = None,
     ) -> list[Tensor]:
         """Maps (N, C, h, w) behind the blocks that are named "enc.8x8_block0" or "dec.8x8_up"; see api.HasFeatures."""
         at = places(layers, [*(f"enc.{name}" for name in self.enc), *(f"dec.{name}" for name in self.dec)])
-        emb = self.embed(t, y, force_drop_ids)
+        emb = self.embed(t, y)
         found: list[Tensor] = []
         skips: list[Tensor] = []
         for i, block in enumerate([*self.enc.values(), *self.dec.values()][: max(at, default=-1) + 1]):
@@ -244,10 +241,10 @@ class DhariwalUNet(nn.Module):
     def example(config: Mapping[str, Any]) -> dict[str, Tensor]:
         return images(config["in_channels"], config["img_resolution"], config["num_classes"] or 0)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, force_drop_ids: Tensor | None = None) -> Tensor:
-        """x: (N, C, H, W) scaled by c_in; t: (N,) ln(sigma) / 4; y: (N,) int64 labels or (N, num_classes) rows;
-        force_drop_ids: (N,), true where the label is dropped. Gives F (N, out_channels, H, W)."""
-        emb = self.embed(t, y, force_drop_ids)
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
+        """x: (N, C, H, W) scaled by c_in; t: (N,) ln(sigma) / 4; y: (N,) int64 labels or (N, num_classes) rows.
+        Gives F (N, out_channels, H, W)."""
+        emb = self.embed(t, y)
         skips = self.encode(x, emb)
         h = skips[-1]
         for block in self.dec.values():

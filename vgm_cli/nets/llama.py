@@ -261,19 +261,27 @@ class LlamaGen(nn.Module):
 
     @torch.no_grad()
     def log_likelihood(
-        self, x: Tensor, generators: list[torch.Generator], y: Tensor | None = None
+        self,
+        x: Tensor,
+        generators: list[torch.Generator],
+        y: Tensor | None = None,
+        text: Tensor | None = None,
+        pad: Tensor | None = None,
     ) -> tuple[Tensor, str]:
         """x: (B, h, w) int64 codes -> nats (B,) of the codes, exact; the contract of vgm_cli/metrics/likelihood.py.
 
-        A text model is asked with the null caption.
+        A text model without a text is asked with the null caption.
         """
-        ids = x.flatten(1)
-        if self.model_type == "t2i":
+        ids, mask = x.flatten(1), None
+        if text is not None:
+            cond, given = text.to(self.null_caption), "given the caption"
+            mask = None if pad is None else padded_causal(pad, ids.shape[1] - 1)
+        elif self.model_type == "t2i":
             cond, given = self.null_caption.expand(len(ids), -1, -1), "given the null caption"
         else:
             cond = self.labels(y, len(ids), ids.device)
             given = "given the class" if y is not None else "given the null class"
-        logits = self(ids[:, :-1], cond)
+        logits = self(ids[:, :-1], cond, mask)
         return token_log_probs(logits, ids).sum(1), f"exact, of the codes {given}"
 
 

@@ -197,18 +197,14 @@ class NCSNpp(nn.Module):
     def _null_condition(self, cond: dict[str, Any]) -> dict[str, Any]:
         return {**cond, "y": torch.full_like(cond["y"], self.num_classes)} if "y" in cond else dict(cond)
 
-    def labels(self, y: Tensor | None, force_drop_ids: Tensor | None, x: Tensor) -> Tensor:
-        """(B,) rows of the label table. VgmError: a label is needed, or cannot be dropped."""
-        if y is not None and force_drop_ids is None:
+    def labels(self, y: Tensor | None, x: Tensor) -> Tensor:
+        """(B,) rows of the label table. VgmError: a label is needed."""
+        if y is not None:
             return y
         if not self.null_class:
-            raise VgmError(
-                "this network was built without a null class, it needs labels" if y is None else "no null class",
-                "model.null_class=true adds one",
-                USAGE,
-            )
-        null = torch.full((len(x),), self.num_classes, device=x.device)
-        return null if y is None or force_drop_ids is None else torch.where(force_drop_ids.bool(), null, y)
+            message = "this network was built without a null class, it needs labels"
+            raise VgmError(message, "model.null_class=true adds one", USAGE)
+        return torch.full((len(x),), self.num_classes, device=x.device)
 
     # evaluation
 
@@ -219,7 +215,7 @@ class NCSNpp(nn.Module):
         return layer(*inputs)
 
     def descend(
-        self, layers: Iterator[nn.Module], x: Tensor, t: Tensor, y: Tensor | None, drop: Tensor | None
+        self, layers: Iterator[nn.Module], x: Tensor, t: Tensor, y: Tensor | None
     ) -> tuple[Tensor, list[Tensor], Tensor | None]:
         """What forward is given -> features behind the middle, those on the way down, and what blocks are told of time
         and class. layers: all of them; those up to the middle are taken from it."""
@@ -230,7 +226,7 @@ class NCSNpp(nn.Module):
             first, second = next(layers), next(layers)
             temb = second(self.act(first(emb)))  # (B, 4 nf)
             if self.num_classes:
-                temb = temb + self.label_emb(self.labels(y, drop, x))
+                temb = temb + self.label_emb(self.labels(y, x))
         h = x if self.centered else 2 * x - 1
         if self.patch_size > 1:
             h = F.pixel_unshuffle(h, self.patch_size)  # (B, C p^2, H / p, W / p)
@@ -265,11 +261,10 @@ class NCSNpp(nn.Module):
         t: Tensor,
         layers: Sequence[str],
         y: Tensor | None = None,
-        force_drop_ids: Tensor | None = None,
     ) -> list[Tensor]:
         """Maps (B, C, h, w): "down.0", "down.1", ... are what the decoder is handed, "middle" lies between the two; see
         api.HasFeatures."""
-        h, skips, _ = self.descend(iter(self.all_modules), x, t, y, force_drop_ids)
+        h, skips, _ = self.descend(iter(self.all_modules), x, t, y)
         at = places(layers, [*(f"down.{i}" for i in range(len(skips))), "middle"])
         return [[*skips, h][i] for i in at]
 
@@ -277,13 +272,12 @@ class NCSNpp(nn.Module):
     def example(config: Mapping[str, Any]) -> dict[str, Tensor]:
         return images(config["in_channels"], config["image_size"], config["num_classes"] or 0)
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, force_drop_ids: Tensor | None = None) -> Tensor:
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
         """x: (B, C, H, W); t: (B,), what the objective tells of time or noise, above 0 for fourier embeddings; y: (B,)
-        int64 labels; force_drop_ids: (B,), true where the label becomes the null class. Gives (B, C, H, W). VgmError:
-        labels are missing."""
+        int64 labels. Gives (B, C, H, W). VgmError: labels are missing."""
         layers = iter(self.all_modules)
         attends = self.attn_sides
-        h, skips, temb = self.descend(layers, x, t, y, force_drop_ids)
+        h, skips, temb = self.descend(layers, x, t, y)
 
         out: Tensor | None = None
         for level in reversed(range(self.levels)):

@@ -34,7 +34,7 @@ class Confidence:
     @torch.no_grad()
     def __call__(self, images: Tensor, batch: Mapping[str, Any]) -> Tensor:
         scores = digit_network(images.device)(images)[1].log_softmax(1)
-        y = batch.get("y")
+        y = batch.get("label")
         if y is None:
             chosen = scores.amax(1)
         elif len(y) and int(y.max()) >= CLASSES:

@@ -51,13 +51,13 @@ class CLIPScore:
         """One prompt per image."""
         if batch.get("text") is not None:
             return list(batch["text"])
-        if self.prompts is None or batch.get("y") is None:
+        if self.prompts is None or batch.get("label") is None:
             raise VgmError(
                 "a CLIP reward needs prompts", "prompts=[...], one per class, for class-conditional models", USAGE
             )
-        if int(batch["y"].max()) >= len(self.prompts):
-            raise VgmError(f"{len(self.prompts)} prompts for classes up to {int(batch['y'].max())}", code=USAGE)
-        return [self.prompts[y] for y in batch["y"].tolist()]
+        if int(batch["label"].max()) >= len(self.prompts):
+            raise VgmError(f"{len(self.prompts)} prompts for classes up to {int(batch['label'].max())}", code=USAGE)
+        return [self.prompts[y] for y in batch["label"].tolist()]
 
     @torch.no_grad()
     def __call__(self, images: Tensor, batch: Mapping[str, Any]) -> Tensor:

@@ -14,7 +14,6 @@ The fixtures they use (tiny_dataset, tmp_run, vgm) come with vgm's pytest plugin
 
 from __future__ import annotations
 
-import inspect
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any, ClassVar
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 
 from vgm_cli import recipe as recipes
 from vgm_cli.api import Batch, HasClasses, HasExample, NullCondition, Request, Step, generators, seed_of
+from vgm_cli.conditioning import Conditions
 from vgm_cli.engine import build
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.recipe import Recipe
@@ -142,7 +142,7 @@ class ModelSuite:
 
     @torch.no_grad()
     def test_null_condition(self) -> None:
-        """Guidance: the unconditional version of a condition has its shape, is another one, equals a dropped label."""
+        """Guidance: the unconditional version of a condition has its shape, is another one."""
         network = self.build()
         x, t, cond = self.inputs(network)
         if not cond or not isinstance(network, NullCondition):
@@ -150,11 +150,7 @@ class ModelSuite:
         null = network.null_condition(cond)
         assert {k: v.shape for k, v in null.items()} == {k: v.shape for k, v in cond.items()}
         assert torch.equal(cond["y"], self.inputs(network)[2]["y"]), "null_condition changed its argument"
-        unconditional = tensor_of(network(x, t, **null))
-        assert not torch.equal(unconditional, tensor_of(network(x, t, **cond)))
-        if "force_drop_ids" in inspect.signature(network.forward).parameters:
-            dropped = tensor_of(network(x, t, **cond, force_drop_ids=torch.ones(len(x), dtype=torch.bool)))
-            assert_close(dropped, unconditional, self.rtol, "every label dropped")
+        assert not torch.equal(tensor_of(network(x, t, **null)), tensor_of(network(x, t, **cond)))
 
 
 class _OnRecipe:
@@ -186,8 +182,8 @@ class ObjectiveSuite(_OnRecipe):
     batch_size: ClassVar[int] = 8
     rtol: ClassVar[float | None] = 1e-4
 
-    def batch(self, facts: build.Facts) -> Batch:
-        """x: (B, C, H, W) in [-1, 1] (or tokens: (B, *grid)), y: (B,), index: (B,)."""
+    def batch(self, facts: build.Facts, conditions: Conditions) -> Batch:
+        """x: (B, C, H, W) in [-1, 1] (or tokens: (B, *grid)), index: (B,), and what the conditions add."""
         n, g = self.batch_size, torch.Generator().manual_seed(2)
         batch: Batch = {"index": torch.arange(n)}
         if facts.vocab_size:
@@ -195,12 +191,12 @@ class ObjectiveSuite(_OnRecipe):
         else:
             batch["x"] = torch.randn(n, *facts.sample_shape, generator=g).clamp(-1, 1)
         if facts.num_classes:
-            batch["y"] = torch.arange(n) % facts.num_classes
-        return batch
+            batch["label"] = torch.arange(n) % facts.num_classes
+        return conditions.apply(batch, Step(0))
 
     def test_loss_is_finite_and_a_function_of_the_step(self) -> None:
         _, made, facts = self.built()
-        batch = self.batch(facts)
+        batch = self.batch(facts, made.conditions)
         made.objective.prepare(batch, Step(0))
         for phase in made.objective.phases():
             losses = []
@@ -215,7 +211,7 @@ class ObjectiveSuite(_OnRecipe):
     def test_gradients_reach_every_parameter(self) -> None:
         """Whatever a phase trains and may be trained receives a gradient that is not zero, over a few steps."""
         _, made, facts = self.built()
-        batch = self.batch(facts)
+        batch = self.batch(facts, made.conditions)
         made.objective.prepare(batch, Step(0))
         waiting = {
             f"{role}.{name}": p
@@ -236,7 +232,7 @@ class ObjectiveSuite(_OnRecipe):
         if self.rtol is None:
             pytest.skip("this objective takes statistics over its batch")
         _, made, facts = self.built()
-        batch, half = self.batch(facts), self.batch_size // 2
+        batch, half = self.batch(facts, made.conditions), self.batch_size // 2
         made.objective.prepare(batch, Step(0))
         for phase in made.objective.phases():
             whole = made.objective.loss(phase.name, batch, Step(3))[0].detach()
@@ -290,11 +286,13 @@ class SamplerSuite(_OnRecipe):
         r, made, facts = self.built()
         network = made.networks["model"].eval()
         view = ckpt.build_view(network, made.objective.view())
-        cond = {"y": torch.tensor([i % facts.num_classes for i in items])} if facts.num_classes else {}
+        asked = {name: part.in_turn(items) for name, part in made.conditions.parts.items()}
+        cond = made.conditions.encode(asked, torch.device("cpu"))
         request = Request(
             shape=facts.sample_shape,
             generators=generators(seed_of("sample", 0, i) for i in items),
             cond=cond,
+            null=made.conditions.null(torch.device("cpu")),
             steps=self.steps,
             guidance_scale=r.config.get("guidance_scale") if cond else None,
         )
@@ -330,4 +328,5 @@ class RecipeSuite(_OnRecipe):
 
 
 def _rows(values: Mapping[str, Any], start: int, stop: int) -> dict[str, Any]:
-    return {k: v[start:stop] if isinstance(v, Tensor) else v for k, v in values.items()}
+    cut = {k: _rows(v, start, stop) if isinstance(v, dict) and k != "null" else v for k, v in values.items()}
+    return {k: v[start:stop] if isinstance(v, Tensor) else v for k, v in cut.items()}

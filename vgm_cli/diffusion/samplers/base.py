@@ -50,7 +50,8 @@ class GaussianSampler(ABC):
         scale = request.guidance_scale
         if scale is not None and scale != 1.0 and request.cond:
             interval = request.guidance_interval
-            view = ClassifierFreeGuidance(view, scale, self.cfg_channels, interval, self.guidance_rescale)
+            own = self.cfg_channels, interval, self.guidance_rescale
+            view = ClassifierFreeGuidance(view, scale, *own, null=request.null)
         if self.classifier is not None:
             if "y" not in request.cond:
                 raise VgmError("a classifier guides towards a class, this network has none", "classifier=null", USAGE)

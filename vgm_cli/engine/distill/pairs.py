@@ -18,11 +18,10 @@ from torch import Tensor
 
 from vgm_cli import atomic
 from vgm_cli import recipe as recipes
-from vgm_cli.api import HasClasses, Request, generators, seed_of
+from vgm_cli.api import Request, generators, seed_of
 from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine import processes
-from vgm_cli.engine.sample.loop import class_labels
 from vgm_cli.recipe import Recipe
 from vgm_cli.registry import registry
 from vgm_cli.settings import Pairs
@@ -42,7 +41,8 @@ def shared(recipe: Recipe, node: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 def pairs_of(recipe: Recipe, node: Mapping[str, Any]) -> dict[str, Tensor]:
-    """z, x: (count, C, H, W), the noise and the teacher's image of it; y: (count,) labels of a teacher with classes.
+    """z, x: (count, C, H, W), the noise and the teacher's image of it; and the keywords that it was made with, such
+    as y: (count,).
 
     node: the role of kind `pairs`, see recipe.Pairs.
     """
@@ -63,7 +63,7 @@ def pairs_of(recipe: Recipe, node: Mapping[str, Any]) -> dict[str, Tensor]:
         view = ckpt.build_view(loaded.model, {"name": "denoiser", **teacher["view"]})
         with Progress("pairs", len(missing) * SHARD) as progress:
             for done, file in enumerate(missing):
-                tensors = make_pairs(view, loaded.header, settings, guidance, int(file.stem))
+                tensors = make_pairs(view, loaded, settings, guidance, int(file.stem))
                 atomic.save_safetensors(tensors, file, {"format": "pt"})
                 progress.update((done + 1) * SHARD)
     shards = [ckpt.read_tensors(f)[0] for f in files]
@@ -71,30 +71,31 @@ def pairs_of(recipe: Recipe, node: Mapping[str, Any]) -> dict[str, Tensor]:
 
 
 @torch.no_grad()
-def make_pairs(view: Denoiser, header: ckpt.Header, settings: Pairs, guidance: float, first: int) -> dict[str, Tensor]:
+def make_pairs(view: Denoiser, loaded: ckpt.Loaded, settings: Pairs, guidance: float, first: int) -> dict[str, Tensor]:
     """Pairs first .. first + SHARD."""
-    shape = tuple(header.data.get("sample_shape") or view.network.sample_shape)  # type: ignore[attr-defined]
-    known = view.network.num_classes if isinstance(view.network, HasClasses) else 0
-    classes = header.data.get("num_classes", known) or 0
+    shape = tuple(loaded.header.data.get("sample_shape") or view.network.sample_shape)  # type: ignore[attr-defined]
+    told = loaded.conditions
     device = next(view.network.parameters()).device  # type: ignore[attr-defined]
     sampler = registry().build("sampler", {"name": settings.sampler})
-    batches: dict[str, list[Tensor]] = {"z": [], "x": [], "y": []}
+    batches: dict[str, list[Tensor]] = {"z": [], "x": []}
     for start in range(first, first + SHARD, settings.batch_size):
         items = range(start, min(start + settings.batch_size, first + SHARD))
         seeds = [seed_of("pairs", settings.seed, i) for i in items]
-        labels = torch.tensor(class_labels(items.stop, classes)[items.start :], dtype=torch.long, device=device)
+        cond = told.encode({name: part.in_turn(items) for name, part in told.parts.items()}, device)
         request = Request(
             shape=shape,
             generators=generators(seeds),
-            cond={"y": labels} if classes else {},
+            cond=cond,
+            null=told.null(device),
             steps=settings.steps,
-            guidance_scale=guidance if classes else None,
+            guidance_scale=guidance if cond else None,
             device=device,
         )
         batches["x"].append(sampler(view, request).float().cpu())
         batches["z"].append(Request(shape=shape, generators=generators(seeds)).randn())
-        batches["y"] += [labels.cpu()] if classes else []
-    return {k: torch.cat(v) for k, v in batches.items() if v}
+        for k, v in cond.items():
+            batches.setdefault(k, []).append(v.cpu())
+    return {k: torch.cat(v) for k, v in batches.items()}
 
 
 def cache_folder(given: str | None) -> Path:

@@ -86,7 +86,9 @@ def open_target(target: str, options: Options, protocol: Protocol, sampled: bool
         raise VgmError(f"{path} does not say the size of its images", "convert it with the data's facts", USAGE)
     facts = {"model": target, "weights": loaded.header.weights, "step": loaded.header.step}
     own = loaded.header
-    subject = Subject(loaded.view, loaded.codec, own, None, device, options.batch_size, options.n, processes.shares)
+    subject = Subject(
+        loaded.view, loaded.codec, own, None, device, options.batch_size, options.n, processes.shares, loaded.conditions
+    )
     shape = data["image_size"], data["image_channels"]
     found = Target("model", *shape, device, None, protocol.uint8, data, facts, subject)
     if sampled:

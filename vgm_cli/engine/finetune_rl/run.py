@@ -17,6 +17,7 @@ import torch
 from vgm_cli import atomic
 from vgm_cli import recipe as recipes
 from vgm_cli.api import Batch, Step
+from vgm_cli.conditioning import Conditions
 from vgm_cli.engine import build
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine.build import Facts
@@ -198,9 +199,13 @@ class ClassFeed:
             "index": torch.arange(n, device=self.device),
         }
         if self.facts.num_classes:
-            batch["y"] = torch.zeros(n, dtype=torch.long, device=self.device)
+            batch["label"] = torch.zeros(n, dtype=torch.long, device=self.device)
         while True:
             yield dict(batch)
+
+    def items(self, conditions: Conditions, n: int) -> dict[str, list[Any]]:
+        """There are no images, and no items of theirs."""
+        return {}
 
     def first(self, n: int, shared: int | None = None) -> Batch:
         return next(self.batches(0, shared or n))

@@ -12,7 +12,7 @@ from torch import Tensor
 
 from vgm_cli import limits
 from vgm_cli.data import SHIPPED, open_dataset
-from vgm_cli.data.decode import SUFFIXES, Unreadable, load_image
+from vgm_cli.data.decode import SUFFIXES, Unreadable, image_files, load_image
 from vgm_cli.data.transforms import crop_to
 from vgm_cli.errors import FAILED, USAGE, VgmError
 from vgm_cli.operators.base import Operator
@@ -80,19 +80,6 @@ def decoded(path: Path) -> Any:
         return load_image(path)
     except Unreadable as e:
         raise VgmError(f"{path} cannot be read: {e}", code=FAILED) from e
-
-
-def image_files(source: str) -> list[Path]:
-    """One image, or the images of a folder in the order of their names."""
-    path = Path(source)
-    if path.is_file():
-        return [path]
-    if not path.is_dir():
-        raise VgmError(f"no such file or folder: {source}", code=USAGE)
-    files = sorted(p for p in path.iterdir() if p.suffix.lower() in SUFFIXES and not p.name.startswith("."))
-    if not files:
-        raise VgmError(f"no images in {source}", "png, jpg, webp, … or an .npz with 'y'", USAGE)
-    return files
 
 
 def open_measured(source: str, operator: Operator, n: int | None) -> Inputs:

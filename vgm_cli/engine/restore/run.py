@@ -15,13 +15,14 @@ import torch
 from torch import Tensor
 
 from vgm_cli.api import Request, generators, seed_of
+from vgm_cli.conditioning import unconditional
 from vgm_cli.engine.checkpoint import Loaded
 from vgm_cli.engine.restore.figures import figures, perceptual_from
 from vgm_cli.engine.restore.inputs import Inputs, open_measured, open_truth
 from vgm_cli.engine.restore.records import Restored, check_folder, default_folder, write
 from vgm_cli.engine.restore.setup import Settings, build_method
-from vgm_cli.engine.sample.loop import class_labels, class_numbers, each_step, refuse_non_finite
-from vgm_cli.engine.sample.setup import named
+from vgm_cli.engine.sample.loop import each_step, refuse_non_finite
+from vgm_cli.engine.sample.setup import named, words_for
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.operators.base import Operator
 from vgm_cli.operators.latent import Decoded
@@ -47,9 +48,12 @@ def labels_for(loaded: Loaded, wanted: str, n: int, data: Sequence[int] | None) 
 
     wanted: "" for the null class where the network has one, "data", or classes. VgmError: no such labels.
     """
-    classes = loaded.header.data.get("num_classes") or 0
     if wanted not in ("", "data"):
-        return class_labels(n, classes, class_numbers([w.strip() for w in wanted.split(",") if w.strip()], loaded))
+        ((name, words),) = words_for(loaded.conditions, wanted).items()
+        part = loaded.conditions.parts[name]
+        return part.in_turn(range(n), part.condition.parse(words))
+    known = loaded.conditions.of_column("label")
+    classes = 0 if known is None else len(known.condition.choices)
     if not classes:
         if wanted:
             raise VgmError("this network is unconditional, it takes no labels", code=USAGE)
@@ -66,12 +70,11 @@ def labels_for(loaded: Loaded, wanted: str, n: int, data: Sequence[int] | None) 
 
 
 def null_condition(loaded: Loaded, n: int) -> dict[str, Tensor] | None:
-    """The condition "no class", where the network has it."""
-    device = next(loaded.model.parameters()).device
+    """The keywords of no condition, where the network has them."""
+    device, told = next(loaded.model.parameters()).device, loaded.conditions
     try:
-        null = loaded.model.null_condition  # type: ignore[union-attr]
-        return null({"y": torch.zeros(n, dtype=torch.long, device=device)})  # type: ignore[operator]
-    except (AttributeError, VgmError):
+        return unconditional(loaded.model, told.example(n, device)["cond"], told.null(device))
+    except VgmError:
         return None
 
 
@@ -150,11 +153,11 @@ def restore(
 def condition(
     loaded: Loaded, labels: Sequence[int] | None, start: int, stop: int, device: torch.device
 ) -> dict[str, Tensor]:
-    if labels is not None:
-        return {"y": torch.tensor(list(labels[start:stop]), device=device)} if labels else {}
-    if not loaded.header.data.get("num_classes"):
-        return {}
-    return null_condition(loaded, stop - start) or {}
+    told = loaded.conditions
+    part = told.of_column("label")
+    given = {} if part is None or not labels else {part.name: labels[start:stop]}
+    null = null_condition(loaded, stop - start) if told.parts.keys() - given.keys() else None
+    return (null or {}) | told.encode(given, device)
 
 
 def keep_best(best: dict[str, Any], x: Tensor, residual: Tensor, info: Mapping[str, Any]) -> None:

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from vgm_cli import atomic
 from vgm_cli.api import Request, TakesSteps, generators, seed_of
+from vgm_cli.conditioning import Conditions
 from vgm_cli.data.latents import to_model
 from vgm_cli.engine.checkpoint import Loaded, load
 from vgm_cli.errors import FAILED, USAGE, VgmError
@@ -28,13 +29,19 @@ OPTIONAL = ("steps", "guidance_scale", "guidance_interval", "images")  # of a Re
 
 @dataclass
 class Plan:
-    """What to sample. labels: one per item, or empty for an unconditional network. images: see api.Request; source: the
+    """What to sample. given: {condition: one item for each image}; labels: the classes among them, empty where there
+    are none. words: {condition: what the user typed}, and negative: what to be guided away from, for the records;
+    conditions: keywords of conditions that were set anew, by conditions.NAME.KEY. images: see api.Request; source: the
     data they were read from. precision: fp32, or bf16 autocast of networks and codec. named: those of OPTIONAL, and
     seed, that the user gave; `stream` reports which had no effect."""
 
     n: int
     seed: int = 0
+    given: dict[str, list[Any]] = field(default_factory=dict)
     labels: list[int] = field(default_factory=list)
+    words: dict[str, list[str]] = field(default_factory=dict)
+    negative: dict[str, list[str]] = field(default_factory=dict)
+    conditions: dict[str, Any] = field(default_factory=dict)
     sampler: dict[str, Any] = field(default_factory=dict)
     steps: int | None = None
     guidance_scale: float | None = None
@@ -55,19 +62,26 @@ class Plan:
 
     def first(self, n: int) -> Plan:
         """Of the first n items alone."""
-        return replace(self, n=min(n, self.n), labels=self.labels[:n])
+        given = {name: items[:n] for name, items in self.given.items()}
+        return replace(self, n=min(n, self.n), given=given, labels=self.labels[:n])
 
     def period(self) -> int:
-        """After how many items the labels come again; 0 without labels, n where none does."""
-        return next((k for k in range(1, self.n) if self.labels[k:] == self.labels[:-k]), self.n) if self.labels else 0
+        """After how many images their conditions come again; 0 without conditions, n where none does."""
+        told = list(zip(*self.given.values()))
+        return next((k for k in range(1, self.n) if told[k:] == told[:-k]), self.n) if told else 0
+
+    def asked(self) -> dict[str, Any]:
+        """What the user typed besides labels, for the records; nothing where it is nothing."""
+        said = {"words": self.words, "negative": self.negative, "conditions": self.conditions}
+        return {k: v for k, v in said.items() if v}
 
     def settings(self, device: torch.device | str) -> dict[str, Any]:
-        """Sampler, steps and guidance as they count: steps of a sampler that takes none, guidance without labels, and
-        an interval without guidance are None. asked: what the user named."""
+        """Sampler, steps and guidance as they count: steps of a sampler that takes none, guidance without conditions,
+        and an interval without guidance are None. asked: what the user named."""
         sampler, steps = self.build(device), None
         if isinstance(sampler, TakesSteps):
             steps = sampler.steps if self.steps is None else self.steps
-        scale = self.guidance_scale if self.labels else None
+        scale = self.guidance_scale if self.given else None
         return {
             "sampler": {**self.sampler, "steps": steps} if "steps" in self.sampler else self.sampler,
             "steps": steps,
@@ -94,36 +108,24 @@ class Watched(Request):
         return [k for k in names if k not in seen or (k.startswith("guidance") and not self.cond)]
 
 
-def class_labels(n: int, num_classes: int, wanted: Sequence[int] = (), table: Any = None) -> list[int]:
-    """Labels for n items: the wanted ones in turn, or every class in turn; [] for an unconditional network. table: a
-    sampler whose items make one: a label for each of its columns, or of its rows where it says so."""
-    if not num_classes:
-        if wanted:
-            raise VgmError("this network is unconditional, it takes no labels", code=USAGE)
-        return []
-    for w in wanted:
-        if not 0 <= w < num_classes:
-            raise VgmError(f"label {w} does not exist", f"labels are 0 to {num_classes - 1}", USAGE)
-    cycle = list(wanted) or list(range(num_classes))
+def items_for(
+    conditions: Conditions, n: int, items: Mapping[str, Sequence[Any]] | None = None, table: Any = None
+) -> dict[str, list[Any]]:
+    """{condition: an item for each of n images}: the given items in turn, or all that there are. table: a sampler whose
+    images make one: an item for each of its columns, or of its rows where it says so.
+
+    VgmError: a condition without items, such as a text, of which none is given.
+    """
     columns = (table.grid_columns if table is not None else None) or max(n, 1)
     by_row = table is not None and table.grid_labels == "rows"
-    return [cycle[(i // columns if by_row else i % columns) % len(cycle)] for i in range(n)]
+    places = [i // columns if by_row else i % columns for i in range(n)]
+    return {name: part.in_turn(places, (items or {}).get(name, ())) for name, part in conditions.parts.items()}
 
 
-def class_numbers(names: Sequence[str], loaded: Loaded) -> list[int]:
-    """'3,7' or class names -> label numbers."""
-    known = loaded.header.data.get("class_names") or []
-    out = []
-    for name in names:
-        if name.lstrip("-").isdigit() and name not in known:
-            out.append(int(name))
-        elif name in known:
-            out.append(known.index(name))
-        else:
-            from vgm_cli.errors import unknown
-
-            raise unknown("class", name, known)
-    return out
+def labels_in(conditions: Conditions, given: Mapping[str, list[Any]]) -> list[int]:
+    """The classes among the items of `items_for`; [] where there are none."""
+    part = conditions.of_column("label")
+    return given[part.name] if part is not None else []
 
 
 def sampler_node(
@@ -173,16 +175,17 @@ def stream(
     last = plan.n if last is None else last
     for start in range(first, last, plan.batch_size):
         stop = min(start + plan.batch_size, last)
-        labels = plan.labels[start:stop]
-        cond = {"y": torch.tensor(labels, device=device)} if labels else {}
+        at = torch.device(device)
+        cond = loaded.conditions.encode({name: own[start:stop] for name, own in plan.given.items()}, at)
         request = Watched(
             shape=shape,
             generators=generators(plan.seeds(start, stop)),
             cond=cond,
+            null=loaded.conditions.null(at, plan.negative) if cond else {},
             steps=plan.steps,
-            guidance_scale=plan.guidance_scale if labels else None,
+            guidance_scale=plan.guidance_scale if cond else None,
             guidance_interval=plan.guidance_interval,
-            device=torch.device(device),
+            device=at,
             callback=each_step(callback, progress, start, stop - start),
             index=list(range(start, stop)),
             images=plan.images,
@@ -209,7 +212,7 @@ def stream(
                 ignored.append("seed")
             if ignored:
                 info["ignored"] = ignored
-        yield x.float(), labels
+        yield x.float(), plan.labels[start:stop]
 
 
 Callback = Callable[[int, int, Tensor, Tensor | None], None]
@@ -258,18 +261,20 @@ def sample(
 
 
 def preview(loaded: Loaded, recipe: Any, path: Path, n: int, device: torch.device, feed: Any = None) -> None:
-    """A run's picture at one step, and a side-car JSON: samples of fixed seeds and labels; of a codec, which draws
+    """A run's picture at one step, and a side-car JSON: samples of fixed seeds and conditions (texts and pictures are
+    those of the data); of a codec, which draws
     nothing, training images above their reconstructions. Samples that are not finite are told of, not shown."""
     config, began = recipe.config, time.perf_counter()
     if config.get("sampler") is None:
         if loaded.header.is_codec and feed is not None:
             reconstructions(loaded.model, real_images(feed, n), path, device)
         return
-    labels = class_labels(n, loaded.header.data.get("num_classes") or 0)
+    told = loaded.conditions
+    given = items_for(told, n, {} if feed is None else feed.items(told, n))
     plan = Plan(
         n=n,
-        seed=0,
-        labels=labels,
+        given=given,
+        labels=labels_in(told, given),
         sampler=sampler_node(config),
         guidance_scale=config.get("guidance_scale"),
         roles=loaded.roles,
@@ -284,7 +289,7 @@ def preview(loaded: Loaded, recipe: Any, path: Path, n: int, device: torch.devic
     save_grid(x, path, layout=layout(plan, x, device))
     facts = {k: v for k, v in plan.settings(device).items() if k != "asked"}
     seconds = round(time.perf_counter() - began, 2)
-    atomic.write_json(path.with_suffix(".json"), {"labels": labels, **facts, "seed": 0, "seconds": seconds})
+    atomic.write_json(path.with_suffix(".json"), {"labels": plan.labels, **facts, "seed": 0, "seconds": seconds})
 
 
 @torch.no_grad()
@@ -335,6 +340,7 @@ def provenance(loaded: Loaded, plan: Plan, target: str, device: torch.device | s
         "n": plan.n,
         "seed": plan.seed,
         "labels": plan.labels,
+        **plan.asked(),
         **plan.settings(device),
         "input": plan.source,
         "precision": plan.precision,

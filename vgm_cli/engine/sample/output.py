@@ -48,6 +48,8 @@ def default_target(loaded: Loaded, plan: Plan, device: torch.device) -> Path:
     chosen = plan.labels[: plan.period()]
     if chosen and chosen != list(range(loaded.header.data.get("num_classes") or 0))[: plan.n]:
         parts += ["label" + "-".join(map(str, chosen[:8])) + ("-and-more" if len(chosen) > 8 else "")]
+    said = "-".join(words[0] for words in plan.words.values())
+    parts += [re.sub(r"[^\w]+", "-", said).strip("-")[:40]] if said else []
     return free_name((run / "samples" if run else Path.cwd()) / ("-".join(parts) + ".png"))
 
 
@@ -126,6 +128,7 @@ def write(
         "step": loaded.header.step,
         "seed": plan.seed,
         "labels": plan.labels,
+        **plan.asked(),
         **plan.settings(device),
         "precision": plan.precision,
         "device": str(device),
@@ -378,7 +381,7 @@ def rerun(image: Path, out: Path | None, device_name: str | None = None, overwri
     VgmError: no provenance, or something lies where it would go (2), other weights than then (1).
     """
     from vgm_cli.data.decode import open_image
-    from vgm_cli.engine.sample.setup import given_images, open_model
+    from vgm_cli.engine.sample.setup import adopt_conditions, given_images, open_model
 
     if not image.is_file():
         raise VgmError(f"no such image: {image}", code=USAGE)
@@ -410,10 +413,17 @@ def rerun(image: Path, out: Path | None, device_name: str | None = None, overwri
     if s.get("input"):
         ui.info(f"input: {s['input']}, as {image} says")
     interval = tuple(s["guidance_interval"]) if s.get("guidance_interval") else None
-    given = given_images(loaded, s["input"], s["n"]) if s.get("input") else None
+    start = given_images(loaded, s["input"], s["n"]) if s.get("input") else None
     steps = s["steps"] if "steps" in s.get("asked", ["steps"]) else None
-    labels = generate.class_labels(s["n"], loaded.header.data.get("num_classes") or 0, s["labels"])
-    plan = Plan(n=s["n"], seed=s["seed"], labels=labels, sampler=s["sampler"], steps=steps, images=given,
+    told, words = loaded.conditions, s.get("words") or {}
+    foreign.tell_files([words, s.get("conditions")], image)
+    adopt_conditions(loaded, dict(s.get("conditions") or {}), ())
+    items = {name: told.parts[name].condition.parse(own) for name, own in words.items() if name in told.parts}
+    if (part := told.of_column("label")) is not None and s["labels"]:
+        items[part.name] = part.condition.parse(list(map(str, s["labels"])))
+    given = generate.items_for(told, s["n"], items)
+    plan = Plan(n=s["n"], seed=s["seed"], given=given, labels=generate.labels_in(told, given), words=words,
+                negative=s.get("negative") or {}, sampler=s["sampler"], steps=steps, images=start,
                 guidance_scale=s["guidance_scale"], guidance_interval=interval, precision=s.get("precision", "fp32"),
                 batch_size=s.get("batch_size", 64), roles=loaded.roles)  # fmt: skip
     if item is None:

@@ -8,12 +8,14 @@ from typing import Any
 
 import torch
 
-from vgm_cli import foreign
+from vgm_cli import foreign, limits
 from vgm_cli.api import TakesSteps
+from vgm_cli.conditioning import Conditions, build_parts
+from vgm_cli.data.decode import image_files
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine.environment import bf16_supported
 from vgm_cli.engine.processes import keep_memory, pick_device
-from vgm_cli.engine.sample.loop import Plan, class_labels, class_numbers, sampler_node
+from vgm_cli.engine.sample.loop import Plan, build_sampler, items_for, labels_in, sampler_node
 from vgm_cli.errors import USAGE, VgmError, unknown
 from vgm_cli.ranges import Images, NonNegative, Steps, fit
 from vgm_cli.ui import ui
@@ -56,6 +58,10 @@ def plan_for(
     *,
     n: int,
     label: str = "",
+    prompts: Sequence[str] = (),
+    negative: str | None = None,
+    hints: Sequence[str] = (),
+    items: Mapping[str, Sequence[Any]] | None = None,
     sampler: str | None = None,
     steps: int | None = None,
     guidance_scale: float | None = None,
@@ -66,7 +72,8 @@ def plan_for(
     images: str | None = None,
     precision: str = "auto",
 ) -> Plan:
-    """Command-line options on top of the recipe that the checkpoint carries."""
+    """Command-line options on top of the recipe that the checkpoint carries. items: {condition: items} of conditions
+    that no option asks for."""
     recipe = loaded.header.recipe
     own = {}
     for text in overrides:
@@ -74,6 +81,7 @@ def plan_for(
         if not eq:
             raise VgmError(f"'{text}' is not KEY=VALUE", "example: eta=0.5", USAGE)
         own[key.removeprefix("sampler.")] = parse_yaml(value, text)
+    prompts, anew = adopt_conditions(loaded, own, prompts)
     if sampler in (None, (recipe.get("sampler") or {}).get("name")):
         told = {k: v for k, v in (recipe.get("sampler") or {}).items() if k not in own}
         foreign.tell_files(told, loaded.path)
@@ -82,7 +90,8 @@ def plan_for(
     n = fit(n, Images, "-n")
     node = sampler_node(recipe, sampler, own)
     check_sampler(node)
-    wanted = class_numbers([w.strip() for w in label.split(",") if w.strip()], loaded) if label else []
+    words = words_for(loaded.conditions, label, prompts, hints)
+    away = negative_for(loaded.conditions, negative)
     interval = None
     if guidance_interval is not None:
         try:
@@ -99,11 +108,20 @@ def plan_for(
         "guidance_scale": guidance_scale,
         "guidance_interval": interval,
         "images": images,
+        "negative": negative,
     }
+    wanted = {name: loaded.conditions.parts[name].condition.parse(own) for name, own in words.items()}
+    device = next(loaded.model.parameters()).device
+    table = build_sampler(node, device)
+    given = items_for(loaded.conditions, n, {**(items or {}), **wanted}, table)
     plan = Plan(
         n=n,
         seed=seed,
-        labels=class_labels(n, loaded.header.data.get("num_classes") or 0, wanted),
+        given=given,
+        labels=labels_in(loaded.conditions, given),
+        words={name: own for name, own in words.items() if loaded.conditions.parts[name].condition.column != "label"},
+        negative=away,
+        conditions=anew,
         sampler=node,
         steps=steps,
         guidance_scale=recipe.get("guidance_scale") if guidance_scale is None else guidance_scale,
@@ -114,10 +132,8 @@ def plan_for(
         roles=loaded.roles,
         precision=precision_of(loaded, precision),
         named=tuple(k for k, v in wishes.items() if v is not None),
+        built=table,
     )
-    device = next(loaded.model.parameters()).device
-    if plan.build(device).grid_columns:
-        plan.labels = class_labels(n, loaded.header.data.get("num_classes") or 0, wanted, plan.build(device))
     if isinstance(plan.build(device), TakesSteps) and steps is not None:
         plan.sampler["steps"] = steps  # one truth in every record
     return plan
@@ -126,9 +142,78 @@ def plan_for(
 def warn_of_ignored(info: Mapping[str, Any], plan: Plan) -> None:
     """Options that the user gave and the sampler has no use for."""
     for name in info.get("ignored", ()):
-        why = "" if plan.labels or not name.startswith("guidance") else ": this network has no classes"
+        why = "" if plan.given or not name.startswith("guidance") else ": this network has no classes"
         option = "input" if name == "images" else name.replace("_", "-")
         ui.warn(f"--{option} has no effect on the sampler {plan.sampler['name']}{why}")
+
+
+def words_for(
+    conditions: Conditions, label: str = "", prompts: Sequence[str] = (), hints: Sequence[str] = ()
+) -> dict[str, list[str]]:
+    """{condition: words} of the options --label, --prompt and --hint. VgmError: the network has no such condition."""
+    out: dict[str, list[str]] = {}
+    labels = [w.strip() for w in label.split(",") if w.strip()]
+    for option, columns, own in (
+        ("--label", ("label",), labels),
+        ("--prompt", ("text",), list(prompts)),
+        ("--hint", ("hint", "image", "mask"), [str(p) for h in hints for p in image_files(h)]),
+    ):
+        if not own:
+            continue
+        part = conditions.of_column(*columns)
+        if part is None:
+            there = " and ".join(p.option for p in conditions.parts.values())
+            says = {"--label": "this network is unconditional, it takes no labels"}
+            message = says[option] if option in says and not there else f"this network takes no {option}"
+            raise VgmError(message, f"it takes {there}" if there else "", USAGE)
+        out[part.name] = own
+    return out
+
+
+def negative_for(conditions: Conditions, negative: str | None) -> dict[str, list[str]]:
+    """{condition: a text to be guided away from}. VgmError: the network reads no texts, or not this one."""
+    if negative is None:
+        return {}
+    part = conditions.of_column("text")
+    if part is None:
+        raise VgmError("--negative is a text, which this network does not read", code=USAGE)
+    return {part.name: part.condition.parse([negative])}
+
+
+def prompts_in(file: Path) -> list[str]:
+    """The lines of a text file that are not empty. VgmError: there is none."""
+    try:
+        found = [line.strip() for line in limits.read_text(file, code=USAGE).splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise VgmError(f"--prompts {file} cannot be read: {e}", "a text file, one prompt a line", USAGE) from e
+    if not found:
+        raise VgmError(f"--prompts {file} is empty", "one prompt a line", USAGE)
+    return found
+
+
+def adopt_conditions(
+    loaded: ckpt.Loaded, own: dict[str, Any], prompts: Sequence[str]
+) -> tuple[Sequence[str], dict[str, Any]]:
+    """conditions.NAME.KEY=VALUE among the overrides builds a condition anew (where its encoder lies here). Gives the
+    prompts and those overrides, which are taken out of `own`. `prompt=` and `text_encoder=` are what earlier versions
+    called --prompt and conditions.text.path."""
+    if "prompt" in own and loaded.conditions.of_column("text"):
+        said = own.pop("prompt")
+        prompts = prompts or ([said] if isinstance(said, str) else list(said))
+    if "text_encoder" in own and loaded.conditions.of_column("text"):
+        own["conditions.text.path"] = own.pop("text_encoder")
+    nodes = {name: dict(node) for name, node in loaded.conditions.components().items()}
+    anew = {k: own.pop(k) for k in list(own) if k.startswith("conditions.")}
+    for key, value in anew.items():
+        _, name, option = [*key.split(".", 2), "", ""][:3]
+        if name not in nodes or not option:
+            raise unknown("condition", name, nodes)
+        nodes[name][option] = value
+        part = next(p for p in build_parts({name: nodes[name]}, loaded.header.data))
+        part.trained = False
+        loaded.conditions.parts[name] = part
+        loaded.conditions.to(next(loaded.model.parameters()).device)
+    return prompts, anew
 
 
 def named(loaded: ckpt.Loaded, model: str) -> str:

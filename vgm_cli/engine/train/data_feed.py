@@ -15,6 +15,7 @@ import torch
 from torch import Tensor
 
 from vgm_cli.api import Batch, Step
+from vgm_cli.conditioning import Conditions
 from vgm_cli.data import open_dataset
 from vgm_cli.data.dataset import Dataset, to_float
 from vgm_cli.data.latent_cache import build_cache
@@ -84,6 +85,14 @@ class Feed:
             )
         )
 
+    def items(self, conditions: Conditions, n: int) -> dict[str, list[Any]]:
+        """{condition: n items spread over the data}, of conditions that are not a choice of a few."""
+        columns = {name: part.column for name, part in conditions.parts.items() if not len(part.condition.choices)}
+        if not columns:
+            return {}
+        found = self.dataset.gather([i * self.count // n for i in range(n)])
+        return {name: list(found[column]) for name, column in columns.items() if column in found}
+
     def first(self, n: int, shared: int | None = None) -> Batch:
         """This process's first n rows, or the first `shared` rows of the whole stream."""
         return next(self.batches(0, shared or n, shared=shared is not None))
@@ -115,7 +124,7 @@ def open_images(recipe: Recipe) -> tuple[Any, bool]:
     if not data.path:
         raise VgmError(f"{recipe.name} names no data", NO_DATA_HINT, USAGE)
     dataset = open_dataset(data.path, size=data.size, channels=data.channels, crop=data.crop, split=data.split)
-    labelled = bool(dataset.facts.num_classes) if data.labels is None else data.labels
+    labelled = build.labelled(recipe, dataset)
     if labelled and not dataset.facts.num_classes:
         raise VgmError(
             f"{data.path} has no labels", "class sub-folders give labels; data.labels=false trains without", USAGE
@@ -146,7 +155,7 @@ def open_feed(
     data = recipe.node("data")
     if dataset is None:
         dataset, _ = open_images(recipe)
-    labelled = bool(dataset.facts.num_classes) if data.labels is None else data.labels
+    labelled = build.labelled(recipe, dataset)
     facts = build.facts_of(dataset, labelled)
     feed = Feed(
         data=data,
@@ -251,7 +260,7 @@ def add_codec(
 def encode_in_memory(feed: Feed) -> MemoryLatents:
     """Moments of every image (and its mirror image) of a small set."""
     batch = 256
-    parts: dict[str, list[Any]] = {"moments": [], "flipped": [], "y": [], "text": []}
+    parts: dict[str, list[Any]] = {"moments": [], "flipped": [], "label": [], "text": []}
     with torch.no_grad():
         for first in range(0, feed.count, batch):
             images = feed.dataset.gather(range(first, min(first + batch, feed.count)))
@@ -260,10 +269,10 @@ def encode_in_memory(feed: Feed) -> MemoryLatents:
             if feed.data.hflip:
                 parts["flipped"].append(feed.codec.encode(x.flip(-1)).cpu())
             parts["text"] += images.get("text", [])
-            parts["y"] += [images["y"]] if "y" in images else []
+            parts["label"] += [images["label"]] if "label" in images else []
     return MemoryLatents(
         torch.cat(parts["moments"]),
         torch.cat(parts["flipped"]) if parts["flipped"] else None,
-        torch.cat(parts["y"]).numpy() if parts["y"] else None,
+        torch.cat(parts["label"]).numpy() if parts["label"] else None,
         parts["text"] or None,
     )

@@ -36,7 +36,7 @@ def update(t: Trainer, index: int, batches: Iterator[Batch]) -> None:
     """One optimizer step of every phase that is due."""
     torch.manual_seed(seed_of(t.opts.seed, index, t.rank))  # nn.Dropout and the like
     steps = [t.step(index, micro) for micro in range(t.opts.accumulate)]
-    micros = [t.feed.to_model(next(batches), step) for step in steps]
+    micros = [t.to_model(next(batches), step) for step in steps]
     t.begin_step(steps[-1])  # learning rates, weight decays
     logs: dict[str, Tensor] = {}
 

@@ -13,6 +13,7 @@ from torch.utils.module_tracker import ModuleTracker
 
 from vgm_cli import validation
 from vgm_cli.api import Batch, Step
+from vgm_cli.conditioning import Conditions
 from vgm_cli.engine import build
 from vgm_cli.engine.build import Facts
 from vgm_cli.engine.environment import bf16_supported
@@ -69,13 +70,13 @@ def make_plan(recipe: Recipe, device: torch.device | None = None, world: int = 1
         ui.info(f"a codec is trained first: {planned.recipe.name}")
         before = make_plan(planned.recipe, device, world)
     built = validation.build_on_meta(recipe, facts, planned)
-    phases = built.objective.phases()
+    phases = built.phases()
     trained = sorted({r for p in phases for r in p.roles})
     numbers = {r: sum(p.numel() for p in n.parameters()) for r, n in built.networks.items()}
     parts = optim.trained(built.networks, phases)
     trainable = sum(p.numel() for p in {id(p): p for part in parts.values() for p in part.values()}.values())
     micro = opts.batch_size // (opts.accumulate * world)
-    forward, step = count_flops(built, facts, recipe)
+    forward, step = count_flops(built, facts)
     precision = opts.precision if opts.precision != "auto" else ("bf16" if bf16_supported() else "fp32")
     memory = memory_by_part(built, trained, recipe, precision, micro, facts)
     if opts.fsdp:
@@ -106,14 +107,14 @@ def make_plan(recipe: Recipe, device: torch.device | None = None, world: int = 1
     )
 
 
-def example(facts: Facts, n: int, device: torch.device | str, recipe: Recipe) -> Batch:
+def example(facts: Facts, n: int, device: torch.device | str, conditions: Conditions) -> Batch:
     """A batch of the right shapes."""
     tokens = bool(facts.vocab_size)
     seen = torch.zeros(n, *facts.sample_shape, device=device, dtype=torch.long if tokens else None)
     batch: Batch = {"tokens" if tokens else "x": seen, "index": torch.zeros(n, dtype=torch.long, device=device)}
     if facts.num_classes:
-        batch["y"] = torch.zeros(n, dtype=torch.long, device=device)
-    return batch
+        batch["label"] = torch.zeros(n, dtype=torch.long, device=device)
+    return batch | conditions.example(n, torch.device(device))
 
 
 class _MetaStep(Step):
@@ -136,12 +137,12 @@ class Unfollowed(ModuleTracker):
         pass
 
 
-def count_flops(built: build.Built, facts: Facts, recipe: Recipe) -> tuple[float | None, float | None]:
+def count_flops(built: build.Built, facts: Facts) -> tuple[float | None, float | None]:
     """(forward, forward and backward) FLOPs of every phase's loss for one image, by torch's counter on meta tensors;
     None where a phase needs the values of its tensors."""
     n = 2  # losses may take statistics over the batch
     step = _MetaStep(index=0, device=torch.device("meta"))
-    batch = example(facts, n, "meta", recipe)
+    batch = example(facts, n, "meta", built.conditions)
     forward = total = 0.0
     try:
         for phase in built.objective.phases():
@@ -189,7 +190,7 @@ def memory_by_part(
     try:
         with torch.autograd.graph.saved_tensors_hooks(pack, lambda t: t):
             for phase in built.objective.phases():
-                built.objective.loss(phase.name, example(facts, 2, "meta", recipe), step)
+                built.objective.loss(phase.name, example(facts, 2, "meta", built.conditions), step)
         parts["activations"] = saved // 2 * micro
     except (RuntimeError, NotImplementedError):
         pass
@@ -237,7 +238,7 @@ def time_steps(
     for network in built.networks.values():
         network.to(device)
     step = Step(index=0, device=device)
-    batch = example(facts, n, device, recipe)
+    batch = example(facts, n, device, built.conditions)
     built.objective.prepare(batch, step)
     times: list[float] = []
     while len(times) < 4 and sum(times) < TIMED_SECONDS / 2:

@@ -36,7 +36,9 @@ def preview(t: Trainer, done: int, progress: Progress) -> None:
         modes = [(module, module.training) for module in model.modules()]  # a part of it may be frozen
         model.eval()
         stack.callback(restore_modes, modes)
-        loaded = ckpt.Loaded(model, ckpt.build_view(model, own.view), t.feed.codec, own, t.run.path, t.sampled_with)
+        loaded = ckpt.Loaded(
+            model, ckpt.build_view(model, own.view), t.feed.codec, own, t.run.path, t.sampled_with, t.conditions
+        )
         with t.acc.autocast():
             generate.preview(loaded, t.recipe, file, t.opts.preview_n, t.device, t.feed)
     progress.update(done, "")

@@ -38,6 +38,7 @@ def header(t: Trainer, role: str = "model", weights: str = "raw") -> ckpt.Header
         step=t.start,
         images=t.images,
         weights=weights,
+        conditions=t.conditions.components() if role == "model" else None,
     )
 
 

@@ -14,6 +14,7 @@ from torch import Tensor, nn
 
 from vgm_cli import limits
 from vgm_cli.api import Batch, Checkpointing, Phase, Step
+from vgm_cli.conditioning import Conditions
 from vgm_cli.engine import build
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine.environment import bf16_supported
@@ -34,15 +35,22 @@ class Root(nn.Module):
     """What one optimizer trains, wrapped once by DDP/FSDP; its forward is a phase's loss, so that whatever happens
     inside (two discriminator calls, double backward, JVPs) stays inside one wrapped forward."""
 
-    def __init__(self, objective: Any, networks: Mapping[str, nn.Module], autocast: Callable[[], Any] = nullcontext):
+    def __init__(
+        self,
+        objective: Any,
+        networks: Mapping[str, nn.Module],
+        conditions: Conditions,
+        autocast: Callable[[], Any] = nullcontext,
+    ):
         super().__init__()
         self.networks = nn.ModuleDict(networks)
-        self._objective = [objective]  # in a list: the objective's other networks are not this root's children
+        self._others = objective, conditions  # in a tuple: their other networks are not this root's children
         self._autocast = autocast  # where nothing wraps the root that would do it
 
     def forward(self, phase: str, batch: Batch, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
         with self._autocast():
-            return self._objective[0].loss(phase, batch, step)  # type: ignore[no-any-return]
+            objective, conditions = self._others
+            return objective.loss(phase, conditions.apply(batch, step, trained=True), step)  # type: ignore[no-any-return]
 
 
 @dataclass
@@ -129,7 +137,7 @@ def compare(recipe: Recipe, run: Run) -> None:
     rename(then, {})
     free = {f"train.{k}" for k in MAY_CHANGE} | {f"roles.{role}.run" for role in recipe.roles()}  # by its hash
     before, now = flat(with_defaults(then)), flat(with_defaults(parse_yaml(recipe.dump(), "the recipe")))
-    order = ("paper", "model", "roles", "codec", "objective", "data")  # what says most comes first
+    order = ("paper", "model", "roles", "codec", "conditions", "objective", "data")  # what says most comes first
     changed = sorted(
         (k for k in before.keys() | now.keys() if before.get(k) != now.get(k) and k not in free),
         key=lambda k: (order.index(head) if (head := k.split(".")[0]) in order else len(order), k != f"{head}.name", k),
@@ -177,9 +185,9 @@ class Trainer:
         built = build.build_objective(recipe, self.facts, {"codec": self.feed.codec, **roles})
         built.check_parts()
         self.objective, self.networks, self.components = built.objective, built.networks, built.components
-        self.references, self.sampled_with = built.parts, built.sampled_with
+        self.references, self.sampled_with, self.conditions = built.parts, built.sampled_with, built.conditions
         ckpt.check_view(self.objective.view())
-        self.phases: list[Phase] = list(self.objective.phases())
+        self.phases: list[Phase] = built.phases()
         self.trained = sorted({role for phase in self.phases for role in phase.roles})
         self._place(micro_size)
         self._choose_kernels()
@@ -199,8 +207,9 @@ class Trainer:
             if channels_last(network, self.opts.channels_last):
                 network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
         self.objective.to(self.device)
+        self.conditions.to(self.device)
         first = self.feed.first(micro_size, self.objective.prepare_size)
-        self.objective.prepare(self.feed.to_model(first, self.step(0)), self.step(0))
+        self.objective.prepare(self.to_model(first, self.step(0)), self.step(0))
         for network in self.networks.values():
             network.eval()
         for name in {n for phase in self.phases for n in phase.trains}:
@@ -236,7 +245,9 @@ class Trainer:
         for name in dict.fromkeys(p.optimizer for p in self.phases):
             roles = sorted({r for p in self.phases if p.optimizer == name for r in p.roles})
             networks = {r: self.networks[r] for r in roles}
-            roots[name] = Root(self.objective, networks, self.acc.autocast if self.sharded else nullcontext)
+            roots[name] = Root(
+                self.objective, networks, self.conditions, self.acc.autocast if self.sharded else nullcontext
+            )
             if self.sharded:
                 sharding.shard(roots[name], self.device)
         self.parts = optim.trained(self.networks, self.phases)
@@ -283,6 +294,11 @@ class Trainer:
             total=self.opts.steps,
             device=self.device,
         )
+
+    def to_model(self, batch: Batch, step: Step) -> Batch:
+        """On the device, latents drawn from the posterior of a frozen codec, then conditions; those whose encoders are
+        trained are left to the root."""
+        return self.conditions.apply(self.feed.to_model(batch, step), step)
 
     def begin_step(self, step: Step) -> None:
         """What the recipe and the objective want of the optimizers at this step."""
