@@ -64,6 +64,12 @@ CONDITIONS = (
         from_data={"num_classes": "num_classes", "class_names": "class_names"},
         summary="the class of an image",
     ),
+    Component(
+        kind="condition",
+        name="words",
+        target="vgm_cli.nets.text:WordEncoder",
+        summary="a text as learned vectors of its words, trained with the network",
+    ),
 )
 
 

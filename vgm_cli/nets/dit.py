@@ -159,6 +159,7 @@ class DiT(nn.Module):
         class_dropout_prob: Fraction = 0.1,  # > 0: the label table has a null class
         num_classes: Whole = 1000,
         learn_sigma: bool = True,  # twice the output channels: the second half is the variance
+        context_dim: Width | None = None,  # width of a text's vectors, whose sum conditions like a class; None: none
     ):
         super().__init__()
         if input_size % patch_size:
@@ -174,6 +175,7 @@ class DiT(nn.Module):
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, has_null=class_dropout_prob > 0)
+        self.context_embedder = None if context_dim is None else nn.Linear(context_dim, hidden_size)
         grid = input_size // patch_size
         self.pos_embed = nn.Parameter(torch.zeros(1, grid * grid, hidden_size), requires_grad=False)
         self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
@@ -219,13 +221,16 @@ class DiT(nn.Module):
         x = x.view(len(x), grid, grid, p, p, -1)  # (N, h, w, p, p, C)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, self.input_size, self.input_size)
 
-    def embed(self, x: Tensor, t: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
+    def embed(self, x: Tensor, t: Tensor, y: Tensor | None, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
         """What forward is given -> tokens (N, T, D) and their condition (N, D)."""
         if x.shape[1:] != self.sample_shape:
             raise VgmError(f"the network is built for {self.sample_shape}, got {tuple(x.shape[1:])}", code=USAGE)
         if y is None:
             y = self.null_labels(x)
-        return self.x_embedder(x) + self.pos_embed, self.t_embedder(t) + self.y_embedder(y)
+        c = self.t_embedder(t) + self.y_embedder(y)
+        if self.context_embedder is not None and context is not None:
+            c = c + self.context_embedder(context.sum(1))
+        return self.x_embedder(x) + self.pos_embed, c
 
     def run(self, block: nn.Module, x: Tensor, c: Tensor) -> Tensor:
         """block(x, c), recomputed in backward when `checkpointing` is on."""
@@ -243,10 +248,11 @@ class DiT(nn.Module):
         t: Tensor,
         layers: Sequence[str],
         y: Tensor | None = None,
+        context: Tensor | None = None,
     ) -> list[Tensor]:
         """Tokens (N, T, D) behind the blocks that are named "blocks.3"; see api.HasFeatures."""
         at = places(layers, [f"blocks.{i}" for i in range(len(self.blocks))])
-        x, c = self.embed(x, t, y)
+        x, c = self.embed(x, t, y, context)
         found: list[Tensor] = []
         for block in self.blocks[: max(at, default=-1) + 1]:
             x = self.run(block, x, c)
@@ -257,10 +263,10 @@ class DiT(nn.Module):
     def example(config: Mapping[str, Any]) -> dict[str, Tensor]:
         return images(config["in_channels"], config["input_size"], config["num_classes"])
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        """x: (N, C, H, W); t: (N,) timesteps in [0, 1000); y: (N,) int64 labels. Gives (N, C or 2C, H, W). VgmError: x
-        has another size than the positions."""
-        x, c = self.embed(x, t, y)
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+        """x: (N, C, H, W); t: (N,) timesteps in [0, 1000); y: (N,) int64 labels; context: (N, L, context_dim) a
+        text. Gives (N, C or 2C, H, W). VgmError: x has another size than the positions."""
+        x, c = self.embed(x, t, y, context)
         for block in self.blocks:
             x = self.run(block, x, c)  # (N, T, D)
         return self.unpatchify(self.final_layer(x, c))  # (N, C or 2C, H, W)
@@ -270,5 +276,5 @@ class SiT(DiT):
     """DiT as Scalable Interpolant Transformers use it (willisma/SiT@947f95b): t in [0, 1] fed as it is, and only the
     first half of the output channels returned; learn_sigma stays true so that published weights fit."""
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None) -> Tensor:
-        return super().forward(x, t, y)[:, : self.in_channels]
+    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+        return super().forward(x, t, y, context)[:, : self.in_channels]

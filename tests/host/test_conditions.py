@@ -1,0 +1,180 @@
+"""Conditions: labels and texts on their way from the data and the command line to the network."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from vgm_cli import recipe as recipes
+from vgm_cli import renamed
+from vgm_cli.api import Step
+from vgm_cli.conditioning import ClassLabel, Conditions, Part, unconditional
+from vgm_cli.data.arrays import COLOURS, SHAPES
+from vgm_cli.errors import VgmError
+from vgm_cli.nets.text import WordEncoder
+
+WORDS = ["a", *COLOURS, *SHAPES]
+Vgm = Callable[..., tuple[int, str, str]]
+
+
+def judged(image: np.ndarray) -> str:
+    """What a picture (H, W, 3) of a coloured shape on white shows, by its mean colour and how it fills its box."""
+    distance = np.abs(image.astype(float) - 255).max(-1)
+    inside = distance > 0.5 * distance.max()
+    colour = image[inside].mean(0)
+    name = min(COLOURS, key=lambda c: float(np.square(colour - COLOURS[c]).sum()))
+    rows, columns = inside.any(1).nonzero()[0], inside.any(0).nonzero()[0]
+    filled = inside.sum() / ((rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1))
+    return f"a {name} {'square' if filled > 0.89 else 'circle' if filled > 0.64 else 'triangle'}"
+
+
+def test_the_judge_knows_the_shipped_shapes() -> None:
+    from vgm_cli.data import open_dataset
+
+    data = open_dataset("shapes", split="test", quiet=True)
+    images = data.images(range(len(data))).permute(0, 2, 3, 1).numpy()
+    right = [judged(image) == data.caption(i) for i, image in enumerate(images)]
+    assert np.mean(right) > 0.95
+
+
+class Null(nn.Module):
+    def null_condition(self, cond: dict[str, Any]) -> dict[str, Any]:
+        return {**cond, "y": torch.full_like(cond["y"], 9)}
+
+
+def test_rows_are_dropped_once_wherever_they_are_computed() -> None:
+    conditions = Conditions([Part("class", ClassLabel(9), "label", dropout=0.5)], Null())
+    batch = {"label": torch.arange(8)}
+    whole = conditions.apply(batch, Step(3))["cond"]["y"]
+    assert 0 < (whole == 9).sum() < 8 and torch.equal(whole[whole != 9], torch.arange(8)[whole != 9])
+    halves = [conditions.apply({"label": torch.arange(8)[4 * r : 4 * r + 4]}, Step(3, rank=r, world=2)) for r in (0, 1)]
+    assert torch.equal(torch.cat([h["cond"]["y"] for h in halves]), whole)
+    assert not torch.equal(conditions.apply(batch, Step(4))["cond"]["y"], whole)
+
+
+def test_a_condition_without_its_column_is_told() -> None:
+    with pytest.raises(VgmError, match=r"conditions\.text reads 'text'") as e:
+        Conditions([Part("text", WordEncoder(WORDS), "text")]).apply({"label": torch.arange(2)}, Step(0))
+    assert e.value.code == 2
+
+
+def test_no_condition_beside_one() -> None:
+    cond = {"y": torch.tensor([1, 2]), "context": torch.ones(2, 3, 4)}
+    null = unconditional(Null(), cond, {"context": torch.zeros(1, 3, 4)})
+    assert null["y"].tolist() == [9, 9] and null["context"].shape == (2, 3, 4) and not null["context"].any()
+    with pytest.raises(VgmError, match="no null class"):
+        unconditional(nn.Identity(), cond)
+
+
+def test_words_are_read_by_the_word() -> None:
+    encoder = WordEncoder(WORDS, width=4, length=3)
+    context = encoder.encode(["a red circle", "A RED", "a mauve thing here"], torch.device("cpu"))["context"]
+    assert torch.equal(context[0, :2], context[1, :2]) and not context[1, 2].any()
+    assert torch.isfinite(context[2]).all(), "captions may have other words"
+    for wrong, told in (("a mauve circle", "mauve"), ("a red red circle", "4 words")):
+        with pytest.raises(VgmError, match=told):
+            encoder.parse([wrong])
+
+
+OLD = {
+    "dropout of labels": (
+        {"objective": {"name": "iddpm", "label_dropout": 0.3}},
+        {"objective": {"name": "iddpm"}, "conditions": {"class": {"dropout": 0.3}}},
+    ),
+    "its default": (
+        {"objective": {"name": "flow-matching"}},
+        {"objective": {"name": "flow-matching"}, "conditions": {"class": {"dropout": 0.1}}},
+    ),
+    "none": ({"objective": {"name": "vae"}}, {"objective": {"name": "vae"}, "conditions": {"class": {"dropout": 0.0}}}),
+    "an own keyword": (
+        {"objective": {"name": "mine", "label_dropout": 0.3}},
+        {"objective": {"name": "mine", "label_dropout": 0.3}, "conditions": {"class": {"dropout": 0.0}}},
+    ),
+    "a text encoder": (
+        {
+            "objective": {"name": "llamagen", "label_dropout": 0.2},
+            "roles": {"text": {"kind": "model", "name": "flan-t5", "path": "T5"}},
+        },
+        {"objective": {"name": "llamagen"}, "conditions": {"text": {"name": "flan-t5", "path": "T5", "dropout": 0.2}}},
+    ),
+    "said anew": (
+        {"objective": {"name": "iddpm"}, "conditions": {"text": {"name": "words"}}},
+        {"objective": {"name": "iddpm"}, "conditions": {"text": {"name": "words"}}},
+    ),
+}
+
+
+@pytest.mark.parametrize("name", OLD)
+def test_recipes_of_earlier_versions(name: str) -> None:
+    then, now = OLD[name]
+    renamed.conditions(then)
+    assert then == now
+    renamed.conditions(then)
+    assert then == now, "nothing is left to rename"
+
+
+def test_the_command_line_may_say_it_as_before() -> None:
+    new = recipes.load("dit/mnist", None, ["objective.label_dropout=0.25"])
+    assert new.config["conditions"] == {"class": {"dropout": 0.25}} and "label_dropout" not in new.config["objective"]
+    assert (
+        recipes.load("dit/mnist", None, ["conditions.class.dropout=0.5"]).config["conditions"]["class"]["dropout"]
+        == 0.5
+    )
+
+
+TINY = ("model.hidden_size=16", "model.depth=1", "model.num_heads=2", "model.context_dim=8", "conditions.text.width=8",
+        "train.steps=2", "train.batch_size=8", "train.preview_n=2", "train.precision=fp32")  # fmt: skip
+
+
+def test_texts_from_training_to_pictures(vgm: Vgm, tmp_run: Path) -> None:
+    """The encoder is trained, kept beside the network, found again; a picture depends on its prompt and number alone."""
+    run = tmp_run / "text"
+    code, _, err = vgm("train", "sit", "--recipe", "text", *TINY, "--out", run)
+    assert code == 0, err
+    step = run / "checkpoints/step-00000002"
+    assert (step / "text.safetensors").is_file()
+
+    def drawn(*words: Any) -> np.ndarray:
+        out = tmp_run / "x.npz"
+        code, _, err = vgm("sample", run, "-n", 5, "--steps", 2, *words, "--out", out, "--overwrite")
+        assert code == 0, err
+        return np.load(out)["arr_0"].astype(int)
+
+    two = ("--prompt", "a red circle", "--prompt", "a blue square", "--guidance-scale", 3)
+    images = drawn(*two, "--batch-size", 64)
+    assert abs(images - drawn(*two, "--batch-size", 2)).max() <= 1
+    assert abs(images[::2] - drawn("--prompt", "a red circle", "--guidance-scale", 3)[::2]).max() <= 1
+    code, _, err = vgm("sample", run, "--prompt", "a purple circle", "--out", tmp_run / "y.png")
+    assert code == 2 and "purple" in err
+    code, _, err = vgm(
+        "sample", run, "-n", 2, "--steps", 2, *two[:4], "--negative", "a triangle", "--out", tmp_run / "y.png"
+    )
+    assert code == 0, err
+    code, _, err = vgm("rerun", tmp_run / "y.png", "--out", tmp_run / "z.png")
+    assert code == 0, err
+    (step / "text.safetensors").unlink()
+    code, _, err = vgm("sample", run, *two, "--out", tmp_run / "w.png")
+    assert code == 4 and "text.safetensors" in err
+
+
+@pytest.mark.slow
+def test_the_text_recipe_obeys_its_prompts(vgm: Vgm, tmp_run: Path) -> None:
+    """At least 90 % of the colours that prompts ask for, 80 % of colours and shapes together."""
+    run, out, asked = tmp_run / "text", tmp_run / "x.npz", [f"a {c} {s}" for c in COLOURS for s in SHAPES]
+    code, _, err = vgm("train", "sit", "--recipe", "text", "--out", run)
+    assert code == 0, err
+    words = [w for prompt in asked for w in ("--prompt", prompt)]
+    code, _, err = vgm("sample", run, "-n", 240, *words, "--out", out)
+    assert code == 0, err
+    shown = [judged(image).split() for image in np.load(out)["arr_0"]]
+    wanted = [asked[i % len(asked)].split() for i in range(240)]
+    colours = np.mean([a[1] == b[1] for a, b in zip(shown, wanted)])
+    both = np.mean([a == b for a, b in zip(shown, wanted)])
+    print(f"colours {colours:.3f}, colours and shapes {both:.3f}")
+    assert colours >= 0.9 and both >= 0.8
