@@ -111,24 +111,22 @@ def bound_likelihood(view: Denoiser, x: Tensor, generators: list[torch.Generator
 
 
 class BitsPerDim:
-    """-log2 p per dimension of held-out (or training) images. n: images, evenly spaced over the data; probes, method,
-    steps, rtol, atol: of the ODE, for diffusion and flow models; probes=0 takes the exact trace; method=vlb is the
-    variational bound of those with discrete steps. samples: posterior draws of latent-variable models, None for the
-    model's own number. estimator: theirs, where they know several."""
+    """-log2 p per dimension of held-out (or training) images, by the model's own likelihood or the probability-flow
+    ODE."""
 
     needs_model = True
     gives = ("bits-per-dim", "bits-per-latent-dim")
 
     def __init__(
         self,
-        n: Count | None = None,
-        probes: int = 1,
-        method: str = "dopri5",
-        steps: Steps = 100,
-        rtol: Positive = 1e-5,
-        atol: Positive = 1e-5,
-        samples: Count | None = None,
-        estimator: str | None = None,
+        n: Count | None = None,  # images, evenly spaced over the data; None: 256
+        probes: int = 1,  # of the trace's estimate; 0: the exact trace
+        method: str = "dopri5",  # solver of the ODE, or vlb: the bound of a process with discrete steps
+        steps: Steps = 100,  # of solvers with fixed steps
+        rtol: Positive = 1e-5,  # relative tolerance of dopri5
+        atol: Positive = 1e-5,  # absolute tolerance of dopri5
+        samples: Count | None = None,  # posterior draws of latent-variable models; None: the model's own number
+        estimator: str | None = None,  # which estimator, of models that know several
     ):
         if method not in ("dopri5", "vlb", *ODE):
             raise unknown("method", method, ("dopri5", "vlb", *ODE))

@@ -171,13 +171,13 @@ class Sides:
 
     def __init__(
         self,
-        pictures: Pictures | None,
-        reference: Pictures | Statistics | None,
-        features: Any,
-        resize: str,
-        batch_size: int,
-        device: torch.device,
-        progress: Progress | None = None,
+        pictures: Pictures | None,  # the samples
+        reference: Pictures | Statistics | None,  # images, or statistics of them; None: no metric compares
+        features: Any,  # {name: network}, as the metrics want them
+        resize: str,  # how images are brought to a network's side
+        batch_size: int,  # images per forward
+        device: torch.device,  # where networks run
+        progress: Progress | None = None,  # called with what is done; None: silence
     ):
         self.pictures, self.reference, self.features, self.resize = pictures, reference, features, resize
         self.batch_size, self.device, self.progress = batch_size, device, progress
