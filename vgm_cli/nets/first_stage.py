@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.nets.autoencoder import AttnType, Decoder, Encoder
-from vgm_cli.nn.example import noise
 from vgm_cli.nn.collectives import average
+from vgm_cli.nn.example import noise
 from vgm_cli.nn.quantize import EMAVectorQuantizer, GumbelQuantizer, Unknown, VectorQuantizer
 from vgm_cli.ranges import Blocks, Fraction, NonNegative, Positive, Side, Vocabulary, Width
 

@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vgm_cli.nn.precision import full_precision
 from vgm_cli.nn.collectives import total
+from vgm_cli.nn.precision import full_precision
 
 Unknown = Literal["random", "extra"] | int
 
