@@ -106,7 +106,8 @@ class Job:
 
 
 def fill(side: Measured, needs: set[str], parts: list[dict[str, Tensor]], merged: dict[str, Moments]) -> None:
-    """Fill the fields `needs` of a Measured from the batches of features (`parts`) and the running moments (`merged`)."""
+    """Fill the fields `needs` of a Measured from the batches of features (`parts`) and the running moments
+    (`merged`)."""
     for need, output in (("moments", "pool"), ("spatial", "spatial")):
         if need in needs:
             setattr(side, need, merged.get(output) or moments_of([p[output] for p in parts]))
@@ -230,7 +231,8 @@ def save_statistics(
 
 
 def source_facts(reference: Pictures | Statistics | None) -> dict[str, Any]:
-    """The keys of a result's protocol that say which reference was used: path, fingerprint, and what its file states."""
+    """The keys of a result's protocol that say which reference was used: path, fingerprint, and what its file
+    states."""
     if reference is None:
         return {}
     if isinstance(reference, Statistics):

@@ -161,7 +161,8 @@ def condition(
 
 
 def keep_best(best: dict[str, Any], x: Tensor, residual: Tensor, info: Mapping[str, Any]) -> None:
-    """Per item, keep whichever of `best` and this attempt fits the measurement better. x: (B, C, H, W), residual: (B,)."""
+    """Per item, keep whichever of `best` and this attempt fits the measurement better. x: (B, C, H, W), residual:
+    (B,)."""
     curve = torch.stack(info["residual"]) if info.get("residual") else torch.zeros(0, len(x))
     if not best:
         best.update(images=x, residual=residual, curve=curve, nfe=info.get("nfe"))

@@ -366,7 +366,8 @@ def shown(loaded: Loaded, x: Tensor, device: torch.device) -> Tensor:
 
 
 def again_name(image: Path, item: bool) -> Path:
-    """The default path of a picture that `vgm rerun` makes, outside of folders whose pictures are counted as samples."""
+    """The default path of a picture that `vgm rerun` makes, outside of folders whose pictures are counted as
+    samples."""
     if not item:
         return free_name(Path(f"{image.stem}-again.png"))
     folder = image.resolve().parent

@@ -58,7 +58,8 @@ class Feed:
 
     @property
     def drawn(self) -> bool:
-        """Whether the data set holds latents that were drawn from a posterior once, instead of its mean and variance."""
+        """Whether the data set holds latents that were drawn from a posterior once, instead of its mean and
+        variance."""
         return isinstance(self.dataset, Latents) and self.dataset.drawn
 
     def describe(self) -> dict[str, Any]:
