@@ -42,7 +42,8 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
 
 
 def prepare(x: Tensor, crop: bool = False) -> Tensor:
-    """What LPIPS is shown: the middle of a face where `crop`, box-averaged to 256 pixels. x: (B, C, H, W)."""
+    """Images (B, C, H, W) as LPIPS compares them: with `crop` the middle of a face, then averaged down to 256
+    pixels."""
     if crop:
         c = x.shape[2] // 8
         x = x[:, :, c * 3 : c * 7, c * 2 : c * 6]

@@ -33,13 +33,8 @@ GO_ON = "--resume goes on"
 
 
 def update(t: Trainer, index: int, batches: Iterator[Batch]) -> None:
-    """One training step: the gradients of `accumulate` micro-batches, and one optimizer step for every phase that is
-    due.
-
-    batches yields this process's micro-batches, {"x": (B, C, H, W) or "moments", "y": (B,), "index": (B,), ...}. The
-    objective may turn them into others (roll-outs of reinforcement learning), several in a row, each of which is an
-    update of its own. index counts from 0.
-    """
+    """One step: gradients of `accumulate` micro-batches, {"x": (B, ...), ...} as Feed.to_model gives them, then one
+    optimizer step for every phase that is due; again for every further batch that `experience` made of them."""
     torch.manual_seed(seed_of(t.opts.seed, index, t.rank))  # nn.Dropout and the like
     steps = [t.step(index, micro) for micro in range(t.opts.accumulate)]
     micros = [t.to_model(next(batches), step) for step in steps]
@@ -68,10 +63,8 @@ def update(t: Trainer, index: int, batches: Iterator[Batch]) -> None:
 
 
 def run(t: Trainer, until: int, guard: Guard, quiet_end: bool = False) -> Outcome:
-    """Train from step t.start to `until`, with logging, saving and previews in between, and return what came out.
-
-    guard: tells whether a signal asks the run to stop. quiet_end: the closing lines are left to the caller.
-    """
+    """Train from step t.start to `until`, with logging, saving and previews. quiet_end: the caller says the last
+    words."""
     opts = t.opts
     batches = t.feed.batches(t.start * opts.accumulate)
     report.announce(t, until)
