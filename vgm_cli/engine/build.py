@@ -56,8 +56,7 @@ def labelled(recipe: Recipe, dataset: Any) -> bool:
 
 
 def facts_behind(facts: Facts, codec: Any, dataset: Any = None) -> Facts:
-    """Facts of the data behind a codec. The size of the images comes from a set of latents where it is known there,
-    else from the codec."""
+    """Facts of the data behind a codec; a set of latents knows the size of its images, or its codec does."""
     if isinstance(dataset, Latents):
         channels, size, _ = dataset.image_shape_for(codec)
         facts = Facts.of_pixels(size, channels, num_classes=facts.num_classes, class_names=facts.class_names)
@@ -88,8 +87,7 @@ class PlannedCodec:
 
 
 def planned_codec(recipe: Recipe, facts: Facts, dataset: Any = None) -> PlannedCodec:
-    """Predict which codec `find_codec` will choose, without training one: by trying it on the data where there is some,
-    otherwise from shapes alone."""
+    """Predict which codec `find_codec` will choose, by trying it on the data, or without data from shapes alone."""
     node = recipe.config["codec"]
     if node.get("fallback") and not isinstance(dataset, Latents):
         if not (node.get("weights") and carries(node, facts, dataset)):

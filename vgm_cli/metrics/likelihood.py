@@ -72,10 +72,10 @@ def denoiser_likelihood(
     probes: int | None = 1,
     **cond: Any,
 ) -> tuple[Tensor, str]:
-    """The contract's answer for a Denoiser: (nats (B,), kind). x: uint8 (B, C, H, W), or float latents (B, c, h, w).
+    """Likelihood of a Denoiser by its probability-flow ODE: (nats (B,), the method in words).
 
-    probes: Hutchinson probes averaged over (each a run of the ODE), None for the exact trace (one gradient per
-    dimension and evaluation: small images only).
+    x: uint8 (B, C, H, W), or float latents (B, c, h, w). probes: Hutchinson probes to average, each a run of the ODE;
+    None: the exact trace, one gradient per dimension and evaluation, for small images only.
     """
     shape = x.shape[1:]
     discrete = x.dtype == torch.uint8
@@ -97,8 +97,11 @@ def denoiser_likelihood(
 
 
 def bound_likelihood(view: Denoiser, x: Tensor, generators: list[torch.Generator], **cond: Any) -> tuple[Tensor, str]:
-    """The contract's answer by the variational bound of a discrete process: one evaluation and one draw per timestep.
-    x: uint8 (B, C, H, W). VgmError: latents, or a network of continuous time."""
+    """Likelihood of a discrete process by its variational bound, one evaluation and one draw per timestep: (nats (B,),
+    words).
+
+    x: uint8 (B, C, H, W). VgmError: latents, or a network of continuous time.
+    """
     if x.dtype != torch.uint8:
         raise VgmError("the variational bound is one of 8-bit pixels, not of latents", "method=dopri5", USAGE)
     process, z = process_of(view), x.float() / LEVELS - 1
@@ -174,7 +177,8 @@ class BitsPerDim:
     def answerer(
         self, subject: Subject
     ) -> Callable[[Tensor, list[torch.Generator], dict[str, Tensor]], tuple[Tensor, str]]:
-        """What to ask for nats: the view itself, or the ODE of a Denoiser."""
+        """The function that computes nats for this model: its own `log_likelihood`, or for a Denoiser that of the
+        ODE."""
         view = subject.view
         if isinstance(view, HasLogLikelihood):
             own = view.log_likelihood
