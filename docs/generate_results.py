@@ -32,8 +32,8 @@ VAE_BITS = "bits-per-dim:n=256:samples=1,bits-per-dim:n=256:samples=100"
 
 @dataclass
 class Run:
-    """command makes the run ({dir}: where other runs lie, of which it needs `after`); metrics are of 2,000 samples,
-    bits a likelihood of images that the run left out, where it left any; restore are tasks for the run as a prior."""
+    """command makes the run ({dir}: where other runs lie, of which it needs `after`); metrics are of 2,000 samples, bits
+    a likelihood of images that the run left out, where it left any; restore are tasks for the run as a prior."""
 
     name: str
     command: str
@@ -52,6 +52,8 @@ RUNS = [  # the longest first, those that others wait for before all
     Run("consistency", "train consistency"),
     Run("dit", "train dit", bits="bits-per-dim:n=50"),
     Run("stylegan", "train stylegan"),
+    Run("vdmpp", "train vdmpp", bits="bits-per-dim:n=50,bits-per-dim:n=50:method=elbo"),
+    Run("vdm", "train vdmpp --recipe mnist-vdm", "fid", bits="bits-per-dim:n=500:method=elbo"),
     Run("glow", "train glow", bits="bits-per-dim:n=256"),
     Run("flow-grpo", "finetune-rl flow-grpo --model {dir}/rectified-flow", after="rectified-flow"),
     Run("rectified-flow-2", "distill rectified-flow --recipe mnist-reflow --teacher {dir}/rectified-flow",
@@ -251,7 +253,7 @@ twice. images/s: sampling, 200 images. vqgan's FID is of reconstructions, its PS
 bits/dim: 8-bit pixels unless it says otherwise; where densities are continuous, with uniform dequantisation. Exact for glow, the
 black border that it puts around digits counted in; ELBO and a tighter bound of 100 draws (IWAE) for vae; the probability-flow
 ODE of 50 images for diffusion and flow models. Models behind a codec have the likelihood of its latents or codes ("per latent"),
-which does not compare with that of pixels. Of held-out digits for vae, glow and dps, which are trained without every tenth; of
+which does not compare with that of pixels. Of held-out digits for vae, glow, dps and vdm, which are trained without every tenth; of
 training digits for the others.
 
 ## Distillation (`vgm distill`)

@@ -84,6 +84,7 @@ TINY: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "stylegan2-discriminator": ({"size": 16, "architecture": "skip"} | NARROW, ()),
     "stylegan2-tf": (STYLE | NARROW, ()),
     "vae-pythae": ({"size": 8, "latent_dim": 3, "hidden": [12], "architecture": "mlp", "activation": "relu"}, ()),
+    "vdm": ({"n_embd": 32, "n_layer": 2, "attention": True, "gamma": "learnable_nnet", "pinned": False}, ()),
     "vq-autoencoder": (STAGE | {"n_embed": 16}, ()),
     "vqgan": (STAGE | {"n_embed": 16, "embed_dim": 128}, ()),
     "vqgan-prior": (PRIOR, ()),

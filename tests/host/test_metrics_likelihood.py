@@ -14,10 +14,12 @@ from torch import Tensor
 from vgm_cli.api import generators
 from vgm_cli.conditioning import ClassLabel, Conditions, Part
 from vgm_cli.diffusion.denoiser import Denoiser
-from vgm_cli.diffusion.path import DiscreteVPPath
+from vgm_cli.diffusion.likelihood import CLEANEST, Bound, elbo, pixel_levels
+from vgm_cli.diffusion.path import DiscreteVPPath, make_path
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.metrics.base import Subject
-from vgm_cli.metrics.likelihood import BitsPerDim, denoiser_likelihood, dequantise
+from vgm_cli.metrics.likelihood import BitsPerDim, denoiser_bound, denoiser_likelihood, dequantise
+from vgm_cli.nn.shapes import expand
 
 MEAN, STD = -0.1, 0.4  # of every pixel, on the training scale
 
@@ -75,6 +77,66 @@ def test_bits_per_dim_of_a_gaussian_is_its_entropy() -> None:
     assert value.value == pytest.approx(entropy, abs=4 * (value.uncertainty or 0))
     assert value.uncertainty is not None and value.uncertainty < 0.02
     assert value.options["dimensions"] == 9
+
+
+def exact_noise(path: str) -> Denoiser:
+    """The optimal eps of N(0, STD^2) on any path, from the log-SNR that the network is told."""
+    own = make_path(path)
+
+    def network(z: Tensor, l: Tensor) -> Tensor:
+        t = own.t_of_logsnr(l.double())
+        alpha, sigma = expand(own.alpha(t), z), expand(own.sigma(t), z)
+        return (sigma * z / (alpha**2 * STD**2 + sigma**2)).to(z.dtype)
+
+    return Denoiser(network, path, "eps", time="logsnr")
+
+
+@pytest.mark.parametrize("path", ["linear", "cosine", "vp", "edm", "vp-discrete"])
+def test_the_bound_of_a_gaussian_is_its_entropy(path: str) -> None:
+    """With the optimal denoiser of continuous data the ELBO is tight, wherever a path begins and ends."""
+    g = torch.Generator().manual_seed(0)
+    x = STD * torch.randn(64, 1, 4, 4, generator=g)
+    u = (torch.rand(64, generator=g) + torch.arange(200)[:, None] / 200) % 1
+    found = elbo(exact_noise(path), x, u, lambda: torch.randn(x.shape, generator=g))
+    nats = -torch.distributions.Normal(0.0, STD).log_prob(x.double()).flatten(1).sum(1)
+    assert all(part.shape == (64,) for part in found) and (found.prior >= 0).all() and (found.diffusion > 0).all()
+    assert float(sum(found).mean()) == pytest.approx(float(nats.mean()), abs=0.04 * 16)
+
+
+def test_the_bound_of_pixels() -> None:
+    """A denoiser that knows nothing of 8-bit levels pays what it loses by not guessing them, log2(step / (sigma
+    sqrt(2 pi e))) a pixel; images keep their numbers whatever their batch; the parts add up."""
+    n, view = 200, Denoiser(Exact(), "linear")
+    values = BitsPerDim(n=n, method="elbo", steps=30)(subject(view, FakeData(gaussian_images(n))), seed=0)
+    whole, *parts = values
+    assert [v.metric for v in values] == ["bits-per-dim", *(f"bits-per-dim-{p}" for p in Bound._fields)]
+    assert whole.value == pytest.approx(sum(p.value for p in parts)) and "ELBO" in whole.options["likelihood"]
+    assert {v.metric for v in values} <= set(BitsPerDim.gives)
+    entropy = 0.5 * math.log2(2 * math.pi * math.e * STD**2) + math.log2(127.5)
+    blind = math.log2(1 / 127.5 / (math.exp(-CLEANEST / 2) * math.sqrt(2 * math.pi * math.e)))
+    assert whole.value == pytest.approx(entropy + blind, abs=0.05 + 4 * (whole.uncertainty or 0))
+    x = gaussian_images(5)
+    together, _ = denoiser_bound(view, x, seeds(5), steps=3)
+    alone, _ = denoiser_bound(view, x[3:4], [seeds(5)[3]], steps=3)
+    for a, b in zip(together, alone):
+        torch.testing.assert_close(a[3:4], b)
+
+
+def test_where_the_decoder_looks() -> None:
+    """Least noise above half a level: the pixels are read off the network's estimate, not off the noisy image."""
+    g = torch.Generator().manual_seed(0)
+    x = gaussian_images(4).float() / 127.5 - 1
+    told: list[Tensor] = []
+
+    def knows(z: Tensor, t: Tensor) -> Tensor:
+        told.append(t)
+        return x
+
+    u, path = torch.rand(1, 4, generator=g), {"name": "ve", "sigma_min": 0.05}
+    found = elbo(Denoiser(knows, path, "x0"), x, u, lambda: torch.randn(x.shape, generator=g), pixel_levels())
+    logits = -0.5 * ((x[..., None] - pixel_levels()) / 0.05) ** 2
+    torch.testing.assert_close(found.reconstruction, -logits.log_softmax(-1).amax(-1).flatten(1).sum(1).double())
+    assert len(told) == 2
 
 
 class Eps(torch.nn.Module):

@@ -94,6 +94,12 @@ def gaussian_losses(
     return plain if weight is None else plain * weight.float(), plain
 
 
+def usual_time(path: Path) -> str:
+    """What networks on a path are usually told: Denoiser's `time`."""
+    usual: Mapping[type[Path], str] = {DiscreteVPPath: "index", EDMPath: "edm"}
+    return usual.get(type(path), "unit")
+
+
 class GaussianObjective(ObjectiveBase):
     """Denoising on any path. VgmError: unknown names."""
 
@@ -101,7 +107,7 @@ class GaussianObjective(ObjectiveBase):
 
     def __init__(
         self,
-        model: nn.Module,  # the network that is trained: (x, t, y) -> like x
+        model: nn.Module,
         path: str | dict[str, Any] = "vp-discrete",  # a name or {"name": ..., options}
         prediction: Literal["eps", "x0", "v", "velocity", "score", "F"] = "eps",  # what the network gives
         weighting: Weighting = "uniform",  # of the noise levels, see weight_of
@@ -116,9 +122,7 @@ class GaussianObjective(ObjectiveBase):
         if time_sampling not in get_args(TimeSampling):
             raise unknown("time sampling", time_sampling, get_args(TimeSampling))
         self.path = make_path(path)
-        if time is None:
-            usual: Mapping[type[Path], str] = {DiscreteVPPath: "index", EDMPath: "edm"}
-            time = usual.get(type(self.path), "unit")
+        time = time or usual_time(self.path)
         keywords: dict[str, Any] = {"time": time, "time_scale": time_scale, "sigma_data": sigma_data}
         self.denoiser = Denoiser(model, self.path, prediction, input_scale=input_scale, **keywords)
         self.model, self.networks = model, {"model": model}

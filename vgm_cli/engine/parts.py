@@ -47,8 +47,7 @@ class Reference:
 
     @property
     def cache_key(self) -> str:
-        """The key of caches of this codec's output: its hash, and ":tokens" or the like where the output is not
-        latents."""
+        """What a cache of a codec's output belongs to: the codec's hash, and the output where it is not its latents."""
         return f"{self.sha256}:{self.output}" if self.output else self.sha256
 
 

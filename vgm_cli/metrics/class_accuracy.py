@@ -36,8 +36,7 @@ def accuracy_of(logits: Tensor, labels: np.ndarray) -> float:
 
 
 class ClassAccuracy:
-    """Share of samples that the digit classifier recognises as their class: the shipped one, unless `features` names
-    another file."""
+    """Of the digit classifier, the shipped one unless `features` names another file of its kind."""
 
     network = "mnist"
     needs_samples = frozenset({"logits", "labels"})

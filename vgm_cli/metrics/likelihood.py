@@ -27,7 +27,8 @@ on: x is float latents (B, c, h, w) (drawn from the posterior with the same gene
 of the latents or tokens; the metric is called `bits-per-latent-dim` and divides by their number. A view that wants
 this sets `latent_likelihood = True`; without it the verb refuses.
 
-Diffusion and flow models need nothing of this: a `Denoiser` is measured by the probability-flow ODE (below).
+Diffusion and flow models need nothing of this: a `Denoiser` is measured by the probability-flow ODE, or with
+method=elbo bounded by its ELBO (both below), whose three parts are values of their own.
 """
 
 from __future__ import annotations
@@ -43,13 +44,14 @@ from torch import Tensor
 from vgm_cli.api import HasLatentLikelihood, HasLogLikelihood, generators, seed_of
 from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.diffusion.iddpm import process_of
-from vgm_cli.diffusion.likelihood import bits_per_dim, log_likelihood, rademacher
+from vgm_cli.diffusion.likelihood import Bound, bits_per_dim, elbo, log_likelihood, pixel_levels, rademacher
 from vgm_cli.diffusion.solvers.ode import ODE
 from vgm_cli.errors import USAGE, VgmError, unknown
 from vgm_cli.metrics.base import Subject, Value
 from vgm_cli.ranges import Count, Positive, Steps
 from vgm_cli.registry import coerce, signature
 
+METHODS = ("dopri5", "elbo", "vlb")
 IMAGES = 256  # measured where -n does not say
 LEVELS = 127.5  # data are uint8 / LEVELS - 1
 
@@ -72,10 +74,10 @@ def denoiser_likelihood(
     probes: int | None = 1,
     **cond: Any,
 ) -> tuple[Tensor, str]:
-    """Likelihood of a Denoiser by its probability-flow ODE: (nats (B,), the method in words).
+    """The contract's answer for a Denoiser: (nats (B,), kind). x: uint8 (B, C, H, W), or float latents (B, c, h, w).
 
-    x: uint8 (B, C, H, W), or float latents (B, c, h, w). probes: Hutchinson probes to average, each a run of the ODE;
-    None: the exact trace, one gradient per dimension and evaluation, for small images only.
+    probes: Hutchinson probes averaged over (each a run of the ODE), None for the exact trace (one gradient per
+    dimension and evaluation: small images only).
     """
     shape = x.shape[1:]
     discrete = x.dtype == torch.uint8
@@ -97,11 +99,8 @@ def denoiser_likelihood(
 
 
 def bound_likelihood(view: Denoiser, x: Tensor, generators: list[torch.Generator], **cond: Any) -> tuple[Tensor, str]:
-    """Likelihood of a discrete process by its variational bound, one evaluation and one draw per timestep: (nats (B,),
-    words).
-
-    x: uint8 (B, C, H, W). VgmError: latents, or a network of continuous time.
-    """
+    """The contract's answer by the variational bound of a discrete process: one evaluation and one draw per timestep.
+    x: uint8 (B, C, H, W). VgmError: latents, or a network of continuous time."""
     if x.dtype != torch.uint8:
         raise VgmError("the variational bound is one of 8-bit pixels, not of latents", "method=dopri5", USAGE)
     process, z = process_of(view), x.float() / LEVELS - 1
@@ -113,27 +112,57 @@ def bound_likelihood(view: Denoiser, x: Tensor, generators: list[torch.Generator
     return -bits.double() * z[0].numel() * math.log(2), f"variational bound, {process.steps} steps"
 
 
+def denoiser_bound(
+    view: Denoiser, x: Tensor, generators: list[torch.Generator], *, steps: int = 100, **cond: Any
+) -> tuple[Bound, str]:
+    """The ELBO of a Denoiser: its parts in nats, and what they are. x: as of denoiser_likelihood.
+
+    steps: noise levels that each image is tried at, (u + i / steps) mod 1 with its own u. Nothing is dequantised.
+    """
+    discrete = x.dtype == torch.uint8
+    z = x.float() / LEVELS - 1 if discrete else x
+    u = torch.stack([torch.rand((), generator=g) for g in generators]).to(x.device)
+    levels = (u + torch.arange(steps, device=x.device)[:, None] / steps) % 1
+
+    def randn() -> Tensor:
+        return torch.stack([torch.randn(x.shape[1:], generator=g) for g in generators]).to(x.device)
+
+    found = elbo(view, z, levels, randn, pixel_levels(device=x.device) if discrete else None, **cond)
+    return found, f"ELBO, {steps} noise levels an image"
+
+
+PARTS = Bound._fields
+
+
 class BitsPerDim:
-    """-log2 p per dimension of held-out (or training) images, by the model's own likelihood or the probability-flow
-    ODE."""
+    """-log2 p per dimension of held-out (or training) images.
+
+    n: images, evenly spaced over the data.
+    method: for diffusion and flow models: a solver of the probability-flow ODE; elbo, an upper bound whose three parts
+    are reported too; vlb, the bound of a network's own discrete steps with the variance that it learned.
+    probes, rtol, atol: of the ODE; probes=0 takes the exact trace.
+    steps: of an ODE with a fixed grid; of elbo, the noise levels that an image is tried at.
+    samples: posterior draws of latent-variable models, None for the model's own number. estimator: theirs, where they
+    know several.
+    """
 
     needs_model = True
-    gives = ("bits-per-dim", "bits-per-latent-dim")
+    gives = tuple(f"{name}{part}" for name in ("bits-per-dim", "bits-per-latent-dim")
+                  for part in ("", *(f"-{p}" for p in PARTS)))  # fmt: skip
 
     def __init__(
         self,
-        n: Count | None = None,  # images, evenly spaced over the data; None: 256
-        probes: int = 1,  # of the trace's estimate; 0: the exact trace
-        method: str = "dopri5",  # solver of the ODE, or vlb: the bound of a process with discrete steps
-        steps: Steps = 100,  # of solvers with fixed steps
-        rtol: Positive = 1e-5,  # relative tolerance of dopri5
-        atol: Positive = 1e-5,  # absolute tolerance of dopri5
-        samples: Count | None = None,  # posterior draws of latent-variable models; None: the model's own number
-        estimator: str | None = None,  # which estimator, of models that know several
+        n: Count | None = None,
+        probes: int = 1,
+        method: str = "dopri5",
+        steps: Steps = 100,
+        rtol: Positive = 1e-5,
+        atol: Positive = 1e-5,
+        samples: Count | None = None,
+        estimator: str | None = None,
     ):
-        if method not in ("dopri5", "vlb", *ODE):
-            raise unknown("method", method, ("dopri5", "vlb", *ODE))
-        self.bound = method == "vlb"
+        if method not in (*METHODS, *ODE):
+            raise unknown("method", method, (*METHODS, *ODE))
         if probes < 0:
             raise VgmError(f"bits-per-dim:probes={probes}: 0 is the exact trace", code=USAGE)
         self.n = n
@@ -158,6 +187,7 @@ class BitsPerDim:
 
         @torch.no_grad()
         def work(part: np.ndarray) -> tuple[Tensor, str, int]:
+            """Nats (B,), or (B, 1 + parts) of a bound, their sum first."""
             batch = subject.dataset.gather(part.tolist())
             gens = generators(seed_of("likelihood", seed, int(row)) for row in part)
             x = batch["x"].to(subject.device)
@@ -171,14 +201,16 @@ class BitsPerDim:
         dim = parts[0][2]
         bits = bits_per_dim(torch.cat([p[0] for p in parts]), dim, levels=2)  # levels = width: no further offset
         name = "bits-per-dim" if subject.codec is None else "bits-per-latent-dim"
-        spread = float(bits.std()) / n**0.5 if n > 1 else None
-        return [Value(name, float(bits.mean()), spread, {"likelihood": parts[0][1], "dimensions": dim}, n=n)]
+        options = {"likelihood": parts[0][1], "dimensions": dim}
+        return [
+            Value(title, float(column.mean()), float(column.std()) / n**0.5 if n > 1 else None, options, n=n)
+            for title, column in zip((name, *(f"{name}-{p}" for p in PARTS)), bits.view(n, -1).unbind(1))
+        ]
 
     def answerer(
         self, subject: Subject
-    ) -> Callable[[Tensor, list[torch.Generator], dict[str, Tensor]], tuple[Tensor, str]]:
-        """The function that computes nats for this model: its own `log_likelihood`, or for a Denoiser that of the
-        ODE."""
+    ) -> Callable[[Tensor, list[torch.Generator], dict[str, Any]], tuple[Tensor, str]]:
+        """What to ask for nats: the view itself, or a Denoiser's ELBO or ODE."""
         view = subject.view
         if isinstance(view, HasLogLikelihood):
             own = view.log_likelihood
@@ -189,14 +221,22 @@ class BitsPerDim:
             if "estimator" in self.asked and "estimator" not in takes:
                 raise VgmError("this model knows one estimate of its likelihood", "leave estimator away", USAGE)
             return lambda x, gens, cond: own(x, gens, **{k: v for k, v in cond.items() if k in takes}, **more)
-        if isinstance(view, Denoiser) and self.bound:
+        if isinstance(view, Denoiser) and self.ode["method"] == "vlb":
             return lambda x, gens, cond: bound_likelihood(view, x, gens, **cond)
+        if isinstance(view, Denoiser) and self.ode["method"] == "elbo":
+            return lambda x, gens, cond: bounded(*denoiser_bound(view, x, gens, steps=self.ode["steps"], **cond))
         if isinstance(view, Denoiser):
             return lambda x, gens, cond: denoiser_likelihood(view, x, gens, **self.ode, **cond)
         name = subject.header.component.get("name")
         raise VgmError(
             f"{name} offers no likelihood", "vgm_cli/metrics/likelihood.py says what a model must offer", USAGE
         )
+
+
+def bounded(bound: Bound, kind: str) -> tuple[Tensor, str]:
+    """(B, 1 + parts): log-likelihoods' lower bound, then what each part takes from it."""
+    parts = torch.stack(bound, dim=1)
+    return -torch.cat([parts.sum(1, keepdim=True), parts], dim=1), kind
 
 
 def encode(codec: Any, x: Tensor, gens: list[torch.Generator]) -> Tensor:

@@ -1,5 +1,4 @@
-"""A budget for what one file may make this program build: a number of objects, and bytes in proportion to its size.
-Torch-free."""
+"""What one file may still make this program build: objects, and bytes out of all proportion to its size. Torch-free."""
 
 from __future__ import annotations
 
@@ -11,7 +10,7 @@ class TooMuch(Exception):
 
 
 class Budget:
-    """The rest of a file's budget. size: bytes of the file. TooMuch: the budget is used up."""
+    """What one file may still build. size: its bytes. TooMuch: it is used up."""
 
     OPERATIONS = 4_000_000  # of the pickle's program, and elements of collections; a second or two
     LIGHT = 64  # parts of a tuple that may be a key: hashing walks through it

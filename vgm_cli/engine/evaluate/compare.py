@@ -1,5 +1,4 @@
-"""Whether two numbers may be compared: everything that a metric depends on, other than the model, must be equal.
-Torch-free."""
+"""May two numbers be compared? Everything that a metric depends on besides the model must be equal. Torch-free."""
 
 from __future__ import annotations
 

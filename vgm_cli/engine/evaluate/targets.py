@@ -32,8 +32,7 @@ from vgm_cli.ui import Progress, counted, ui
 
 @dataclass
 class Options:
-    """The options of one evaluation, as the command line gives them. None leaves a choice to the protocol, the data
-    or the checkpoint."""
+    """Of one evaluation, as the command line gives them; None leaves it to the protocol, the data or the checkpoint."""
 
     reference: str | None = None
     metrics: Sequence[str] = ()
@@ -142,8 +141,7 @@ BY_PRODUCTS = re.compile(r"(.*/)?(grid|reals|sample-\d+-.*|.*-trace|.*-again)(_\
 
 
 def by_product(name: str, read: Callable[[], File]) -> bool:
-    """Whether a picture is one of ours that shows others, such as a grid, a trace or a rerun, and so is no sample.
-    Its name and its metadata tell."""
+    """A picture of ours that shows others: grids, traces, reruns. Told by its name and by what it remembers."""
     if not BY_PRODUCTS.fullmatch(name):
         return False
     try:
@@ -164,7 +162,7 @@ def tell_unfinished(folder: Path, there: int) -> None:
 
 
 def tell_number(where: str, asked: int | None, there: int) -> None:
-    """Warn where -n differs from the number of pictures in a set."""
+    """Say so where -n is not the number of pictures in a set."""
     if asked is not None and asked > there:
         ui.warn(f"-n {asked}: {where} has {counted(there, 'picture')}, all are measured")
     elif asked is not None and asked < there:
@@ -172,7 +170,7 @@ def tell_number(where: str, asked: int | None, there: int) -> None:
 
 
 class Sampled:
-    """A plan's images as a set of 8-bit pictures, sampled batch by batch when they are asked for."""
+    """A plan's images, made when they are asked for: batch by batch, as 8-bit pictures."""
 
     def __init__(self, loaded: ckpt.Loaded, plan: generate.Plan, device: torch.device, rule: str):
         self.loaded, self.plan, self.device, self.rule = loaded, plan, device, rule
@@ -197,7 +195,7 @@ class Sampled:
 
 
 class Part:
-    """Progress of the second of two parts of work, the first having been `before` items."""
+    """Progress of what comes after `before` others."""
 
     def __init__(self, progress: Progress, before: int):
         self.progress, self.before = progress, before
@@ -207,7 +205,7 @@ class Part:
 
 
 class Reconstructed:
-    """Reconstructions of pictures by a codec, from the mode of its posterior, as a set of pictures."""
+    """What a codec makes of pictures, from the mode of its posterior."""
 
     def __init__(self, codec: Any, originals: DataPictures, device: torch.device, rule: str):
         self.codec, self.originals, self.device, self.rule = codec, originals, device, rule

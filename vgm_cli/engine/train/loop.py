@@ -33,8 +33,7 @@ GO_ON = "--resume goes on"
 
 
 def update(t: Trainer, index: int, batches: Iterator[Batch]) -> None:
-    """One step: gradients of `accumulate` micro-batches, {"x": (B, ...), ...} as Feed.to_model gives them, then one
-    optimizer step for every phase that is due; again for every further batch that `experience` made of them."""
+    """One optimizer step of every phase that is due."""
     torch.manual_seed(seed_of(t.opts.seed, index, t.rank))  # nn.Dropout and the like
     steps = [t.step(index, micro) for micro in range(t.opts.accumulate)]
     micros = [t.to_model(next(batches), step) for step in steps]
@@ -63,8 +62,7 @@ def update(t: Trainer, index: int, batches: Iterator[Batch]) -> None:
 
 
 def run(t: Trainer, until: int, guard: Guard, quiet_end: bool = False) -> Outcome:
-    """Train from step t.start to `until`, with logging, saving and previews. quiet_end: the caller says the last
-    words."""
+    """Steps t.start to `until`, and what happens between them: logging, saving, previews, the end."""
     opts = t.opts
     batches = t.feed.batches(t.start * opts.accumulate)
     report.announce(t, until)
@@ -104,7 +102,7 @@ def run(t: Trainer, until: int, guard: Guard, quiet_end: bool = False) -> Outcom
 
 
 def due(done: int, every: int | None) -> bool:
-    """Whether something that happens every so many steps happens after step `done`; 0 and None mean never."""
+    """Every so many steps; never where that is 0 or null."""
     return bool(every) and done % (every or 1) == 0
 
 

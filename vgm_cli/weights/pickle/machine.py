@@ -1,4 +1,4 @@
-"""An interpreter of pickles that charges every operation to a budget before it carries it out."""
+"""pickle's machine, everything that it does counted before it is done."""
 
 from __future__ import annotations
 
@@ -29,8 +29,7 @@ class Counted(dict):  # type: ignore[type-arg]
 
 
 class Stream:
-    """A file whose reads are never longer than what is left of it, as memory is reserved for the length that is
-    asked for."""
+    """A file whose reads are never longer than what is left of it: memory is set aside for what is asked."""
 
     def __init__(self, f: Any, size: int):
         self.f, self.size, self.readline = f, size, f.readline

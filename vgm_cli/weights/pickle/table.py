@@ -1,4 +1,4 @@
-"""The table of names that a pickle may use, and of the harmless stand-ins that it gets for them."""
+"""What a pickle may name, and what it gets for it."""
 
 from __future__ import annotations
 

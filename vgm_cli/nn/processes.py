@@ -1,8 +1,4 @@
-"""Sums, means and rows over all processes of torch.distributed, for networks, objectives and metrics.
-
-Without torch.distributed, or with one process, every function gives back what this process holds. How processes are
-launched is in engine/processes.py.
-"""
+"""Sums, means and rows over all processes of torch.distributed. Without it, or with one process, they are its own."""
 
 from __future__ import annotations
 
@@ -16,7 +12,7 @@ T = TypeVar("T")
 
 
 def processes() -> int:
-    """How many processes share this computation; 1 without torch.distributed."""
+    """How many there are."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
