@@ -18,8 +18,8 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from vgm_cli.data import latent_cache, open_dataset
-from vgm_cli.data.latent_cache import build_cache
-from vgm_cli.data.latents import INDEX, Latents, MemoryLatents, Sums, is_latents, open_cache, open_latents, to_model
+from vgm_cli.data.latent_cache import build_cache, open_cache
+from vgm_cli.data.latents import INDEX, Latents, MemoryLatents, Sums, is_latents, open_latents, to_model
 from vgm_cli.data.loader import Batches
 from vgm_cli.data.pack import pack
 from vgm_cli.errors import VgmError

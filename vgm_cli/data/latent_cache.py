@@ -1,4 +1,4 @@
-"""Building a latent cache: every image through a frozen codec once, shard by shard. Layout: latents.py."""
+"""A latent cache: every image through a frozen codec once, shard by shard, and its opening. Layout: latents.py."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from vgm_cli import atomic
+from vgm_cli.data import fingerprint
 from vgm_cli.data.dataset import to_float
 from vgm_cli.data.latents import (
     FORMAT,
@@ -20,14 +21,15 @@ from vgm_cli.data.latents import (
     VERSION,
     Latents,
     Sums,
-    check,
+    half_built,
     open_latents,
+    other_codec,
     read_index,
     read_shard,
     shard_files,
 )
 from vgm_cli.errors import USAGE, VgmError
-from vgm_cli.ui import Progress
+from vgm_cli.ui import Progress, ui
 
 SHARD = 2**28  # bytes
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
@@ -178,3 +180,27 @@ class _Build:
         if self.dataset.facts.captions:
             metadata["captions"] = atomic.dump_json(texts)
         atomic.save_safetensors({k: torch.cat(v).contiguous() for k, v in found.items()}, path, metadata)
+
+
+def open_cache(folder: str | Path, codec_hash: str, wanted: str) -> Latents:
+    """The cache of these images made by this codec. Raises VgmError when it is another's, or half built."""
+    folder = Path(folder)
+    if read_index(folder) is None:
+        if not shard_files(folder):
+            raise VgmError(f"no latent cache in {folder}", "`vgm data encode` builds one", USAGE)
+        raise half_built(folder)
+    latents = open_latents(folder)
+    check(folder, latents.index, codec_hash, wanted)
+    return latents
+
+
+def check(folder: Path, index: dict[str, Any], codec_hash: str, wanted: str) -> None:
+    if index["codec"] != codec_hash:
+        raise other_codec(folder, index["codec"], codec_hash)
+    same = fingerprint.same(index["data"]["fingerprint"], wanted)
+    if same is None and index["data"]["fingerprint"].partition("-")[0] == wanted.partition(":")[2].partition("-")[0]:
+        ui.warn(f"the latent cache {folder} is of an older version: that it was made of these images is not checked")
+    elif not same:
+        raise VgmError(
+            f"the latent cache {folder} was made from other images, or from these cropped otherwise", OTHER, USAGE
+        )

@@ -27,8 +27,8 @@ from vgm_cli.data import fingerprint
 from vgm_cli.data.dataset import Contents
 from vgm_cli.data.source import class_indices
 from vgm_cli.errors import FAILED, USAGE, VgmError
-from vgm_cli.ui import ui
 
+OTHER = "choose another folder, or build it again: `vgm data encode … --overwrite`"
 INDEX = "latents.json"
 FORMAT, VERSION = "vgm-latents", 1
 PROBE = 512  # pixels per side of an image that any codec takes
@@ -370,33 +370,6 @@ def open_latents(folder: str | Path) -> Latents:
 
 def half_built(folder: Path) -> VgmError:
     return VgmError(f"the latent cache {folder} is half built", "the command that began it continues it", FAILED)
-
-
-def open_cache(folder: str | Path, codec_hash: str, wanted: str) -> Latents:
-    """The cache of these images made by this codec. Raises VgmError when it is another's, or half built."""
-    folder = Path(folder)
-    if read_index(folder) is None:
-        if not shard_files(folder):
-            raise VgmError(f"no latent cache in {folder}", "`vgm data encode` builds one", USAGE)
-        raise half_built(folder)
-    latents = open_latents(folder)
-    check(folder, latents.index, codec_hash, wanted)
-    return latents
-
-
-def check(folder: Path, index: dict[str, Any], codec_hash: str, wanted: str) -> None:
-    if index["codec"] != codec_hash:
-        raise other_codec(folder, index["codec"], codec_hash)
-    same = fingerprint.same(index["data"]["fingerprint"], wanted)
-    if same is None and index["data"]["fingerprint"].partition("-")[0] == wanted.partition(":")[2].partition("-")[0]:
-        ui.warn(f"the latent cache {folder} is of an older version: that it was made of these images is not checked")
-    elif not same:
-        raise VgmError(
-            f"the latent cache {folder} was made from other images, or from these cropped otherwise", OTHER, USAGE
-        )
-
-
-OTHER = "choose another folder, or build it again: `vgm data encode … --overwrite`"
 
 
 def other_codec(folder: Path, made: str, wanted: str) -> VgmError:

@@ -18,8 +18,8 @@ from vgm_cli.api import Batch, Step
 from vgm_cli.conditioning import Conditions
 from vgm_cli.data import open_dataset
 from vgm_cli.data.dataset import Dataset, to_float
-from vgm_cli.data.latent_cache import build_cache
-from vgm_cli.data.latents import Latents, MemoryLatents, open_cache, to_model
+from vgm_cli.data.latent_cache import build_cache, open_cache
+from vgm_cli.data.latents import Latents, MemoryLatents, to_model
 from vgm_cli.data.loader import Batches
 from vgm_cli.engine import build
 from vgm_cli.engine import checkpoint as ckpt
