@@ -32,8 +32,8 @@ VAE_BITS = "bits-per-dim:n=256:samples=1,bits-per-dim:n=256:samples=100"
 
 @dataclass
 class Run:
-    """command makes the run ({dir}: where other runs lie, of which it needs `after`); metrics are of 2,000 samples, bits
-    a likelihood of images that the run left out, where it left any; restore are tasks for the run as a prior."""
+    """command makes the run ({dir}: where other runs lie, of which it needs `after`); metrics are of 2,000 samples,
+    bits a likelihood of images that the run left out, where it left any; restore are tasks for the run as a prior."""
 
     name: str
     command: str

@@ -131,32 +131,27 @@ class Step:
 
 @dataclass
 class Request:
-    """What a sampler is asked for: N items, each with its own random stream.
+    """What a sampler is asked for: the N items of one batch of a job, each with its own random stream.
 
-    shape: one sample as the model sees it (C, H, W). cond: keywords of the network, one row for each item, e.g.
-    {"y": (N,)}. null: what stands for no condition, one row for all items, e.g. {"context": (1, L, C)}; keywords that
-    are not named are those of the network's own `null_condition`.
-    steps / guidance_scale: None means the sampler's own default. callback(i, total, x_t, x0) may be None.
-    codec: what turns the result into images, for samplers that look into it (a token model's codebook); None in pixels.
-    index: numbers of these items in the whole job. images: what the user gave to start from (reconstruction,
-    interpolation, editing), (M, C, H, W) as the model sees them, the same for every batch of the job.
+    null says what stands for no condition; keywords that it lacks are those of the network's own `null_condition`.
+    images are what a reconstruction, an interpolation or an edit starts from.
     """
 
-    shape: tuple[int, ...]
-    generators: list[torch.Generator]
-    cond: dict[str, Tensor] = field(default_factory=dict)
-    null: dict[str, Tensor] = field(default_factory=dict)
-    steps: int | None = None
-    guidance_scale: float | None = None
-    guidance_interval: tuple[float, float] | None = None
-    device: torch.device = field(default_factory=lambda: torch.device("cpu"))
-    operator: Any = None
-    measurement: Tensor | None = None
-    callback: Callable[[int, int, Tensor, Tensor | None], None] | None = None
+    shape: tuple[int, ...]  # of one sample as the model sees it: (C, H, W), or the grid of tokens
+    generators: list[torch.Generator]  # N, one per item, on the CPU
+    cond: dict[str, Tensor] = field(default_factory=dict)  # keywords of the network, N rows each, e.g. {"y": (N,)}
+    null: dict[str, Tensor] = field(default_factory=dict)  # no condition, one row: {"context": (1, L, C)}
+    steps: int | None = None  # None: the sampler's own
+    guidance_scale: float | None = None  # None: the sampler's own
+    guidance_interval: tuple[float, float] | None = None  # host times between which to guide; None: always
+    device: torch.device = field(default_factory=lambda: torch.device("cpu"))  # where samples are made
+    operator: Any = None  # of a restoration: the degradation A, bound to these items
+    measurement: Tensor | None = None  # of a restoration: y (N, ...)
+    callback: Callable[[int, int, Tensor, Tensor | None], None] | None = None  # (i, total, x_t (N, ...), x0 or None)
     info: dict[str, Any] = field(default_factory=dict)  # samplers report e.g. info["nfe"]
-    index: list[int] = field(default_factory=list)  # empty: 0 to N-1
-    images: Tensor | None = None
-    codec: Any = None
+    index: list[int] = field(default_factory=list)  # numbers of these items in the whole job; empty: 0 to N-1
+    images: Tensor | None = None  # (M, C, H, W) that the user gave, as the model sees them; the same for every batch
+    codec: Any = None  # makes images of the result, for samplers that look into it; None: pixels
 
     def __post_init__(self) -> None:
         self.index = self.index or list(range(len(self.generators)))

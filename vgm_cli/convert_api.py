@@ -50,13 +50,12 @@ class Files:
 
 @dataclass(frozen=True, kw_only=True)
 class Published:
-    """What the paper fixes and no tensor tells.
+    """What a paper fixes and no tensor of its checkpoints says.
 
     header(config): parts of engine/checkpoint.Header: "view" (how a sampler sees the network), "recipe" (paper,
-        sampler, guidance_scale), "data" (sample_shape, num_classes, ...). With them a converted file can be sampled
-        from.
+    sampler, guidance_scale), "data" (sample_shape, num_classes, ...). With them a converted file can be sampled from.
     assumes(state, config): {keyword: sentence}, a remark for every keyword that `config` or `header` takes from the
-        paper for this state. The user may give the keyword instead, and the remark is left out.
+    paper for this state. If the user gives the keyword, the remark is left out.
     """
 
     header: Callable[[Config], Mapping[str, Any]] = nothing
@@ -82,12 +81,11 @@ class Diffusers:
 
 @dataclass(frozen=True, kw_only=True)
 class Proof:
-    """What `vgm convert --verify` compares beyond our own network before and after, fed with its `example(config)`.
+    """What `vgm convert --verify` compares besides our own network before and after, on its `example(config)`.
 
-    reference(state, config): an evaluation by the layout's own code (diffusers) of a state in the layout; it has to
-        equal ours. VgmError: that code is not installed.
-    forward(network, config): the same evaluation of our network; None: its output for `example(config)`.
-    tolerance: the largest difference, relative to the largest value.
+    reference(state, config): outputs of the layout's own code (diffusers) for a state in the layout, which have to
+    equal ours. VgmError: that code is not installed. forward(network, config): the same outputs of our network; None:
+    its output for `example(config)`. tolerance: the largest difference, relative to the largest value.
     """
 
     reference: Callable[[State, Config], Tensor] | None = None

@@ -74,21 +74,17 @@ class Downsample(nn.Module):
 
 
 class ResBlock(nn.Module):
-    """(N, in, h, w) -> (N, out, h', w'), told of time and class by emb: (N, emb_channels).
-
-    resample: "up" or "down" changes the size between the first activation and its convolution (BigGAN's block).
-    scale_shift: emb scales and shifts the second normalisation (AdaGN), otherwise it is added before it.
-    """
+    """Residual block: (N, in_channels, h, w) -> (N, out_channels, h', w'), told of time and class by the embedding."""
 
     def __init__(
         self,
-        in_channels: int,
-        out_channels: int,
-        emb_channels: int,
-        dropout: float,
-        scale_shift: bool,
-        resample: Literal["up", "down"] | None = None,
-        groups: int = 32,
+        in_channels: int,  # channels of the input
+        out_channels: int,  # channels of the output
+        emb_channels: int,  # width of the embedding emb (N, emb_channels) of time and class
+        dropout: float,  # share of activations dropped before the last convolution
+        scale_shift: bool,  # emb scales and shifts the second normalisation (AdaGN); false: it is added before it
+        resample: Literal["up", "down"] | None = None,  # size changes after the first activation (BigGAN)
+        groups: int = 32,  # groups of the group normalisations
     ):
         super().__init__()
         self.scale_shift = scale_shift
@@ -204,28 +200,29 @@ def zero(module: nn.Module) -> nn.Module:
 
 
 class Trunk(nn.Module):
-    """Time embedding, encoder and middle: what the U-Net and the classifier share.
+    """Time embedding, encoder and middle block: the part that the U-Net and the classifier have in common.
 
-    Every stage of input_blocks leaves a skip connection; `skips` are their widths, `factor` the total downsampling.
+    Every stage of input_blocks leaves a skip connection. Their widths are in `skips`; `factor` is the side of the input
+    over the side in the middle.
     """
 
     checkpointing = False
 
     def __init__(
         self,
-        in_channels: Width,
-        model_channels: Width,
-        num_res_blocks: Blocks,
-        attention_resolutions: Sequence[int],
-        dropout: Fraction,
-        channel_mult: Sequence[float],
-        conv_resample: bool,
-        num_heads: Depth,
-        num_head_channels: Width | None,
-        use_scale_shift_norm: bool,
-        resblock_updown: bool,
-        use_new_attention_order: bool,
-        norm_groups: Width,
+        in_channels: Width,  # channels of the input
+        model_channels: Width,  # channels of the first level
+        num_res_blocks: Blocks,  # residual blocks of a level
+        attention_resolutions: Sequence[int],  # downsampling factors at which attention follows every residual block
+        dropout: Fraction,  # share of activations dropped in residual blocks
+        channel_mult: Sequence[float],  # channels of each level over model_channels
+        conv_resample: bool,  # sizes change by convolutions (without resblock_updown)
+        num_heads: Depth,  # attention heads, where num_head_channels is None
+        num_head_channels: Width | None,  # width of an attention head; goes before num_heads
+        use_scale_shift_norm: bool,  # the embedding scales and shifts, instead of being added
+        resblock_updown: bool,  # sizes change inside residual blocks
+        use_new_attention_order: bool,  # q, k, v are split before the heads
+        norm_groups: Width,  # groups of the group normalisations
     ):
         super().__init__()
         self.norm_groups = norm_groups
@@ -291,40 +288,36 @@ def check_side(side: int, channel_mult: Sequence[float], patch: int = 1) -> None
 
 
 class UNetModel(Trunk):
-    """Predicts the noise (and, with learn_sigma, what interpolates its variance) in x_t.
+    """ADM's U-Net: forward(x, t, y) predicts the noise in x_t and, with learn_sigma, the interpolation of its variance.
 
-    out_channels: None is in_channels, twice that with learn_sigma. attention_resolutions: downsampling factors at which
-    attention follows every residual block, e.g. [2, 4] at half and quarter size. num_head_channels: width of a head,
-    goes before num_heads. num_heads_upsample: heads in the decoder, None for num_heads. num_classes: 0 or None for an
-    unconditional network. null_class: one more label that means "none". super_res: forward takes low_res.
-    conv_resample: convolutions where the size changes (without resblock_updown). norm_groups: fewer than the published
-    32 for narrow networks, as a group of one channel hides its brightness. VgmError: widths that do not divide into
+    x: (N, in_channels, H, W), t: (N,), y: (N,) int64 -> (N, out_channels, H, W). A network with super_res also takes
+    low_res (N, in_channels, h, w), which is resized to x and stacked on it. VgmError: widths that do not divide into
     groups or heads.
     """
 
     def __init__(
         self,
-        image_size: Side = 256,
-        in_channels: Width = 3,
-        model_channels: Width = 256,
-        num_res_blocks: Blocks = 2,
-        attention_resolutions: Sequence[int] = (8, 16, 32),
-        channel_mult: Sequence[float] = (1, 1, 2, 2, 4, 4),
-        num_classes: Whole | None = 1000,
-        learn_sigma: bool = True,
-        out_channels: Width | None = None,
-        dropout: Fraction = 0.0,
-        conv_resample: bool = True,
-        num_heads: Depth = 1,
-        num_head_channels: Width | None = None,
-        num_heads_upsample: Depth | None = None,
-        use_scale_shift_norm: bool = True,
-        resblock_updown: bool = True,
-        use_new_attention_order: bool = False,
-        super_res: bool = False,
-        null_class: bool = False,
-        patch_size: Width = 1,
-        norm_groups: Width = 32,
+        image_size: Side = 256,  # side of x; it must halve once per level
+        in_channels: Width = 3,  # channels of x
+        model_channels: Width = 256,  # channels of the first level
+        num_res_blocks: Blocks = 2,  # residual blocks of a level; the decoder has one more
+        attention_resolutions: Sequence[int] = (8, 16, 32),  # attention where the side is image_size / one of these
+        channel_mult: Sequence[float] = (1, 1, 2, 2, 4, 4),  # channels of each level over model_channels
+        num_classes: Whole | None = 1000,  # 0 or None is unconditional
+        learn_sigma: bool = True,  # twice the output channels: the second half is the variance
+        out_channels: Width | None = None,  # None: in_channels, twice that with learn_sigma
+        dropout: Fraction = 0.0,  # share of activations dropped in residual blocks
+        conv_resample: bool = True,  # sizes change by convolutions (without resblock_updown)
+        num_heads: Depth = 1,  # attention heads, where num_head_channels is None
+        num_head_channels: Width | None = None,  # width of an attention head; goes before num_heads
+        num_heads_upsample: Depth | None = None,  # heads in the decoder; None: as num_heads
+        use_scale_shift_norm: bool = True,  # the embedding scales and shifts, instead of being added
+        resblock_updown: bool = True,  # sizes change inside residual blocks
+        use_new_attention_order: bool = False,  # q, k, v are split before the heads
+        super_res: bool = False,  # forward takes low_res, the small image that is enlarged
+        null_class: bool = False,  # the label table has one more row, for "no class"
+        patch_size: Width = 1,  # squares of so many pixels become channels; 1: none
+        norm_groups: Width = 32,  # narrow networks want fewer: a group of one channel hides its brightness
     ):
         check_side(image_size, channel_mult, patch_size)
         out_channels = out_channels or in_channels * (2 if learn_sigma else 1)
@@ -446,30 +439,29 @@ class UNetModel(Trunk):
 
 
 class EncoderUNetModel(Trunk):
-    """Classifier of noisy images: the U-Net's encoder and middle, then a pooling. Gives logits.
+    """Classifier of noisy images, for classifier guidance: the U-Net's encoder and middle, then a pooling.
 
-    image_size: of the images; fixed by the attention pooling's positions. pool: attention (the released ones), adaptive
-    (means), spatial and spatial_v2 (means of every stage through two linear layers). Other keywords: see UNetModel.
+    x: (N, in_channels, H, W), t: (N,) -> logits (N, num_classes).
     """
 
     def __init__(
         self,
-        image_size: Side = 256,
-        in_channels: Width = 3,
-        model_channels: Width = 128,
-        num_res_blocks: Blocks = 2,
-        attention_resolutions: Sequence[int] = (8, 16, 32),
-        channel_mult: Sequence[float] = (1, 1, 2, 2, 4, 4),
-        num_classes: Whole = 1000,
-        dropout: Fraction = 0.0,
-        conv_resample: bool = True,
-        num_heads: Depth = 1,
-        num_head_channels: Width | None = 64,
-        use_scale_shift_norm: bool = True,
-        resblock_updown: bool = True,
-        use_new_attention_order: bool = False,
-        pool: Pool = "attention",
-        norm_groups: Width = 32,
+        image_size: Side = 256,  # side of x, which fixes the positions of the attention pooling
+        in_channels: Width = 3,  # channels of x
+        model_channels: Width = 128,  # channels of the first level
+        num_res_blocks: Blocks = 2,  # residual blocks of a level
+        attention_resolutions: Sequence[int] = (8, 16, 32),  # attention where the side is image_size / one of these
+        channel_mult: Sequence[float] = (1, 1, 2, 2, 4, 4),  # channels of each level over model_channels
+        num_classes: Whole = 1000,  # number of logits
+        dropout: Fraction = 0.0,  # share of activations dropped in residual blocks
+        conv_resample: bool = True,  # sizes change by convolutions (without resblock_updown)
+        num_heads: Depth = 1,  # attention heads, where num_head_channels is None
+        num_head_channels: Width | None = 64,  # width of an attention head; goes before num_heads
+        use_scale_shift_norm: bool = True,  # the embedding scales and shifts, instead of being added
+        resblock_updown: bool = True,  # sizes change inside residual blocks
+        use_new_attention_order: bool = False,  # q, k, v are split before the heads
+        pool: Pool = "attention",  # attention (as released), adaptive: means, spatial*: every stage's means, two layers
+        norm_groups: Width = 32,  # groups of the group normalisations
     ):
         check_side(image_size, channel_mult)
         super().__init__(

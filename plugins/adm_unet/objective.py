@@ -46,19 +46,16 @@ class NoisyClassifier(ObjectiveBase):
 
 
 class Upsampling(IDDPM):
-    """IDDPM's objective for a network with super_res=true, told of the image at `small_size` pixels (area means).
-
-    small_size: of the images that will be upsampled. Other keywords: see IDDPM.
-    """
+    """IDDPM's objective for a network with super_res=true, which also sees the image at `small_size` pixels."""
 
     def __init__(
         self,
-        model: nn.Module,
-        small_size: Width = 64,
-        schedule: str = "linear",
-        steps: Steps = 1000,
-        learn_sigma: bool = True,
-        resampler: Literal["uniform", "loss-second-moment"] = "uniform",
+        model: nn.Module,  # the U-Net that is trained
+        small_size: Width = 64,  # side of the images that will be enlarged
+        schedule: str = "linear",  # of the betas, see discrete.named_betas
+        steps: Steps = 1000,  # of the process
+        learn_sigma: bool = True,  # the network gives twice the channels, the second half for the variance
+        resampler: Literal["uniform", "loss-second-moment"] = "uniform",  # how timesteps are drawn
     ):
         super().__init__(model, schedule, steps, learn_sigma, resampler=resampler)
         self.small_size = small_size

@@ -124,26 +124,25 @@ def need_pinv(operator: Operator, method: str) -> None:
 
 
 class DPS(Restorer):
-    """Diffusion posterior sampling.
+    """Diffusion posterior sampling: after every step, one gradient step towards the measurement y of the image.
 
-    zeta: step size along the gradient of the measurement's distance; the published ones are for 1000 steps on images of
-    256 pixels (see presets). None is 0.3 * 1000 / steps, the released step size spread over fewer steps, and limited so
-    that small images are not thrown past their measurement. particles: "ps+" with so many perturbed copies of x0.
-    sampler, eta: ancestral, or DDIM. dynamic_threshold: see prior.
+    Published step sizes zeta (see presets) are for 1000 steps on images of 256 pixels. zeta=None is 0.3 * 1000 / steps,
+    the released step size spread over fewer steps, and limited so that small images are not thrown past their
+    measurement.
     """
 
     name = "dps"
 
     def __init__(
         self,
-        steps: Steps | str = 100,
-        zeta: NonNegative | None = None,
-        sampler: Literal["ddpm", "ddim"] = "ddpm",
-        eta: NonNegative = 0.0,
-        clip: bool | None = None,
-        dynamic_threshold: bool = False,
-        particles: Few = 0,
-        variance: Variance | None = None,
+        steps: Steps | str = 100,  # of the process, or a respacing such as "ddim50"
+        zeta: NonNegative | None = None,  # step size along the gradient; None: see above
+        sampler: Literal["ddpm", "ddim"] = "ddpm",  # ancestral, or DDIM
+        eta: NonNegative = 0.0,  # DDIM's share of noise
+        clip: bool | None = None,  # the estimate of x0 is limited to [-1, 1]; None: for pixels, not for latents
+        dynamic_threshold: bool = False,  # limit the estimate of x0 to a quantile of its own instead
+        particles: Few = 0,  # average the gradient over so many perturbed estimates (DPS+); 0: none
+        variance: Variance | None = None,  # of a reverse step; None: the training's
     ):
         super().__init__(steps, clip, variance)
         self.zeta, self.sampler, self.eta = zeta, sampler, eta
@@ -169,23 +168,20 @@ class DPS(Restorer):
 
 
 class MCG(DPS):
-    """Manifold-constrained gradients: DPS, and a projection onto the noised measurement after every step.
-
-    projection: pinv, the nearest image that measures it | official, see official.py.
-    """
+    """Manifold-constrained gradients: DPS, and a projection onto the noised measurement after every step."""
 
     name = "mcg"
 
     def __init__(
         self,
-        steps: Steps | str = 100,
-        zeta: NonNegative | None = None,
-        sampler: Literal["ddpm", "ddim"] = "ddpm",
-        eta: NonNegative = 0.0,
-        clip: bool | None = None,
-        dynamic_threshold: bool = False,
-        projection: Literal["pinv", "official"] = "pinv",
-        variance: Variance | None = None,
+        steps: Steps | str = 100,  # of the process, or a respacing such as "ddim50"
+        zeta: NonNegative | None = None,  # step size of the gradient, see DPS
+        sampler: Literal["ddpm", "ddim"] = "ddpm",  # ancestral, or DDIM
+        eta: NonNegative = 0.0,  # DDIM's share of noise
+        clip: bool | None = None,  # the estimate of x0 is limited to [-1, 1]; None: for pixels, not for latents
+        dynamic_threshold: bool = False,  # limit the estimate of x0 to a quantile of its own instead
+        projection: Literal["pinv", "official"] = "pinv",  # pinv: see linear.py; official: see official.py
+        variance: Variance | None = None,  # of a reverse step; None: the training's
     ):
         super().__init__(steps, zeta, sampler, eta, clip, dynamic_threshold, 0, variance)
         self.projection = projection

@@ -19,8 +19,8 @@ from vgm_cli.diffusion.denoiser import Denoiser, flow_velocity
 from vgm_cli.diffusion.guidance import ClassifierFreeGuidance
 from vgm_cli.errors import DIVERGED, USAGE, VgmError, unknown
 from vgm_cli.nn import lora as adapters
+from vgm_cli.nn.collectives import gather
 from vgm_cli.nn.precision import full_precision
-from vgm_cli.nn.processes import gather
 from vgm_cli.nn.shapes import expand
 from vgm_cli.ranges import Few, Fraction, NonNegative, Positive, Steps, Width
 

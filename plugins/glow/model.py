@@ -113,8 +113,16 @@ class FlowStep(nn.Module):
 class Block(nn.Module):
     """One level: squeeze, `depth` steps and, unless it is the top, half of the channels factored out."""
 
-    def __init__(self, in_channels: int, depth: int, width: int, coupling: Coupling, permutation: str, style: Style,
-                 top: bool):  # fmt: skip
+    def __init__(
+        self,
+        in_channels: int,  # channels of its input; squeezing makes four times as many
+        depth: int,  # flow steps
+        width: int,  # channels inside the coupling networks
+        coupling: Coupling,  # affine or additive
+        permutation: str,  # how channels are mixed before a coupling
+        style: Style,  # parametrisation, see layers.Style
+        top: bool,  # the last level, of which nothing is factored out
+    ):
         super().__init__()
         channels = 4 * in_channels
         self.style, self.top = style, top
@@ -209,15 +217,8 @@ class Classifier(nn.Module):
 
 
 class Glow(nn.Module):
-    """The whole flow.
+    """An invertible network: images to latents of several scales (`encode`) and back (`decode`), with exact likelihood.
 
-    size: side of the images, a multiple of 2^levels. levels, depth: scales and steps per scale. width: channels inside
-    the coupling networks. coupling: affine (likelihood) | additive (pictures). permutation: invconv | lu | shuffle |
-    reverse; top_permutation: of the last level, None for the same. n_bits: bits per pixel value. learn_top: the top
-    prior's mean and scale are learned. num_classes: 0 for an unconditional model. classifier: a head that predicts the
-    class from the top latent, where there are classes. style: openai | rosinality (parametrisation, see layers.Style).
-    pad: images get a black border up to the next multiple of 2^levels (officially MNIST's, from 28 to 32); samples lose
-    it again, likelihoods count it in.
     VgmError: sizes that do not fit, unknown names, labels missing.
     """
 
@@ -225,20 +226,20 @@ class Glow(nn.Module):
 
     def __init__(
         self,
-        size: Side = 32,
-        in_channels: Width = 3,
-        levels: Depth = 3,
-        depth: Depth = 32,
-        width: Width = 512,
-        coupling: Coupling = "affine",
-        permutation: Permutation = "invconv",
-        top_permutation: Permutation | None = None,
-        n_bits: int = 8,
-        learn_top: bool = True,
-        num_classes: Whole = 0,
-        classifier: bool = False,
-        style: Literal["openai", "rosinality"] = "openai",
-        pad: bool = False,
+        size: Side = 32,  # side of the images, a multiple of 2^levels unless `pad`
+        in_channels: Width = 3,  # channels of the images
+        levels: Depth = 3,  # scales; each halves the side
+        depth: Depth = 32,  # flow steps per scale
+        width: Width = 512,  # channels inside the coupling networks
+        coupling: Coupling = "affine",  # affine (better likelihood) or additive (better pictures)
+        permutation: Permutation = "invconv",  # how channels are mixed before a coupling
+        top_permutation: Permutation | None = None,  # the last scale's; None: as permutation
+        n_bits: int = 8,  # bits of a pixel value, 1 to 8
+        learn_top: bool = True,  # mean and scale of the coarsest latent are learned
+        num_classes: Whole = 0,  # 0 is unconditional
+        classifier: bool = False,  # a head predicts the class from the coarsest latent
+        style: Literal["openai", "rosinality"] = "openai",  # whose parametrisation, see layers.Style
+        pad: bool = False,  # black border up to the next multiple of 2^levels (28 -> 32); samples lose it again
     ):
         super().__init__()
         self.margin = -size % 2**levels  # width of the border, both sides together

@@ -27,20 +27,20 @@ class AutoencoderKL(FirstStage):
         num_res_blocks: Blocks = 2,  # per level; the decoder has one more
         attn_resolutions: tuple[int, ...] = (),  # in units of `resolution`
         resolution: Side = 256,  # nominal; only decides where attention goes
-        z_channels: Width = 4,
+        z_channels: Width = 4,  # channels before the 1x1 convolution to the latents
         embed_dim: Width = 4,  # channels of the latents
-        in_channels: Width = 3,
+        in_channels: Width = 3,  # channels of the images
         out_ch: Width | None = None,  # None: as in_channels
-        dropout: Fraction = 0.0,
-        attn_type: AttnType = "vanilla",
-        resamp_with_conv: bool = True,
-        tanh_out: bool = False,
-        norm_groups: Width = 32,
-        scale_factor: Positive = 1.0,
-        shift_factor: float = 0.0,
+        dropout: Fraction = 0.0,  # share of activations dropped in residual blocks
+        attn_type: AttnType = "vanilla",  # kind of attention: vanilla, linear or none
+        resamp_with_conv: bool = True,  # levels are halved and doubled by convolutions
+        tanh_out: bool = False,  # images end in a tanh
+        norm_groups: Width = 32,  # groups of the group normalisations
+        scale_factor: Positive = 1.0,  # latents are multiplied by this, so that models see unit variance
+        shift_factor: float = 0.0,  # subtracted from the latents before that
         latent_stats: bool = False,  # measure mean and std of the latents per channel, and normalise by them
         tile: Width | None = None,  # encode and decode in tiles of this many pixels; None: never
-        tile_overlap: Fraction = 0.25,
+        tile_overlap: Fraction = 0.25,  # share of a tile that its neighbour covers, too
     ):
         shared: dict[str, Any] = {
             "ch": ch,

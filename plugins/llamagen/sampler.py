@@ -71,10 +71,10 @@ class LlamaGenSampler:
 
     def __init__(
         self,
-        temperature: NonNegative = 1.0,
+        temperature: NonNegative = 1.0,  # of the draws: below 1 likelier, above 1 more varied
         top_k: Whole = 0,  # 0: all
-        top_p: Fraction = 1.0,
-        greedy: bool = False,
+        top_p: Fraction = 1.0,  # draw among the likeliest codes of this total probability
+        greedy: bool = False,  # the most probable code instead of a draw
         cfg_interval: int = -1,  # guide the first k + 2 codes only; -1: all
         guidance_scale: NonNegative = 1.0,  # where the request names none
     ):

@@ -80,33 +80,31 @@ class RectifiedFlow(ObjectiveBase):
 
 
 class Reflow(RectifiedFlow):
-    """The same on pairs (z0, x1) of a teacher's flow.
+    """Rectified flow trained on pairs (z0, x1) of a teacher's flow, instead of independent noise and data.
 
-    t_schedule: uniform straightens the flow, t0 distills it to one Euler step, a number k to k steps, t1 learns the way
-    back in one step. The pairs are, whichever is there first: `pair_folder`, sub-folders with z0.npy and z1.npy (and
-    y.npy, labels) as the official code stores them; the recipe's `pairs:` node, made by the teacher before training and
-    cached; none: the teacher makes fresh ones for every step, in teacher_steps Euler steps, guided by guidance_scale,
-    in bf16 where teacher_precision says so. loss: l2, or lpips and lpips+l2 with t0 (role `perceptual`).
-    VgmError: nothing to make pairs with, a loss without its distance.
+    Pairs come from the first of three places that is given: `pair_folder`; the recipe's `pairs:` node, made by the
+    teacher before training and cached; or the teacher itself, which makes fresh ones for every step. t_schedule says at
+    which times the flow is trained: uniform straightens it, t0 distills it to one Euler step, a number k to k steps,
+    and t1 learns the way back in one step. VgmError: no source of pairs, or a loss without the network that it needs.
     """
 
     def __init__(
         self,
-        model: nn.Module,
-        teacher: nn.Module | Denoiser | None = None,
-        perceptual: nn.Module | None = None,
-        pairs: Mapping[str, Tensor] | None = None,
-        conditions: Conditions | None = None,
-        t_schedule: Literal["uniform", "t0", "t1"] | int = "uniform",
-        loss: Loss = "l2",
-        pair_folder: str | None = None,
-        teacher_steps: Steps = 20,
-        teacher_precision: Literal["fp32", "bf16"] = "fp32",
-        guidance_scale: NonNegative | None = None,
-        noise_scale: Positive = 1.0,
-        eps: NonNegative = EPS,
-        reduce_mean: bool = True,
-        time_scale: Positive = 999.0,
+        model: nn.Module,  # the flow that is trained
+        teacher: nn.Module | Denoiser | None = None,  # the flow that makes pairs, frozen
+        perceptual: nn.Module | None = None,  # distance of the lpips losses
+        pairs: Mapping[str, Tensor] | None = None,  # {"z", "x"} of the pairs: node, and its conditions
+        conditions: Conditions | None = None,  # of the recipe, for pairs that the teacher makes
+        t_schedule: Literal["uniform", "t0", "t1"] | int = "uniform",  # times that are trained, see above
+        loss: Loss = "l2",  # lpips and lpips+l2 need t_schedule=t0 and the role perceptual
+        pair_folder: str | None = None,  # folders with z0.npy, z1.npy (y.npy), as officially stored
+        teacher_steps: Steps = 20,  # Euler steps of fresh pairs
+        teacher_precision: Literal["fp32", "bf16"] = "fp32",  # arithmetic of fresh pairs
+        guidance_scale: NonNegative | None = None,  # of the teacher; None: not guided
+        noise_scale: Positive = 1.0,  # standard deviation of the noise at t = 0
+        eps: NonNegative = EPS,  # times are drawn from [eps, 1]
+        reduce_mean: bool = True,  # the loss is a mean over values; false: half their sum
+        time_scale: Positive = 999.0,  # the network is told time_scale * t
     ):
         super().__init__(model, noise_scale, eps, reduce_mean, time_scale)
         times(torch.zeros(1, device="cpu"), t_schedule, eps)  # a wrong schedule is told now

@@ -17,25 +17,20 @@ from .transport import Prediction, Transport, Weight, view_of
 
 
 class FlowMatching(ObjectiveBase):
-    """Regression on the velocity, score or noise of x_t = alpha(t) data + sigma(t) noise.
-
-    path: linear | gvp | vp. weight: None, velocity or likelihood, for score and noise. time_sampling: uniform (the
-    paper's), or logit-normal with time_mean and time_std. train_eps: time left out at the singular end, None for the
-    paper's.
-    """
+    """Regression on the velocity, score or noise of x_t = alpha(t) data + sigma(t) noise."""
 
     shardable = True
 
     def __init__(
         self,
-        model: nn.Module,
-        path: Literal["linear", "gvp", "vp"] = "linear",
-        prediction: Prediction = "velocity",
-        weight: Weight | None = None,
-        time_sampling: Literal["uniform", "logit-normal"] = "uniform",
-        time_mean: float = 0.0,
-        time_std: NonNegative = 1.0,
-        train_eps: NonNegative | None = None,
+        model: nn.Module,  # network(x (B, C, H, W), t (B,), **cond) that is trained
+        path: Literal["linear", "gvp", "vp"] = "linear",  # linear | gvp | vp: the functions alpha and sigma
+        prediction: Prediction = "velocity",  # what the network gives
+        weight: Weight | None = None,  # of score and noise losses: none, velocity's or likelihood's
+        time_sampling: Literal["uniform", "logit-normal"] = "uniform",  # how t is drawn; the paper's is uniform
+        time_mean: float = 0.0,  # of logit-normal draws: mean of logit(t)
+        time_std: NonNegative = 1.0,  # of logit-normal draws: standard deviation of logit(t)
+        train_eps: NonNegative | None = None,  # time left out at the singular end; None: the paper's
     ):
         self.model, self.networks = model, {"model": model}
         self.transport = Transport(path, prediction, weight, train_eps)

@@ -230,21 +230,18 @@ class ODESampler:
 
 
 class SDESampler:
-    """SDE whose diffusion coefficient is `form` times `norm`; the paper's best is Euler, sigma, Mean, 250 steps.
-
-    steps: grid points, the last step included. last_step, last_step_size: how the remaining time to data is crossed.
-    """
+    """Samples by the reverse SDE, whose diffusion coefficient is norm * form(t). The paper's best is the default."""
 
     def __init__(
         self,
-        method: Literal["Euler", "Heun"] = "Euler",
-        steps: Steps = 250,
-        form: Form = "sigma",
-        norm: NonNegative = 1.0,
-        last_step: Literal["Mean", "Tweedie", "Euler"] | None = "Mean",
-        last_step_size: Positive = 0.04,
-        cfg_channels: int | None = None,
-        sample_eps: NonNegative | None = None,
+        method: Literal["Euler", "Heun"] = "Euler",  # solver of a step
+        steps: Steps = 250,  # grid points, the last step included
+        form: Form = "sigma",  # of the diffusion coefficient over time
+        norm: NonNegative = 1.0,  # factor on the diffusion coefficient
+        last_step: Literal["Mean", "Tweedie", "Euler"] | None = "Mean",  # of the remaining time
+        last_step_size: Positive = 0.04,  # the remaining time to the data
+        cfg_channels: int | None = None,  # leading channels that guidance applies to; None: all
+        sample_eps: NonNegative | None = None,  # time left out at the singular end; None: the path's
     ):
         self.method, self.steps, self.form, self.norm = method, steps, form, norm
         self.last_step, self.last_step_size = last_step, last_step_size

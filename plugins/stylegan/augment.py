@@ -85,10 +85,10 @@ def rotate2d(angle: Tensor) -> Tensor:
 
 
 class AugmentPipe(nn.Module):
-    """What the discriminator sees instead of images, with probability p per kind.
+    """The discriminator's augmentations, applied to real and generated images alike so that they do not leak (ADA).
 
-    kinds: names of augmentations, or one of PIPES ("bgc" is the paper's choice). strengths: {kind: factor on p}, for
-    kinds that are to fire less often. The other keywords are ranges, named and valued as in the official code.
+    Every kind fires with probability p, independently for each image. Ranges are named and valued as in the official
+    code.
     """
 
     bank: Tensor
@@ -96,21 +96,21 @@ class AugmentPipe(nn.Module):
 
     def __init__(
         self,
-        kinds: str | Sequence[str] = "bgc",
-        strengths: dict[str, float] | None = None,
-        xint_max: float = 0.125,
-        scale_std: float = 0.2,
-        rotate_max: float = 1.0,
-        aniso_std: float = 0.2,
-        xfrac_std: float = 0.125,
-        brightness_std: float = 0.2,
-        contrast_std: float = 0.5,
-        hue_max: float = 1.0,
-        saturation_std: float = 1.0,
-        imgfilter_bands: Sequence[float] = (1, 1, 1, 1),
-        imgfilter_std: float = 1.0,
-        noise_std: float = 0.1,
-        cutout_size: float = 0.5,
+        kinds: str | Sequence[str] = "bgc",  # names of augmentations, or one of PIPES ("bgc" is the paper's choice)
+        strengths: dict[str, float] | None = None,  # {kind: factor on p}, for kinds that are to fire less often
+        xint_max: float = 0.125,  # largest shift by whole pixels, as a share of the side
+        scale_std: float = 0.2,  # standard deviation of log2 of the scale
+        rotate_max: float = 1.0,  # largest rotation, 1 is a full turn either way
+        aniso_std: float = 0.2,  # standard deviation of log2 of the stretching
+        xfrac_std: float = 0.125,  # standard deviation of shifts by parts of a pixel, as a share of the side
+        brightness_std: float = 0.2,  # standard deviation of the added brightness
+        contrast_std: float = 0.5,  # standard deviation of log2 of the contrast
+        hue_max: float = 1.0,  # largest turn of the hue, 1 is a full turn either way
+        saturation_std: float = 1.0,  # standard deviation of log2 of the saturation
+        imgfilter_bands: Sequence[float] = (1, 1, 1, 1),  # strength of every frequency band, from low to high
+        imgfilter_std: float = 1.0,  # standard deviation of log2 of a band's factor
+        noise_std: float = 0.1,  # standard deviation of the added noise's own deviation
+        cutout_size: float = 0.5,  # side of the square that is cut out, as a share of the image's
     ):
         super().__init__()
         if isinstance(kinds, str):

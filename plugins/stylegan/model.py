@@ -98,13 +98,13 @@ class Layer(nn.Module):
 
     def __init__(
         self,
-        fan_in: int,
-        out: int,
-        side: int,
-        w_dim: int,
-        conv: bool = True,
-        up: bool = False,
-        blur_filter: Sequence[float] = BLUR,
+        fan_in: int,  # channels of the input
+        out: int,  # channels of the output
+        side: int,  # of the output in pixels
+        w_dim: int,  # length of the style w
+        conv: bool = True,  # false for the layer on the constant
+        up: bool = False,  # doubles the side
+        blur_filter: Sequence[float] = BLUR,  # taps of the filter that follows the doubling
     ):
         super().__init__()
         self.up, self.blur_filter = up, blur_filter
@@ -127,11 +127,9 @@ class Layer(nn.Module):
 
 
 class Generator(StyleGenerator):
-    """Mapping and synthesis networks.
+    """StyleGAN's generator: a mapping network z (B, latent_size) -> w, and a synthesis network w -> image.
 
-    size: pixels per side. in_channels: of an image. fmap_base, fmap_max: a level of side 4 * 2^i has
-    min(fmap_base / 2^(i + 1), fmap_max) channels. num_classes: 0 for an unconditional network. blur_filter: taps of
-    what follows every doubling. base: side of the constant, see layers.sides. VgmError: a size that does not grow by
+    A level of side 4 * 2^i has min(fmap_base / 2^(i + 1), fmap_max) channels. VgmError: a size that does not grow by
     doubling.
     """
 
@@ -139,18 +137,18 @@ class Generator(StyleGenerator):
 
     def __init__(
         self,
-        size: Side = 1024,
-        in_channels: Width = 3,
-        num_classes: Whole = 0,
-        latent_size: Width = 512,
-        w_dim: Width = 512,
-        mapping_layers: Blocks = 8,
-        mapping_width: Width = 512,
-        lr_multiplier: Positive = 0.01,
-        fmap_base: Width = 8192,
-        fmap_max: Width = 512,
-        base: Width | None = None,
-        blur_filter: Sequence[float] = BLUR,
+        size: Side = 1024,  # side of the images in pixels
+        in_channels: Width = 3,  # channels of an image
+        num_classes: Whole = 0,  # 0 is unconditional
+        latent_size: Width = 512,  # length of z
+        w_dim: Width = 512,  # length of w
+        mapping_layers: Blocks = 8,  # layers of the mapping network
+        mapping_width: Width = 512,  # width of the mapping network
+        lr_multiplier: Positive = 0.01,  # factor on the mapping network's learning rate
+        fmap_base: Width = 8192,  # numerator of the channels of a level, see above
+        fmap_max: Width = 512,  # most channels of a level
+        base: Width | None = None,  # side of the learned constant; None: see layers.sides
+        blur_filter: Sequence[float] = BLUR,  # taps of the filter that follows every doubling
     ):
         super().__init__()
         self.sides = sides(size, base)
@@ -220,25 +218,21 @@ class Block(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """Scores of images, one per class of which the label selects one (Mescheder et al. 2018).
-
-    size, in_channels, num_classes, fmap_base, fmap_max, blur_filter, base: as the generator's. group_size,
-    group_features: of the minibatch standard deviation; 1 for none.
-    """
+    """Scores of images, one per class of which the label selects one (Mescheder et al. 2018)."""
 
     lod: Tensor
 
     def __init__(
         self,
-        size: Side = 1024,
-        in_channels: Width = 3,
-        num_classes: Whole = 0,
-        fmap_base: Width = 8192,
-        fmap_max: Width = 512,
-        group_size: Width = 4,
-        group_features: Width = 1,
-        base: Width | None = None,
-        blur_filter: Sequence[float] = BLUR,
+        size: Side = 1024,  # side of the images in pixels
+        in_channels: Width = 3,  # channels of an image
+        num_classes: Whole = 0,  # 0 is unconditional
+        fmap_base: Width = 8192,  # numerator of the channels of a level, as the generator's
+        fmap_max: Width = 512,  # most channels of a level
+        group_size: Width = 4,  # images over which the minibatch standard deviation is taken; 1: none
+        group_features: Width = 1,  # channels that it adds
+        base: Width | None = None,  # side at the last level; None: see layers.sides
+        blur_filter: Sequence[float] = BLUR,  # taps of the filter before every halving
     ):
         super().__init__()
         self.sides, self.size, self.num_classes = sides(size, base), size, num_classes

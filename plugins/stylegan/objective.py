@@ -18,7 +18,7 @@ from torch import Tensor, nn
 
 from vgm_cli.api import Batch, ObjectiveBase, Phase, Step
 from vgm_cli.errors import USAGE, VgmError
-from vgm_cli.nn.processes import average
+from vgm_cli.nn.collectives import average
 from vgm_cli.ranges import Few, Fraction, NonNegative
 
 from .augment import AugmentPipe, next_probability
@@ -51,14 +51,11 @@ class Growth:
 
 
 class StyleGANObjective(ObjectiveBase):
-    """Non-saturating GAN loss with R1, or WGAN-GP.
+    """Non-saturating GAN loss with R1 (StyleGAN, StyleGAN2), or WGAN-GP, with the regularisers of all three
+    generations.
 
-    r1_gamma, r1_every: R1 weighs gamma / 2; in the discriminator's loss where r1_every is 1, else a phase of its own at
-    every so many steps with that gain. path_weight, path_every, path_shrink, path_decay: path length regularisation on
-    a share of the batch. mixing: probability of a second style from a random layer on. w_decay: of the mean of w.
-    grow: keywords of Growth, None to train at full size. augment: keywords of AugmentPipe with `p` (None: adapted),
-    `target`, `kimg` (p goes from 0 to 1 in so many thousand images) and `every`; None for none. drift: weight of
-    D(real)^2 of WGAN-GP. wgan_lambda: of its gradient penalty.
+    R1 weighs r1_gamma / 2. Where r1_every is 1 it is part of the discriminator's loss, otherwise a phase of its own at
+    every r1_every steps, with that gain.
     """
 
     model: StyleGenerator
@@ -68,21 +65,21 @@ class StyleGANObjective(ObjectiveBase):
 
     def __init__(
         self,
-        model: nn.Module,
-        discriminator: nn.Module,
-        loss: Literal["non-saturating", "wgan-gp"] = "non-saturating",
-        r1_gamma: NonNegative = 10.0,
-        r1_every: Few = 1,
-        path_weight: NonNegative = 0.0,
-        path_every: Few = 4,
-        path_shrink: Few = 2,
-        path_decay: Fraction = 0.01,
-        mixing: Fraction = 0.9,
-        w_decay: Fraction = 0.995,
-        grow: dict[str, Any] | None = None,
-        augment: dict[str, Any] | None = None,
-        drift: NonNegative = 0.001,
-        wgan_lambda: NonNegative = 10.0,
+        model: nn.Module,  # the generator
+        discriminator: nn.Module,  # images (B, C, H, W) and labels -> scores (B,)
+        loss: Literal["non-saturating", "wgan-gp"] = "non-saturating",  # which adversarial loss
+        r1_gamma: NonNegative = 10.0,  # R1 weighs half of this
+        r1_every: Few = 1,  # steps between two R1 phases; 1: in the discriminator's loss
+        path_weight: NonNegative = 0.0,  # of the path length regularisation; 0: none
+        path_every: Few = 4,  # steps between two such phases
+        path_shrink: Few = 2,  # they use this fraction 1 / k of the batch
+        path_decay: Fraction = 0.01,  # of the running mean of path lengths
+        mixing: Fraction = 0.9,  # probability of a second style from a random layer on
+        w_decay: Fraction = 0.995,  # of the running mean of w, for truncation
+        grow: dict[str, Any] | None = None,  # keywords of Growth; None: full size from the start
+        augment: dict[str, Any] | None = None,  # {p, target, kimg, every} and keywords of AugmentPipe; None: none
+        drift: NonNegative = 0.001,  # weight of D(real)^2, of wgan-gp
+        wgan_lambda: NonNegative = 10.0,  # weight of the gradient penalty, of wgan-gp
     ):
         if not isinstance(model, StyleGenerator):
             raise VgmError("the objective trains StyleGAN's generators", "model.name=stylegan or stylegan2", USAGE)

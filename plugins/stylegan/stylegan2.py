@@ -110,10 +110,18 @@ def modulated_conv(
 
 
 class MappingNetwork(nn.Module):
-    """z and a label, each normalised, to w. z_dim: 0 for a label alone (the discriminator's)."""
+    """z (B, z_dim) and a label (B, classes), each normalised, to w (B, w_dim)."""
 
     def __init__(
-        self, z_dim: int, classes: int, w_dim: int, layers: int, width: int, embed: int, lr_multiplier: float, act: str
+        self,
+        z_dim: int,  # 0 for a label alone, as in the discriminator
+        classes: int,  # 0 for z alone
+        w_dim: int,  # length of the output
+        layers: int,  # fully connected layers
+        width: int,  # of the hidden layers
+        embed: int,  # width of the embedded label
+        lr_multiplier: float,  # factor on the learning rate of these layers
+        act: str,  # nonlinearity
     ):
         super().__init__()
         self.act, self.z_dim, self.classes, self.depth = act, z_dim, classes, layers
@@ -137,9 +145,18 @@ class MappingNetwork(nn.Module):
 
 
 class Layer(nn.Module):
-    """Modulated 3x3 convolution, noise, bias, activation."""
+    """Modulated 3x3 convolution, then noise, bias and activation."""
 
-    def __init__(self, fan_in: int, out: int, w_dim: int, side: int, up: bool, use_noise: bool, act: str):
+    def __init__(
+        self,
+        fan_in: int,  # channels of the input
+        out: int,  # channels of the output
+        w_dim: int,  # length of the style w
+        side: int,  # of the output in pixels
+        up: bool,  # doubles the side
+        use_noise: bool,  # adds learned amounts of noise
+        act: str,  # nonlinearity
+    ):
         super().__init__()
         self.up, self.act = up, act
         self.affine = EqualLinear(w_dim, fan_in, bias=1.0)
@@ -176,9 +193,19 @@ class ToRGB(nn.Module):
 
 
 class Block(nn.Module):
-    """One side of the synthesis network."""
+    """All layers of the synthesis network at one side."""
 
-    def __init__(self, fan_in: int, out: int, w_dim: int, side: int, rgb: int, skip: bool, use_noise: bool, act: str):
+    def __init__(
+        self,
+        fan_in: int,  # channels of the input; 0: the constant
+        out: int,  # channels of the output
+        w_dim: int,  # length of the style w
+        side: int,  # of the output in pixels
+        rgb: int,  # channels of the image that it gives; 0: none
+        skip: bool,  # residual connection (architecture "resnet")
+        use_noise: bool,  # adds learned amounts of noise
+        act: str,  # nonlinearity
+    ):
         super().__init__()
         self.first = fan_in == 0
         if self.first:
@@ -219,34 +246,31 @@ class Block(nn.Module):
 
 
 class Generator(StyleGenerator):
-    """StyleGAN2's generator.
+    """StyleGAN2's generator: a mapping network z (B, latent_size) -> w, and a synthesis network w -> image.
 
-    size: pixels per side. in_channels: of an image. channel_base, channel_max: side s has min(channel_base / s,
-    channel_max) channels. architecture: where pixels are made: at every side and summed (skip), at the last one after
-    residual blocks (resnet) or plain ones (orig). clamp: limit of activations, against half precision's overflow.
-    mapping_width, embed: None for w_dim. taps: of the resampling filter. base: side of the constant, see layers.sides.
+    Side s has min(channel_base / s, channel_max) channels.
     """
 
     def __init__(
         self,
-        size: Side = 1024,
-        in_channels: Width = 3,
-        num_classes: Whole = 0,
-        latent_size: Width = 512,
-        w_dim: Width = 512,
-        mapping_layers: Blocks = 8,
-        mapping_width: Width | None = None,
-        embed: Width | None = None,
-        lr_multiplier: Positive = 0.01,
-        channel_base: Width = 32768,
-        channel_max: Width = 512,
-        architecture: Architecture = "skip",
-        activation: str = "lrelu",
-        mapping_activation: str = "lrelu",
-        use_noise: bool = True,
-        clamp: Positive | None = None,
-        taps: Sequence[float] = (1, 3, 3, 1),
-        base: Width | None = None,
+        size: Side = 1024,  # side of the images in pixels
+        in_channels: Width = 3,  # channels of an image
+        num_classes: Whole = 0,  # 0 is unconditional
+        latent_size: Width = 512,  # length of z
+        w_dim: Width = 512,  # length of w
+        mapping_layers: Blocks = 8,  # layers of the mapping network
+        mapping_width: Width | None = None,  # width of the mapping network; None: w_dim
+        embed: Width | None = None,  # width of the embedded label; None: w_dim
+        lr_multiplier: Positive = 0.01,  # factor on the mapping network's learning rate
+        channel_base: Width = 32768,  # numerator of the channels of a side, see above
+        channel_max: Width = 512,  # most channels of a side
+        architecture: Architecture = "skip",  # skip: images of all sides are summed; resnet, orig: only the last's
+        activation: str = "lrelu",  # nonlinearity of the synthesis network
+        mapping_activation: str = "lrelu",  # nonlinearity of the mapping network
+        use_noise: bool = True,  # layers add learned amounts of noise
+        clamp: Positive | None = None,  # limit of activations, against half precision's overflow
+        taps: Sequence[float] = (1, 3, 3, 1),  # of the resampling filter
+        base: Width | None = None,  # side of the learned constant; None: see layers.sides
     ):
         super().__init__()
         self.sides = sides(size, base)
@@ -346,9 +370,18 @@ class DiscriminatorBlock(nn.Module):
 
 
 class Epilogue(nn.Module):
-    """Minibatch standard deviation and the last layers, in single precision."""
+    """Minibatch standard deviation and the discriminator's last layers, in single precision."""
 
-    def __init__(self, width: int, out: int, side: int, rgb: int, group_size: int | None, features: int, act: str):
+    def __init__(
+        self,
+        width: int,  # channels of the input
+        out: int,  # length of the output
+        side: int,  # of the input in pixels
+        rgb: int,  # channels of the image that joins (architecture "skip"); 0: none
+        group_size: int | None,  # images over which the deviation is taken; None: the whole batch
+        features: int,  # channels that it adds; 0: none
+        act: str,  # nonlinearity
+    ):
         super().__init__()
         self.group_size, self.features, self.act = group_size, features, act
         self.fromrgb = Conv(rgb, width, 1, act) if rgb else None
@@ -368,34 +401,29 @@ class Epilogue(nn.Module):
 
 
 class Discriminator(nn.Module):
-    """StyleGAN2's discriminator; a label enters by projection (Miyato and Koyama 2018).
-
-    Keywords as the generator's; group_size, group_features: of the minibatch standard deviation (None: the whole batch;
-    0 features: none). cmap_dim: of the mapped label, None for the last width. mapping_width, embed: None for cmap_dim.
-    freeze_layers: so many first layers are buffers of the training (Freeze-D): they get no gradient.
-    """
+    """StyleGAN2's discriminator; a label enters by projection (Miyato and Koyama 2018)."""
 
     def __init__(
         self,
-        size: Side = 1024,
-        in_channels: Width = 3,
-        num_classes: Whole = 0,
-        channel_base: Width = 32768,
-        channel_max: Width = 512,
-        architecture: Architecture = "resnet",
-        activation: str = "lrelu",
-        group_size: Width | None = 4,
-        group_features: Width = 1,
-        mapping_layers: Blocks = 8,
-        mapping_width: Width | None = None,
-        embed: Width | None = None,
-        lr_multiplier: Positive = 0.01,
-        mapping_activation: str = "lrelu",
-        cmap_dim: Width | None = None,
-        clamp: Positive | None = None,
-        taps: Sequence[float] = (1, 3, 3, 1),
-        freeze_layers: Blocks = 0,
-        base: Width | None = None,
+        size: Side = 1024,  # side of the images in pixels
+        in_channels: Width = 3,  # channels of an image
+        num_classes: Whole = 0,  # 0 is unconditional
+        channel_base: Width = 32768,  # numerator of the channels of a side, as the generator's
+        channel_max: Width = 512,  # most channels of a side
+        architecture: Architecture = "resnet",  # how the image enters, as it leaves the generator
+        activation: str = "lrelu",  # nonlinearity
+        group_size: Width | None = 4,  # images of the minibatch standard deviation; None: the whole batch
+        group_features: Width = 1,  # channels that it adds; 0: none
+        mapping_layers: Blocks = 8,  # layers of the label's mapping network
+        mapping_width: Width | None = None,  # width of the label's mapping network; None: cmap_dim
+        embed: Width | None = None,  # width of the embedded label; None: cmap_dim
+        lr_multiplier: Positive = 0.01,  # factor on the mapping network's learning rate
+        mapping_activation: str = "lrelu",  # nonlinearity of the mapping network
+        cmap_dim: Width | None = None,  # length of the mapped label; None: the last width
+        clamp: Positive | None = None,  # limit of activations, against half precision's overflow
+        taps: Sequence[float] = (1, 3, 3, 1),  # of the resampling filter
+        freeze_layers: Blocks = 0,  # so many first layers are never trained (Freeze-D)
+        base: Width | None = None,  # side at the last level; None: see layers.sides
     ):
         super().__init__()
         self.sides, self.size, self.num_classes, self.clamp = sides(size, base), size, num_classes, clamp

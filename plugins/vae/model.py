@@ -68,30 +68,24 @@ class Decoder(nn.Module):
 
 
 class VAE(nn.Module):
-    """Encoder, decoder, likelihood.
+    """Variational autoencoder: an encoder q(z | x), a decoder and the likelihood p(x | z) of its output.
 
-    size (a side, or height and width), channels: of the images. latent_dim: N_z. architecture: mlp (hidden: units of
-    each layer) | conv (hidden: channels of each stride-2 convolution). activation: tanh (the paper) | relu | silu.
-    likelihood: bernoulli | gaussian | discretised-logistic; squash: its mean is a sigmoid. scale: learned per pixel by
-    the decoder, shared (one number), or a fixed standard deviation (gaussian) or scale. binarise: what a Bernoulli
-    model takes for its data: grey values as probabilities (none, the paper), pixels drawn anew every time (dynamic), or
-    value > 1/2 (threshold). init_std: of all parameters, None for torch's default. VgmError: unknown names, sizes that
-    do not halve, binarising other likelihoods.
+    VgmError: unknown names, sizes that do not halve, binarising for a likelihood other than bernoulli.
     """
 
     def __init__(
         self,
-        size: int | tuple[int, int] = 28,
-        channels: Width = 1,
-        latent_dim: Width = 20,
-        architecture: Literal["mlp", "conv"] = "mlp",
-        hidden: Sequence[int] = (500,),
-        activation: Literal["tanh", "relu", "silu"] = "tanh",
-        likelihood: Literal["bernoulli", "gaussian", "discretised-logistic"] = "bernoulli",
-        squash: bool = True,
-        scale: Literal["learned", "shared"] | float = "learned",
-        binarise: Binarise = "none",
-        init_std: Positive | None = None,
+        size: int | tuple[int, int] = 28,  # of the images: a side, or height and width
+        channels: Width = 1,  # of the images
+        latent_dim: Width = 20,  # length of z
+        architecture: Literal["mlp", "conv"] = "mlp",  # fully connected, or stride-2 convolutions
+        hidden: Sequence[int] = (500,),  # units (mlp) or channels (conv) of each layer
+        activation: Literal["tanh", "relu", "silu"] = "tanh",  # tanh is the paper's
+        likelihood: Literal["bernoulli", "gaussian", "discretised-logistic"] = "bernoulli",  # of pixels
+        squash: bool = True,  # its mean is a sigmoid
+        scale: Literal["learned", "shared"] | float = "learned",  # per pixel by the decoder, one number, or fixed
+        binarise: Binarise = "none",  # grey values: as probabilities (none), drawn anew (dynamic), > 1/2 (threshold)
+        init_std: Positive | None = None,  # of all initial weights; None: torch's default
     ):
         super().__init__()
         height, width = (size, size) if isinstance(size, int) else size

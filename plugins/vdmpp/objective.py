@@ -19,7 +19,7 @@ from vgm_cli.diffusion.likelihood import eps_errors, pixel_levels, pixel_nats, p
 from vgm_cli.diffusion.objectives import usual_time
 from vgm_cli.diffusion.path import make_path
 from vgm_cli.errors import USAGE, VgmError
-from vgm_cli.nn.processes import gather
+from vgm_cli.nn.collectives import gather
 from vgm_cli.ranges import Count, Decay, Positive, Side, Whole
 
 from .densities import Adaptive, Learned, make_density

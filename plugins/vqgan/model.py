@@ -73,20 +73,20 @@ class GPT(nn.Module):
         vocab_size: Vocabulary = 1024,  # codes
         grid: tuple[int, int] = (16, 16),  # rows and columns of codes
         window: Width | None = None,  # side of the attended square where the grid is larger; None: the whole grid
-        num_classes: Whole = 0,
-        condition: Condition | None = None,
+        num_classes: Whole = 0,  # 0 is unconditional
+        condition: Condition | None = None,  # see above
         block_size: Width | None = None,  # longest sequence; None: condition and window
-        n_layer: Depth = 12,
-        n_head: Depth = 8,
-        n_embd: Width = 256,
-        embd_pdrop: Fraction = 0.0,
-        resid_pdrop: Fraction = 0.0,
-        attn_pdrop: Fraction = 0.0,
+        n_layer: Depth = 12,  # number of blocks
+        n_head: Depth = 8,  # attention heads
+        n_embd: Width = 256,  # width
+        embd_pdrop: Fraction = 0.0,  # share of embeddings dropped in training
+        resid_pdrop: Fraction = 0.0,  # share of residual branches' activations dropped in training
+        attn_pdrop: Fraction = 0.0,  # share of attention weights dropped in training
         n_unmasked: Blocks = 0,  # the first positions see each other
         sos_token: int = 0,  # the start token of "none"
         n_coord: Width | None = None,  # a coordinate c in [0, 1] is the id round(n_coord c); None: vocab_size - 1
         coord_factor: Width = 1,  # side of a code in pixels, where coordinates are of pixels (published: 16)
-        order: Order = "raster",
+        order: Order = "raster",  # in which order codes are written, see orders.py
         checkpointing: bool = False,  # recompute blocks in backward
     ):
         super().__init__()

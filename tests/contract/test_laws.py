@@ -234,3 +234,44 @@ def test_the_wheel_carries_everything(tmp_path: Path) -> None:
 def test_packages_are_importable_by_their_installed_names() -> None:
     for folder in PLUGINS:
         importlib.import_module(f"vgm_plugins.{folder.name}")
+
+
+def keywords(file: Path) -> Iterator[tuple[str, list[str], str, str]]:
+    """(class, parameters, the header's source, docstrings) of every public constructor in a file."""
+    source = file.read_text(encoding="utf-8")
+    lines = source.splitlines()
+    for node in ast.walk(ast.parse(source)):
+        if not isinstance(node, ast.ClassDef) or node.name.startswith("_"):
+            continue
+        for f in node.body:
+            if isinstance(f, ast.FunctionDef) and f.name == "__init__":
+                names = [a.arg for a in (*f.args.posonlyargs, *f.args.args, *f.args.kwonlyargs)][1:]
+                header = "\n".join(lines[f.lineno - 1 : f.body[0].lineno - 1])
+                yield node.name, names, header, f"{ast.get_docstring(node)}\n{ast.get_docstring(f)}"
+
+
+def unexplained(names: list[str], header: str, docs: str) -> list[str]:
+    """Which of more than six parameters have neither a comment beside them nor a docstring line of their own."""
+    if len(names) <= 6:
+        return []
+    told = set(re.findall(r"^\s*(\w+)\b[^#\n]*,  # \S", header, re.M)) | set(re.findall(r"^\s*(\w+): \S", docs, re.M))
+    return [n for n in names if n not in told]
+
+
+def test_long_constructors_explain_every_keyword() -> None:
+    seen, found = 0, {}
+    for file in (f for top in ("vgm_cli", "plugins") for f in (ROOT / top).rglob("*.py")):
+        for name, names, header, docs in keywords(file):
+            seen += len(names) > 6
+            if missing := unexplained(names, header, docs):
+                found[f"{file.relative_to(ROOT)}: {name}"] = missing
+    assert seen > 30 and not found, found
+
+
+def test_the_law_of_keywords_sees_one(tmp_path: Path) -> None:
+    file = tmp_path / "net.py"
+    body = "".join(f"        {k}: int = 1,  # width of {k}\n" for k in "abcdef")
+    for last, missing in (("g: int = 1,  # width of g", []), ("g: int = 1,", ["g"])):
+        file.write_text(f"class Net:\n    def __init__(\n        self,\n{body}        {last}\n    ):\n        pass\n")
+        [(name, names, header, docs)] = keywords(file)
+        assert name == "Net" and unexplained(names, header, docs) == missing

@@ -31,28 +31,24 @@ def coin(seed: int, counters: np.ndarray) -> np.ndarray:
 class Batches:
     """Endless batches for one process, from batch `start` on.
 
-    dataset: a Dataset (gives "x": float32 (B, C, H, W) in [-1, 1]) or latents (gives "moments": (B, …)). Each batch
-    also has "index": int64 (B,), "label": int64 (B,) where the set has labels (and `labels`), "text": list where it has
-    captions. batch_size: rows per process. drop_last: True (default) lets a batch run on into the next epoch, so that
-    all are full and sets smaller than a batch work; False ends each epoch with a short batch. workers: loader
-    processes; sets held in memory need none and ignore it. device: where the tensors go (uint8 travels, floats are made
-    there; to a GPU from page-locked memory on a stream of their own, beside what the GPU is doing).
+    A batch is {"x": float32 (B, C, H, W) in [-1, 1]} of a set of images or {"moments": (B, …)} of a set of latents, and
+    has "index": int64 (B,), "label": int64 (B,) where the set has labels, and "text": list of B where it has captions.
     """
 
     def __init__(
         self,
-        dataset: Any,
-        batch_size: int,
+        dataset: Any,  # a Dataset, or a set of latents
+        batch_size: int,  # rows per process
         *,
-        seed: int,
-        rank: int = 0,
-        world: int = 1,
-        start: int = 0,
-        hflip: bool = False,
-        labels: bool = True,
-        drop_last: bool = True,
-        workers: int = 0,
-        device: torch.device | str | None = None,
+        seed: int,  # of the order
+        rank: int = 0,  # number of this process
+        world: int = 1,  # number of processes
+        start: int = 0,  # batches that an interrupted run has had already
+        hflip: bool = False,  # rows are mirrored with probability 1/2
+        labels: bool = True,  # give "label" where the set has labels
+        drop_last: bool = True,  # batches run on into the next epoch; False: each epoch ends with a short one
+        workers: int = 0,  # loader processes; sets held in memory need none and ignore it
+        device: torch.device | str | None = None,  # where tensors go, as uint8 until they are there; None: the CPU
     ) -> None:
         if batch_size < 1 or not 0 <= rank < world:
             raise VgmError(f"batch_size={batch_size}, rank {rank} of {world}: not possible", code=USAGE)

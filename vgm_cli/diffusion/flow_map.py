@@ -44,7 +44,7 @@ class FlowMap(Denoiser):
 
     def __init__(
         self,
-        network: Network,
+        network: Network,  # network(x (B, ...), t (B,), **cond) -> (B, ...)
         denoiser: Denoiser | Mapping[str, Any],  # how the network is asked and read, or the config of one
         boundary: Boundary = "none",  # what makes a jump to the end the identity there, see `interpret`
         sigma_min: float = 0.002,  # noise level (sigma / alpha) of the end, of the boundary "skip"

@@ -129,21 +129,17 @@ class Guided(Denoiser):
 
 
 class ClassifierFreeGuidance(Guided):
-    """A Denoiser guided away from its own unconditional estimate, see Guidance for the options.
-
-    interval: host times. null: what the network itself does not know of no condition, see conditioning.unconditional;
-    it may be set anew for every batch, and is {} where it will be. VgmError: nothing says what no condition is.
-    """
+    """A Denoiser guided away from its own unconditional estimate. VgmError: nothing says what no condition is."""
 
     def __init__(
         self,
-        inner: Denoiser,
-        scale: Scale,
-        channels: int | None = None,
-        interval: tuple[float, float] | None = None,
-        rescale: float = 0.0,
-        detach: bool = False,
-        null: dict[str, Tensor] | None = None,
+        inner: Denoiser,  # what is guided
+        scale: Scale,  # 1 is no guidance; a function of the times (B,) gives one for each item
+        channels: int | None = None,  # leading channels that are guided; None: all
+        interval: tuple[float, float] | None = None,  # host times between which to guide; None: all
+        rescale: float = 0.0,  # pull the deviation back towards the conditional one's, 0 to 1
+        detach: bool = False,  # no gradient through the unconditional half
+        null: dict[str, Tensor] | None = None,  # no condition, where the network does not say; {}: set later
     ):
         super().__init__(inner)
         if null is None:

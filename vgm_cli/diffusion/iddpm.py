@@ -21,7 +21,7 @@ from vgm_cli.diffusion.guidance import Guidance, classifier_gradient
 from vgm_cli.diffusion.path import DiscreteVPPath
 from vgm_cli.diffusion.resample import UniformResampler, build_resampler, draw
 from vgm_cli.errors import USAGE, VgmError
-from vgm_cli.nn.processes import gather
+from vgm_cli.nn.collectives import gather
 from vgm_cli.nn.shapes import each
 from vgm_cli.ranges import NonNegative, Steps
 
@@ -36,7 +36,7 @@ class IDDPM(ObjectiveBase):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module,  # the network that is trained: (x, t, y) -> (B, C or 2C, H, W)
         schedule: str = "linear",  # of the betas, see discrete.named_betas
         steps: Steps = 1000,  # of the process
         learn_sigma: bool = True,  # the network gives twice the channels, the second half for the variance
@@ -146,7 +146,7 @@ class DDPMSampler:
         clip_denoised: bool | float = False,  # x0 to [-1, 1], or to +-that, in every step
         variance: Variance | None = None,  # None: the training's
         cfg_channels: int | None = None,  # leading channels that guidance applies to, None for all (3 in DiT's numbers)
-        sampler: Literal["ddpm", "ddim"] = "ddpm",
+        sampler: Literal["ddpm", "ddim"] = "ddpm",  # ancestral steps, or DDIM's
         eta: NonNegative = 0.0,  # DDIM's share of noise
         classifier: Any = None,  # RUN of a classifier of noisy images, (x, t) -> logits, towards request.cond["y"]
         classifier_scale: NonNegative = 1.0,  # 1: exactly its gradient

@@ -107,7 +107,7 @@ class GaussianObjective(ObjectiveBase):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module,  # the network that is trained: (x, t, y) -> like x
         path: str | dict[str, Any] = "vp-discrete",  # a name or {"name": ..., options}
         prediction: Literal["eps", "x0", "v", "velocity", "score", "F"] = "eps",  # what the network gives
         weighting: Weighting = "uniform",  # of the noise levels, see weight_of

@@ -1,5 +1,8 @@
-"""A ceiling on what constructing a network may register: depth=200000 in somebody's header or recipe ends in a moment,
-where it would take hours and all memory."""
+"""A limit on how much the construction of a network may allocate.
+
+A header or recipe from elsewhere may say depth=200000. Without the limit, building that network would take hours and
+all memory; with it, building ends at once with an error.
+"""
 
 from __future__ import annotations
 
@@ -20,8 +23,10 @@ SPARE = 1 << 26  # numbers of buffers that no file holds (masks, tables)
 
 @contextlib.contextmanager
 def building(what: str, tensors: Mapping[str, Tensor] | None = None) -> Iterator[None]:
-    """While a network is constructed. tensors: the file it is constructed for, which it cannot exceed by far; without
-    one, what this machine's memory holds. VgmError: more than that, or numbers with which nothing can be built."""
+    """Context in which a network is constructed. tensors: the stored tensors that it is built for, which it may not
+    exceed by far; None: the limit is this machine's memory. VgmError: the network is larger, or its numbers are
+    impossible.
+    """
     entries, code = (REGISTERED, USAGE) if tensors is None else (1000 + 20 * len(tensors), FAILED)
     numbers = memory() // 4 if tensors is None else SPARE + 4 * sum(t.numel() for t in tensors.values())
     found = {"entries": 0, "numbers": 0}
@@ -54,7 +59,7 @@ def building(what: str, tensors: Mapping[str, Tensor] | None = None) -> Iterator
 
 
 def memory() -> int:
-    """Bytes of this machine's memory, all of it and swap left out."""
+    """Bytes of memory of this machine, used or not, without swap."""
     try:
         return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     except (ValueError, OSError, AttributeError):

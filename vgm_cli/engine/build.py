@@ -56,7 +56,7 @@ def labelled(recipe: Recipe, dataset: Any) -> bool:
 
 
 def facts_behind(facts: Facts, codec: Any, dataset: Any = None) -> Facts:
-    """The data behind a codec. A set of latents tells, or its codec does, what images they come from."""
+    """Facts of the data behind a codec; a set of latents knows the size of its images, or its codec does."""
     if isinstance(dataset, Latents):
         channels, size, _ = dataset.image_shape_for(codec)
         facts = Facts.of_pixels(size, channels, num_classes=facts.num_classes, class_names=facts.class_names)
@@ -67,7 +67,7 @@ def facts_behind(facts: Facts, codec: Any, dataset: Any = None) -> Facts:
 
 
 def meta_codec(node: Mapping[str, Any], facts: Facts) -> Any:
-    """The codec on the meta device: only its shapes are wanted."""
+    """Build the codec on the meta device, where only its shapes are wanted."""
     weights = node.get("weights")
     with torch.device("meta"):
         if weights:
@@ -87,7 +87,7 @@ class PlannedCodec:
 
 
 def planned_codec(recipe: Recipe, facts: Facts, dataset: Any = None) -> PlannedCodec:
-    """What `find_codec` will come to, without training anything; from shapes alone where there is no data to try."""
+    """Predict which codec `find_codec` will choose, by trying it on the data, or without data from shapes alone."""
     node = recipe.config["codec"]
     if node.get("fallback") and not isinstance(dataset, Latents):
         if not (node.get("weights") and carries(node, facts, dataset)):
@@ -129,10 +129,8 @@ def strip(node: Mapping[str, Any], kind: str) -> dict[str, Any]:
 
 
 def fits(codec: Any, facts: Facts, images: torch.Tensor, min_psnr: float = 20.0) -> bool:
-    """Can this codec carry these images? Shapes must agree and a batch must come back at `min_psnr` dB or better.
-
-    images: (B, C, H, W) in [-1, 1].
-    """
+    """Whether this codec can be used for these images (B, C, H, W) in [-1, 1]: shapes must agree, and a batch must be
+    reconstructed at `min_psnr` dB or better."""
     try:
         codec.latent_shape(facts.image_shape)
         with torch.no_grad():
@@ -188,7 +186,7 @@ def plan_facts(recipe: Recipe) -> tuple[Facts, int | None, PlannedCodec | None]:
 
 
 def plan_roles(recipe: Recipe, facts: Facts) -> dict[str, Any]:
-    """What the command itself would make: ODE pairs of a teacher, here two empty ones."""
+    """Stand-ins for the roles that a verb would make before training: here two empty ODE pairs of a teacher."""
     x = torch.zeros(2, *facts.sample_shape)
     told = Conditions(build_parts(recipe.config.get("conditions") or {}, asdict(facts)))
     pairs = {"z": x, "x": x, **told.example(2, x.device)["cond"]}
@@ -253,7 +251,7 @@ def build_objective(recipe: Recipe, facts: Facts, given: Mapping[str, Any] | Non
 
 
 def sampler_parameters(recipe: Recipe) -> set[str]:
-    """Names of the parameters of the recipe's sampler, but for those that the recipe sets."""
+    """Names of the parameters of the recipe's sampler that the recipe leaves open."""
     if not recipe.config.get("sampler"):
         return set()
     component, keywords = registry().config("sampler", recipe.config["sampler"])
@@ -275,7 +273,7 @@ class Roles:
         self.under_way: list[str] = []
 
     def has(self, role: str) -> bool:
-        """Is it built here? Pairs are made by the verb that asks for them."""
+        """Whether this role is built from the recipe. ODE pairs are not: the verb that asks for them makes them."""
         return self.nodes[role].get("kind") != PAIRS
 
     def view(self, role: str) -> Any:

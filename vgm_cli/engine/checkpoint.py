@@ -35,7 +35,7 @@ SCHEMA = 1
 
 @dataclass
 class Header:
-    """What a weights file says of itself."""
+    """What a weights file states about itself, in its safetensors metadata."""
 
     component: dict[str, Any]
     view: dict[str, Any] | None = None
@@ -50,7 +50,8 @@ class Header:
 
     @property
     def is_codec(self) -> bool:
-        """It reconstructs and does not generate: a codec by its kind, or a network trained to be one."""
+        """Whether this is a first stage, which reconstructs images and does not generate any: a component of kind
+        codec, or a network that was trained to be one."""
         return self.component.get("kind") == "codec" or (self.view or {}).get("name") == "codec"
 
     def metadata(self, title: str = "") -> dict[str, str]:
@@ -90,7 +91,8 @@ class Header:
 
 
 def save_network(path: Path, state: Mapping[str, Tensor], header: Header) -> None:
-    """Write one self-describing file atomically; tensors are made contiguous and unshared."""
+    """Write one weights file with its header, atomically. Tensors are made contiguous, and copied where they share
+    memory."""
     tensors = {k: v.detach().cpu().contiguous() for k, v in state.items()}
     storages: set[int] = set()
     for k, v in tensors.items():  # safetensors refuses shared storage
@@ -101,7 +103,8 @@ def save_network(path: Path, state: Mapping[str, Tensor], header: Header) -> Non
 
 
 def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
-    """(tensors, header) of any .safetensors file or index of shards; a truncated or foreign file is one sentence."""
+    """Read (tensors, header) of a .safetensors file or of an index of shards. VgmError: the file is cut off or not
+    ours."""
     if not path.is_file():
         raise VgmError(f"no such file: {path}", code=USAGE)
     if is_index(path):
@@ -120,12 +123,13 @@ def read_tensors(path: Path) -> tuple[dict[str, Tensor], dict[str, str]]:
 
 
 def is_index(path: Path) -> bool:
-    """An index of shards: STEM.safetensors.index.json, of a variant STEM.safetensors.fp16.index.json or the like."""
+    """Whether a file is an index of shards: STEM.safetensors.index.json, or with a variant,
+    STEM.safetensors.fp16.index.json."""
     return re.search(r"\.index(\.\w+)?\.json$", path.name) is not None
 
 
 def names_in(index: Path) -> list[str]:
-    """Names of the files in an index of shards; none where it is no index."""
+    """File names in an index of shards; none if the file is not an index."""
     try:
         shards = limits.parse_json(limits.read_text(index), str(index))["weight_map"].values()
         return sorted({str(n) for n in shards})
@@ -134,7 +138,7 @@ def names_in(index: Path) -> list[str]:
 
 
 def shards_of(index: Path) -> list[Path]:
-    """Files that an index of shards names. VgmError: it is no index, or a file is missing."""
+    """Paths of the shards that an index names. VgmError: the file is not an index, or a shard is missing."""
     names = names_in(index)
     if not names:
         raise VgmError(f"{index} is not an index of shards", 'it holds {"weight_map": {...}}', FAILED)
@@ -250,7 +254,7 @@ def load_conditions(header: Header, path: Path, model: nn.Module, device: torch.
 
 
 def outline(path: Path) -> tuple[nn.Module, Any]:
-    """(network, what a sampler sees of it) of a weights file on the meta device: shapes without values."""
+    """The network of a weights file and its view, built on the meta device: shapes without values."""
     header = read_header(path)
     given: dict[str, Any] = {}
     for role, ref in header.parts.items():
@@ -265,8 +269,10 @@ def outline(path: Path) -> tuple[nn.Module, Any]:
 def build_with_weights(
     component: Mapping[str, Any], tensors: Mapping[str, Tensor], path: Path, given: Mapping[str, Any] | None = None
 ) -> nn.Module:
-    """Construct on the meta device (no wasted initialisation), then assign the stored tensors strictly. given: what the
-    constructor receives by role."""
+    """Construct the network on the meta device, which skips initialisation, and assign the stored tensors strictly.
+
+    given: networks that the constructor receives, by role.
+    """
     keywords = component.get("kwargs", {})
     foreign.tell_files(keywords, path)
     node = {**keywords, "name": component["name"]}
@@ -310,7 +316,7 @@ def check_fit(model: nn.Module, state: Mapping[str, Tensor], path: Path, name: s
 
 
 def non_finite(tensors: Mapping[str, Tensor]) -> list[str]:
-    """Names of the tensors that hold NaN or infinities, each read once."""
+    """Names of the tensors that hold NaN or infinities."""
     return [k for k, v in tensors.items() if not all_finite(v)]
 
 
@@ -332,7 +338,8 @@ def refuse_non_finite(tensors: Mapping[str, Tensor], path: Path) -> None:
 
 
 def build_view(model: nn.Module, view: Mapping[str, Any] | None) -> Any:
-    """What the sampler is handed: the registered view that a header names (by default a Denoiser), or the network."""
+    """What a sampler receives: the registered view that the header names (a Denoiser where it names none), around the
+    network; or the bare network where there is no view."""
     if not view or view.get("name") == "codec":
         return model
     if "network" in view:
@@ -350,7 +357,7 @@ def check_view(view: Mapping[str, Any] | None) -> None:
 
 
 def load_codec(header: Header, origin: Path, device: torch.device | str = "cpu") -> Any:
-    """The frozen codec that the header of `origin` refers to; None where it refers to none."""
+    """The frozen codec that the header of the file `origin` refers to, or None."""
     ref = header.parts.get("codec")
     return None if ref is None else read_codec(locate(ref, origin, "codec"), device, ref.output)
 
@@ -361,7 +368,7 @@ def refer_codec(path: Path, base: Path | None = None, output: str | None = None)
 
 
 def read_codec(path: Path, device: torch.device | str = "cpu", output: str | None = None) -> Any:
-    """A frozen codec from its file. output: "tokens" for what a token model sees."""
+    """Read a frozen codec from its file. output: "tokens" wraps it so that it gives ids, as token models need."""
     tensors, metadata = read_tensors(path)
     header = Header.parse(metadata, path)
     if not header.is_codec:

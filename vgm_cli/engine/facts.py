@@ -1,4 +1,4 @@
-"""What the data is, as models are built for it."""
+"""What is known of the data when a model is built for it: sizes, channels, classes, tokens."""
 
 from __future__ import annotations
 
@@ -13,25 +13,21 @@ from vgm_cli.settings import Data
 
 @dataclass(kw_only=True)
 class Facts:
-    """What the model is built for. image_*: pixels; size/channels: as the model sees x, after the codec.
+    """The data as a model is built for it: images of pixels, and what the model sees of them behind a codec."""
 
-    vocab_size, grid: of a codec's tokens, 0 and () where the model sees none; then size is the grid's last side.
-    scales: (h, w) of every grid of a pyramid of tokens, coarse to fine, () of any other codec; then size is the last
-    grid's side, and channels those of the features that the grids add up to.
-    """
-
-    image_size: int
-    image_channels: int
-    size: int
-    channels: int
-    num_classes: int = 0
-    class_names: list[str] = field(default_factory=list)
-    vocab_size: int = 0
-    grid: tuple[int, ...] = ()
-    scales: tuple[tuple[int, int], ...] = ()
+    image_size: int  # side of the images in pixels
+    image_channels: int  # channels of the images
+    size: int  # side of x as the model sees it; of tokens, the grid's last side
+    channels: int  # channels of x as the model sees it; of tokens 1, of a pyramid those of the grids' features
+    num_classes: int = 0  # 0: unlabelled
+    class_names: list[str] = field(default_factory=list)  # one per class, or empty
+    vocab_size: int = 0  # ids are in [0, vocab_size); 0: the model sees no tokens
+    grid: tuple[int, ...] = ()  # shape of an image's tokens, (h, w) or (L,)
+    scales: tuple[tuple[int, int], ...] = ()  # (h, w) of every grid of a pyramid of tokens, coarse to fine
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
+        """Shape of one item as the model sees it: (channels, size, size), or the grid of tokens."""
         return self.grid or (self.channels, self.size, self.size)
 
     @property
@@ -40,11 +36,11 @@ class Facts:
 
     @classmethod
     def of_pixels(cls, size: int, channels: int, **classes: Any) -> Facts:
-        """Images that the model sees as they are. classes: num_classes, class_names."""
+        """Facts of images that the model sees directly. classes: num_classes, class_names."""
         return cls(image_size=size, image_channels=channels, size=size, channels=channels, **classes)
 
     def after(self, codec: Any) -> Facts:
-        """The same data behind a codec."""
+        """Facts of the same data behind a codec, from the shapes of its latents or tokens."""
         shape = tuple(codec.latent_shape(self.image_shape))
         if not isinstance(codec, TokenCodec):
             return replace(self, size=shape[1], channels=shape[0], vocab_size=0, grid=(), scales=())
@@ -60,7 +56,7 @@ class Facts:
 
 
 def declared_facts(data: Data) -> Facts:
-    """Facts from the recipe alone, for --plan without data."""
+    """Facts from the recipe alone, for `--plan` where the data is missing. VgmError: the recipe does not say enough."""
     if data.path == "mnist5k" and data.size is None:
         return Facts.of_pixels(28, 1, num_classes=10)  # the shipped set
     missing = [k for k in ("size", "channels") if getattr(data, k) is None]

@@ -47,7 +47,8 @@ class Reference:
 
     @property
     def cache_key(self) -> str:
-        """What a cache of a codec's output belongs to: the codec's hash, and the output where it is not its latents."""
+        """The key of caches of this codec's output: its hash, and ":tokens" or the like where the output is not
+        latents."""
         return f"{self.sha256}:{self.output}" if self.output else self.sha256
 
 

@@ -1,8 +1,8 @@
-"""Processes and hardware: how several processes start, what device each uses, and how they share work.
+"""Launching and sharing: how several processes start, which device each uses, and how they divide a list of work.
 
-`--nproc N` re-executes through torch.distributed.run; torchrun, accelerate launch and Slurm are used as they are found.
-Whole items of work go round, results come back in their order, so that what is made of them does not depend
-on how many processes there are.
+`--nproc N` re-executes the command through torch.distributed.run; under torchrun, accelerate launch and Slurm the
+processes that are there are used. Work is divided item by item and results return in the order of the items, so that
+they do not depend on the number of processes. Sums and gathers of tensors are in nn/collectives.py.
 """
 
 from __future__ import annotations
@@ -79,8 +79,11 @@ def relaunched(nproc: int) -> bool:
 
 
 def leave(code: int) -> NoReturn:
-    """End one process of several with an exit code, without the interpreter's own end: there native code
-    now and then aborts a process whose work is done (terminate without an exception; its cause is not known)."""
+    """End one process of several with an exit code, skipping the interpreter's shutdown.
+
+    There native code sometimes aborts a process whose work is done ("terminate called without an active exception"; the
+    cause is not known), which would turn a success into a failure.
+    """
     dist = sys.modules.get("torch.distributed")
     if code == 0 and dist is not None and dist.is_available() and dist.is_initialized():
         dist.destroy_process_group()
@@ -172,13 +175,14 @@ def rank_world() -> tuple[int, int]:
 
 
 def mine(items: Iterable[T]) -> list[tuple[int, T]]:
-    """(position, item) of this process's share."""
+    """The (position, item) pairs of `items` that are this process's share."""
     rank, world = rank_world()
     return [(i, item) for i, item in enumerate(items) if i % world == rank]
 
 
 def in_order(parts: dict[int, R]) -> list[R]:
-    """What every process made, by position; on the first process only, others get []."""
+    """Put together what all processes made, {position: result} each, into one list in order. Only the first process
+    receives it; the others receive []."""
     if not joined():
         return [parts[i] for i in sorted(parts)]
     import torch.distributed as dist
@@ -197,7 +201,7 @@ def shares(items: Iterable[T], work: Callable[[T], R]) -> list[R]:
 
 
 def from_main(value: T) -> T:
-    """The first process's value, on every process."""
+    """The value that the first process passed, on every process."""
     if not joined():
         return value
     import torch.distributed as dist
@@ -208,7 +212,7 @@ def from_main(value: T) -> T:
 
 
 def on_main(work: Callable[[], None]) -> None:
-    """Done by the first process alone; what it refuses (VgmError) every process refuses."""
+    """Call `work` on the first process alone. A VgmError there is raised on every process."""
     refused: tuple[str, str, int] | None = None
     if rank_world()[0] == 0:
         try:

@@ -91,16 +91,14 @@ def discriminator_term(
 
 
 class AutoencoderObjective(ObjectiveBase):
-    """Trains AutoencoderKL or VQModel, and a discriminator where there is one.
+    """Trains AutoencoderKL or VQModel, and a patch discriminator where there is one (Esser et al. 2021, Rombach et al.
+    2022).
 
-    discriminator, perceptual: roles, None for neither. kl_weight: of the KL divergence (AutoencoderKL).
-    codebook_weight: of the quantizer's own loss (VQModel). disc_factor, disc_start: the adversarial terms count
-    disc_factor from step disc_start on and nothing before; disc_weight is on the autoencoder's term alone, and where
-    adaptive on the balance of the two gradients. reduction: None for the published one: "sum" over an image for KL,
-    which makes losses about 2e5 times those per pixel (hence learning rates near 1e-6), "mean" for VQ; a "mean" KL
-    objective is the "sum" one divided by the number of values of an image, so kl_weight keeps its meaning.
-    temperature: of a Gumbel quantizer, keywords of `warmup_cosine`. place_codes: start the codebook at latents of the
-    first batch; None: not (as published).
+    Adversarial terms count from step disc_start on. Then the autoencoder's has the weight disc_weight times, where
+    adaptive, the ratio of the two losses' gradients at the last layer. The published reduction is "sum" over an image
+    for KL, which makes losses about 2e5 times those per pixel (hence learning rates near 1e-6), and "mean" for VQ. A
+    "mean" KL objective is the "sum" one divided by the number of values of an image, so that kl_weight keeps its
+    meaning.
     """
 
     RECENT = 65536  # code numbers over which usage is counted
@@ -108,23 +106,23 @@ class AutoencoderObjective(ObjectiveBase):
 
     def __init__(
         self,
-        model: nn.Module,
-        discriminator: nn.Module | None = None,
-        perceptual: nn.Module | None = None,
-        kl_weight: NonNegative = 1e-6,
-        codebook_weight: NonNegative = 1.0,
-        pixel_loss: Literal["l1", "l2"] = "l1",
-        perceptual_weight: NonNegative = 1.0,
-        disc_weight: NonNegative = 0.5,
-        disc_start: Whole = 50001,
-        disc_factor: NonNegative = 1.0,
-        disc_loss: DiscLoss = "hinge",
-        gen_loss: GenLoss = "hinge",
-        adaptive: bool = True,
-        logvar: float = 0.0,
-        reduction: Reduction | None = None,
-        temperature: dict[str, float] | None = None,
-        place_codes: bool = False,
+        model: nn.Module,  # the first stage that is trained
+        discriminator: nn.Module | None = None,  # image (B, C, H, W) -> logits of patches; None: no adversarial terms
+        perceptual: nn.Module | None = None,  # distance of two images (B, 1, 1, 1); None: pixels alone
+        kl_weight: NonNegative = 1e-6,  # of the KL divergence (AutoencoderKL)
+        codebook_weight: NonNegative = 1.0,  # of the quantizer's own loss (VQModel)
+        pixel_loss: Literal["l1", "l2"] = "l1",  # l1 or l2 distance of pixels
+        perceptual_weight: NonNegative = 1.0,  # of the perceptual distance
+        disc_weight: NonNegative = 0.5,  # of the autoencoder's adversarial term
+        disc_start: Whole = 50001,  # step from which adversarial terms count
+        disc_factor: NonNegative = 1.0,  # on both adversarial terms from then on
+        disc_loss: DiscLoss = "hinge",  # loss of the discriminator
+        gen_loss: GenLoss = "hinge",  # adversarial loss of the autoencoder
+        adaptive: bool = True,  # balance the gradients of the two losses at the last layer
+        logvar: float = 0.0,  # log-variance of the reconstruction's likelihood
+        reduction: Reduction | None = None,  # over an image's values; None: the published one
+        temperature: dict[str, float] | None = None,  # of a Gumbel quantizer: keywords of `warmup_cosine`
+        place_codes: bool = False,  # start the codebook at latents of the first batch; false: as published
     ):
         self.model, self.discriminator, self.perceptual = model, discriminator, perceptual
         roles = {"model": model, "discriminator": discriminator, "perceptual": perceptual}

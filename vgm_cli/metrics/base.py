@@ -1,15 +1,4 @@
-"""What a metric is to `engine.evaluate`: which measurements it needs of either side, and numbers made of them.
-
-A metric is any object with `needs_samples`, `needs_reference` (subsets of NEEDS) and
-`__call__(samples, reference, seed) -> list[Value]`; constructor keywords are its options. It may set
-`network = "mnist" | "dinov2" | "clip"` to insist on one kind of features, and `gives`, the names of its numbers where
-that is not its own name alone, `uses_seed`, and `check(n, n_reference, shape)`, called before the work, which raises
-VgmError where so many images (None: not known) of that (H, W, C) cannot be measured.
-
-A model metric looks at the trained model instead of at images: `needs_model = True` and
-`__call__(subject, seed) -> list[Value]`. It shares its work over processes by `subject.shares`, and sets
-`needs_data = False` where it looks at no images of the reference.
-"""
+"""The contract between metrics and `engine.evaluate`: what a metric needs measured of either side, and its numbers."""
 
 from __future__ import annotations
 
@@ -33,9 +22,9 @@ OF_NETWORK = {"moments": "pool", "pool": "pool", "spatial": "spatial", "logits":
 
 @dataclass
 class Measured:
-    """One side of a comparison. Only what the metrics asked for is there.
+    """What was measured of one side of a comparison. Only what the metrics need is filled in.
 
-    pool: (N, D), logits: (N, K), pixels: (N, P) in [0, 1], all fp32; images: uint8 (N, H, W, C), labels: (N,) int64;
+    pool: (N, D), logits: (N, K), pixels: (N, P) in [0, 1], all fp32; images: uint8 (N, H, W, C); labels: (N,) int64;
     items: which pictures they are.
     """
 
@@ -53,9 +42,12 @@ class Measured:
 
 @dataclass(frozen=True)
 class Value:
-    """One number. uncertainty: a standard deviation where there is one; options: what it depends on, for the protocol;
-    facts: what was seen on the way; n: images it was made of, where that is not the number of samples; remarks: what
-    a reader has to know, as sentences; unbounded: infinity is the right value."""
+    """One number of a metric.
+
+    uncertainty: its standard deviation, if known. options: what it depends on, for the protocol. facts: what was
+    observed while computing it. n: how many images it was made of, where that is not the number of samples. remarks:
+    sentences that a reader needs. unbounded: infinity is a right value.
+    """
 
     metric: str
     value: float
@@ -76,9 +68,11 @@ class Metric(Protocol):
 
 @dataclass
 class Subject:
-    """A trained model under test. view: what a sampler would be handed; conditions: what the network is told; dataset:
-    the reference; n: images wanted, None for the metric's own number; shares(items, work): [work(item) for item in
-    items], spread over processes."""
+    """The trained model that a metric evaluates.
+
+    view: what a sampler would receive. dataset: the reference. n: how many images are wanted; None: the metric's own
+    number. shares(items, work): [work(item) for item in items], spread over processes.
+    """
 
     view: Any
     codec: Any

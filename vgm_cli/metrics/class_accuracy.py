@@ -36,7 +36,8 @@ def accuracy_of(logits: Tensor, labels: np.ndarray) -> float:
 
 
 class ClassAccuracy:
-    """Of the digit classifier, the shipped one unless `features` names another file of its kind."""
+    """Share of samples that the digit classifier recognises as their class: the shipped one, unless `features` names
+    another file."""
 
     network = "mnist"
     needs_samples = frozenset({"logits", "labels"})

@@ -33,8 +33,11 @@ DIGIT_SIDES = range(digits.SIZE, 33)  # 28, and 32 where the digits are padded
 
 @dataclass(frozen=True)
 class FeatureNet:
-    """A network with weights. kind: mnist, inception, dinov2 or clip; name: for results; resize: the rule, in words;
-    dim: width of "pool"; outputs: what a call gives, of pool (B, dim), spatial (B, 2023), logits (B, K)."""
+    """A feature network with its weights.
+
+    kind: mnist, inception, dinov2 or clip. name: for results. resize: its rule of resizing, in words. dim: width of
+    "pool". outputs: which of pool (B, dim), spatial (B, 2023) and logits (B, K) a call returns.
+    """
 
     kind: str
     name: str
@@ -58,7 +61,7 @@ class FeatureNet:
         return found
 
     def describe(self) -> dict[str, Any]:
-        """What a result's protocol says of it."""
+        """The facts about this network that a result's protocol records."""
         return {
             "features": self.name,
             "features_kind": self.kind,

@@ -40,7 +40,8 @@ def inception_score(
 
 
 class InceptionScore:
-    """splits, or split_size for consecutive splits as ADM makes them; shuffle: reorder by the seed first."""
+    """Inception score over `splits` equal parts of the samples, or with `split_size` over consecutive parts of that
+    size, as ADM makes them. shuffle: reorder the samples by the seed first."""
 
     needs_samples = frozenset({"logits"})
     needs_reference: frozenset[str] = frozenset()

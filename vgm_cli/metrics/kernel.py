@@ -51,8 +51,11 @@ def kernel_distance(
 
 
 class KID:
-    """Mean over subsets. Subsets shrink to the smaller side when there are fewer images; the result says so. Where
-    every subset is the whole of both sides there is one value, and no spread of them."""
+    """Kernel inception distance: mean of the unbiased MMD^2 over random subsets.
+
+    Subsets shrink to the smaller side when there are fewer images, and the result says so. Where every subset is the
+    whole of both sides there is one value, and no spread of them.
+    """
 
     needs_samples = needs_reference = frozenset({"pool"})
     uses_seed = True
@@ -108,7 +111,8 @@ def gaussian_mmd(x: Tensor, y: Tensor, sigma: float = 10.0, scale: float = 1000.
 
 
 class CMMD:
-    """Of unit-length CLIP image embeddings (ViT-L/14 at 336 pixels in published numbers). sigma: of the kernel."""
+    """Maximum mean discrepancy of unit-length CLIP image embeddings (ViT-L/14 at 336 pixels in published numbers).
+    sigma: of the Gaussian kernel."""
 
     network = "clip"
     needs_samples = needs_reference = frozenset({"pool"})

@@ -74,10 +74,10 @@ def denoiser_likelihood(
     probes: int | None = 1,
     **cond: Any,
 ) -> tuple[Tensor, str]:
-    """The contract's answer for a Denoiser: (nats (B,), kind). x: uint8 (B, C, H, W), or float latents (B, c, h, w).
+    """Likelihood of a Denoiser by its probability-flow ODE: (nats (B,), the method in words).
 
-    probes: Hutchinson probes averaged over (each a run of the ODE), None for the exact trace (one gradient per
-    dimension and evaluation: small images only).
+    x: uint8 (B, C, H, W), or float latents (B, c, h, w). probes: Hutchinson probes to average, each a run of the ODE;
+    None: the exact trace, one gradient per dimension and evaluation, for small images only.
     """
     shape = x.shape[1:]
     discrete = x.dtype == torch.uint8
@@ -99,8 +99,11 @@ def denoiser_likelihood(
 
 
 def bound_likelihood(view: Denoiser, x: Tensor, generators: list[torch.Generator], **cond: Any) -> tuple[Tensor, str]:
-    """The contract's answer by the variational bound of a discrete process: one evaluation and one draw per timestep.
-    x: uint8 (B, C, H, W). VgmError: latents, or a network of continuous time."""
+    """Likelihood of a discrete process by its variational bound, one evaluation and one draw per timestep: (nats (B,),
+    words).
+
+    x: uint8 (B, C, H, W). VgmError: latents, or a network of continuous time.
+    """
     if x.dtype != torch.uint8:
         raise VgmError("the variational bound is one of 8-bit pixels, not of latents", "method=dopri5", USAGE)
     process, z = process_of(view), x.float() / LEVELS - 1
@@ -135,16 +138,9 @@ PARTS = Bound._fields
 
 
 class BitsPerDim:
-    """-log2 p per dimension of held-out (or training) images.
-
-    n: images, evenly spaced over the data.
-    method: for diffusion and flow models: a solver of the probability-flow ODE; elbo, an upper bound whose three parts
-    are reported too; vlb, the bound of a network's own discrete steps with the variance that it learned.
-    probes, rtol, atol: of the ODE; probes=0 takes the exact trace.
-    steps: of an ODE with a fixed grid; of elbo, the noise levels that an image is tried at.
-    samples: posterior draws of latent-variable models, None for the model's own number. estimator: theirs, where they
-    know several.
-    """
+    """-log2 p per dimension of held-out (or training) images: by the model's own likelihood, or for a Denoiser by the
+    probability-flow ODE, its ELBO (an upper bound, whose three parts are reported too), or the bound of its own
+    discrete steps."""
 
     needs_model = True
     gives = tuple(f"{name}{part}" for name in ("bits-per-dim", "bits-per-latent-dim")
@@ -152,14 +148,14 @@ class BitsPerDim:
 
     def __init__(
         self,
-        n: Count | None = None,
-        probes: int = 1,
-        method: str = "dopri5",
-        steps: Steps = 100,
-        rtol: Positive = 1e-5,
-        atol: Positive = 1e-5,
-        samples: Count | None = None,
-        estimator: str | None = None,
+        n: Count | None = None,  # images, evenly spaced over the data; None: 256
+        probes: int = 1,  # of the trace's estimate; 0: the exact trace
+        method: str = "dopri5",  # solver of the ODE; elbo; vlb: the bound of a process with discrete steps
+        steps: Steps = 100,  # of solvers with fixed steps; of elbo, the noise levels that an image is tried at
+        rtol: Positive = 1e-5,  # relative tolerance of dopri5
+        atol: Positive = 1e-5,  # absolute tolerance of dopri5
+        samples: Count | None = None,  # posterior draws of latent-variable models; None: the model's own number
+        estimator: str | None = None,  # which estimator, of models that know several
     ):
         if method not in (*METHODS, *ODE):
             raise unknown("method", method, (*METHODS, *ODE))
@@ -210,7 +206,7 @@ class BitsPerDim:
     def answerer(
         self, subject: Subject
     ) -> Callable[[Tensor, list[torch.Generator], dict[str, Any]], tuple[Tensor, str]]:
-        """What to ask for nats: the view itself, or a Denoiser's ELBO or ODE."""
+        """The function that computes nats for this model: its own `log_likelihood`, or a Denoiser's bound or ODE."""
         view = subject.view
         if isinstance(view, HasLogLikelihood):
             own = view.log_likelihood

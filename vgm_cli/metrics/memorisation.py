@@ -45,8 +45,11 @@ def closer(samples: Tensor, real: Tensor) -> tuple[float, float]:
 
 
 class Memorisation:
-    """Per space (features, pixels): "memorisation" as `closer` has it, and "copies", the share of samples nearer to a
-    training image than `quantile` of real images are (about `quantile` when nothing was copied)."""
+    """Whether samples copy the training set, in feature space and in pixels.
+
+    "memorisation" is the statistic of `closer`; "copies" is the share of samples that are nearer to a training image
+    than `quantile` of real images are, about `quantile` when nothing was copied.
+    """
 
     gives = ("memorisation", "copies", "memorisation-pixels", "copies-pixels")
     needs_samples = needs_reference = frozenset({"pool", "pixels"})

@@ -8,7 +8,7 @@ from functools import reduce
 import torch
 from torch import Tensor
 
-from vgm_cli.nn.processes import gather_objects
+from vgm_cli.nn.collectives import gather_objects
 
 
 @dataclass

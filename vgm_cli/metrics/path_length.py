@@ -42,7 +42,8 @@ def slerp(a: Tensor, b: Tensor, t: Tensor) -> Tensor:
 
 
 def prepare(x: Tensor, crop: bool = False) -> Tensor:
-    """What LPIPS is shown: the middle of a face where `crop`, box-averaged to 256 pixels. x: (B, C, H, W)."""
+    """Images (B, C, H, W) as LPIPS compares them: with `crop` the middle of a face, then averaged down to 256
+    pixels."""
     if crop:
         c = x.shape[2] // 8
         x = x[:, :, c * 3 : c * 7, c * 2 : c * 6]
@@ -58,20 +59,21 @@ def path_length(distances: Tensor, epsilon: float, low: float = 1, high: float =
 
 
 class PerceptualPathLength:
-    """n: pairs; epsilon, space, sampling, crop: see above; vgg, heads: LPIPS' weight files."""
+    """Mean LPIPS distance of two images a step epsilon apart in latent space, over epsilon^2 (see the top of this
+    file)."""
 
     needs_model = True
     needs_data = False
 
     def __init__(
         self,
-        n: Count | None = None,
-        epsilon: NonNegative = 1e-4,
-        space: str = "w",
-        sampling: str = "end",
-        crop: bool = False,
-        vgg: str | None = None,
-        heads: str | None = None,
+        n: Count | None = None,  # pairs; None: 50,000
+        epsilon: NonNegative = 1e-4,  # length of the step
+        space: str = "w",  # w, or z
+        sampling: str = "end",  # end: t = 0; full: t in [0, 1)
+        crop: bool = False,  # compare the middle of a face only
+        vgg: str | None = None,  # file of LPIPS' VGG weights; None: the cache
+        heads: str | None = None,  # file of LPIPS' linear layers; None: the cache
     ):
         if epsilon == 0:
             raise VgmError("ppl:epsilon=0: there is no step", code=USAGE)

@@ -1,4 +1,5 @@
-"""Pictures to be measured, batch by batch: arrays, data sets, or whatever else has `batch` and a length."""
+"""Sets of pictures to be measured, read batch by batch: arrays, data sets, or anything else with `batch` and a
+length."""
 
 from __future__ import annotations
 
@@ -99,7 +100,8 @@ class DataPictures:
         return self.dataset.images(self.rows[first:last].tolist()).permute(0, 2, 3, 1).numpy()
 
     def items(self) -> Items:
-        """After the pictures were read: those for which another stood in count as lost."""
+        """Which pictures were measured, to be asked after they were read: those replaced by another, being
+        unreadable, count as lost."""
         data = self.dataset
         if not hasattr(data, "source"):
             return Items(self.rows.tolist(), len(data))
@@ -137,7 +139,8 @@ SHOWN = 10  # names listed of those without a partner
 
 @dataclass(frozen=True)
 class Pairs:
-    """(samples[i], reference[i]) are positions of partners; alone: names of those without one, of either side."""
+    """Partners for paired metrics: (samples[i], reference[i]) are positions of one pair. alone: names of pictures
+    without a partner, of either side."""
 
     samples: list[int]
     reference: list[int]
@@ -165,8 +168,11 @@ KEYS: tuple[Callable[[str], str], ...] = (
 
 
 def pairs(a: Items, b: Items) -> Pairs:
-    """Partners by file name, whatever the suffix (and the folder, where that is needed), if both sides are files; by
-    position in their sets otherwise. VgmError: no partners at all, or by position sets of different size."""
+    """Find the partner of every picture: by file name (ignoring suffixes, and folders where they are not needed) if
+    both sides are files, otherwise by position.
+
+    VgmError: no partners at all, or sets of different size that go by position.
+    """
     if a.names is not None and b.names is not None:
         found = [p for key in KEYS if (p := by_key([key(n) for n in a.names], [key(n) for n in b.names], a, b))]
         best = max(found, key=lambda p: len(p.samples), default=None)
@@ -188,7 +194,7 @@ def pairs(a: Items, b: Items) -> Pairs:
 
 
 def by_key(x: Sequence[Any], y: Sequence[Any], a: Items, b: Items, by: str = "file name") -> Pairs | None:
-    """None where a key stands for two pictures of one side."""
+    """Pairs of pictures with equal keys; None where a key stands for two pictures of one side."""
     if len(set(x)) < len(x) or len(set(y)) < len(y):
         return None
     there = {key: j for j, key in enumerate(y) if j not in b.lost}

@@ -39,8 +39,10 @@ def straightness(view: Denoiser, noise: Tensor, steps: int = 100, **cond: Any) -
 
 
 class Straightness:
-    """Of generated trajectories, every class in turn. n: how many; steps: Euler steps of each; guidance_scale: of the
-    flow that is measured, 1 for the network itself."""
+    """Straightness of the flow along its own trajectories, from noise that is drawn for every class in turn.
+
+    n: trajectories. steps: Euler steps of each. guidance_scale: of the flow that is measured; 1 is the network itself.
+    """
 
     needs_model = True
     needs_data = False

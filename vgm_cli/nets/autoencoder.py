@@ -160,18 +160,18 @@ class Encoder(Pyramid):
 
     def __init__(
         self,
-        ch: int = 128,
-        ch_mult: Sequence[int] = (1, 2, 4, 4),
-        num_res_blocks: int = 2,
-        attn_resolutions: Sequence[int] = (),
-        resolution: int = 256,
-        in_channels: int = 3,
-        z_channels: int = 4,
-        double_z: bool = True,
-        dropout: float = 0.0,
-        attn_type: AttnType = "vanilla",
-        resamp_with_conv: bool = True,
-        norm_groups: int = 32,
+        ch: int = 128,  # channels of the first level
+        ch_mult: Sequence[int] = (1, 2, 4, 4),  # channels of each level over ch; each after the first halves the side
+        num_res_blocks: int = 2,  # residual blocks of a level
+        attn_resolutions: Sequence[int] = (),  # in units of `resolution`
+        resolution: int = 256,  # nominal side; only decides where attention goes
+        in_channels: int = 3,  # channels of the images
+        z_channels: int = 4,  # channels of the latents
+        double_z: bool = True,  # twice z_channels are given: mean and log-variance
+        dropout: float = 0.0,  # share of activations dropped in residual blocks
+        attn_type: AttnType = "vanilla",  # kind of attention
+        resamp_with_conv: bool = True,  # levels are halved by convolutions; false: by means
+        norm_groups: int = 32,  # groups of the group normalisations
     ):
         super().__init__()
         self.conv_in = nn.Conv2d(in_channels, ch, 3, padding=1)
@@ -202,18 +202,18 @@ class Decoder(Pyramid):
 
     def __init__(
         self,
-        ch: int = 128,
-        ch_mult: Sequence[int] = (1, 2, 4, 4),
-        num_res_blocks: int = 2,
-        attn_resolutions: Sequence[int] = (),
-        resolution: int = 256,
-        out_ch: int = 3,
-        z_channels: int = 4,
-        dropout: float = 0.0,
-        attn_type: AttnType = "vanilla",
-        resamp_with_conv: bool = True,
-        tanh_out: bool = False,
-        norm_groups: int = 32,
+        ch: int = 128,  # channels of the last level
+        ch_mult: Sequence[int] = (1, 2, 4, 4),  # channels of each level over ch, the image's first, as the encoder's
+        num_res_blocks: int = 2,  # residual blocks of a level, less one
+        attn_resolutions: Sequence[int] = (),  # in units of `resolution`
+        resolution: int = 256,  # nominal side; only decides where attention goes
+        out_ch: int = 3,  # channels of the images
+        z_channels: int = 4,  # channels of the latents
+        dropout: float = 0.0,  # share of activations dropped in residual blocks
+        attn_type: AttnType = "vanilla",  # kind of attention
+        resamp_with_conv: bool = True,  # a convolution follows every doubling
+        tanh_out: bool = False,  # images end in a tanh
+        norm_groups: int = 32,  # groups of the group normalisations
     ):
         super().__init__()
         self.tanh_out = tanh_out

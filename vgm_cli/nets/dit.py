@@ -157,7 +157,7 @@ class DiT(nn.Module):
         num_heads: Depth = 16,  # attention heads; D must divide by it
         mlp_ratio: Positive = 4.0,  # hidden width of the MLP over D
         class_dropout_prob: Fraction = 0.1,  # > 0: the label table has a null class
-        num_classes: Whole = 1000,
+        num_classes: Whole = 1000,  # 0 is unconditional
         learn_sigma: bool = True,  # twice the output channels: the second half is the variance
         context_dim: Width | None = None,  # width of a text's vectors, whose sum conditions like a class; None: none
     ):

@@ -112,27 +112,25 @@ class UNetBlock(nn.Module):
 
 
 class DhariwalUNet(nn.Module):
-    """Raw network F(c_in x, ln(sigma) / 4, y) of EDM's preconditioner.
+    """The network F(c_in x, ln(sigma) / 4, y) inside EDM's preconditioning, for ImageNet at 64 pixels.
 
-    img_resolution: side of x. out_channels: None is in_channels. num_classes: 0 is unconditional. channel_mult: widths
-    of the levels over model_channels, channel_mult_emb: of the embedding. num_blocks: residual blocks of a level.
-    attn_resolutions: sides at which attention follows a block. head_channels: width of a head; narrower blocks have
-    no attention. dropout: as trained by EDM; 0 in DMD2. VgmError: the side cannot be halved often enough.
+    x: (N, in_channels, H, W), t: (N,), y: (N,) int64 -> (N, out_channels, H, W). VgmError: the side cannot be halved
+    once per level.
     """
 
     def __init__(
         self,
-        img_resolution: Side = 64,
-        in_channels: Width = 3,
-        out_channels: Width | None = None,
-        num_classes: Whole | None = 1000,
-        model_channels: Width = 192,
-        channel_mult: Sequence[int] = (1, 2, 3, 4),
-        channel_mult_emb: Width = 4,
-        num_blocks: Depth = 3,
-        attn_resolutions: Sequence[int] = (32, 16, 8),
-        head_channels: Width = 64,
-        dropout: Fraction = 0.1,
+        img_resolution: Side = 64,  # side of x
+        in_channels: Width = 3,  # channels of x
+        out_channels: Width | None = None,  # None: as in_channels
+        num_classes: Whole | None = 1000,  # 0 or None is unconditional
+        model_channels: Width = 192,  # channels of the first level
+        channel_mult: Sequence[int] = (1, 2, 3, 4),  # channels of each level over model_channels
+        channel_mult_emb: Width = 4,  # width of the embedding over model_channels
+        num_blocks: Depth = 3,  # residual blocks of a level
+        attn_resolutions: Sequence[int] = (32, 16, 8),  # sides at which attention follows a block
+        head_channels: Width = 64,  # width of a head; narrower blocks have no attention
+        dropout: Fraction = 0.1,  # as trained by EDM; 0 in DMD2
     ):
         super().__init__()
         levels = len(channel_mult)

@@ -18,8 +18,8 @@ from torch import Tensor, nn
 
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.nets.autoencoder import AttnType, Decoder, Encoder
+from vgm_cli.nn.collectives import average
 from vgm_cli.nn.example import noise
-from vgm_cli.nn.processes import average
 from vgm_cli.nn.quantize import EMAVectorQuantizer, GumbelQuantizer, Unknown, VectorQuantizer
 from vgm_cli.ranges import Blocks, Fraction, NonNegative, Positive, Side, Vocabulary, Width
 
@@ -95,10 +95,10 @@ def ramp(n: int, tile: int, stride: int, like: Tensor) -> Tensor:
 
 
 class FirstStage(nn.Module):
-    """Encoder, 1x1 convolutions around the bottleneck, decoder, and the codec protocol they share.
+    """Encoder, 1x1 convolutions around the bottleneck, decoder, and the codec protocol that all first stages share.
 
-    Latents handed to a model are ((z - latent_mean) / latent_std - shift_factor) * scale_factor; the first two are
-    buffers (c,) that exist with latent_stats and follow the latents of training.
+    Latents handed to a model are ((z - latent_mean) / latent_std - shift_factor) * scale_factor, (B, embed_dim, h, w).
+    The first two are buffers (embed_dim,) that exist with latent_stats and follow the latents of training.
     """
 
     latent_mean: Tensor
@@ -106,15 +106,15 @@ class FirstStage(nn.Module):
 
     def __init__(
         self,
-        encoder: Encoder,
-        decoder: Decoder,
-        convs: tuple[nn.Conv2d, nn.Conv2d],
-        embed_dim: Width,
-        factor: int,
-        scaling: tuple[float, float],
-        latent_stats: bool,
-        tile: Width | None,
-        tile_overlap: Fraction,
+        encoder: Encoder,  # images (B, C, H, W) -> (B, z, h, w)
+        decoder: Decoder,  # (B, z, h, w) -> images
+        convs: tuple[nn.Conv2d, nn.Conv2d],  # 1x1 convolutions after the encoder and before the decoder
+        embed_dim: Width,  # channels of the latents
+        factor: int,  # side of an image over side of its latents
+        scaling: tuple[float, float],  # scale_factor, shift_factor
+        latent_stats: bool,  # measure mean and deviation of the latents per channel, and normalise by them
+        tile: Width | None,  # encode and decode in tiles of this many pixels; None: never
+        tile_overlap: Fraction,  # share of a tile that its neighbour covers, too
     ):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
@@ -214,42 +214,44 @@ def per_channel(v: Tensor) -> Tensor:
 
 
 class VQModel(FirstStage):
-    """Vector-quantised autoencoder: a codec of tokens (`tokens`, `decode_tokens`), or of latents, which are NOT
-    quantised: `decode` quantises first."""
+    """Vector-quantised autoencoder: a codec of tokens (`tokens`, `decode_tokens`) or of latents.
+
+    Latents are NOT quantised when they are handed to a model; `decode` quantises them first.
+    """
 
     def __init__(
         self,
-        n_embed: Vocabulary = 8192,  # codes
+        n_embed: Vocabulary = 8192,  # number of codes
         ch: Width = 128,  # width of the highest resolution
         ch_mult: tuple[int, ...] = (1, 2, 4),  # widths per level; each level after the first halves the size
         decoder_ch_mult: tuple[int, ...] | None = None,  # None: as ch_mult
         num_res_blocks: Blocks = 2,  # per level; the decoder has one more
         attn_resolutions: tuple[int, ...] = (),  # in units of `resolution`
         resolution: Side = 256,  # nominal; only decides where attention goes
-        z_channels: Width = 3,
+        z_channels: Width = 3,  # channels before the 1x1 convolution to the codes
         embed_dim: Width = 3,  # dimensions of a code
-        in_channels: Width = 3,
+        in_channels: Width = 3,  # channels of the images
         out_ch: Width | None = None,  # None: as in_channels
-        dropout: Fraction = 0.0,
-        attn_type: AttnType = "vanilla",
-        resamp_with_conv: bool = True,
-        tanh_out: bool = False,
-        norm_groups: Width = 32,
-        quantizer: Literal["nearest", "ema", "gumbel"] = "nearest",
+        dropout: Fraction = 0.0,  # share of activations dropped in residual blocks
+        attn_type: AttnType = "vanilla",  # kind of attention: vanilla, linear or none
+        resamp_with_conv: bool = True,  # levels are halved and doubled by convolutions
+        tanh_out: bool = False,  # images end in a tanh
+        norm_groups: Width = 32,  # groups of the group normalisations
+        quantizer: Literal["nearest", "ema", "gumbel"] = "nearest",  # ema: codes are running means
         beta: NonNegative = 0.25,  # weight of the commitment, or of the codebook term when legacy
-        legacy: bool = True,
+        legacy: bool = True,  # beta weighs the codebook's term, as in all published weights; false: the commitment
         l2_norm: bool = False,  # latents and codes of unit length
-        entropy_weight: NonNegative = 0.0,
-        ema_decay: Fraction = 0.99,
-        straight_through: bool = True,  # gumbel
-        kl_weight: NonNegative = 5e-4,  # gumbel
-        remap: str | None = None,  # .npy of the codes in use
-        unknown_index: Unknown = "random",
-        scale_factor: Positive = 1.0,
-        shift_factor: float = 0.0,
-        latent_stats: bool = False,
+        entropy_weight: NonNegative = 0.0,  # of the loss that spreads the use of codes
+        ema_decay: Fraction = 0.99,  # of the codes' running means (ema)
+        straight_through: bool = True,  # forward takes one code, backward the soft mixture (gumbel)
+        kl_weight: NonNegative = 5e-4,  # of the divergence from uniform use (gumbel)
+        remap: str | None = None,  # .npy of the codes in use; ids count only those
+        unknown_index: Unknown = "random",  # id of the other codes: random, "extra" for one id more, or a number
+        scale_factor: Positive = 1.0,  # latents are multiplied by this, so that models see unit variance
+        shift_factor: float = 0.0,  # subtracted from the latents before that
+        latent_stats: bool = False,  # measure mean and deviation of the latents per channel, and normalise by them
         tile: Width | None = None,  # encode and decode in tiles of this many pixels; None: never
-        tile_overlap: Fraction = 0.25,
+        tile_overlap: Fraction = 0.25,  # share of a tile that its neighbour covers, too
     ):
         shared: dict[str, Any] = {
             "ch": ch,

@@ -127,27 +127,27 @@ class LlamaGen(nn.Module):
 
     def __init__(
         self,
-        dim: Width = 768,
-        n_layer: Depth = 12,
-        n_head: Depth = 12,
+        dim: Width = 768,  # width
+        n_layer: Depth = 12,  # number of blocks
+        n_head: Depth = 12,  # attention heads
         n_kv_head: Depth | None = None,  # None: as n_head
-        vocab_size: Vocabulary = 16384,  # codes
+        vocab_size: Vocabulary = 16384,  # number of codes
         grid: tuple[int, int] = (16, 16),  # rows and columns of codes
-        num_classes: Whole = 1000,
+        num_classes: Whole = 1000,  # 0 is unconditional
         null_class: bool = True,  # one more row, for guidance; unlabelled data always has it
         model_type: Literal["c2i", "t2i"] = "c2i",  # class or text to image
         cls_token_num: Width = 1,  # condition tokens; 120 for text
         caption_dim: Width = 2048,  # of the text features
-        multiple_of: Width = 256,
-        ffn_dim_multiplier: Positive | None = None,
-        rope_base: Positive = 10000.0,
-        norm_eps: Positive = 1e-5,
-        token_dropout: Fraction = 0.1,
-        attn_dropout: Fraction = 0.0,
-        resid_dropout: Fraction = 0.1,
-        ffn_dropout: Fraction = 0.1,
+        multiple_of: Width = 256,  # the feed-forward width is rounded up to a multiple of this
+        ffn_dim_multiplier: Positive | None = None,  # factor on the feed-forward width; None: 1
+        rope_base: Positive = 10000.0,  # base of the rotary positions' frequencies
+        norm_eps: Positive = 1e-5,  # added to the mean square in RMS norms
+        token_dropout: Fraction = 0.1,  # share of embeddings dropped in training
+        attn_dropout: Fraction = 0.0,  # share of attention weights dropped in training
+        resid_dropout: Fraction = 0.1,  # share of attention outputs dropped in training
+        ffn_dropout: Fraction = 0.1,  # share of feed-forward outputs dropped in training
         drop_path: Fraction = 0.0,  # of the last layer, rising linearly from 0
-        initializer_range: Positive = 0.02,
+        initializer_range: Positive = 0.02,  # standard deviation of the initial weights
         checkpointing: bool = False,  # recompute layers in backward
     ):
         super().__init__()

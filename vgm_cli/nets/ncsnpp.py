@@ -43,50 +43,46 @@ ProgressiveInput = Literal["none", "input_skip", "residual"]
 
 
 class NCSNpp(nn.Module):
-    """A velocity, score or noise network; the defaults are DDPM++ for 32 pixels.
+    """NCSN++ and DDPM++ (Song et al. 2021): a velocity, score or noise network. The defaults are DDPM++ for 32 pixels.
 
-    attn_resolutions: sides at which attention follows every residual block of the encoder and ends a level of the
-    decoder. resblock_type: biggan (changes size inside) | ddpm. fir: filtered changes of size, with taps fir_kernel.
-    progressive: output_skip sums images over the decoder's levels, residual sums features. progressive_input: the
-    image, smaller and smaller, joins the encoder. embedding_type: fourier reads the logarithm of forward's `t`,
-    positional `t` itself. scale_by_sigma: the output is divided by `t` (fourier), or by the noise level with that index
-    in the descending ladder sigma_max..sigma_min of num_scales (positional). centered: x is in [-1, 1] already; false
-    maps [0, 1] there. init_scale: of the last convolution of every block, 0 for almost zero. num_classes: 0 or None is
-    unconditional; null_class adds a label that means "none". VgmError: a side that cannot be halved that often.
+    x: (B, in_channels, H, W), t: (B,), y: (B,) int64 -> like x. With embedding_type=fourier the network is given the
+    noise level itself as t and embeds its logarithm; with positional, t is embedded as it is. scale_by_sigma divides
+    the output by the noise level: by t (fourier), or by entry t of the descending ladder sigma_max..sigma_min of
+    num_scales levels (positional). VgmError: a side that cannot be halved once per level.
     """
 
     checkpointing = False
 
     def __init__(
         self,
-        image_size: Side = 32,
-        in_channels: Width = 3,
-        nf: Width = 128,
-        ch_mult: Sequence[int] = (1, 2, 2, 2),
-        num_res_blocks: Blocks = 4,
-        attn_resolutions: Sequence[int] = (16,),
-        dropout: Fraction = 0.1,
-        resblock_type: Literal["biggan", "ddpm"] = "biggan",
-        resamp_with_conv: bool = True,
-        fir: bool = False,
-        fir_kernel: Sequence[float] = (1, 3, 3, 1),
-        skip_rescale: bool = True,
-        progressive: Progressive = "none",
-        progressive_input: ProgressiveInput = "none",
-        progressive_combine: Literal["sum", "cat"] = "sum",
-        embedding_type: Literal["positional", "fourier"] = "positional",
-        fourier_scale: Positive = 16.0,
-        scale_by_sigma: bool = False,
-        centered: bool = True,
-        conditional: bool = True,
-        init_scale: NonNegative = 0.0,
-        nonlinearity: Activation = "swish",
-        sigma_min: Positive = 0.01,
-        sigma_max: Positive = 50.0,
-        num_scales: Width = 1000,
-        num_classes: Whole | None = 0,
-        null_class: bool = False,
-        patch_size: Width = 1,
+        image_size: Side = 32,  # side of x
+        in_channels: Width = 3,  # channels of x
+        nf: Width = 128,  # channels of the first level
+        ch_mult: Sequence[int] = (1, 2, 2, 2),  # channels of each level over nf
+        num_res_blocks: Blocks = 4,  # residual blocks of a level; the decoder has one more
+        attn_resolutions: Sequence[int] = (16,),  # sides at which attention follows every block of the encoder
+        dropout: Fraction = 0.1,  # share of activations dropped in residual blocks
+        resblock_type: Literal["biggan", "ddpm"] = "biggan",  # biggan changes the size inside the block
+        resamp_with_conv: bool = True,  # levels are halved and doubled by convolutions (ddpm)
+        fir: bool = False,  # filtered changes of size
+        fir_kernel: Sequence[float] = (1, 3, 3, 1),  # taps of that filter
+        skip_rescale: bool = True,  # sums of two branches are divided by sqrt(2)
+        progressive: Progressive = "none",  # decoder's levels give images (output_skip) or features (residual) to sum
+        progressive_input: ProgressiveInput = "none",  # the image, smaller and smaller, joins the encoder
+        progressive_combine: Literal["sum", "cat"] = "sum",  # how it joins
+        embedding_type: Literal["positional", "fourier"] = "positional",  # of t, see above
+        fourier_scale: Positive = 16.0,  # deviation of the random Fourier frequencies
+        scale_by_sigma: bool = False,  # divide the output by the noise level, see above
+        centered: bool = True,  # x is in [-1, 1] already; false maps [0, 1] there
+        conditional: bool = True,  # the network is told t
+        init_scale: NonNegative = 0.0,  # of every block's last convolution; 0: almost zero
+        nonlinearity: Activation = "swish",  # of the layers
+        sigma_min: Positive = 0.01,  # lowest noise level of the ladder
+        sigma_max: Positive = 50.0,  # highest noise level of the ladder
+        num_scales: Width = 1000,  # levels of the ladder
+        num_classes: Whole | None = 0,  # 0 or None is unconditional
+        null_class: bool = False,  # the label table has one more row, for "no class"
+        patch_size: Width = 1,  # squares of so many pixels become channels; 1: none
     ):
         super().__init__()
         ordered(sigma_min, sigma_max, "sigma_min, sigma_max")

@@ -162,23 +162,19 @@ def residual(x: Tensor, h: Tensor, rescale: bool) -> Tensor:
 
 
 class ResBlock(nn.Module):
-    """(B, in, H, W) -> (B, out, H', W'), told of time by temb: (B, temb_dim).
-
-    biggan: may change the size after its first activation, and its shortcut is a convolution; the other kind (DDPM's)
-    has a linear map.
-    """
+    """Residual block: (B, in_ch, H, W) -> (B, out_ch, H', W'), told of time by temb: (B, temb_dim)."""
 
     def __init__(
         self,
-        in_ch: int,
-        out_ch: int,
-        temb_dim: int | None,
-        act: Callable[[Tensor], Tensor],
-        dropout: float,
-        scale: float,
-        rescale: bool,
-        biggan: bool,
-        resample: Resample | None = None,
+        in_ch: int,  # channels of the input
+        out_ch: int,  # channels of the output
+        temb_dim: int | None,  # width of the embedding; None: no time
+        act: Callable[[Tensor], Tensor],  # nonlinearity
+        dropout: float,  # share of activations dropped
+        scale: float,  # of the last convolution's initial weights
+        rescale: bool,  # the sum of the two branches is divided by sqrt(2)
+        biggan: bool,  # the shortcut is a convolution; false (DDPM): a linear map
+        resample: Resample | None = None,  # change of size after the first activation, of biggan
     ):
         super().__init__()
         self.act, self.rescale, self.out_ch, self.resample = act, rescale, out_ch, resample

@@ -52,23 +52,22 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Images to the class token. grid: patches per side of the stored position embedding; head: width of CLIP's
-    projection, 0 for none; norm_pre, scaled: CLIP's first norm, DINOv2's layer scale."""
+    """Vision transformer of CLIP and DINOv2: images (B, 3, H, W) to the features of the class token."""
 
     def __init__(
         self,
-        width: int,
-        depth: int,
-        heads: int,
-        patch: int,
-        grid: int,
-        hidden: int,
-        activation: str = "gelu",
-        scaled: bool = True,
-        norm_pre: bool = False,
-        patch_bias: bool = True,
-        head: int = 0,
-        eps: float = 1e-6,
+        width: int,  # of the tokens
+        depth: int,  # number of blocks
+        heads: int,  # attention heads
+        patch: int,  # side of a patch in pixels
+        grid: int,  # patches per side of the stored position embedding
+        hidden: int,  # width inside the MLPs
+        activation: str = "gelu",  # nonlinearity of the MLPs
+        scaled: bool = True,  # branches have learned scales (DINOv2's layer scale)
+        norm_pre: bool = False,  # normalise tokens before the first block (CLIP)
+        patch_bias: bool = True,  # the patch convolution has a bias
+        head: int = 0,  # width of the projection after the class token (CLIP); 0: none
+        eps: float = 1e-6,  # added to the variance in normalisations
     ):
         super().__init__()
         self.grid, self.side = grid, patch

@@ -10,21 +10,22 @@ from torch import Tensor
 
 
 class KVCache:
-    """Of all layers of a decoder: two tensors (layers, B, heads, length, head_dim), of which `filled` positions count.
+    """Keys and values of all layers of a decoder, so that a forward computes those of the new positions only.
 
-    A forward writes every layer at the same positions and then calls `advance`. The next forward goes on behind them;
-    after `truncate(n)` behind the first n, and inside `overwriting(positions)` it takes the place of some of them.
+    Both are tensors (layers, B, heads, length, head_dim), of which the first `filled` positions count. A forward writes
+    every layer at the same positions and then calls `advance`. The next forward goes on behind them; after
+    `truncate(n)` it goes on behind the first n, and inside `overwriting(positions)` it takes the place of some of them.
     """
 
     def __init__(
         self,
-        layers: int,
-        batch: int,
-        heads: int,
-        length: int,
-        head_dim: int,
-        device: torch.device | str = "cpu",
-        dtype: torch.dtype = torch.float32,
+        layers: int,  # of the decoder
+        batch: int,  # rows
+        heads: int,  # of keys and values
+        length: int,  # most positions
+        head_dim: int,  # width of a head
+        device: torch.device | str = "cpu",  # of the tensors
+        dtype: torch.dtype = torch.float32,  # of the tensors
     ):
         shape = (layers, batch, heads, length, head_dim)
         self.keys = torch.empty(shape, device=device, dtype=dtype)

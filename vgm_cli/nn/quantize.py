@@ -19,8 +19,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from vgm_cli.nn.collectives import total
 from vgm_cli.nn.precision import full_precision
-from vgm_cli.nn.processes import total
 
 Unknown = Literal["random", "extra"] | int
 
@@ -48,26 +48,20 @@ def to_all(ids: Tensor, used: Tensor) -> Tensor:
 
 
 class VectorQuantizer(nn.Module):
-    """Nearest code of a learned codebook with straight-through gradients.
-
-    legacy: True puts beta on the codebook term (taming's VectorQuantizer2, as every published VQGAN was trained); False
-    on the commitment term, as the papers mean it. l2_norm: latents and codes have unit length when they are used.
-    entropy_weight: of `entropy_loss`. remap: the code numbers in use (or a .npy file of them), so that ids count only
-    those; unknown_index: the id of other codes: "random", "extra" for one id more, or a number.
-    """
+    """Nearest code of a learned codebook, with straight-through gradients: z (B, c, h, w) -> codes like z."""
 
     embedding: Any  # nn.Embedding, or Averages
 
     def __init__(
         self,
-        n_embed: int,
-        embed_dim: int,
-        beta: float = 0.25,
-        legacy: bool = True,
-        l2_norm: bool = False,
-        entropy_weight: float = 0.0,
-        remap: Sequence[int] | str | None = None,
-        unknown_index: Unknown = "random",
+        n_embed: int,  # number of codes
+        embed_dim: int,  # length c of a code
+        beta: float = 0.25,  # weight of the codebook term where legacy, of the commitment term otherwise
+        legacy: bool = True,  # beta on the codebook's term, as in all published weights; False: on the commitment
+        l2_norm: bool = False,  # latents and codes have unit length when they are used
+        entropy_weight: float = 0.0,  # of `entropy_loss`
+        remap: Sequence[int] | str | None = None,  # the code numbers in use, or a .npy of them; ids count only those
+        unknown_index: Unknown = "random",  # the id of other codes: random, "extra" for one id more, or a number
     ):
         super().__init__()
         self.beta, self.legacy, self.l2_norm, self.entropy_weight = beta, legacy, l2_norm, entropy_weight

@@ -17,12 +17,10 @@ from vgm_cli.ranges import Fraction, NonNegative, Width
 
 
 class NonlinearDeblurring(Operator):
-    """Motion blur of linear light: ((K x^gamma))^(1 / gamma) of pixels in [0, 1].
+    """Motion blur of linear light: (K x^gamma)^(1 / gamma) of pixels x in [0, 1], with K of MotionDeblurring.
 
-    kernel_size, intensity, kernel: of K, see MotionDeblurring. gamma: the response curve. weights: the official
-    KernelWizard (GOPRO_wVAE.pth) instead, on 256x256 colour images, each blurred by its own code code_scale * N(0, 1).
-    resample: a new code at every call, as in the official code (measurement and guidance then blur differently);
-    otherwise an item's code is fixed.
+    With `weights`, the official network (KernelWizard, GOPRO_wVAE.pth) blurs instead: colour images of 256 pixels, each
+    by a code of its own, code_scale * N(0, 1).
     """
 
     name = "nonlinear-deblurring"
@@ -30,13 +28,13 @@ class NonlinearDeblurring(Operator):
 
     def __init__(
         self,
-        kernel_size: Width = 61,
-        intensity: Fraction = 0.5,
-        kernel: str | None = None,
-        gamma: NonNegative = 2.2,
-        weights: str | None = None,
-        code_scale: NonNegative = 1.2,
-        resample: bool = False,
+        kernel_size: Width = 61,  # side of the blur's kernel in pixels
+        intensity: Fraction = 0.5,  # how crooked the motion is, in [0, 1]
+        kernel: str | None = None,  # file of a kernel, instead of a drawn one
+        gamma: NonNegative = 2.2,  # exponent of the response curve
+        weights: str | None = None,  # file of the official network; None: the blur above
+        code_scale: NonNegative = 1.2,  # standard deviation of the network's codes
+        resample: bool = False,  # a new code at every call (official: guidance blurs differently)
     ):
         if gamma <= 0:
             raise VgmError(f"gamma={gamma} is above 0", "gamma=2.2", USAGE)

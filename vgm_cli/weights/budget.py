@@ -1,4 +1,5 @@
-"""What one file may still make this program build: objects, and bytes out of all proportion to its size. Torch-free."""
+"""A budget for what one file may make this program build: a number of objects, and bytes in proportion to its size.
+Torch-free."""
 
 from __future__ import annotations
 
@@ -10,7 +11,7 @@ class TooMuch(Exception):
 
 
 class Budget:
-    """What one file may still build. size: its bytes. TooMuch: it is used up."""
+    """The rest of a file's budget. size: bytes of the file. TooMuch: the budget is used up."""
 
     OPERATIONS = 4_000_000  # of the pickle's program, and elements of collections; a second or two
     LIGHT = 64  # parts of a tuple that may be a key: hashing walks through it

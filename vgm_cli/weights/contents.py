@@ -1,4 +1,5 @@
-"""What a foreign file holds as plain dictionaries: arrays as tensors, pickled networks as their states."""
+"""Plain dictionaries of tensors from whatever a foreign file holds: arrays become tensors, pickled networks their
+states."""
 
 from __future__ import annotations
 
@@ -27,7 +28,7 @@ def contents(found: Any) -> dict[str, Any]:
 
 
 def understood(found: Any) -> Any:
-    """Walk().plain(found). VgmError: it is not built as networks are, or repeats itself without end."""
+    """Walk().plain(found). VgmError: it is not built as networks are, or it repeats itself without end."""
     try:
         return Walk().plain(found)
     except TooMuch as e:
@@ -63,8 +64,8 @@ def module_of(value: Any) -> Mapping[str, Any] | None:
 
 
 class Walk:
-    """One way through what reading.read gave. Every visit is paid for, as parts that stand in many places unfold; an
-    array that does becomes one tensor."""
+    """One pass over what reading.read returned. Every visit counts against a budget, since parts that stand in many
+    places unfold; an array that stands in many places becomes one tensor."""
 
     def __init__(self) -> None:
         self.budget = Budget(0)

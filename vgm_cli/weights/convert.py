@@ -1,7 +1,7 @@
-"""Conversion between published layouts and ours.
+"""`vgm convert`: from one published layout to another.
 
-Ours is one self-describing .safetensors file (engine/checkpoint.py). Everything goes through it: official -> ours ->
-diffusers. source: what is read. prove: that nothing is lost.
+Every conversion goes through our own form, one self-describing .safetensors file (engine/checkpoint.py), e.g. official
+-> ours -> diffusers. source.py reads the input, prove.py shows that nothing is lost.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ def target_layout(source: Source, dst: Path, to: str | None) -> Layout | None:
 
 
 def prepare(source: Source, dst: Path, to: str | None = None, dtype: str | None = None) -> Conversion:
-    """Cast and rename; nothing is written."""
+    """Convert a Source for the file `dst`: rename and cast its tensors. Nothing is written yet."""
     layout = target_layout(source, dst, to)
     if dtype is not None and dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
@@ -72,8 +72,12 @@ def prepare(source: Source, dst: Path, to: str | None = None, dtype: str | None 
 
 
 def lost(source: Source, layout: Layout, state: State, told: Mapping[str, Any]) -> list[str]:
-    """What would be lost if the file were read back, as remarks: keywords, the view and the sampler that neither the
-    layout's tensors nor its config.json (told) say and that are not the published ones."""
+    """Remarks on what a foreign layout cannot store, and what would be different if the file were read back.
+
+    A layout may leave the number of heads, the view (schedule, prediction) and the sampler unsaid; a reader then
+    assumes the published values. A remark is made where this network's values differ from those. told: the config.json
+    that is written beside the weights, or None.
+    """
     remarks = []
     read = {**layout.config(state), **(layout.diffusers.from_json(told) if layout.diffusers and told else {})}
     component = registry().find(source.kind, source.name)
@@ -94,7 +98,8 @@ def lost(source: Source, layout: Layout, state: State, told: Mapping[str, Any]) 
 
 
 def untold_view(source: Source, layout: Layout) -> list[str] | None:
-    """KEY=VALUE of how a network is sampled, where it is otherwise than published; None: no words would tell it."""
+    """The KEY=VALUE words that `vgm convert` needs when the file is read back, so that the network is looked at as
+    it was trained. [] where the published view is right; None where no words could say it."""
     published = json.loads(json.dumps(layout.published.header(source.config).get("view")))
     own = source.header.view
     if published is None or own is None or own == published:
@@ -106,7 +111,7 @@ def untold_view(source: Source, layout: Layout) -> list[str] | None:
 
 
 def untold_sampler(source: Source, layout: Layout) -> list[str]:
-    """KEY=VALUE of the sampler and the guidance, where they are otherwise than published."""
+    """The KEY=VALUE words that say which sampler and guidance are meant, where they differ from the published ones."""
     published = dict(layout.published.header(source.config).get("recipe", {}))
     own, read = (dict(r.get("sampler") or {}) for r in (source.header.recipe, published))
     if not own or own.get("name") != read.get("name"):
@@ -117,7 +122,7 @@ def untold_sampler(source: Source, layout: Layout) -> list[str]:
 
 
 def cast(state: State, dtype: str, path: Path) -> State:
-    """Floating-point tensors in another precision. VgmError: a finite value becomes infinite."""
+    """A state whose floating-point tensors have another precision. VgmError: a finite value would become infinite."""
     wanted = DTYPES[dtype]
     out = {}
     for k, v in state.items():
@@ -128,8 +133,10 @@ def cast(state: State, dtype: str, path: Path) -> State:
 
 
 def write(job: Conversion, dst: Path, limit: int, codec: str | None = None) -> list[Path]:
-    """The files written, what to open first. Until the last step what was there under the name stays as it was; then it
-    is replaced, and what is left of it removed."""
+    """Write a prepared conversion and return the files, the one to open first at the front.
+
+    An older file of that name stays intact until the last step replaces it.
+    """
     source = job.source
     if job.layout is not None and dst.suffix == "":
         return write_folder(job, dst, limit)
@@ -142,8 +149,8 @@ def write(job: Conversion, dst: Path, limit: int, codec: str | None = None) -> l
 
 
 def write_folder(job: Conversion, dst: Path, limit: int) -> list[Path]:
-    """diffusers' folder: the weights and config.json, made beside and exchanged for the old one as a whole. VgmError:
-    the old one holds something else, too."""
+    """Write a diffusers folder, weights and config.json, which replaces an older one as a whole. VgmError: the older
+    folder holds other files as well."""
     assert job.layout is not None
     if job.layout.diffusers is None:
         raise VgmError(f"{dst} has no suffix", f"name a file: {', '.join(weight_files.WRITABLE)}", USAGE)
@@ -159,7 +166,7 @@ def write_folder(job: Conversion, dst: Path, limit: int) -> list[Path]:
 
 
 def own_header(source: Source, dst: Path, codec: str | None) -> Header:
-    """The header of our file: parts are named from where the file will lie."""
+    """The header of our own file. References to other files (parts) are made relative to where the file will lie."""
     header = replace(source.header)
     header.parts = {role: moved(ref, source.path, role) for role, ref in header.parts.items()}
     if codec is not None:
@@ -175,13 +182,14 @@ def own_header(source: Source, dst: Path, codec: str | None) -> Header:
 
 
 def moved(ref: ckpt.Reference, origin: Path, role: str) -> ckpt.Reference:
-    """The same reference for a file that lies elsewhere than `origin`."""
+    """The reference `ref` of the file `origin`, as a file that lies elsewhere must write it."""
     path = ckpt.locate(ref, origin, role)
     return ckpt.refer(path, ref.component or ckpt.read_header(path).component["name"], output=ref.output)
 
 
 def images_of(codec: Path, data: Mapping[str, Any]) -> dict[str, Any]:
-    """Data facts of the images that a codec makes of a network's latents. VgmError: it takes no such latents."""
+    """The size and channels of the images that a codec makes of a network's latents. VgmError: the codec takes other
+    latents."""
     shape = data.get("sample_shape")
     if not shape or data.get("vocab_size"):
         return {}
@@ -211,7 +219,11 @@ def convert(
     overrides: Sequence[str] = (),
     overwrite: bool = False,
 ) -> dict[str, Any]:
-    """Read, convert, prove, write. Gives what was done. VgmError with CHECK_FAILED: the proof failed."""
+    """Read, convert, prove where `verify` asks for it, and write. Returns what was done, as `vgm convert --json` prints
+    it.
+
+    VgmError with CHECK_FAILED: the proof failed.
+    """
     limit = weight_files.bytes_in(max_shard_size)
     if dst.suffix:
         weight_files.writable(dst)

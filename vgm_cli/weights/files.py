@@ -30,8 +30,8 @@ WRITABLE = (".safetensors", *reading.TORCH_FILES, ".npz")
 
 @dataclass
 class Weights:
-    """What a file holds. entries: {name: state}, "" for tensors at the top; metadata: a .safetensors header; json: the
-    config.json beside it; remarks: on what was left out."""
+    """The content of one weights file. entries: {name: state}, with the name "" for a file that is one bare state.
+    metadata: a .safetensors header. json: the config.json beside the file. remarks: on what was left out."""
 
     path: Path
     entries: dict[str, State]
@@ -44,13 +44,13 @@ class Weights:
         return "vgm.component" in self.metadata
 
     def networks(self, known: Callable[[Mapping[str, Tensor]], list[Any]]) -> list[Network]:
-        """Every network that `known` gives layouts for, averages first."""
+        """Every network in the file that `known` has layouts for, averages before raw weights."""
         order = sorted(self.entries, key=lambda n: not is_average(n))
         return [found for n in order for found in nested.search(n, self.entries[n], known)]
 
     def pick(self, weights: str | None) -> list[str]:
-        """Entries to try, best first: the named one; averages for "ema"; the others for "model"; None: averages, then
-        the others. VgmError: there is none of the kind."""
+        """Names of the entries that `--weights` allows, best first: averages before raw weights. VgmError: there is
+        none."""
         chosen = [n for n in sorted(self.entries, key=lambda n: not is_average(n)) if asked(weights, n)]
         if not chosen:
             raise self.lacks(weights, self.entries)
@@ -62,7 +62,8 @@ class Weights:
 
 
 def asked(weights: str | None, name: str) -> bool:
-    """Whether `--weights` means the network of this name: ema, model or raw, or (the end or start of) the name."""
+    """Whether `--weights WEIGHTS` may mean the network called `name`: None means any, "ema" any average, "model" and
+    "raw" any that is no average, and otherwise the name itself, its first words or its last ones."""
     if weights is None or weights == name or f".{name}.".endswith(f".{weights}.") or name.startswith(f"{weights}."):
         return True
     return (weights == "ema" and is_average(name)) or (weights in ("model", "raw") and not is_average(name))
@@ -72,9 +73,10 @@ def asked(weights: str | None, name: str) -> bool:
 
 
 def locate(source: str | Path, weights: str | None = None) -> Path:
-    """A file, a folder with an index or one file of weights, a run -> the file to read. A shard leads to its index.
+    """The weights file that `source` means: a file, a folder with one file or index of weights, or a run. A shard
+    stands for its index.
 
-    VgmError: nothing there, a pipeline's folder, several files.
+    VgmError: nothing is there, or it is the folder of a pipeline of several networks.
     """
     path = Path(source)
     if path.is_file():
@@ -94,7 +96,7 @@ def locate(source: str | Path, weights: str | None = None) -> Path:
 
 
 def is_run(path: Path) -> bool:
-    """A run, or one of its checkpoints."""
+    """Whether a folder is a run or one of its checkpoints."""
     own = any((path / n).exists() for n in ("checkpoints", "state.json", "trainer.safetensors"))
     return own or any(path.glob("ema-*.safetensors")) or any(path.glob("step-*/model.safetensors"))
 
@@ -123,7 +125,7 @@ def index_of(path: Path) -> Path | None:
 
 
 def read(path: Path, trust: bool = False) -> Weights:
-    """Everything in a file; nothing in it is executed unless `trust` (see reading.read)."""
+    """Read everything in a weights file. Nothing in it is executed unless `trust` (see reading.read)."""
     beside = read_json(path.parent / "config.json")
     state: dict[str, Any] = {}
     metadata: dict[str, str] = {}
@@ -182,8 +184,12 @@ def writable(path: Path) -> None:
 def write(
     path: Path, state: Mapping[str, Tensor], metadata: Mapping[str, str], wrapper: str = "", limit: int = 5 * 10**9
 ) -> list[Path]:
-    """Write a state by the file's suffix, atomically; .safetensors above `limit` bytes becomes shards and an index,
-    which is written last. wrapper: the entry that a torch file keeps it under. Gives the files, what to open first."""
+    """Write a state in the format that the file's suffix means, atomically, and return the files, the one to open first
+    at the front.
+
+    A .safetensors file above `limit` bytes becomes shards and an index, which is written last. wrapper: the entry of a
+    torch file that keeps the state.
+    """
     writable(path)
     own = separate(state)
     suffix = path.suffix.lower()
@@ -212,7 +218,7 @@ def separate(state: Mapping[str, Tensor]) -> State:
 
 
 class Remembering:
-    """A file whose errors of writing are kept: torch's writer replaces them by its own."""
+    """A file that remembers the first error of writing. torch's writer replaces such errors (disk full) by its own."""
 
     def __init__(self, f: Any):
         self.f, self.flush = f, f.flush
@@ -246,8 +252,11 @@ def save_arrays(state: State, path: Path) -> None:
 
 
 def save_shards(state: State, path: Path, metadata: Mapping[str, str], limit: int) -> list[Path]:
-    """STEM-00001-of-0000N.safetensors, then STEM.safetensors.index.json, which makes them the file; each shard carries
-    the header. Shards that are there keep their names until the index names others: STEM.2-00001-of-…"""
+    """Write STEM-00001-of-0000N.safetensors and so on, then STEM.safetensors.index.json, which makes them the file.
+
+    Each shard carries the header. New shards are called STEM.2-00001-of-… where old ones exist, which stay until the
+    index names the new ones.
+    """
     pieces = list(shards(state, limit))
     for stem in itertools.chain([path.stem], (f"{path.stem}.{n}" for n in itertools.count(2))):
         files = [path.with_name(f"{stem}-{i:05d}-of-{len(pieces):05d}{path.suffix}") for i in range(1, len(pieces) + 1)]
@@ -273,8 +282,8 @@ def save_shards(state: State, path: Path, metadata: Mapping[str, str], limit: in
 
 
 def remove_older(path: Path, files: Sequence[Path]) -> None:
-    """Remove what an earlier conversion left under this name and the new one, whose files these are, did not replace:
-    the index before its shards, so that a broken end leaves no index without them."""
+    """Remove files that an earlier conversion left under this name and the new one (`files`) did not replace. The
+    index goes before its shards, so that an interruption leaves no index without shards."""
     index = path.with_name(path.name + INDEX)
     pattern = re.compile(rf"{re.escape(path.stem)}(\.\d+)?-\d{{5}}-of-\d{{5}}{re.escape(path.suffix)}")
     found = [p for p in sorted(path.parent.iterdir()) if pattern.fullmatch(p.name)]

@@ -1,5 +1,8 @@
-"""What is in a weights file, told without building anything: published layouts are recognised by their tensors' names
-and shapes. Nothing in a file is executed (reading.py), and of .safetensors only headers and small tensors are read."""
+"""`vgm inspect`: what a weights file holds, told without building a network.
+
+Published layouts are recognised by the names and shapes of their tensors. Nothing in a file is executed (reading.py),
+and of .safetensors only headers and small tensors are read.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +25,8 @@ TORCH_NAMES |= {"f8_e4m3": "float8_e4m3fn", "f8_e5m2": "float8_e5m2"}
 
 
 def describe(path: Path) -> dict[str, Any]:
-    """Facts of one weights file: kind, tensors, parameters, dtypes, and what it says or seems to be.
-
-    VgmError: not there, cut off, of an unknown kind, or asking for code to be run.
-    """
+    """Facts of one weights file: kind, tensors, parameters, dtypes, and what it says or seems to be. VgmError: the
+    file is missing, cut off, of an unknown kind, or needs code to be run."""
     if not path.is_file():
         raise VgmError(f"no such file: {path}", "`vgm runs ls` shows the runs below ./runs", USAGE)
     parts = shards_of(path) if is_index(path) else [path]
@@ -84,7 +85,7 @@ def non_finite_in(path: Path) -> list[str]:
 
 
 def light(files: list[Path], tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
-    """The state with its small tensors only; the others are on the meta device."""
+    """A state whose small tensors are read; large ones are on the meta device, with their shapes alone."""
     import torch
 
     state: dict[str, Any] = {}
@@ -107,7 +108,7 @@ def summary(tensors: Mapping[str, Mapping[str, Any]]) -> dict[str, Any]:
 
 
 def own_header(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
-    """What a file of ours says of itself; {} for a foreign one."""
+    """What a file of ours states about itself; {} for other files."""
     if "vgm.component" not in metadata:
         return {}
     said = header(metadata, path)
@@ -128,7 +129,8 @@ def presets_of(component: Mapping[str, Any]) -> list[str]:
 
 
 def foreign_file(path: Path, kind: str) -> dict[str, Any]:
-    """A torch file, pickle or .npz: its dictionaries of tensors, and what would be converted, and looks like what."""
+    """Facts of a torch file, pickle or .npz: its dictionaries of tensors, which of them would be converted, and
+    which layout each resembles."""
     from vgm_cli.engine.checkpoint import non_finite
     from vgm_cli.weights import files as weight_files
 
@@ -149,10 +151,11 @@ def foreign_file(path: Path, kind: str) -> dict[str, Any]:
 
 
 def looks_like(found: Any) -> dict[str, Any]:
-    """entry, weights: what `vgm convert` would take; also: what else there is; looks_like: the layouts that know it,
-    those that fit first; fit: the first of them, or the nearest layout when none does, with what is missing.
+    """Compare a file's networks with the known layouts.
 
-    found: a weight_files.Weights.
+    found: a files.Weights. The result: entry and weights, what `vgm convert` would take; also, the other networks;
+    looks_like, the layouts that recognise it, fitting ones first; fit, the first of these, or with what is missing, the
+    nearest layout.
     """
     from vgm_cli.weights import layout as layouts
     from vgm_cli.weights import source
@@ -199,7 +202,8 @@ def layout(fit: Any) -> dict[str, Any]:
 
 
 def family(converter: str, component: str) -> str:
-    """Of the paper of the component's name, else of the plugin that brings the layout."""
+    """The paper that a layout belongs to: the one of the component's name, else that of the plugin that brings the
+    layout."""
     from vgm_cli.registry import registry
 
     r = registry()

@@ -1,5 +1,5 @@
-"""Which published layout a state has, how well it fits, and which published network it is: what `vgm inspect` and
-`vgm convert` share. Nothing is allocated: networks are built on the meta device."""
+"""Which published layout a state has, how well it fits, and which published network it is. Shared by `vgm inspect`
+and `vgm convert`. Networks are built on the meta device, so nothing is allocated."""
 
 from __future__ import annotations
 
@@ -50,7 +50,8 @@ def find(name: str) -> Layout:
 
 
 def official(component: str) -> Layout:
-    """The layout that a component's own code uses: the one of its name, or its only one. VgmError: none, several."""
+    """The layout of a component's own official code: the one with the component's name, or its only one. VgmError:
+    there is none, or several."""
     own = {name: c for name, c in known().items() if c.component == component}
     if component in own:
         return own[component]
@@ -65,7 +66,7 @@ def official(component: str) -> Layout:
 
 
 def recognising(keys: Iterable[str]) -> list[Layout]:
-    """Layouts that know a state with these names, in the order of their own."""
+    """The layouts that recognise a state with these names."""
     keys = list(keys)
     return [c for c in known().values() if keys and c.recognise(keys)]
 
@@ -75,8 +76,11 @@ def recognising(keys: Iterable[str]) -> list[Layout]:
 
 @dataclass
 class Fit:
-    """A state beside a layout. config: constructor keywords, {} when they cannot be read off; missing, unexpected:
-    names in the layout; shapes: {name: (in the file, wanted)}; reason: why it could not be read."""
+    """The result of comparing a state with a layout.
+
+    config: constructor keywords read off the state, {} if that fails; reason says why. missing, unexpected: names in
+    the layout. shapes: {name: (shape in the file, shape wanted)}.
+    """
 
     converter: Layout
     config: dict[str, Any] = field(default_factory=dict)
@@ -93,24 +97,24 @@ class Fit:
         return not (self.missing or self.shapes or self.reason)
 
     def nearest(self, name: str) -> str:
-        """The unexpected name closest to a missing one, "" if none is close."""
+        """The unexpected name that is closest to a missing one; "" if none is close."""
         return next(iter(difflib.get_close_matches(name, self.unexpected, n=1, cutoff=0.6)), "")
 
 
 def on_meta(kind: str, name: str, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """The state of a network that takes no memory."""
+    """The state of a component built on the meta device: names and shapes without memory."""
     with torch.device("meta"):
         state: dict[str, Tensor] = registry().build(kind, {"name": name, **config}).state_dict()
     return state
 
 
 def layout_of(c: Layout, config: Mapping[str, Any]) -> dict[str, Tensor]:
-    """{name in the layout: meta tensor} of the network with these keywords."""
+    """The tensors that the layout has for a network with these keywords, on the meta device."""
     return c.from_ours({k: v.to("meta") for k, v in on_meta(c.kind, c.component, config).items()})
 
 
 def fit(c: Layout, state: State, config: Mapping[str, Any] | None = None) -> Fit:
-    """Compare a state with what its layout wants for these keywords, by default those read off the state itself."""
+    """Compare a state with the tensors of the layout for these keywords, by default those read off the state."""
     try:
         own = dict(c.config(state)) if config is None else dict(config)
         wanted = layout_of(c, own)
@@ -143,7 +147,7 @@ def reason_of(e: Exception) -> str:
 
 
 def nearest(state: State) -> Fit | None:
-    """The layout that a state almost has, or None: at least half of the names agree, numbers in them aside."""
+    """The layout whose names agree most with a state's, numbers in them ignored; None if fewer than half agree."""
     own = patterns(state)
     scores = {}
     for c in known().values():
@@ -164,7 +168,7 @@ def patterns(names: Iterable[str]) -> frozenset[str]:
 
 @functools.cache
 def patterns_of(name: str) -> frozenset[str]:
-    """Names, numbers aside, of a typical network in a layout: the constructor's own, else a published one."""
+    """Names of a typical network in a layout, with numbers replaced by a sign, for `nearest`."""
     c = find(name)
     component = registry().components.get((c.kind, c.component))
     presets = [] if component is None else list(registry().presets(component).values())
@@ -212,7 +216,8 @@ def choose(
 
 
 def by_file_name(names: list[str], path: Path) -> str | None:
-    """The one layout whose name shares a word with the file's or its folder's that the other layouts' names lack."""
+    """The one layout among `names` that shares a word with the file's or folder's name which no other of them has;
+    None if there is none."""
     words = set(re.findall(r"[a-z]+|\d+", f"{path.parent.name} {path.name}".lower()))
     tokens = {n: set(re.findall(r"[a-z]+|\d+", n)) for n in names}
     shared = set.intersection(*tokens.values())
@@ -221,7 +226,7 @@ def by_file_name(names: list[str], path: Path) -> str | None:
 
 
 def unfamiliar(state: State, path: Path) -> VgmError:
-    """No layout has these names: say which is near and what is amiss."""
+    """The error for a state whose names no layout has: it names the nearest layout and what differs."""
     close = nearest(state)
     if close is None:
         example = next(iter(state), "")
@@ -238,7 +243,7 @@ def unfamiliar(state: State, path: Path) -> VgmError:
 
 
 def told(found: Fit) -> str:
-    """'3 of 40 tensors missing (first: x), 2 unexpected'."""
+    """A Fit in words: '3 of 40 tensors missing (first: x), 2 unexpected'."""
     if found.reason:
         return found.reason
     parts = []
@@ -253,7 +258,7 @@ def told(found: Fit) -> str:
 
 
 def misfit(c: Layout, state: State, path: Path, said: str) -> VgmError:
-    """The state cannot be read as `c`. said: why."""
+    """The error for a state that cannot be read as the layout `c`. said: why."""
     others = [x.name for x in recognising(state) if x.name != c.name and fit(x, state).exact]
     hint = f"it looks like {', '.join(others)}" if others else f"`vgm inspect {path}` says what it looks like"
     return VgmError(f"{path} does not have the layout '{c.name}': {said}", hint, USAGE if others else FAILED)
@@ -263,8 +268,8 @@ def misfit(c: Layout, state: State, path: Path, said: str) -> VgmError:
 
 
 def presets_of(kind: str, name: str, config: Mapping[str, Any]) -> list[str]:
-    """Presets whose every keyword these keywords have, dropout aside, which no file tells; of two where one says more,
-    that one."""
+    """Names of the presets that a configuration matches in every keyword but dropout, which no file tells. Of two
+    where one fixes more keywords than the other, that one."""
     component = registry().components.get((kind, name))
     if component is None:
         return []

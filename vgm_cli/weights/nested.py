@@ -1,8 +1,8 @@
-"""The networks in a checkpoint, whatever wraps them: the one place that knows how trainers save.
+"""The networks inside a checkpoint, whatever wraps them. This is the one place that knows how trainers save.
 
-Dictionaries in dictionaries and lists of one are opened; names lose the words of modules that only wrap another (DDP,
-torch.compile, FSDP, activation checkpointing); averages kept as lists or under names without dots get their names from
-the network that they average; networks inside another module (Lightning) are found below its names.
+Dictionaries in dictionaries and lists of one are opened. Names lose the words of modules that only wrap another (DDP,
+torch.compile, FSDP, activation checkpointing). Averages kept as lists or under names without dots get their names from
+the network that they average. Networks inside another module (Lightning) are found below its names.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ DEEPEST = 6
 
 @dataclass(frozen=True)
 class Network:
-    """One network of a file. name: the path of keys and modules to it; layouts: the converters that know it."""
+    """One network of a file. name: its path of keys and modules. layouts: names of the layouts that recognise it."""
 
     name: str
     state: State
@@ -38,7 +38,7 @@ class Network:
 
 
 def is_average(name: str) -> bool:
-    """Whether a path of keys and modules is of averaged weights: the last word that tells decides."""
+    """Whether a path of keys and modules means averaged weights; of several telling words in it, the last decides."""
     for word in reversed(name.split(".")):
         if word in RAW:
             return False
@@ -120,7 +120,8 @@ def entries(found: Mapping[str, Any], path: Path) -> tuple[dict[str, State], lis
 def collect(
     name: str, value: Any, path: Path, states: dict[str, State], lists: dict[str, list[Tensor]], depth: int = 0
 ) -> None:
-    """Fill `states` and `lists` from what lies in a checkpoint under `name`, in its order."""
+    """Sort what a checkpoint holds below `name` into `states` (dictionaries of tensors) and `lists` (averages
+    without names)."""
     if isinstance(value, list | tuple) and value and all(isinstance(v, Mapping) for v in value):
         for i, v in enumerate(value):
             collect(name if len(value) == 1 else join(name, str(i)), v, path, states, lists, depth + 1)
@@ -151,8 +152,11 @@ def shadow_of(model: State, shadow: list[Tensor]) -> State | None:
 
 
 def with_dots(average: Mapping[str, Tensor], others: Mapping[str, State]) -> State | None:
-    """LitEma's average, whose names have lost their dots, as a state of the smallest network that has all of them; what
-    it does not average is that network's own. None: it is no such average, or of no network here."""
+    """LitEma's average, whose names lost their dots, under the names of the network it averages.
+
+    That is the smallest of `others` that has all of the names; tensors that LitEma does not average are taken from that
+    network. None: it is no such average, or its network is not in the file.
+    """
     own = {k: v for k, v in average.items() if k not in COUNTERS}
     if len(own) < 2 or any("." in k for k in own):
         return None

@@ -1,6 +1,6 @@
-"""The proof of a conversion: both round trips bit for bit, and one evaluation of the network on both sides.
+"""The proof of a conversion: both round trips bit for bit, and one evaluation of the network before and after.
 
-What the network is fed is its own `example(config)` (vgm_cli.api.HasExample): small, and the same every time.
+The network's input is its own `example(config)` (vgm_cli.api.HasExample), which is small and the same every time.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ LOSS = {None: 1e-5, "fp32": 1e-5, "fp16": 2e-2, "bf16": 2e-1}  # of a forward pa
 
 @dataclass
 class Findings:
-    """What `--verify` found. Each check: (what, outcome, passed)."""
+    """The results of `--verify`, one (what was checked, the outcome, whether it passed) per check."""
 
     checks: list[tuple[str, str, bool]] = field(default_factory=list)
 
@@ -50,8 +50,8 @@ class Findings:
 
 
 def prove(job: Conversion) -> Findings:
-    """Before writing: both round trips bit for bit; the network of the source beside that of what will be written, and
-    beside the layouts' own code where they bring it."""
+    """Check a conversion before it is written: round trips bit for bit, and outputs of the network before and after,
+    also by the layouts' own code (diffusers) where that is installed."""
     proof = Findings()
     source = job.source
     bad = ckpt.non_finite(job.ours)
@@ -71,7 +71,8 @@ def prove(job: Conversion) -> Findings:
 
 
 def round_trips(proof: Findings, c: Layout, ours: State, theirs: State | None = None) -> None:
-    """ours -> layout -> ours, and, for a file that was read, layout -> ours -> layout on what both name."""
+    """Check ours -> layout -> ours, and with `theirs`, the state that was read, layout -> ours -> layout on the
+    tensors that both have."""
     made = c.from_ours(ours)
     wrong = differing(ours, c.to_ours(made))
     proof.add(
@@ -90,7 +91,8 @@ def round_trips(proof: Findings, c: Layout, ours: State, theirs: State | None = 
 
 
 def forward_passes(proof: Findings, job: Conversion) -> None:
-    """Up to the precision asked for; a package that a layout's own code needs may be missing."""
+    """Compare outputs before and after, up to what the asked precision loses. A check whose package is not installed
+    is reported as not made."""
     source = job.source
     registry().find(source.kind, source.name)  # a name that is not registered is refused, not left unproved
     what = "forward pass before and after"
@@ -124,7 +126,7 @@ def forward_passes(proof: Findings, job: Conversion) -> None:
 
 
 def prove_written(job: Conversion, first: Path, proof: Findings) -> None:
-    """After writing: the file read back holds the same bits."""
+    """Check that the written file, read back, holds the same bits."""
     state = next(iter(weight_files.read(first).entries.values()))
     wrong = differing(job.state, state)
     proof.add(
@@ -137,10 +139,10 @@ def prove_written(job: Conversion, first: Path, proof: Findings) -> None:
 
 
 def evaluate(source: Source, state: Mapping[str, Tensor], layout: Layout | None = None) -> Tensor:
-    """Everything that the source's network gives for its example, in float32: (n,).
+    """All outputs of the source's network for its example, flattened: (n,) float32.
 
-    layout: the one to be written, whose `proof.forward` goes before that of the source's. VgmError: the network does
-    not say what it takes.
+    state: the weights to use. layout: the target's; if it has its own `proof.forward`, that is used instead of the
+    source's. VgmError: the network has no example and takes something else than images, times and labels.
     """
     component = source.header.component
     network = ckpt.build_with_weights(component, state, source.path).eval().requires_grad_(False)
@@ -159,7 +161,7 @@ def evaluate(source: Source, state: Mapping[str, Tensor], layout: Layout | None 
 
 
 def full_config(component: Mapping[str, Any]) -> dict[str, Any]:
-    """Keywords with the constructor's defaults."""
+    """A component's keywords, completed by the defaults of its constructor."""
     found = registry().find(component.get("kind", "model"), component["name"])
     parameters = signature(load_target(found.target, found.name)).parameters
     defaults = {k: p.default for k, p in parameters.items() if p.default is not p.empty}
@@ -169,8 +171,8 @@ def full_config(component: Mapping[str, Any]) -> dict[str, Any]:
 def example_of(
     network: nn.Module, config: Mapping[str, Any], component: Mapping[str, Any], data: Mapping[str, Any]
 ) -> dict[str, Tensor]:
-    """The network's own example, or, of one that takes images, times and labels, such inputs of the size that the file
-    or the data facts of its constructor tell. VgmError: it takes something else and gives no example."""
+    """Inputs for a network: its own example, or images, times and labels of the size that the file or the
+    constructor's data facts say. VgmError: the network takes something else and has no example."""
     if isinstance(network, HasExample):
         return network.example(config)
     kind = component.get("kind", "model")
@@ -189,13 +191,13 @@ def example_of(
 
 
 def reconstruct(codec: Any, x: Tensor) -> tuple[Tensor, Tensor]:
-    """(latents, image)."""
+    """(latents, image) of a codec for images x."""
     z = codec.latents(codec.encode(x))
     return z, codec.decode(z)
 
 
 def tensors_in(out: Any) -> Iterator[Tensor]:
-    """Every floating-point or integer tensor in tuples, dictionaries and dataclasses."""
+    """All tensors inside nested tuples, dictionaries and dataclasses."""
     if isinstance(out, Tensor):
         yield out
     elif dataclasses.is_dataclass(out) and not isinstance(out, type):

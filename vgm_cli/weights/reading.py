@@ -1,4 +1,4 @@
-"""Files of weights that others wrote, opened: .pt, .pth, .ckpt, .bin (torch), .pkl (pickle), .npz, .msgpack (flax).
+"""Opening weights files that others wrote: .pt, .pth, .ckpt, .bin (torch), .pkl (pickle), .npz, .msgpack (flax).
 
     networks = contents(read("ffhq.pkl"))     # {"G": {...}, "D": {...}, "G_ema": {"mapping.fc0.weight": ...}}
 

@@ -29,7 +29,11 @@ OURS = "vgm"
 
 @dataclass
 class Source:
-    """A network in our names. theirs: the state it was read from, {} where the file was ours; layout: its converter."""
+    """A network that was read from a file, under our names.
+
+    theirs is the state as the file holds it, and layout the converter that it went through; {} and None for a file of
+    ours.
+    """
 
     path: Path
     state: State
@@ -56,8 +60,8 @@ class Source:
 class Conversion:
     """A network on its way into another file.
 
-    layout: of that file, None for ours. state: what is to be written, in that layout's names. ours: the same in our
-    names. cast: the precision asked for.
+    layout: the target's layout; None: our own file. ours: the state under our names. state: the same under the target's
+    names, as it will be written. cast: the precision that `--dtype` asks for.
     """
 
     source: Source
@@ -75,8 +79,11 @@ def open_source(
     trust: bool = False,
     overrides: Sequence[str] = (),
 ) -> Source:
-    """A run, a file of ours or a published checkpoint. weights: see weight_files.Weights.pick. overrides: KEY=VALUE for
-    the constructor, where the layout does not tell. VgmError: unknown, ambiguous, incomplete or refused."""
+    """Read a run, a file of ours or a published checkpoint into a Source.
+
+    weights: which of several networks to take, see files.Weights.pick. overrides: KEY=VALUE for the constructor, where
+    the file does not say it. VgmError: the file is of unknown or ambiguous layout, incomplete or refused.
+    """
     found = weight_files.read(weight_files.locate(source, weights), trust)
     if found.ours:
         if from_ not in (None, OURS):
@@ -100,7 +107,10 @@ def own_source(found: Weights, weights: str | None, picked: bool) -> Source:
 
 
 def kinds_of(weights: str) -> tuple[str, ...]:
-    """The words after `--weights` that mean what a header calls "ema-0.9999", "raw" or "released"."""
+    """The values of `vgm.weights` in a header that an option `--weights` stands for.
+
+    For example "ema" stands for any average ("ema-0.9999"), and "model" for "raw".
+    """
     return (weights, "ema") if weights.startswith("ema") else (weights, "model", "raw")
 
 
@@ -129,7 +139,8 @@ def recognise(found: Weights, from_: str | None, weights: str | None) -> tuple[s
 
 
 def beside(found: Weights, name: str, networks: Sequence[nested.Network]) -> list[str]:
-    """Names of what a file holds beside the network `name`: other networks, and entries in which none is known."""
+    """Names of what else the file holds besides the network `name`, for a remark: other networks, and entries
+    without one."""
     names = [n.name for n in networks]
     unknown = [e for e in found.entries if len(found.entries[e]) > 1 and not any(within(n, e) for n in (name, *names))]
     return [f"'{n}'" if n else "the bare state" for n in (*names, *unknown) if n != name]
@@ -142,7 +153,7 @@ def within(name: str, entry: str) -> bool:
 def foreign_source(
     found: Weights, entry: str, theirs: State, converter: Layout, remarks: list[str], overrides: Sequence[str]
 ) -> Source:
-    """Through the converter into a state that its network takes strictly."""
+    """Convert a published state into a Source whose network takes it strictly."""
     try:
         told: dict[str, Any] = {}
         if converter.diffusers is not None and found.json:
@@ -186,8 +197,11 @@ def foreign_source(
 
 
 def disagreement(converter: Layout, theirs: State, ours: State) -> str:
-    """A tensor of the file that our network does not keep and that would come back with other values; "" if none: what
-    is read once and stored often (copies, masks, filters) must be what it is taken for."""
+    """The first tensor of the file that the conversion leaves out although it holds other values than a conversion back
+    would write; "" if there is none.
+
+    Published files store some values several times (copies, masks, filters), of which our network keeps one.
+    """
     forgotten = [re.compile(p) for p in converter.files.unused]
     for k, v in back(converter, ours).items():
         if k in theirs and not any(p.search(k) for p in forgotten) and not alike(theirs[k], v):
@@ -196,7 +210,8 @@ def disagreement(converter: Layout, theirs: State, ours: State) -> str:
 
 
 def kind_of(entry: str) -> str:
-    """A header's word for an entry of a checkpoint: an average, raw, or a bare state that says neither."""
+    """The value of `vgm.weights` for an entry of a checkpoint: an average's name, "raw", or "released" for a bare
+    state, which says neither."""
     if not entry:
         return "released"
     return "ema" if nested.is_average(entry) else "raw"
@@ -205,9 +220,12 @@ def kind_of(entry: str) -> str:
 def keywords(
     converter: Layout, overrides: Sequence[str], published: Mapping[str, Any]
 ) -> tuple[dict[str, Any], dict[str, Any], dict[str, Any]]:
-    """KEY=VALUE -> keywords of the component's constructor; parts of its view: how it was trained (prediction, time, …,
-    and those of its path: schedule, steps); of its recipe: how it is sampled (sampler.KEY, null: without;
-    guidance_scale). published: the layout's header. VgmError: unknown key."""
+    """Sort KEY=VALUE words of `vgm convert` into three groups: constructor keywords; parts of the view, which say how
+    the network was trained (prediction, time, schedule, steps); parts of the recipe, which say how it is sampled
+    (sampler.KEY, guidance_scale; null removes one).
+
+    published: the layout's header, which the words go on top of. VgmError: unknown key.
+    """
     own: dict[str, Any] = {}
     seen: dict[str, Any] = {}
     recipe: dict[str, Any] = {}
@@ -240,7 +258,7 @@ def keywords(
 
 
 def check_view(view: Mapping[str, Any]) -> None:
-    """VgmError: there is no such schedule, prediction, ..."""
+    """VgmError: the view names a schedule, a prediction or the like that does not exist."""
     try:
         ckpt.build_view(torch.nn.Identity(), view)
     except VgmError:
@@ -250,7 +268,7 @@ def check_view(view: Mapping[str, Any]) -> None:
 
 
 def strict(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
-    """What keeps a state from being loaded with strict=True; "" when nothing does."""
+    """Why a state cannot be loaded with strict=True into a network whose state is `wanted`; "" if it can."""
     for names, what in ((wanted.keys() - state.keys(), "missing"), (state.keys() - wanted.keys(), "unexpected")):
         if names:
             return f"{len(names)} tensors {what}, first {sorted(names)[0]}"
@@ -261,7 +279,7 @@ def strict(wanted: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> str:
 
 
 def back(converter: Layout, state: State) -> State:
-    """Ours -> the layout. VgmError: a network that it cannot hold."""
+    """Convert a state under our names into the layout. VgmError: the layout cannot hold such a network."""
     try:
         return converter.from_ours(state)
     except VgmError:

@@ -1,4 +1,4 @@
-"""The weights of one fixed network (LPIPS, Inception, a blur) out of any kind of file. Torch-free at import."""
+"""The weights of a fixed network (LPIPS, Inception, a learned blur) from any kind of file. Torch-free at import."""
 
 from __future__ import annotations
 

@@ -31,7 +31,7 @@ SHARD = 256  # pairs in one cache file
 
 
 def shared(recipe: Recipe, node: Mapping[str, Any]) -> dict[str, Tensor]:
-    """Pairs for every process, made by the first. See `pairs_of`."""
+    """ODE pairs for every process; the first one makes them. See `pairs_of`."""
     if not processes.launched():
         return pairs_of(recipe, node)
     from accelerate import PartialState
@@ -72,7 +72,7 @@ def pairs_of(recipe: Recipe, node: Mapping[str, Any]) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def make_pairs(view: Denoiser, loaded: ckpt.Loaded, settings: Pairs, guidance: float, first: int) -> dict[str, Tensor]:
-    """Pairs first .. first + SHARD."""
+    """Make the pairs number first to first + SHARD."""
     shape = tuple(loaded.header.data.get("sample_shape") or view.network.sample_shape)  # type: ignore[attr-defined]
     told = loaded.conditions
     device = next(view.network.parameters()).device  # type: ignore[attr-defined]
@@ -99,6 +99,6 @@ def make_pairs(view: Denoiser, loaded: ckpt.Loaded, settings: Pairs, guidance: f
 
 
 def cache_folder(given: str | None) -> Path:
-    """Where pairs are kept: the folder that the recipe names, else `pairs` in vgm's cache."""
+    """The folder in which pairs are kept: the one that the recipe names, else `pairs` in vgm's cache."""
     root = os.environ.get("VGM_CACHE") or Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "vgm"
     return Path(given) if given else Path(root) / "pairs"

@@ -30,7 +30,7 @@ IMAGES = ("path", "size", "channels", "num_classes", "crop", "hflip", "labels", 
 
 
 def methods() -> list[str]:
-    """Objectives that learn from a teacher."""
+    """Names of the objectives that learn from a teacher."""
     return sorted(n for (kind, n), c in registry().components.items() if kind == "objective" and "distill" in c.verbs)
 
 

@@ -1,4 +1,5 @@
-"""May two numbers be compared? Everything that a metric depends on besides the model must be equal. Torch-free."""
+"""Whether two numbers may be compared: everything that a metric depends on, other than the model, must be equal.
+Torch-free."""
 
 from __future__ import annotations
 

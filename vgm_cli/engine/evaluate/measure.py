@@ -1,4 +1,4 @@
-"""One side of a comparison: pictures through a feature network once, for all metrics that want something of it."""
+"""Pictures through feature networks: each network sees each picture once, whatever number of metrics use it."""
 
 from __future__ import annotations
 
@@ -35,10 +35,13 @@ def measure(
     device: torch.device | str = "cpu",
     progress: Progress | None = None,
 ) -> dict[Any, Measured]:
-    """Everything wanted, in one pass over the pictures; complete on the first process of several, counts on all.
+    """Compute every requested feature, moment and thumbnail in one pass over the pictures: {key: Measured}.
 
-    Batches are the same whoever computes them and are put together in their order, so the number of processes changes
-    nothing. Only moments of more than GATHERED bytes of features are merged process by process, equal to rounding.
+    wants says, by any key, which network to run and which fields of Measured to fill from it. With several processes
+    each takes a share of the batches; the first process receives the complete result, the others only counts and
+    labels. Batches are the same whoever computes them and are put together in their order, so the number of processes
+    changes nothing. Only moments of more than GATHERED bytes of features are merged process by process, which is equal
+    up to rounding.
     """
     n = len(pictures)
     refuse_few(n)
@@ -79,7 +82,8 @@ def refuse_few(n: int) -> None:
 
 
 class Job:
-    """What is wanted of one network. streamed: running moments of outputs that are too large to keep."""
+    """The work of one feature network during `measure`: which outputs to keep for every picture, and which to reduce to
+    running moments (`streamed`) because keeping them would take too much memory."""
 
     def __init__(self, net: FeatureNet | None, needs: set[str], n: int):
         outputs = {OF_NETWORK[k] for k in needs if k in OF_NETWORK}
@@ -90,7 +94,8 @@ class Job:
         self.net = net if outputs else None
 
     def take(self, images: np.ndarray, device: torch.device | str) -> dict[str, Tensor]:
-        """Features of a batch that are to be kept; the others go into their moments."""
+        """Run the network on a batch, uint8 (B, H, W, C); returns the outputs to keep, and adds the others to their
+        moments."""
         if self.net is None:
             return {}
         found = self.net(images, device)
@@ -101,7 +106,8 @@ class Job:
 
 
 def fill(side: Measured, needs: set[str], parts: list[dict[str, Tensor]], merged: dict[str, Moments]) -> None:
-    """Put batches of features together."""
+    """Fill the fields `needs` of a Measured from the batches of features (`parts`) and the running moments
+    (`merged`)."""
     for need, output in (("moments", "pool"), ("spatial", "spatial")):
         if need in needs:
             setattr(side, need, merged.get(output) or moments_of([p[output] for p in parts]))
@@ -111,7 +117,7 @@ def fill(side: Measured, needs: set[str], parts: list[dict[str, Tensor]], merged
 
 
 def moments_of(batches: list[Tensor]) -> Moments:
-    """Of batches (B, D), merged one after the other."""
+    """Mean and covariance of features that come as batches (B, D)."""
     total = Moments.of(batches[0])
     for part in batches[1:]:
         total.update(part)
@@ -206,8 +212,11 @@ def save_statistics(
     device: torch.device | str = "cpu",
     keep_features: bool = False,
 ) -> dict[str, Any]:
-    """Write a reference's moments (and spatial ones, and with keep_features every pooled feature); returns what the
-    file says of itself."""
+    """Write a reference's moments to `path` and return the facts that the file states about itself.
+
+    Spatial moments are written where the network has them; keep_features adds every picture's pooled feature, which KID
+    and precision need.
+    """
     needs = {"moments"} | ({"spatial"} & net.outputs) | ({"pool"} if keep_features else set())
     if isinstance(reference, Statistics) and reference.spatial is None:
         needs.discard("spatial")
@@ -222,7 +231,8 @@ def save_statistics(
 
 
 def source_facts(reference: Pictures | Statistics | None) -> dict[str, Any]:
-    """Where a reference came from, for the protocol."""
+    """The keys of a result's protocol that say which reference was used: path, fingerprint, and what its file
+    states."""
     if reference is None:
         return {}
     if isinstance(reference, Statistics):

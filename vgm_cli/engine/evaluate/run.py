@@ -171,13 +171,13 @@ class Sides:
 
     def __init__(
         self,
-        pictures: Pictures | None,
-        reference: Pictures | Statistics | None,
-        features: Any,
-        resize: str,
-        batch_size: int,
-        device: torch.device,
-        progress: Progress | None = None,
+        pictures: Pictures | None,  # the samples
+        reference: Pictures | Statistics | None,  # images, or statistics of them; None: no metric compares
+        features: Any,  # {name: network}, as the metrics want them
+        resize: str,  # how images are brought to a network's side
+        batch_size: int,  # images per forward
+        device: torch.device,  # where networks run
+        progress: Progress | None = None,  # called with what is done; None: silence
     ):
         self.pictures, self.reference, self.features, self.resize = pictures, reference, features, resize
         self.batch_size, self.device, self.progress = batch_size, device, progress
@@ -190,7 +190,8 @@ class Sides:
         self.references: dict[str, Measured] = {}
 
     def in_common(self) -> None:
-        """Grey pictures on one side of a comparison become colour; statistics of others than the samples are told."""
+        """Make both sides comparable: grey pictures on one side become colour where the other side is. Warn where
+        statistics are those of other images than the samples."""
         if self.pictures is None or self.reference is None:
             return
         h, w, c = self.pictures.shape()
@@ -212,7 +213,8 @@ class Sides:
                 self.held_out = in_colour(self.held_out)
 
     def plan(self, metrics: Sequence[Any]) -> None:
-        """What each network has to give for all metrics together; whatever can be refused is refused before work."""
+        """Collect what each network has to compute for all metrics together. Everything that can be refused is refused
+        here, before any work."""
         for metric in metrics:
             if self.pictures is None:
                 raise VgmError(f"{type(metric).__name__} needs images", code=USAGE)
@@ -247,7 +249,7 @@ class Sides:
             raise VgmError(f"{name} compares with a reference", "give --reference: data or a statistics file", USAGE)
 
     def _count(self, metric: Any) -> None:
-        """VgmError: so many images of that shape, or those two sets of pairs, cannot be measured."""
+        """VgmError: the metric cannot be computed on so many images of that shape, or on pairs of these two sets."""
         assert self.pictures is not None
         r = self.reference if metric.needs_reference else None
         if getattr(metric, "pairs", False) and r is not None and not isinstance(r, Statistics):
@@ -291,7 +293,7 @@ class Sides:
         save_statistics(self.reference, self.first_network(), path, self.batch_size, self.device)
 
     def first_network(self) -> FeatureNet:
-        """The one that a reference's statistics are of. VgmError: none."""
+        """The network that a reference's statistics are saved for. VgmError: no metric uses one."""
         net = next((n for n in self.nets.values() if n is not None), None)
         if net is None or self.reference is None:
             raise VgmError("there are no statistics to write: no metric looks at features of a reference", code=USAGE)
@@ -311,7 +313,7 @@ def shifted(progress: Progress, by: int | None) -> Progress:
 
 
 def kind_of(metric: Any) -> str | None:
-    """The kind of network a metric insists on; None any, NO_NETWORK for those that look at pixels."""
+    """The kind of feature network that a metric requires: None for any, NO_NETWORK for metrics that look at pixels."""
     needs = {*metric.needs_samples, *metric.needs_reference}
     return getattr(metric, "network", None) if needs & set(OF_NETWORK) else NO_NETWORK
 

@@ -102,7 +102,7 @@ CAUTIONED = ("fid", "fd-dinov2", "sfid", "fid-inf")
 
 
 def caution(results: Sequence[dict[str, Any]], options: Options) -> None:
-    """Say what a reader of the numbers could miss."""
+    """Warn of what a reader of the numbers could overlook, such as few samples."""
     for r in results:
         dim = r["protocol"].get("features_dim")
         if r["metric"] in CAUTIONED[:2] and dim and r["n"] <= dim:
@@ -225,7 +225,8 @@ def evaluate_statistics(
 
 
 def restate(stats: Statistics, out: Path) -> dict[str, Any]:
-    """Another format's statistics in ours; a network that the file does not name stays unknown."""
+    """Write statistics that were read in another format as ours. A network that their file does not name stays
+    unknown."""
     assert stats.moments is not None
     facts = {"reference": str(stats.path), "reference_fingerprint": stats.fingerprint(), **stats.facts}
     if processes.rank_world()[0] == 0:

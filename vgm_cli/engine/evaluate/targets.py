@@ -32,7 +32,8 @@ from vgm_cli.ui import Progress, counted, ui
 
 @dataclass
 class Options:
-    """Of one evaluation, as the command line gives them; None leaves it to the protocol, the data or the checkpoint."""
+    """The options of one evaluation, as the command line gives them. None leaves a choice to the protocol, the data
+    or the checkpoint."""
 
     reference: str | None = None
     metrics: Sequence[str] = ()
@@ -141,7 +142,8 @@ BY_PRODUCTS = re.compile(r"(.*/)?(grid|reals|sample-\d+-.*|.*-trace|.*-again)(_\
 
 
 def by_product(name: str, read: Callable[[], File]) -> bool:
-    """A picture of ours that shows others: grids, traces, reruns. Told by its name and by what it remembers."""
+    """Whether a picture is one of ours that shows others, such as a grid, a trace or a rerun, and so is no sample.
+    Its name and its metadata tell."""
     if not BY_PRODUCTS.fullmatch(name):
         return False
     try:
@@ -162,7 +164,7 @@ def tell_unfinished(folder: Path, there: int) -> None:
 
 
 def tell_number(where: str, asked: int | None, there: int) -> None:
-    """Say so where -n is not the number of pictures in a set."""
+    """Warn where -n differs from the number of pictures in a set."""
     if asked is not None and asked > there:
         ui.warn(f"-n {asked}: {where} has {counted(there, 'picture')}, all are measured")
     elif asked is not None and asked < there:
@@ -170,7 +172,7 @@ def tell_number(where: str, asked: int | None, there: int) -> None:
 
 
 class Sampled:
-    """A plan's images, made when they are asked for: batch by batch, as 8-bit pictures."""
+    """A plan's images as a set of 8-bit pictures, sampled batch by batch when they are asked for."""
 
     def __init__(self, loaded: ckpt.Loaded, plan: generate.Plan, device: torch.device, rule: str):
         self.loaded, self.plan, self.device, self.rule = loaded, plan, device, rule
@@ -195,7 +197,7 @@ class Sampled:
 
 
 class Part:
-    """Progress of what comes after `before` others."""
+    """Progress of the second of two parts of work, the first having been `before` items."""
 
     def __init__(self, progress: Progress, before: int):
         self.progress, self.before = progress, before
@@ -205,7 +207,7 @@ class Part:
 
 
 class Reconstructed:
-    """What a codec makes of pictures, from the mode of its posterior."""
+    """Reconstructions of pictures by a codec, from the mode of its posterior, as a set of pictures."""
 
     def __init__(self, codec: Any, originals: DataPictures, device: torch.device, rule: str):
         self.codec, self.originals, self.device, self.rule = codec, originals, device, rule

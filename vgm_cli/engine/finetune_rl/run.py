@@ -1,8 +1,8 @@
-"""Reinforcement learning of a trained model: a recipe whose policy is a run or a checkpoint, its data are rewards.
+"""Reinforcement learning of a trained model: a training run whose start is a checkpoint and whose data are rewards.
 
 The checkpoint is the recipe's role `reference`, the policy as it was at first. Its file says what network it is, how
-samplers look at it, behind which codec and with which classes; what comes out is a run like any other. No training
-image is needed: classes are drawn, images are the policy's own.
+samplers look at it, behind which codec and with which classes; the result is a run like any other. No training image is
+needed: classes are drawn, and the images are the policy's own.
 """
 
 from __future__ import annotations
@@ -73,7 +73,10 @@ def load(
 
 
 def split_rewards(rewards: Sequence[str], assignments: Sequence[str]) -> tuple[dict[str, Any], list[str]]:
-    """--reward NAME[=WEIGHT], `reward={NAME: WEIGHT}` and `reward.NAME.OPTION=VALUE` -> (terms, other assignments)."""
+    """Collect the reward terms of a command line: (terms, the other assignments).
+
+    Terms come from `--reward NAME[=WEIGHT]`, from `reward={NAME: WEIGHT}` and from `reward.NAME.OPTION=VALUE`.
+    """
     terms: dict[str, Any] = {}
     for text in rewards:
         name, _, weight = text.partition("=")
@@ -103,7 +106,7 @@ def split_rewards(rewards: Sequence[str], assignments: Sequence[str]) -> tuple[d
 
 
 def check_terms(terms: Mapping[str, Any]) -> None:
-    """Names that exist, before anything is loaded."""
+    """VgmError: a reward of that name does not exist. Called before anything is loaded."""
     for name in terms:
         if ":" not in name:
             registry().find("reward", name)
@@ -218,8 +221,8 @@ class ClassFeed:
 
 
 def save_adapter(out: Path, lora: Mapping[str, Any]) -> None:
-    """RUN/adapter/: the trained adapters by PEFT's names, of the raw weights, beside the checkpoints that hold them
-    merged."""
+    """Write the trained adapters to RUN/adapter/ under PEFT's names. They are those of the raw weights; the checkpoints
+    beside them hold the weights with the adapters merged."""
     from vgm_cli.nn import lora as adapters
 
     folder = Run(out).last()

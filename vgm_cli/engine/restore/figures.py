@@ -20,7 +20,7 @@ Perceptual = Callable[[Tensor, Tensor], Tensor]
 
 
 def in_unit(x: Tensor) -> Tensor:
-    """What a saved PNG holds, over 255: float64 (N, C, H, W) in [0, 1]."""
+    """Images as their saved PNG would give them back: float64 (N, C, H, W) in [0, 1], rounded to 8 bits."""
     return to_uint8(x).double() / 255
 
 

@@ -22,7 +22,8 @@ SHIPPED_N = 16  # images taken of a shipped set unless told otherwise
 
 @dataclass
 class Inputs:
-    """names: one per image. truth: (N, C, H, W) in [-1, 1] or None. measured: (N, ...), None if the tool degrades."""
+    """The images of a restoration. names has one entry per image. truth (N, C, H, W) in [-1, 1] is None where only
+    degraded images are given; measured (N, ...) is None where the tool degrades the truth itself."""
 
     names: list[str]
     truth: Tensor | None = None

@@ -161,7 +161,8 @@ def condition(
 
 
 def keep_best(best: dict[str, Any], x: Tensor, residual: Tensor, info: Mapping[str, Any]) -> None:
-    """Per item, what fits the measurement better than the tries before."""
+    """Per item, keep whichever of `best` and this attempt fits the measurement better. x: (B, C, H, W), residual:
+    (B,)."""
     curve = torch.stack(info["residual"]) if info.get("residual") else torch.zeros(0, len(x))
     if not best:
         best.update(images=x, residual=residual, curve=curve, nfe=info.get("nfe"))
@@ -252,7 +253,7 @@ def run(
 
 
 def no_model() -> VgmError:
-    """Said when --model is left out."""
+    """The error when --model is left out."""
     return VgmError(
         "no prior is given",
         "--model RUN: any diffusion or flow run (dit, sit, adm-unet, …); `vgm train dps` makes a small one for digits",

@@ -17,7 +17,7 @@ from vgm_cli.yaml_text import parse_yaml
 
 @dataclass
 class Settings:
-    """Component nodes of the degradation and the method, and the noise."""
+    """Component nodes of the degradation and of the restoration method, and the measurement noise."""
 
     task: dict[str, Any]
     method: dict[str, Any]
@@ -26,7 +26,7 @@ class Settings:
 
 
 def methods() -> list[str]:
-    """Samplers that restore."""
+    """Names of the samplers that restore."""
     return sorted(c.name for c in registry().components.values() if c.kind == "sampler" and "restore" in c.verbs)
 
 
@@ -93,7 +93,7 @@ def build_method(loaded: Loaded, node: dict[str, Any], target: str) -> Restorati
 
 
 def assumed(settings: Settings, degrade: bool) -> str:
-    """What --noise left out means here."""
+    """The noise that is meant where --noise is left out."""
     said = f"{settings.noise_node['name']} noise, sigma={settings.noise.sigma:g}"
     if degrade:
         return f"added to the degraded images: {said} (--noise none, sigma=…)"

@@ -1,5 +1,7 @@
-"""Sampling: a loaded network, a sampler and per-item seeds in; images out. Sample i depends on (seed, i) alone, not on
-the batch size nor on the number of processes."""
+"""Sampling: a loaded network, a sampler and one seed per item in; images out.
+
+Sample i depends on (seed, i) alone, not on the batch size nor on the number of processes.
+"""
 
 from __future__ import annotations
 
@@ -29,44 +31,41 @@ OPTIONAL = ("steps", "guidance_scale", "guidance_interval", "images")  # of a Re
 
 @dataclass
 class Plan:
-    """What to sample. given: {condition: one item for each image}; labels: the classes among them, empty where there
-    are none. words: {condition: what the user typed}, and negative: what to be guided away from, for the records;
-    conditions: keywords of conditions that were set anew, by conditions.NAME.KEY. images: see api.Request; source: the
-    data they were read from. precision: fp32, or bf16 autocast of networks and codec. named: those of OPTIONAL, and
-    seed, that the user gave; `stream` reports which had no effect."""
+    """A sampling job: how many items, of what, by which sampler. `stream` carries it out."""
 
-    n: int
-    seed: int = 0
-    given: dict[str, list[Any]] = field(default_factory=dict)
-    labels: list[int] = field(default_factory=list)
-    words: dict[str, list[str]] = field(default_factory=dict)
-    negative: dict[str, list[str]] = field(default_factory=dict)
-    conditions: dict[str, Any] = field(default_factory=dict)
-    sampler: dict[str, Any] = field(default_factory=dict)
-    steps: int | None = None
-    guidance_scale: float | None = None
-    guidance_interval: tuple[float, float] | None = None
+    n: int  # number of items
+    seed: int = 0  # item i draws from a stream of (seed, i)
+    given: dict[str, list[Any]] = field(default_factory=dict)  # {condition: one item for each image}
+    labels: list[int] = field(default_factory=list)  # the classes among them; empty where there are none
+    words: dict[str, list[str]] = field(default_factory=dict)  # {condition: what the user typed}, for the records
+    negative: dict[str, list[str]] = field(default_factory=dict)  # what to be guided away from, as typed
+    conditions: dict[str, Any] = field(default_factory=dict)  # keywords of conditions set anew: conditions.NAME.KEY
+    sampler: dict[str, Any] = field(default_factory=dict)  # its component node
+    steps: int | None = None  # None: the sampler's own
+    guidance_scale: float | None = None  # None: the sampler's own
+    guidance_interval: tuple[float, float] | None = None  # host times between which to guide
     batch_size: int = 64
-    images: Tensor | None = None
-    source: str | None = None
-    precision: str = "fp32"
-    named: tuple[str, ...] = ()
-    built: Any = field(default=None, repr=False, compare=False)
+    images: Tensor | None = None  # see api.Request
+    source: str | None = None  # the data that images were read from
+    precision: str = "fp32"  # or bf16: autocast of networks and codec
+    named: tuple[str, ...] = ()  # options that the user gave; `stream` reports which had no effect
+    built: Any = field(default=None, repr=False, compare=False)  # the sampler, see `build`
     roles: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # see Loaded.roles
 
     def build(self, device: torch.device | str) -> Any:
-        """The sampler, made once."""
+        """The sampler; made at the first call, then kept."""
         if self.built is None:
             self.built = build_sampler(self.sampler, device, self.roles)
         return self.built
 
     def first(self, n: int) -> Plan:
-        """Of the first n items alone."""
+        """The same plan for its first n items alone."""
         given = {name: items[:n] for name, items in self.given.items()}
         return replace(self, n=min(n, self.n), given=given, labels=self.labels[:n])
 
     def period(self) -> int:
-        """After how many images their conditions come again; 0 without conditions, n where none does."""
+        """The number of items after which labels repeat, by which grids arrange them; n where they do not repeat, 0
+        without labels."""
         told = list(zip(*self.given.values()))
         return next((k for k in range(1, self.n) if told[k:] == told[:-k]), self.n) if told else 0
 
@@ -95,7 +94,8 @@ class Plan:
 
 
 class Watched(Request):
-    """A request that remembers which of its optional settings were looked at."""
+    """A request that remembers which of its optional settings the sampler read, so that settings without effect can
+    be told."""
 
     def __getattribute__(self, name: str) -> Any:
         if name in OPTIONAL:
@@ -103,7 +103,7 @@ class Watched(Request):
         return object.__getattribute__(self, name)
 
     def ignored(self, names: Sequence[str]) -> list[str]:
-        """Those of the names that had no effect."""
+        """Those of the names that the sampler never read."""
         seen = self.__dict__.get("seen", set())
         return [k for k in names if k not in seen or (k.startswith("guidance") and not self.cond)]
 
@@ -141,7 +141,7 @@ def sampler_node(
 
 
 def autocast(precision: str, device: torch.device) -> Any:
-    """fp32: whatever the caller has set."""
+    """The context of sampling in "bf16" or "fp32"; the latter leaves the caller's setting as it is."""
     return torch.autocast(device.type, torch.bfloat16) if precision == "bf16" else nullcontext()
 
 
@@ -219,7 +219,8 @@ Callback = Callable[[int, int, Tensor, Tensor | None], None]
 
 
 def each_step(callback: Callback | None, progress: Progress | None, done: int, size: int) -> Callback | None:
-    """A request's callback that also moves the progress, of `done` items before these `size`."""
+    """A callback for a request that calls `callback` and moves the progress by this batch's `size` items, `done` of
+    them being finished before."""
     if progress is None:
         return callback
 
@@ -316,20 +317,21 @@ def real_images(feed: Any, n: int) -> Tensor:
 
 
 def reals(feed: Any, path: Path, n: int) -> None:
-    """A grid of training images, to hold samples against; nothing where images are made, not read."""
+    """Save a grid of n training images to `path`, for comparison with samples. Nothing is saved for feeds without
+    images."""
     if n and feed.dataset is not None:
         save_grid(real_images(feed, n), path)
 
 
 def layout(plan: Plan, x: Tensor, device: torch.device | str) -> Layout:
-    """Of a grid of a plan's images: the sampler's own columns where it makes a table, else near a square with classes,
-    or what the sampler keeps together, under one another."""
+    """The Layout of a plan's grid of images x: the sampler's own columns where its items make a table; else near a
+    square in which items of one class (or those that the sampler keeps together) stand under one another."""
     sampler = plan.build(device)
     return layout_of(x, sampler.grid_columns, sampler.grid_period or plan.period())
 
 
 def provenance(loaded: Loaded, plan: Plan, target: str, device: torch.device | str = "cpu") -> dict[str, str]:
-    """What a PNG remembers of how it was made."""
+    """What a PNG stores about how it was made, from which `vgm rerun` makes it again."""
     from vgm_cli import __version__
 
     settings = {

@@ -60,10 +60,8 @@ def free_name(path: Path) -> Path:
 
 
 def fitted(plan: Plan, target: Path, device: torch.device, chosen: bool) -> Plan:
-    """What a grid can show of a plan. chosen: whether the user gave the number of images.
-
-    VgmError: a number that does not fill the rows of a sampler's table.
-    """
+    """The plan with as many items as a grid can show. chosen: whether the user gave the number of images. VgmError: the
+    number does not fill the rows of a sampler's table."""
     if target.suffix.lower() != ".png":
         return plan
     columns = plan.build(device).grid_columns or 1  # of a table, which is shown whole
@@ -78,9 +76,10 @@ def fitted(plan: Plan, target: Path, device: torch.device, chosen: bool) -> Plan
 
 
 def check_target(target: Path, meta: dict[str, str], plan: Plan, overwrite: bool, trace: bool = False) -> None:
-    """Look before anything is made: nothing that is there may be lost or mixed with what comes.
+    """Check a target before anything is sampled, so that no file is lost or mixed with new ones.
 
-    VgmError: something else than this same job is there, and may not be replaced; a kind of file that is not written.
+    VgmError: something else than an unfinished part of this same job is there and may not be replaced, or the kind of
+    file is not supported.
     """
 
     def look() -> None:
@@ -137,7 +136,7 @@ def write(
 
 
 def begin(target: Path, meta: dict[str, str], overwrite: bool) -> None:
-    """Remove what is to be replaced, and leave the record that lets an interrupted job go on."""
+    """Remove what is to be replaced, and write the record by which an interrupted job can go on."""
     suffix = target.suffix.lower()
     if suffix == ".png":
         return
@@ -151,7 +150,7 @@ def begin(target: Path, meta: dict[str, str], overwrite: bool) -> None:
 
 
 def kept(target: Path, plan: Plan) -> tuple[str, str]:
-    """What an interrupted job leaves, and how to go on."""
+    """A sentence on what an interrupted job has left, and on how to go on."""
     if target.suffix.lower() == ".png":
         return "nothing is written, a grid is made at its end", "a folder or an .npz as --out keeps what was made"
     if target.suffix.lower() == ".npz":
@@ -200,7 +199,7 @@ def write_grid(
 
 
 def same_job(there: str | None, meta: dict[str, str], where: Path) -> None:
-    """VgmError when what lies there was made with other settings than these. More images may be asked for."""
+    """VgmError: the samples there were made with other settings than `meta`. Another number of images is allowed."""
     now = json.loads(meta["vgm"])
     try:
         before = json.loads(there or "")
@@ -224,7 +223,7 @@ def same_job(there: str | None, meta: dict[str, str], where: Path) -> None:
 
 
 def not_ours(folder: Path) -> list[str]:
-    """Names in a folder that no job of ours writes."""
+    """Names of entries of a folder that no sampling job writes."""
     ours = re.compile(r"\d{6,}\.png|\..+\.tmp|" + re.escape(JOB))
     return sorted(p.name for p in folder.iterdir() if not ours.fullmatch(p.name))
 
@@ -329,8 +328,8 @@ def trace_of(target: Path) -> Path:
 
 
 def trace(loaded: Loaded, plan: Plan, device: torch.device) -> np.ndarray:
-    """A picture of how the first items come about: two rows each, x_t and the estimate of x_0, from noise to image, the
-    time above each column. VgmError: the sampler reports no steps."""
+    """A picture of how the first samples form. Each takes two rows, x_t and the estimate of x_0, from noise to image,
+    with the time above each column. VgmError: the sampler reports no steps."""
     seen: list[tuple[Tensor, Tensor | None, float | None]] = []
 
     def watch(i: int, total: int, x: Tensor, x0: Tensor | None) -> None:
@@ -357,7 +356,7 @@ def trace(loaded: Loaded, plan: Plan, device: torch.device) -> np.ndarray:
 
 @torch.no_grad()
 def shown(loaded: Loaded, x: Tensor, device: torch.device) -> Tensor:
-    """States as pictures: latents decoded, noise scaled into view."""
+    """States (B, ...) as pictures: latents are decoded, and noise is scaled into the visible range."""
     x = x.to(device)
     if loaded.codec is not None:
         x = loaded.codec.decode(x)
@@ -367,7 +366,8 @@ def shown(loaded: Loaded, x: Tensor, device: torch.device) -> Tensor:
 
 
 def again_name(image: Path, item: bool) -> Path:
-    """Where a picture made again goes unless told: never beside pictures that are counted."""
+    """The default path of a picture that `vgm rerun` makes, outside of folders whose pictures are counted as
+    samples."""
     if not item:
         return free_name(Path(f"{image.stem}-again.png"))
     folder = image.resolve().parent
@@ -442,6 +442,6 @@ def rerun(image: Path, out: Path | None, device_name: str | None = None, overwri
 
 
 def plain_columns(plan: Plan, loaded: Loaded) -> int:
-    """Of grids that do not say their layout: one class per column where they fit, else a square."""
+    """Columns of a grid that states no layout: one per class where they fit, else near a square."""
     classes = min(len(set(plan.labels)), loaded.header.data.get("num_classes") or 0)
     return classes if 2 <= classes <= 20 and plan.n >= classes else math.ceil(math.sqrt(plan.n))

@@ -140,7 +140,7 @@ def plan_for(
 
 
 def warn_of_ignored(info: Mapping[str, Any], plan: Plan) -> None:
-    """Options that the user gave and the sampler has no use for."""
+    """Warn of options that the user gave and the sampler did not read."""
     for name in info.get("ignored", ()):
         why = "" if plan.given or not name.startswith("guidance") else ": this network has no classes"
         option = "input" if name == "images" else name.replace("_", "-")
@@ -217,7 +217,7 @@ def adopt_conditions(
 
 
 def named(loaded: ckpt.Loaded, model: str) -> str:
-    """What was loaded, by a name that means the same tomorrow: `last` or a folder of runs becomes the run."""
+    """The name under which a loaded model is recorded; `last` or a folder of runs becomes the run it means today."""
     path = Path(model)
     whole = path.is_file() or (path / "checkpoints").is_dir() or (path / "model.safetensors").is_file()
     if whole or loaded.path.parent == ckpt.ASSETS:

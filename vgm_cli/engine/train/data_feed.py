@@ -1,7 +1,7 @@
-"""What the trainer eats: the data set, its frozen codec, and batches of what the model sees.
+"""From a recipe's data node to training batches: the data set, its frozen codec, and what the model sees of both.
 
 With a codec, small sets are encoded once into memory, larger ones into a latent cache (data.cache_latents=FOLDER) or on
-the fly. Posterior noise is drawn per step, so caching moments changes nothing that training sees.
+the fly. Posterior noise is drawn at every step, so caching moments changes nothing that training sees.
 """
 
 from __future__ import annotations
@@ -36,28 +36,30 @@ IN_MEMORY = 20_000  # images whose moments are kept in memory
 
 @dataclass
 class Feed:
-    """Batches for one process. codec/codec_ref are None in pixel space; cache holds moments instead of pixels."""
+    """Batches for one process, as the model sees them."""
 
-    data: Data
-    dataset: Any
-    facts: Facts
-    labelled: bool
-    seed: int
-    rank: int
-    world: int
-    size: int
+    data: Data  # the recipe's data node
+    dataset: Any  # images (data.Dataset) or latents (data.latents.Latents)
+    facts: Facts  # of the data as the model sees it
+    labelled: bool  # batches have "y": (B,) int64
+    seed: int  # of the order, flips and crops
+    rank: int  # number of this process
+    world: int  # number of processes
+    size: int  # rows of a micro-batch, B
     device: torch.device
-    codec: Any = None
-    codec_ref: ckpt.Reference | None = None
-    cache: Any = None
+    codec: Any = None  # frozen; None: the model sees pixels
+    codec_ref: ckpt.Reference | None = None  # which file the codec is, for checkpoints
+    cache: Any = None  # moments (N, 2c, h, w) or tokens (N, *grid), read instead of the images
 
     @property
     def count(self) -> int:
+        """Number of items in the data set."""
         return len(self.dataset)
 
     @property
     def drawn(self) -> bool:
-        """Does the data hold latents drawn from a posterior, not its moments?"""
+        """Whether the data set holds latents that were drawn from a posterior once, instead of its mean and
+        variance."""
         return isinstance(self.dataset, Latents) and self.dataset.drawn
 
     def describe(self) -> dict[str, Any]:
@@ -69,7 +71,8 @@ class Feed:
         }
 
     def batches(self, start: int = 0, size: int | None = None, shared: bool = False) -> Iterator[Batch]:
-        """From batch `start` of the run's fixed order. shared: every process gets the same rows, not its own."""
+        """Batches from number `start` of the run's fixed order. shared: every process receives the same rows instead of
+        its own."""
         return iter(
             Batches(
                 self.cache if self.cache is not None else self.dataset,
@@ -94,11 +97,16 @@ class Feed:
         return {name: list(found[column]) for name, column in columns.items() if column in found}
 
     def first(self, n: int, shared: int | None = None) -> Batch:
-        """This process's first n rows, or the first `shared` rows of the whole stream."""
+        """The first n rows of this process, or with `shared`, the first so many rows of the whole order on every
+        process."""
         return next(self.batches(0, shared or n, shared=shared is not None))
 
     def to_model(self, batch: Batch, step: Step) -> Batch:
-        """To the device; pixels or moments become latents with this step's posterior noise."""
+        """A batch as the objective receives it, on the device.
+
+        "x": (B, C, H, W) in [-1, 1], or "moments", become latents "x": (B, c, h, w), drawn from the posterior with this
+        step's noise, or "tokens": (B, *grid) int64. Without a codec, the batch stays as it is.
+        """
         out = {k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
         if self.codec is None:
             return out
@@ -116,9 +124,9 @@ class Feed:
 
 
 def open_images(recipe: Recipe) -> tuple[Any, bool]:
-    """The recipe's data set, and whether it is trained with labels. What is assumed is said.
+    """(the recipe's data set, whether it is trained with labels). Assumptions are told.
 
-    VgmError: the recipe names no data, there is none, or none with labels where they are wanted.
+    VgmError: the recipe names no data, nothing is there, or labels are wanted and missing.
     """
     data = recipe.node("data")
     if not data.path:
@@ -177,10 +185,8 @@ def open_feed(
 
 
 def compare_classes(facts: Facts, known: Mapping[str, Any], whose: str) -> None:
-    """The data's classes against those that another network was trained on (its checkpoint's data).
-
-    VgmError: another number of classes. A warning: other names.
-    """
+    """Compare the data's classes with those that another network was trained on. known: the `data` part of its header;
+    whose: how to call it in a message. A warning where only names differ. VgmError: another number of classes."""
     theirs, names = known.get("num_classes") or 0, list(known.get("class_names") or [])
     if not facts.num_classes or not theirs:
         return
@@ -200,7 +206,8 @@ def not_for_pixels(latents: Latents) -> VgmError:
 
 
 def use_latents(feed: Feed, node: dict[str, Any] | None, run: Run) -> None:
-    """The data are latents already: their codec only scales them and decodes samples."""
+    """Prepare a feed whose data set holds latents already: the codec is only needed for scaling them and for decoding
+    samples."""
     latents = feed.dataset
     if not node:
         raise not_for_pixels(latents)
@@ -222,7 +229,8 @@ def add_codec(
     accelerator: Any,
     train: Callable[..., Any] | None,
 ) -> None:
-    """Choose or train the codec, then cache what it makes of a small set."""
+    """Prepare a feed of images behind a codec: find the codec (or train its fallback recipe), then cache its output for
+    a small set."""
     sample = next(iter(Batches(feed.dataset, min(64, feed.count), seed=0, labels=False)))["x"]
     own = run.path / "codec"
     path = build.find_codec(node, feed.facts, sample, None)
@@ -258,7 +266,7 @@ def add_codec(
 
 
 def encode_in_memory(feed: Feed) -> MemoryLatents:
-    """Moments of every image (and its mirror image) of a small set."""
+    """Encode every image of a small set, and with data.hflip every mirror image, and keep the moments in memory."""
     batch = 256
     parts: dict[str, list[Any]] = {"moments": [], "flipped": [], "label": [], "text": []}
     with torch.no_grad():

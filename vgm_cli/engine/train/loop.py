@@ -33,7 +33,8 @@ GO_ON = "--resume goes on"
 
 
 def update(t: Trainer, index: int, batches: Iterator[Batch]) -> None:
-    """One optimizer step of every phase that is due."""
+    """One step: gradients of `accumulate` micro-batches, {"x": (B, ...), ...} as Feed.to_model gives them, then one
+    optimizer step for every phase that is due; again for every further batch that `experience` made of them."""
     torch.manual_seed(seed_of(t.opts.seed, index, t.rank))  # nn.Dropout and the like
     steps = [t.step(index, micro) for micro in range(t.opts.accumulate)]
     micros = [t.to_model(next(batches), step) for step in steps]
@@ -62,7 +63,8 @@ def update(t: Trainer, index: int, batches: Iterator[Batch]) -> None:
 
 
 def run(t: Trainer, until: int, guard: Guard, quiet_end: bool = False) -> Outcome:
-    """Steps t.start to `until`, and what happens between them: logging, saving, previews, the end."""
+    """Train from step t.start to `until`, with logging, saving and previews. quiet_end: the caller says the last
+    words."""
     opts = t.opts
     batches = t.feed.batches(t.start * opts.accumulate)
     report.announce(t, until)
@@ -102,7 +104,7 @@ def run(t: Trainer, until: int, guard: Guard, quiet_end: bool = False) -> Outcom
 
 
 def due(done: int, every: int | None) -> bool:
-    """Every so many steps; never where that is 0 or null."""
+    """Whether something that happens every so many steps happens after step `done`; 0 and None mean never."""
     return bool(every) and done % (every or 1) == 0
 
 

@@ -29,9 +29,12 @@ TIMED_PARAMETERS = 3e8  # above this many, timing alone would take minutes on a 
 
 @dataclass
 class RunPlan:
-    """Cost of a run. Bytes are for one process; flops_forward is of an image, flops_step forward and backward of a
-    batch, None where they cannot be counted; so are the activations left out of `memory`. first: the plan of a codec
-    that is trained before."""
+    """What `--plan` tells of a run. Bytes are those of one process.
+
+    flops_forward is of one image, flops_step of the forward and backward passes of a whole batch; both are None where
+    they cannot be counted, and then `memory` has no entry for activations. first is the plan of the codec's own
+    training, where a codec has to be trained before.
+    """
 
     recipe: str
     parameters: int
@@ -55,9 +58,10 @@ class RunPlan:
 
 
 def make_plan(recipe: Recipe, device: torch.device | None = None, world: int = 1) -> RunPlan:
-    """Build on the meta device, count, then time a few steps for real where that is affordable.
+    """Build the run on the meta device (shapes without memory), count its parameters, FLOPs and bytes, and time a few
+    steps for real where that takes seconds.
 
-    world: processes that share the batch. VgmError: whatever keeps the recipe from training, but for missing data.
+    world: processes that share the batch. VgmError: whatever would keep the recipe from training, except missing data.
     """
     device = device or pick_device()
     opts = recipe.node("train")
@@ -108,7 +112,8 @@ def make_plan(recipe: Recipe, device: torch.device | None = None, world: int = 1
 
 
 def example(facts: Facts, n: int, device: torch.device | str, conditions: Conditions) -> Batch:
-    """A batch of the right shapes."""
+    """A batch of n rows as the objective will see it, all zeros: "x" (n, C, H, W) or "tokens" (n, *grid), "index",
+    and "y" (n,) where there are classes."""
     tokens = bool(facts.vocab_size)
     seen = torch.zeros(n, *facts.sample_shape, device=device, dtype=torch.long if tokens else None)
     batch: Batch = {"tokens" if tokens else "x": seen, "index": torch.zeros(n, dtype=torch.long, device=device)}
@@ -118,7 +123,7 @@ def example(facts: Facts, n: int, device: torch.device | str, conditions: Condit
 
 
 class _MetaStep(Step):
-    """Draws of the right shape without values."""
+    """A Step whose draws have the right shape and no values, for losses on the meta device."""
 
     def generator(self, name: str = "") -> torch.Generator:
         return torch.Generator()
@@ -128,7 +133,11 @@ class _MetaStep(Step):
 
 
 class Unfollowed(ModuleTracker):
-    """Counts are wanted in all, not by module: the hooks that follow modules fail where no gradient flows."""
+    """Takes the place of torch's ModuleTracker inside FlopCounterMode and does nothing.
+
+    The tracker attributes FLOPs to modules through backward hooks, and these fail on outputs that need no gradient.
+    Here only the total is wanted.
+    """
 
     def __enter__(self) -> Unfollowed:
         return self
@@ -138,8 +147,11 @@ class Unfollowed(ModuleTracker):
 
 
 def count_flops(built: build.Built, facts: Facts) -> tuple[float | None, float | None]:
-    """(forward, forward and backward) FLOPs of every phase's loss for one image, by torch's counter on meta tensors;
-    None where a phase needs the values of its tensors."""
+    """FLOPs for one image, summed over the losses of all phases: (forward, forward and backward).
+
+    Torch's counter runs on meta tensors, which have shapes and no values. (None, None), with a warning, where a loss
+    looks at values.
+    """
     n = 2  # losses may take statistics over the batch
     step = _MetaStep(index=0, device=torch.device("meta"))
     batch = example(facts, n, "meta", built.conditions)
@@ -166,7 +178,8 @@ def count_flops(built: build.Built, facts: Facts) -> tuple[float | None, float |
 def memory_by_part(
     built: build.Built, trained: list[str], recipe: Recipe, precision: str, micro: int, facts: Facts
 ) -> dict[str, int]:
-    """Bytes of weights, gradients, optimizer state, averages and (measured on meta tensors) saved activations."""
+    """Bytes by purpose: weights, gradients, optimizer state, averages, and the activations that are saved for the
+    backward pass, which are measured on meta tensors and left out where a loss looks at values."""
     opts = recipe.node("train")
     weights = sum(p.numel() * 4 for n in built.networks.values() for p in n.parameters())
     grads = sum(p.numel() * 4 for r in trained for p in built.networks[r].parameters() if p.requires_grad)
@@ -198,7 +211,7 @@ def memory_by_part(
 
 
 def speed(device: torch.device, dtype: torch.dtype | None) -> float:
-    """FLOPs per second of a matrix product: what a step can reach at best."""
+    """FLOPs per second of a large matrix product on this device, an upper limit for a training step."""
     a = torch.ones(512, 512, device=device, dtype=dtype or torch.float32)
     a @ a
     began = time.perf_counter()
@@ -217,8 +230,12 @@ def time_steps(
     trainable: int,
     world: int = 1,
 ) -> tuple[float | None, str]:
-    """Median of three timed forward-backward passes of one process's share, scaled to it; None with the reason when
-    that would take longer than TIMED_SECONDS."""
+    """(seconds of one training step, how they were measured).
+
+    Three forward and backward passes are timed, on fewer images where the full batch would take too long, and their
+    median is scaled to this process's share of the batch. (None, the reason) where even that would take longer than
+    TIMED_SECONDS.
+    """
     opts = recipe.node("train")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
     share = max(1, opts.batch_size // (opts.accumulate * world))

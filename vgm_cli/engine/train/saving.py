@@ -71,8 +71,11 @@ def write(
     averages: Mapping[str, Mapping[str, Tensor]],
     tensors: dict[str, Tensor],
 ) -> None:
-    """Its files from whole tensors; one identity in all of them tells that they belong together. state.json comes
-    last."""
+    """Write the files of a checkpoint into the folder `temp`, from whole (unsharded) tensors.
+
+    All files carry one hash, by which `restore` knows that they belong together. state.json is written
+    last.
+    """
     told = f"{t.recipe.dump()} {t.feed.describe().get('fingerprint')} {done}"
     identity = {"checkpoint": hashlib.sha256(told.encode("utf-8", "backslashreplace")).hexdigest()[:16]}
     own = header(t)
@@ -108,8 +111,11 @@ def write(
 
 
 def save_weights(t: Trainer, temp: Path, name: str, state: Mapping[str, Tensor], own: ckpt.Header) -> dict[str, Tensor]:
-    """One weights file, as others will read it (an objective's `export` folds adapters in); gives what that
-    leaves out, which resuming needs."""
+    """Write one weights file in the form in which others read it, and return what only resuming needs.
+
+    An objective's `export` may change the state (adapters are folded into the weights). Entries of `state` that the
+    exported file lacks are returned as {"kept.NAME.ENTRY": tensor}, to be stored in trainer.safetensors.
+    """
     plain = t.objective.export("model", state)
     ckpt.save_network(temp / f"{name}.safetensors", plain, own)
     return {f"kept.{name}.{k}": v for k, v in state.items() if k not in plain}
@@ -119,8 +125,10 @@ def save_weights(t: Trainer, temp: Path, name: str, state: Mapping[str, Tensor],
 
 
 def restore(t: Trainer) -> None:
-    """Continue from the last complete checkpoint; from the start when there is none. VgmError: the data or the
-    codec are not those of before, or a file is damaged or another run's."""
+    """Continue from the last complete checkpoint, or from step 0 when there is none.
+
+    VgmError: the data or the codec have changed since, or a file is damaged or belongs to another run.
+    """
     refuse_other_data(t)
     folder = t.run.last()
     if folder is None:
@@ -160,7 +168,7 @@ def restore(t: Trainer) -> None:
 
 
 def read_state(folder: Path, averages: Sequence[str]) -> dict[str, Any]:
-    """state.json of a checkpoint. VgmError: it is damaged, or not this checkpoint's."""
+    """Read state.json of a checkpoint folder. VgmError: it is damaged, or belongs to another folder."""
     try:
         state = read_record(folder / "state.json")
         step, images, seconds = state["step"], state["images"], state["seconds"]
@@ -176,7 +184,8 @@ def read_state(folder: Path, averages: Sequence[str]) -> dict[str, Any]:
 
 
 def read_part(file: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
-    """One file of the checkpoint that `state` belongs to. VgmError: it is damaged, or of another one."""
+    """Read one file of the checkpoint that `state` describes. VgmError: it is damaged, or belongs to another
+    checkpoint."""
     tensors, metadata = ckpt.read_tensors(file)
     if "checkpoint" in state and metadata.get("vgm.checkpoint") != json.dumps(state["checkpoint"]):
         raise VgmError(f"{file} does not belong to {file.parent}: it is another checkpoint's", OLDER, FAILED)
@@ -186,9 +195,13 @@ def read_part(file: Path, state: Mapping[str, Any]) -> dict[str, Tensor]:
 def whole(
     role: str, own: Mapping[str, Tensor], kept: Mapping[str, Tensor], folder: Path, state: Mapping[str, Any]
 ) -> Mapping[str, Tensor]:
-    """A network's state from a checkpoint, the opposite of save_weights. Where the weights file holds an export
-    (adapters folded in), it is `own`, which never changed, with what was kept for resuming; else what the file holds.
-    VgmError: it does not fit."""
+    """The full state of a network (or of an average) as training needs it: the inverse of `save_weights`.
+
+    own: the network's present state. kept: the tensors of trainer.safetensors. Where save_weights kept entries back,
+    the weights file holds an export, e.g. adapters folded in: then the entries kept are laid over `own`, whose other
+    entries (the frozen base) never change. Otherwise the weights file itself is the state. VgmError: names or shapes
+    differ.
+    """
     file = folder / f"{role}.safetensors"
     prefix = f"kept.{role}."
     part = {k.removeprefix(prefix): v for k, v in kept.items() if k.startswith(prefix)}
@@ -201,7 +214,7 @@ def whole(
 
 
 def refuse_other_data(t: Trainer) -> None:
-    """VgmError (exit code 2): the images or classes are not those that the run began with."""
+    """VgmError (exit code 2): the images or classes differ from those that the run began with."""
     before, now = t.run.record("data.json"), t.data_facts()
     then, there = list(before.get("class_names") or []), list(now.get("class_names") or [])
     if then and there and then != there:

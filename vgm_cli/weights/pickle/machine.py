@@ -1,4 +1,4 @@
-"""pickle's machine, everything that it does counted before it is done."""
+"""An interpreter of pickles that charges every operation to a budget before it carries it out."""
 
 from __future__ import annotations
 
@@ -29,7 +29,8 @@ class Counted(dict):  # type: ignore[type-arg]
 
 
 class Stream:
-    """A file whose reads are never longer than what is left of it: memory is set aside for what is asked."""
+    """A file whose reads are never longer than what is left of it, as memory is reserved for the length that is
+    asked for."""
 
     def __init__(self, f: Any, size: int):
         self.f, self.size, self.readline = f, size, f.readline

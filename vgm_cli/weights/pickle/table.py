@@ -1,4 +1,4 @@
-"""What a pickle may name, and what it gets for it."""
+"""The table of names that a pickle may use, and of the harmless stand-ins that it gets for them."""
 
 from __future__ import annotations
 

@@ -1,4 +1,8 @@
-"""Sums, means and rows over all processes of torch.distributed. Without it, or with one process, they are its own."""
+"""Sums, means and rows over all processes of torch.distributed, for networks, objectives and metrics.
+
+Without torch.distributed, or with one process, every function gives back what this process holds. How processes are
+launched is in engine/processes.py.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +16,7 @@ T = TypeVar("T")
 
 
 def processes() -> int:
-    """How many there are."""
+    """How many processes share this computation; 1 without torch.distributed."""
     return dist.get_world_size() if dist.is_available() and dist.is_initialized() else 1
 
 
