@@ -12,7 +12,7 @@ from pathlib import Path
 
 from vgm_cli.atomic import write_text
 
-WIDTH, HEIGHT, LEFT, BOTTOM, RIGHT, TOP = 640, 320, 56, 36, 150, 16
+WIDTH, HEIGHT, LEFT, BOTTOM, RIGHT, TOP = 680, 320, 56, 36, 190, 16
 COLOURS = ("#1f6fb4", "#d1662b", "#3d8f4f", "#8a5ab5", "#7a7a7a")
 
 
@@ -26,34 +26,37 @@ def ticks(low: float, high: float, log: bool) -> list[float]:
     return [i * step for i in range(math.ceil(low / step), math.floor(high / step) + 1)]
 
 
-def svg(rows: list[dict[str, float]], columns: list[str], log: bool) -> str:
-    lines = {c: [(r["step"], r[c]) for r in rows if c in r and (r[c] > 0 or not log)] for c in columns}
-    values = [v for points in lines.values() for _, v in points]
-    last = max(r["step"] for r in rows)
-    low, high = (min(values) * 0.8, max(values) * 1.25) if log else (min(0.0, *values), max(values) * 1.05)
+def svg(lines: dict[str, list[tuple[float, float]]], along: str, log: bool = False) -> str:
+    """Lines {name: [(x, y), ...]} as a picture; along: what x is; log: logarithmic y, of which only y > 0 is drawn."""
+    lines = {name: [(x, y) for x, y in points if y > 0 or not log] for name, points in lines.items()}
+    xs = [x for points in lines.values() for x, _ in points]
+    ys = [y for points in lines.values() for _, y in points]
+    first, last = min(xs), max(xs)
+    low, high = (min(ys) * 0.8, max(ys) * 1.25) if log else (min(0.0, *ys), max(ys) * 1.05)
     scale = math.log if log else float
 
-    def x(step: float) -> float:
-        return LEFT + (WIDTH - LEFT - RIGHT) * step / last
+    def across(x: float) -> float:
+        return LEFT + (WIDTH - LEFT - RIGHT) * (x - first) / (last - first)
 
-    def y(value: float) -> float:
-        share = (scale(value) - scale(low)) / (scale(high) - scale(low))
+    def up(y: float) -> float:
+        share = (scale(y) - scale(low)) / (scale(high) - scale(low))
         return HEIGHT - BOTTOM - (HEIGHT - BOTTOM - TOP) * share
 
     parts = [f'<rect width="{WIDTH}" height="{HEIGHT}" fill="white"/>']
-    for v in ticks(low, high, log):
-        parts.append(f'<path d="M{LEFT} {y(v):.1f}H{WIDTH - RIGHT}" stroke="#dddddd"/>')
-        parts.append(f'<text x="{LEFT - 6}" y="{y(v) + 4:.1f}" text-anchor="end">{v:g}</text>')
-    for s in ticks(0, last, False):
-        parts.append(f'<text x="{x(s):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{s:g}</text>')
-    parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">step</text>')
-    for colour, (name, points) in zip(COLOURS, lines.items()):
-        path = " ".join(f"{x(s):.1f},{y(v):.1f}" for s, v in points)
+    for y in ticks(low, high, log):
+        parts.append(f'<path d="M{LEFT} {up(y):.1f}H{WIDTH - RIGHT}" stroke="#dddddd"/>')
+        parts.append(f'<text x="{LEFT - 6}" y="{up(y) + 4:.1f}" text-anchor="end">{y:g}</text>')
+    for x in ticks(first, last, False):
+        parts.append(f'<text x="{across(x):.1f}" y="{HEIGHT - BOTTOM + 16}" text-anchor="middle">{x:g}</text>')
+    parts.append(f'<text x="{(LEFT + WIDTH - RIGHT) / 2}" y="{HEIGHT - 4}" text-anchor="middle">{along}</text>')
+    for i, (name, points) in enumerate(lines.items()):
+        path = " ".join(f"{across(x):.1f},{up(y):.1f}" for x, y in points)
+        row, colour = TOP + 14 + 18 * i, COLOURS[i % len(COLOURS)]
         parts.append(f'<polyline points="{path}" fill="none" stroke="{colour}" stroke-width="2"/>')
-        end = points[-1]
-        parts.append(f'<text x="{x(end[0]) + 6:.1f}" y="{y(end[1]) + 4:.1f}" fill="{colour}">{name}</text>')
-    head = f'<svg xmlns="http://www.w3.org/2000/svg" viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12">'
-    return "\n".join([head, *parts, "</svg>", ""])
+        parts.append(f'<path d="M{WIDTH - RIGHT + 10} {row}h18" stroke="{colour}" stroke-width="2"/>')
+        parts.append(f'<text x="{WIDTH - RIGHT + 34}" y="{row + 4}">{name}</text>')
+    box = f'viewBox="0 0 {WIDTH} {HEIGHT}" font-family="sans-serif" font-size="12"'
+    return "\n".join([f'<svg xmlns="http://www.w3.org/2000/svg" {box}>', *parts, "</svg>", ""])
 
 
 def main() -> None:
@@ -64,7 +67,8 @@ def main() -> None:
     parser.add_argument("--log", action="store_true", help="logarithmic axis of values")
     args = parser.parse_args()
     rows = [json.loads(line) for line in (args.run / "metrics.jsonl").read_text(encoding="utf-8").splitlines()]
-    write_text(args.out, svg(rows, args.columns.split(","), args.log))
+    lines = {c: [(r["step"], r[c]) for r in rows if c in r] for c in args.columns.split(",")}
+    write_text(args.out, svg(lines, "step", args.log))
 
 
 if __name__ == "__main__":
