@@ -69,6 +69,12 @@ RUNS = [  # the longest first, those that others wait for before all
     Run("llamagen", "train llamagen", bits="bits-per-dim:n=500"),
     Run("vqgan", "train vqgan", "fid,psnr", sampled=False),
     Run("vqgan-prior", "train vqgan --recipe mnist-prior", bits="bits-per-dim:n=500"),
+    Run("vqvae", "train vqvae", "fid,psnr", sampled=False),
+    Run("vqvae-prior", "train vqvae --recipe mnist-prior --codec {dir}/vqvae", after="vqvae", bits="bits-per-dim:n=500"),
+    Run("vqvae-likelihood", "train vqvae --recipe mnist-likelihood", "fid,psnr", bits="bits-per-dim:n=500", sampled=False),
+    Run("vqvae-likelihood-prior",
+        "train vqvae --recipe mnist-prior --codec {dir}/vqvae-likelihood data.split=train",
+        after="vqvae-likelihood", bits="bits-per-dim:n=500"),
     Run("vae", "train vae", "fid", bits=VAE_BITS),
     Run("vae-8bit", "train vae --recipe mnist-8bit", "fid", bits=VAE_BITS),
 ]  # fmt: skip

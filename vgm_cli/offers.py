@@ -93,6 +93,24 @@ class HasLatentLikelihood(Protocol):
 
 
 @runtime_checkable
+class SeveralCodebooks(Protocol):
+    """A tokenizer whose ids are numbered over several codebooks, of which every position has its own. codes_each: size
+    of one of them, so that a token says log2(codes_each) bits."""
+
+    codes_each: int
+
+
+@runtime_checkable
+class HasPixelLikelihood(Protocol):
+    """A tokenizer whose decoder is a distribution of 8-bit images. With a prior of its tokens that makes a model of
+    images, whose bound log p(x) >= log p(x | tokens) + log p(tokens) `bits-per-dim` measures."""
+
+    def pixel_log_likelihood(self, x: Tensor, ids: Tensor) -> Tensor:
+        """x: uint8 (B, C, H, W), ids: their tokens (B, *grid) -> log p(x | ids) in nats (B,)."""
+        ...
+
+
+@runtime_checkable
 class HasPaths(Protocol):
     """A generator with a latent space to walk in, of which `ppl` measures how evenly images change."""
 

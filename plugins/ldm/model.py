@@ -58,6 +58,7 @@ class AutoencoderKL(FirstStage):
             Encoder(in_channels=in_channels, double_z=True, **shared),
             Decoder(out_ch=out_ch or in_channels, tanh_out=tanh_out, **shared),
             (nn.Conv2d(2 * z_channels, 2 * embed_dim, 1), nn.Conv2d(embed_dim, z_channels, 1)),
+            in_channels,
             embed_dim,
             2 ** (len(ch_mult) - 1),
             (scale_factor, shift_factor),

@@ -16,11 +16,11 @@ import torch
 from torch import Tensor, nn
 
 from vgm_cli.errors import USAGE, VgmError, unknown
+from vgm_cli.losses.pixels import LEVELS, make_likelihood
 from vgm_cli.ranges import Positive, Width
 
 from . import bounds
 from .hmc import log_px_by_hmc
-from .likelihood import LEVELS, make_likelihood
 
 ACTIVATIONS: dict[str, type[nn.Module]] = {"tanh": nn.Tanh, "relu": nn.ReLU, "silu": nn.SiLU}
 Binarise = Literal["none", "dynamic", "threshold"]

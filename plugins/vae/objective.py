@@ -11,10 +11,10 @@ from torch import Tensor
 
 from vgm_cli.api import Batch, ObjectiveBase, Step
 from vgm_cli.errors import USAGE, VgmError, unknown
+from vgm_cli.losses.pixels import LEVELS
 from vgm_cli.ranges import NonNegative, Whole, Width
 
 from . import bounds
-from .likelihood import LEVELS
 from .model import VAE
 
 ESTIMATORS = ("b", "a", "iwae")

@@ -48,6 +48,7 @@ STYLE: dict[str, Any] = {"latent_size": 8, "w_dim": 8, "mapping_layers": 2, "siz
 NARROW = {"channel_base": 64, "channel_max": 12}
 PRIOR = {"vocab_size": 16, "n_layer": 2, "n_head": 1, "n_embd": 64, "condition": "class", "num_classes": 1000}
 WIDTHS = (6, 6, 6, 6, 4, 4, 3, 2, 2)
+VQVAE = {"channels": 8, "residual_channels": 4, "embed_dim": 4, "n_embed": 6}
 
 # A small network of every layout, by keywords of its constructor; a new layout adds its own. Trailing KEY=VALUE are
 # what its shapes do not tell.
@@ -88,6 +89,10 @@ TINY: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "vq-autoencoder": (STAGE | {"n_embed": 16}, ()),
     "vqgan": (STAGE | {"n_embed": 16, "embed_dim": 128}, ()),
     "vqgan-prior": (PRIOR, ()),
+    "vqvae-pixelcnn-pythae": ({"vocab_size": 6, "grid": (4, 4), "n_layer": 2, "kernel_size": 3, "channels": 8}, ()),
+    "vqvae-pythae": (VQVAE | {"layout": "pythae", "flavour": "pythae", "image_size": 8}, ("image_size=8",)),
+    "vqvae-sonnet": (VQVAE, ()),
+    "vqvae-zalando": (VQVAE | {"layout": "zalando", "flavour": "zalando"}, ()),
 }  # fmt: skip
 Call = Callable[..., tuple[int, str, str]]
 
@@ -211,6 +216,7 @@ def test_a_state_without_one_tensor_is_not_taken(name: str) -> None:
 
 
 NETWORKS = {layouts.find(n).component: config for n, (config, _) in TINY.items()} | {"patchgan": {"ndf": 4}}
+NETWORKS |= {"vqvae-prior": {"vocab_size": 6, "grid": (4, 4), "num_classes": 3, "channels": 8, "n_layer": 2}}
 VARIANTS = [
     ("model", "adm-unet", ADM | {"super_res": True}),
     ("model", "llamagen", GPT | {"model_type": "t2i", "cls_token_num": 4, "caption_dim": 6, "num_classes": 0}),

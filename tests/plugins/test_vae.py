@@ -15,7 +15,6 @@ from vgm_plugins.vae import bounds
 from vgm_plugins.vae.bounds import Terms
 from vgm_plugins.vae.checkpoints import CONVERTER, names
 from vgm_plugins.vae.hmc import chain, log_px_by_hmc
-from vgm_plugins.vae.likelihood import LEVELS, DiscretisedLogistic, make_likelihood
 from vgm_plugins.vae.model import VAE
 from vgm_plugins.vae.objective import VAEObjective, log_prior_of_parameters
 from vgm_plugins.vae.presets import PRESETS
@@ -25,6 +24,7 @@ from vgm_cli.api import Request, Step, generators
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.errors import VgmError
 from vgm_cli.images import to_uint8
+from vgm_cli.losses.pixels import LEVELS, DiscretisedLogistic, make_likelihood
 from vgm_cli.registry import registry
 from vgm_cli.testing import suites
 from vgm_cli.testing.golden import GoldenCase, GoldenChecks, assert_close

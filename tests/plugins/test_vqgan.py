@@ -40,13 +40,12 @@ from vgm_cli.losses.first_stage import (
 from vgm_cli.losses.lpips import LPIPS
 from vgm_cli.nets.discriminators import NLayerDiscriminator
 from vgm_cli.nets.first_stage import VQModel
+from vgm_cli.nn.gumbel import GumbelQuantizer, warmup_cosine
 from vgm_cli.nn.quantize import (
     EMAVectorQuantizer,
-    GumbelQuantizer,
     VectorQuantizer,
     code_usage,
     recent_usage,
-    warmup_cosine,
 )
 from vgm_cli.registry import registry
 from vgm_cli.settings import Optimizer

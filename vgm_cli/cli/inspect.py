@@ -62,6 +62,10 @@ def report(facts: dict[str, Any]) -> list[str]:
         for key in ("view", "parts", "data"):
             if facts.get(key):
                 lines.append(f"  {key:<11} {json.dumps(facts[key])}")
+        if t := facts.get("tokens"):
+            grid = "×".join(map(str, t["grid"]))
+            fewer = f"{t['compression']:.4g} times fewer bits than 8-bit pixels"
+            lines.append(f"  tokens      {grid} of {t['codes']} codes an image: {fewer}")
         if facts.get("recipe", {}).get("paper"):
             lines.append(f"  paper       {facts['recipe']['paper']}")
         if facts.get("source"):

@@ -7,6 +7,7 @@ latents happen to be ids: they are cached, shaped and decoded by the same code. 
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 from torch import Tensor
@@ -61,3 +62,8 @@ def as_output(codec: Any, output: str | None) -> Any:
             USAGE,
         )
     return TokenCodec(codec)
+
+
+def compression_factor(values: int, tokens: int, codebook_size: int) -> float:
+    """How many times fewer bits so many tokens take than so many 8-bit values: a token is one of codebook_size."""
+    return 8 * values / (tokens * math.log2(codebook_size)) if codebook_size > 1 else math.inf

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from vgm_cli.api import Batch, ObjectiveBase, Phase, Step, Tokenizer
 from vgm_cli.losses.adversarial import DiscLoss, GenLoss, adaptive_weight, discriminator_loss, generator_loss
 from vgm_cli.nets.first_stage import DiagonalGaussian
-from vgm_cli.nn.quantize import code_usage, recent_usage, warmup_cosine
+from vgm_cli.nn.gumbel import warmup_cosine
+from vgm_cli.nn.quantize import code_usage, recent_usage
 from vgm_cli.ranges import NonNegative, Whole
 
 Reduction = Literal["sum", "mean"]

@@ -25,7 +25,9 @@ themselves, state it in `kind`, and give the nats of the reduced image.
 Behind a frozen codec there is no likelihood of pixels. The host then encodes and hands over what the model is trained
 on: x is float latents (B, c, h, w) (drawn from the posterior with the same generators), or int64 tokens; nats are those
 of the latents or tokens; the metric is called `bits-per-latent-dim` and divides by their number. A view that wants
-this sets `latent_likelihood = True`; without it the verb refuses.
+this sets `latent_likelihood = True`; without it the verb refuses. Where the codec's decoder is a distribution of pixels
+(api.HasPixelLikelihood) and the model one of its tokens, both make a bound of log p(x): `bits-per-dim`. A codec
+that has `log_likelihood` itself is measured without any model.
 
 Diffusion and flow models need nothing of this: a `Denoiser` is measured by the probability-flow ODE, or with
 method=elbo bounded by its ELBO (both below), whose three parts are values of their own.
@@ -41,7 +43,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vgm_cli.api import HasLatentLikelihood, HasLogLikelihood, generators, seed_of
+from vgm_cli.api import HasLatentLikelihood, HasLogLikelihood, HasPixelLikelihood, generators, seed_of
 from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.diffusion.iddpm import process_of
 from vgm_cli.diffusion.likelihood import Bound, bits_per_dim, elbo, log_likelihood, pixel_levels, rademacher
@@ -181,27 +183,33 @@ class BitsPerDim:
         rows = (np.arange(n) * count) // n  # evenly spaced: many sets are sorted by class
         spans = [rows[i : i + subject.batch_size] for i in range(0, n, subject.batch_size)]
 
+        decoder = subject.codec if isinstance(subject.codec, HasPixelLikelihood) else None
+
         @torch.no_grad()
-        def work(part: np.ndarray) -> tuple[Tensor, str, int]:
-            """Nats (B,), or (B, 1 + parts) of a bound, their sum first."""
+        def work(part: np.ndarray) -> tuple[str, list[tuple[Tensor, int]]]:
+            """What the nats are, and nats with their dimensions: of x, (B,), or (B, 1 + parts) of a bound, their sum
+            first; and of the image given x by a codec's decoder."""
             batch = subject.dataset.gather(part.tolist())
             gens = generators(seed_of("likelihood", seed, int(row)) for row in part)
-            x = batch["x"].to(subject.device)
+            image = x = batch["x"].to(subject.device)
             if subject.codec is not None:
                 x = encode(subject.codec, x, gens)
             told = {name: batch[p.column] for name, p in subject.conditions.parts.items() if p.column in batch}
             nats, kind = ask(x, gens, subject.conditions.encode(told, subject.device))
-            return nats.double().cpu(), kind, x[0].numel()
+            found = [(nats.double().cpu(), x[0].numel())]
+            if decoder is not None and not x.is_floating_point():
+                found.append((decoder.pixel_log_likelihood(image, x).double().cpu(), image[0].numel()))
+            return kind, found
 
         parts = subject.shares(spans, work)
-        dim = parts[0][2]
-        bits = bits_per_dim(torch.cat([p[0] for p in parts]), dim, levels=2)  # levels = width: no further offset
+        kind, terms = parts[0][0], list(zip(*(found for _, found in parts)))
+        nats = [torch.cat([part for part, _ in term]) for term in terms]
         name = "bits-per-dim" if subject.codec is None else "bits-per-latent-dim"
-        options = {"likelihood": parts[0][1], "dimensions": dim}
-        return [
-            Value(title, float(column.mean()), float(column.std()) / n**0.5 if n > 1 else None, options, n=n)
-            for title, column in zip((name, *(f"{name}-{p}" for p in PARTS)), bits.view(n, -1).unbind(1))
-        ]
+        values = in_bits(name, nats[0], terms[0][0][1], kind)
+        if len(nats) > 1:
+            bound = f"ELBO, the codes by the trained prior ({kind})"
+            values += in_bits("bits-per-dim", nats[0] + nats[1], terms[1][0][1], bound)
+        return values
 
     def answerer(
         self, subject: Subject
@@ -233,6 +241,16 @@ def bounded(bound: Bound, kind: str) -> tuple[Tensor, str]:
     """(B, 1 + parts): log-likelihoods' lower bound, then what each part takes from it."""
     parts = torch.stack(bound, dim=1)
     return -torch.cat([parts.sum(1, keepdim=True), parts], dim=1), kind
+
+
+def in_bits(name: str, nats: Tensor, dim: int, kind: str) -> list[Value]:
+    """Means of -nats (N,), or (N, 1 + parts) of a bound, per dimension in bits, each with its standard error."""
+    bits, n = bits_per_dim(nats, dim, levels=2), len(nats)  # levels = width: no further offset
+    options = {"likelihood": kind, "dimensions": dim}
+    return [
+        Value(title, float(column.mean()), float(column.std()) / n**0.5 if n > 1 else None, options, n=n)
+        for title, column in zip((name, *(f"{name}-{p}" for p in PARTS)), bits.view(n, -1).unbind(1))
+    ]
 
 
 def encode(codec: Any, x: Tensor, gens: list[torch.Generator]) -> Tensor:

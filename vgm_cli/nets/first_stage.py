@@ -20,7 +20,8 @@ from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.nets.autoencoder import AttnType, Decoder, Encoder
 from vgm_cli.nn.collectives import average
 from vgm_cli.nn.example import noise
-from vgm_cli.nn.quantize import EMAVectorQuantizer, GumbelQuantizer, Unknown, VectorQuantizer
+from vgm_cli.nn.gumbel import GumbelQuantizer
+from vgm_cli.nn.quantize import EMAVectorQuantizer, Unknown, VectorQuantizer
 from vgm_cli.ranges import Blocks, Fraction, NonNegative, Positive, Side, Vocabulary, Width
 
 # -- posterior ---------------------------------------------------------------------------------------------------------
@@ -101,14 +102,17 @@ class FirstStage(nn.Module):
     The first two are buffers (embed_dim,) that exist with latent_stats and follow the latents of training.
     """
 
+    encoder: Any
+    decoder: Any
     latent_mean: Tensor
     latent_std: Tensor
 
     def __init__(
         self,
-        encoder: Encoder,  # images (B, C, H, W) -> (B, z, h, w)
-        decoder: Decoder,  # (B, z, h, w) -> images
-        convs: tuple[nn.Conv2d, nn.Conv2d],  # 1x1 convolutions after the encoder and before the decoder
+        encoder: nn.Module,  # images (B, C, H, W) -> (B, z, h, w)
+        decoder: nn.Module,  # (B, z, h, w) -> images
+        convs: tuple[nn.Module, nn.Module],  # 1x1 convolutions after the encoder and before the decoder, or identities
+        in_channels: int,  # of images
         embed_dim: Width,  # channels of the latents
         factor: int,  # side of an image over side of its latents
         scaling: tuple[float, float],  # scale_factor, shift_factor
@@ -119,7 +123,7 @@ class FirstStage(nn.Module):
         super().__init__()
         self.encoder, self.decoder = encoder, decoder
         self.quant_conv, self.post_quant_conv = convs
-        self.embed_dim, self.factor = embed_dim, factor
+        self.in_channels, self.embed_dim, self.factor = in_channels, embed_dim, factor
         self.scale_factor, self.shift_factor = scaling
         self.latent_stats = latent_stats
         if latent_stats:
@@ -141,10 +145,8 @@ class FirstStage(nn.Module):
     def latent_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int, int]:
         """(C, H, W) of an image -> (c, H/f, W/f). Raises VgmError when channels or sizes do not fit."""
         channels, height, width = image_shape
-        if channels != self.encoder.conv_in.in_channels:
-            raise VgmError(
-                f"this codec takes {self.encoder.conv_in.in_channels} channels, the images have {channels}", code=USAGE
-            )
+        if channels != self.in_channels:
+            raise VgmError(f"this codec takes {self.in_channels} channels, the images have {channels}", code=USAGE)
         if height % self.factor or width % self.factor:
             raise VgmError(f"{height}x{width} images do not divide by the codec's factor {self.factor}", code=USAGE)
         return self.embed_dim, height // self.factor, width // self.factor
@@ -213,11 +215,64 @@ def per_channel(v: Tensor) -> Tensor:
 # -- vector-quantised --------------------------------------------------------------------------------------------------
 
 
-class VQModel(FirstStage):
-    """Vector-quantised autoencoder: a codec of tokens (`tokens`, `decode_tokens`) or of latents.
+class QuantizedStage(FirstStage):
+    """A first stage with a codebook: a codec of tokens (`tokens`, `decode_tokens`) or of latents.
 
     Latents are NOT quantised when they are handed to a model; `decode` quantises them first.
     """
+
+    quantize: Any  # a quantizer of vgm_cli/nn/quantize.py or gumbel.py
+
+    @property
+    def stochastic(self) -> bool:
+        """Does the quantizer take noise while training?"""
+        return isinstance(self.quantize, GumbelQuantizer)
+
+    # -- codec of tokens
+
+    @property
+    def codebook_size(self) -> int:
+        return self.quantize.codebook_size
+
+    def token_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int]:
+        """(C, H, W) of an image -> (h, w)."""
+        _, h, w = self.latent_shape(image_shape)
+        return h, w
+
+    def tokens(self, x: Tensor) -> Tensor:
+        """x: (B, C, H, W) in [-1, 1] -> ids (B, h, w) int64 in [0, codebook_size)."""
+        return self.quantize.tokens(self.encode(x).float())
+
+    def decode_tokens(self, ids: Tensor) -> Tensor:
+        """(B, h, w) int64 -> images (B, C, H, W) about [-1, 1]."""
+        return self.from_codes(self.quantize.lookup(ids))
+
+    # -- codec of latents
+
+    def latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
+        """Pre-quantised latents (B, c, h, w), scaled; there is no posterior to draw from."""
+        return self.scale(moments)
+
+    def decode(self, z: Tensor, force_not_quantize: bool = False) -> Tensor:
+        """Scaled latents (B, c, h, w) -> images, through the nearest codes unless force_not_quantize."""
+        z = self.unscale(z)
+        return self.from_codes(z if force_not_quantize else self.quantize(z)[0])
+
+    def from_codes(self, codes: Tensor) -> Tensor:
+        """(B, c, h, w) unscaled -> images, in tiles where the model has them."""
+        tile = self.tile // self.factor if self.tile else max(codes.shape)
+        return tiled(self.reconstruct, codes, tile, self.tile_overlap)
+
+    def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """x: (B, C, H, W) -> reconstruction, codebook loss (), indices (B, h, w); noise: see GumbelQuantizer."""
+        h = self.moments(x)
+        self.follow(h)
+        z, loss, indices = self.quantize(h, noise)
+        return self.reconstruct(z), loss, indices
+
+
+class VQModel(QuantizedStage):
+    """Vector-quantised autoencoder of convolutions, residual blocks and attention (VQGAN, LDM, LlamaGen)."""
 
     def __init__(
         self,
@@ -271,6 +326,7 @@ class VQModel(FirstStage):
             Encoder(in_channels=in_channels, ch_mult=ch_mult, double_z=False, **shared),
             Decoder(out_ch=out_ch or in_channels, ch_mult=back, tanh_out=tanh_out, **shared),
             (nn.Conv2d(z_channels, embed_dim, 1), nn.Conv2d(embed_dim, z_channels, 1)),
+            in_channels,
             embed_dim,
             2 ** (len(ch_mult) - 1),
             (scale_factor, shift_factor),
@@ -278,7 +334,6 @@ class VQModel(FirstStage):
             tile,
             tile_overlap,
         )
-        self.quantize: VectorQuantizer | GumbelQuantizer
         if quantizer == "gumbel":
             self.quantize = GumbelQuantizer(n_embed, embed_dim, None, straight_through, kl_weight)
         else:
@@ -288,50 +343,3 @@ class VQModel(FirstStage):
                 self.quantize = EMAVectorQuantizer(n_embed, embed_dim, beta, ema_decay, **more)
             else:
                 self.quantize = VectorQuantizer(n_embed, embed_dim, beta, legacy, **more)
-
-    @property
-    def stochastic(self) -> bool:
-        """Does the quantizer take noise while training?"""
-        return isinstance(self.quantize, GumbelQuantizer)
-
-    # -- codec of tokens
-
-    @property
-    def codebook_size(self) -> int:
-        return self.quantize.codebook_size
-
-    def token_shape(self, image_shape: tuple[int, int, int]) -> tuple[int, int]:
-        """(C, H, W) of an image -> (h, w)."""
-        _, h, w = self.latent_shape(image_shape)
-        return h, w
-
-    def tokens(self, x: Tensor) -> Tensor:
-        """x: (B, C, H, W) in [-1, 1] -> ids (B, h, w) int64 in [0, codebook_size)."""
-        return self.quantize.tokens(self.encode(x).float())
-
-    def decode_tokens(self, ids: Tensor) -> Tensor:
-        """(B, h, w) int64 -> images (B, C, H, W) about [-1, 1]."""
-        return self.from_codes(self.quantize.lookup(ids))
-
-    # -- codec of latents
-
-    def latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
-        """Pre-quantised latents (B, c, h, w), scaled; there is no posterior to draw from."""
-        return self.scale(moments)
-
-    def decode(self, z: Tensor, force_not_quantize: bool = False) -> Tensor:
-        """Scaled latents (B, c, h, w) -> images, through the nearest codes unless force_not_quantize."""
-        z = self.unscale(z)
-        return self.from_codes(z if force_not_quantize else self.quantize(z)[0])
-
-    def from_codes(self, codes: Tensor) -> Tensor:
-        """(B, c, h, w) unscaled -> images, in tiles where the model has them."""
-        tile = self.tile // self.factor if self.tile else max(codes.shape)
-        return tiled(self.reconstruct, codes, tile, self.tile_overlap)
-
-    def forward(self, x: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """x: (B, C, H, W) -> reconstruction, codebook loss (), indices (B, h, w); noise: see GumbelQuantizer."""
-        h = self.moments(x)
-        self.follow(h)
-        z, loss, indices = self.quantize(h, noise)
-        return self.reconstruct(z), loss, indices

@@ -1,25 +1,26 @@
-"""Codebooks: the nearest code with straight-through gradients, its moving-average and its Gumbel-softmax forms.
+"""Codebooks: the nearest code with straight-through gradients, learned or moving averages, one or several per position.
 
 van den Oord et al. 2017 (arXiv 1711.00937); Esser et al. 2021 (arXiv 2012.09841); unit-length codes of few dimensions:
 Yu et al. 2022 (arXiv 2110.04627), Sun et al. 2024 (arXiv 2406.06525). Official code:
-CompVis/taming-transformers@3ba01b2 taming/modules/vqvae/quantize.py; FoundationVision/LlamaGen@ce98ec4
-tokenizer/tokenizer_image/vq_model.py.
+google-deepmind/sonnet@26b0518 sonnet/src/nets/vqvae.py; CompVis/taming-transformers@3ba01b2
+taming/modules/vqvae/quantize.py; FoundationVision/LlamaGen@ce98ec4 tokenizer/tokenizer_image/vq_model.py.
 
-All have forward(z, noise) -> (codes, loss, indices), tokens(z) -> ids, lookup(ids) -> codes, and codebook_size.
+All, and the one of vgm_cli/nn/gumbel.py, have forward(z, noise) -> (codes, loss, indices), tokens(z) -> ids,
+lookup(ids) -> codes, and codebook_size.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
-from typing import Any, Literal
+from collections.abc import Callable, Sequence
+from typing import Any, Literal, NamedTuple
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from vgm_cli.nn.collectives import total
+from vgm_cli.nn.collectives import gather, total
 from vgm_cli.nn.precision import full_precision
 
 Unknown = Literal["random", "extra"] | int
@@ -62,8 +63,11 @@ class VectorQuantizer(nn.Module):
         entropy_weight: float = 0.0,  # of `entropy_loss`
         remap: Sequence[int] | str | None = None,  # the code numbers in use, or a .npy of them; ids count only those
         unknown_index: Unknown = "random",  # the id of other codes: random, "extra" for one id more, or a number
+        codebook_weight: float = 1.0,  # of the codebook term, times all that
+        reduction: Literal["mean", "sum"] = "mean",  # of both terms over all elements; "sum" makes beta another number
     ):
         super().__init__()
+        self.codebook_weight, self.reduction = codebook_weight, reduction
         self.beta, self.legacy, self.l2_norm, self.entropy_weight = beta, legacy, l2_norm, entropy_weight
         self.embedding = self.new_codebook(n_embed, embed_dim)
         self.codebook_size = n_embed
@@ -102,17 +106,20 @@ class VectorQuantizer(nn.Module):
         indices = distance.detach().argmin(1).view(z.shape[0], *z.shape[2:])
         codes = self.embed(indices)
         terms = {
-            "commitment": (codes.detach() - z).square().mean(),
-            "codebook": (codes - z.detach()).square().mean(),
+            "commitment": self.reduced((codes.detach() - z).square()),
+            "codebook": self.reduced((codes - z.detach()).square()),
         }
         if self.entropy_weight:
             terms["entropy"] = entropy_loss(-distance)
         return z, codes, indices, terms
 
+    def reduced(self, errors: Tensor) -> Tensor:
+        return errors.sum() if self.reduction == "sum" else errors.mean()
+
     def combine(self, terms: dict[str, Tensor]) -> Tensor:
         """The codebook loss ()."""
         commitment, codebook = (1.0, self.beta) if self.legacy else (self.beta, 1.0)
-        loss = commitment * terms["commitment"] + codebook * terms["codebook"]
+        loss = commitment * terms["commitment"] + self.codebook_weight * codebook * terms["codebook"]
         return loss + self.entropy_weight * terms["entropy"] if "entropy" in terms else loss
 
     def distance(self, z: Tensor) -> Tensor:
@@ -154,6 +161,14 @@ class VectorQuantizer(nn.Module):
         n = min(len(flat), len(self.embedding.weight))
         self.embedding.weight[:n] = flat[torch.linspace(0, len(flat) - 1, n, device=flat.device).long()]
 
+    @torch.no_grad()
+    def restart(self, dead: Tensor, z: Tensor, u: Tensor) -> None:
+        """Move the codes where dead (n,) is true onto latents of all processes' z (B, c, h, w), which u (n,), uniform
+        in [0, 1) and the same on every process, chooses."""
+        flat = gather(z.float().permute(0, 2, 3, 1).reshape(-1, z.shape[1]))
+        chosen = flat[(u * len(flat)).long().clamp(max=len(flat) - 1)]  # (n, c)
+        self.embedding.weight.copy_(torch.where(dead[:, None], chosen, self.embedding.weight))
+
 
 def entropy_loss(affinity: Tensor, temperature: float = 0.01) -> Tensor:
     """Mean entropy of the assignments minus the entropy of their mean, for affinities (N, n): low where assignments
@@ -169,30 +184,86 @@ def entropy_loss(affinity: Tensor, temperature: float = 0.01) -> Tensor:
 # -- moving averages ---------------------------------------------------------------------------------------------------
 
 
+class Flavour(NamedTuple):
+    """How the moving averages of a published implementation are kept (docs/papers/vqvae.md has them side by side).
+
+    debias: averages begin at zero and are divided by 1 - decay^t, so that the first batch counts in full and the
+        codebook's initial values never do. keep_smoothed: the smoothed counts replace the counts, step after step.
+    uniform: codes begin uniform in +- this function of (codes, dimensions); None: standard normal. copied: the sums
+        begin as the codes; else they are a draw of their own.
+    """
+
+    debias: bool = False
+    keep_smoothed: bool = False
+    uniform: Callable[[int, int], float] | None = None
+    copied: bool = True
+
+
+FLAVOURS = {
+    "sonnet": Flavour(debias=True, uniform=lambda n, c: math.sqrt(3 / c)),
+    "zalando": Flavour(keep_smoothed=True, copied=False),
+    "pythae": Flavour(keep_smoothed=True, uniform=lambda n, c: 1 / n, copied=False),
+    "taming": Flavour(),
+}
+FlavourName = Literal["sonnet", "zalando", "pythae", "taming"]
+
+
 class Averages(nn.Module):
-    """A codebook with what its update needs: how often each code was chosen, and the sum of what it was chosen for."""
+    """A codebook with what its update needs: how often each code was chosen, and the sum of what it was chosen for.
+
+    With debiasing, cluster_size and embed_avg are the averages that begin at zero, counter is the number of updates,
+    and cluster_size_debiased and embed_avg_debiased are what the codes were made of.
+    """
 
     weight: Tensor
     cluster_size: Tensor
     embed_avg: Tensor
+    counter: Tensor
+    cluster_size_debiased: Tensor
+    embed_avg_debiased: Tensor
 
-    def __init__(self, n_embed: int, embed_dim: int):
+    def __init__(self, n_embed: int, embed_dim: int, flavour: Flavour = FLAVOURS["taming"]):
         super().__init__()
-        self.register_buffer("weight", torch.randn(n_embed, embed_dim))
+        limit = None if flavour.uniform is None else flavour.uniform(n_embed, embed_dim)
+
+        def draw() -> Tensor:
+            empty = torch.empty(n_embed, embed_dim)
+            return empty.normal_() if limit is None else empty.uniform_(-limit, limit)
+
+        weight = draw()
+        sums = torch.zeros_like(weight) if flavour.debias else weight.clone() if flavour.copied else draw()
+        self.register_buffer("weight", weight)
         self.register_buffer("cluster_size", torch.zeros(n_embed))
-        self.register_buffer("embed_avg", self.weight.clone())
+        self.register_buffer("embed_avg", sums)
+        if flavour.debias:
+            self.register_buffer("counter", torch.zeros((), dtype=torch.int64))
+            self.register_buffer("cluster_size_debiased", torch.zeros(n_embed))
+            self.register_buffer("embed_avg_debiased", torch.zeros_like(weight))
 
 
 class EMAVectorQuantizer(VectorQuantizer):
-    """Codes are moving averages of the latents that chose them (VQ-VAE, app. A.1; taming's EmbeddingEMA); no gradient
-    reaches them, so the loss is the commitment, times beta. Updated by every training pass, over all processes."""
+    """Codes are moving averages of the latents that chose them (VQ-VAE, app. A.1); no gradient reaches them, so the
+    loss is the commitment, times beta. Updated by every training pass, over all processes, after the codes were used.
 
-    def __init__(self, n_embed: int, embed_dim: int, beta: float = 0.25, decay: float = 0.99, **more: Any):
+    flavour: whose averages, see Flavour. eps: of the Laplace smoothing of the counts, 0 for none.
+    """
+
+    def __init__(
+        self,
+        n_embed: int,
+        embed_dim: int,
+        beta: float = 0.25,
+        decay: float = 0.99,
+        flavour: FlavourName = "taming",
+        eps: float = 1e-5,
+        **more: Any,
+    ):
+        self.flavour = FLAVOURS[flavour]
         super().__init__(n_embed, embed_dim, beta, legacy=False, **more)
-        self.decay, self.eps = decay, 1e-5
+        self.decay, self.eps = decay, eps
 
     def new_codebook(self, n_embed: int, embed_dim: int) -> nn.Module:
-        return Averages(n_embed, embed_dim)
+        return Averages(n_embed, embed_dim, self.flavour)
 
     def terms(self, z: Tensor) -> tuple[Tensor, Tensor, Tensor, dict[str, Tensor]]:
         z, codes, indices, terms = super().terms(z)
@@ -213,78 +284,86 @@ class EMAVectorQuantizer(VectorQuantizer):
         counts, sums = total(chosen.sum(0)), total(chosen.T @ flat)
         book.cluster_size.mul_(self.decay).add_(counts, alpha=1 - self.decay)
         book.embed_avg.mul_(self.decay).add_(sums, alpha=1 - self.decay)
-        n = book.cluster_size.sum()
-        smoothed = (book.cluster_size + self.eps) / (n + len(counts) * self.eps) * n
-        book.weight.copy_(book.embed_avg / smoothed[:, None])
+        sizes, means = book.cluster_size, book.embed_avg
+        if self.flavour.debias:
+            book.counter.add_(1)
+            sizes = book.cluster_size_debiased.copy_(sizes / self.bias)
+            means = book.embed_avg_debiased.copy_(means / self.bias)
+        n = sizes.sum()
+        smoothed = (sizes + self.eps) / (n + len(counts) * self.eps) * n
+        if self.flavour.keep_smoothed:
+            book.cluster_size.copy_(smoothed)
+        book.weight.copy_(means / smoothed[:, None])
+
+    @property
+    def bias(self) -> Tensor:
+        """Share of an average that begins at zero which its updates so far make up: ()."""
+        return 1 - self.decay**self.embedding.counter
 
     def place(self, z: Tensor) -> None:
         super().place(z)
-        self.embedding.embed_avg.copy_(self.embedding.weight)
-        self.embedding.cluster_size.fill_(1.0)
+        self.chosen_once(torch.ones_like(self.embedding.cluster_size, dtype=torch.bool))
 
-
-# -- Gumbel-softmax ----------------------------------------------------------------------------------------------------
-
-
-class GumbelQuantizer(nn.Module):
-    """A relaxed categorical choice (Jang et al. 2017, arXiv 1611.01144): logits by a 1x1 convolution, one-hot forward.
-
-    straight_through: soft gradients behind a hard choice; False mixes codes in training. kl_weight: of the divergence
-    from the uniform prior. temperature is annealed from outside (`warmup_cosine`).
-    """
-
-    def __init__(
-        self,
-        n_embed: int,
-        embed_dim: int,
-        hidden: int | None = None,
-        straight_through: bool = True,
-        kl_weight: float = 5e-4,
-        temperature: float = 1.0,
-    ):
-        super().__init__()
-        self.proj = nn.Conv2d(embed_dim if hidden is None else hidden, n_embed, 1)
-        self.embed = nn.Embedding(n_embed, embed_dim)
-        self.codebook_size = n_embed
-        self.straight_through, self.kl_weight, self.temperature = straight_through, kl_weight, temperature
-
-    def forward(self, z: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
-        """z: (B, hidden, h, w); noise: exponential draws (B, n, h, w), None for the most likely codes.
-
-        Returns codes (B, c, h, w), the weighted divergence (), indices (B, h, w).
-        """
-        with full_precision(z.device):
-            logits = F.conv2d(z.float(), self.proj.weight.float(), self.proj.bias.float())  # type: ignore[union-attr]
-            noisy = logits if noise is None else (logits - noise.log()) / self.temperature
-            soft = noisy.softmax(1)  # (B, n, h, w)
-            indices = soft.argmax(1)
-            choice = soft
-            if self.straight_through or not self.training:
-                hard = F.one_hot(indices, self.codebook_size).permute(0, 3, 1, 2).to(soft)
-                choice = hard - soft.detach() + soft
-            codes = torch.einsum("bnhw,nd->bdhw", choice, self.embed.weight.float())
-            q = logits.softmax(1)
-            kl = (q * (q * self.codebook_size + 1e-10).log()).sum(1).mean()
-        return codes, self.kl_weight * kl, indices
+    def restart(self, dead: Tensor, z: Tensor, u: Tensor) -> None:
+        super().restart(dead, z, u)
+        self.chosen_once(dead)
 
     @torch.no_grad()
+    def chosen_once(self, where: Tensor) -> None:
+        """Make the averages of some codes (n,) those of codes that one latent per batch has chosen, their own value."""
+        book = self.embedding
+        share = torch.ones_like(book.cluster_size[0])
+        if self.flavour.debias:
+            book.counter.clamp_(min=1)
+            share = self.bias
+            book.cluster_size_debiased.masked_fill_(where, 1.0)
+            book.embed_avg_debiased.copy_(torch.where(where[:, None], book.weight, book.embed_avg_debiased))
+        book.cluster_size.copy_(torch.where(where, share, book.cluster_size))
+        book.embed_avg.copy_(torch.where(where[:, None], share * book.weight, book.embed_avg))
+
+
+# -- several codes per position ----------------------------------------------------------------------------------------
+
+
+class GroupedQuantizer(nn.Module):
+    """Several codes per position, each of a codebook of its own, for a slice of the channels.
+
+    The n-th code of a position is the id n K + number, K being the size of one codebook, so that ids say which codebook
+    they are of; codes of a position lie side by side in a row: ids (B, h, w G) of G codes each.
+    """
+
+    def __init__(self, quantizers: Sequence[VectorQuantizer]):
+        super().__init__()
+        self.groups = nn.ModuleList(quantizers)
+        self.size = quantizers[0].codebook_size
+        self.codebook_size = self.size * len(quantizers)
+
+    def joined(self, numbers: Sequence[Tensor]) -> Tensor:
+        """Numbers (B, h, w) of every codebook -> ids (B, h, w G)."""
+        return torch.stack([n + i * self.size for i, n in enumerate(numbers)], -1).flatten(2)
+
+    def forward(self, z: Tensor, noise: Tensor | None = None) -> tuple[Tensor, Tensor, Tensor]:
+        """z: (B, G c, h, w) -> quantised, the mean of the groups' losses (), ids (B, h, w G)."""
+        codes, losses, numbers = zip(*(q(part) for q, part in zip(self.groups, z.chunk(len(self.groups), 1))))
+        return torch.cat(codes, 1), torch.stack(losses).mean(), self.joined(numbers)
+
     def tokens(self, z: Tensor) -> Tensor:
-        """z: (B, hidden, h, w) -> the most likely codes (B, h, w)."""
-        return self.proj(z).argmax(1)
+        """z: (B, G c, h, w) -> ids (B, h, w G)."""
+        return self.joined([q.tokens(part) for q, part in zip(self.groups, z.chunk(len(self.groups), 1))])  # type: ignore[operator]
 
     def lookup(self, ids: Tensor) -> Tensor:
-        """(B, h, w) ids -> codes (B, c, h, w)."""
-        return channels_first(self.embed(ids))
+        """ids (B, h, w G) -> codes (B, G c, h, w); an id of another codebook counts as that number of its own."""
+        numbers = (ids % self.size).unflatten(2, (-1, len(self.groups))).unbind(-1)
+        return torch.cat([q.lookup(n) for q, n in zip(self.groups, numbers)], 1)  # type: ignore[operator]
 
+    def place(self, z: Tensor) -> None:
+        for q, part in zip(self.groups, z.chunk(len(self.groups), 1)):
+            q.place(part)  # type: ignore[operator]
 
-def warmup_cosine(
-    n: int, warm_up_steps: int, lr_min: float, lr_max: float, lr_start: float, max_decay_steps: int
-) -> float:
-    """taming's LambdaWarmUpCosineScheduler at step n: a line from lr_start to lr_max, then half a cosine to lr_min."""
-    if n < warm_up_steps:
-        return (lr_max - lr_start) / warm_up_steps * n + lr_start
-    t = min((n - warm_up_steps) / (max_decay_steps - warm_up_steps), 1.0)
-    return lr_min + 0.5 * (lr_max - lr_min) * (1 + math.cos(t * math.pi))
+    def restart(self, dead: Tensor, z: Tensor, u: Tensor) -> None:
+        parts = (t.split(self.size) for t in (dead, u))
+        for q, part, own, draws in zip(self.groups, z.chunk(len(self.groups), 1), *parts):
+            q.restart(own, part, draws)  # type: ignore[operator]
 
 
 # -- how a codebook is used --------------------------------------------------------------------------------------------

@@ -54,7 +54,7 @@ def safetensors_file(path: Path, files: list[Path]) -> dict[str, Any]:
     said = own_header(metadata, path)
     if said:
         component = said["component"]
-        return {**facts, "kind": "vgm checkpoint", **said, "presets": presets_of(component)}
+        return {**facts, "kind": "vgm checkpoint", **said, "presets": presets_of(component), **tokens_of(said)}
     from vgm_cli.weights import files as weight_files
     from vgm_cli.weights.nested import entries
 
@@ -114,6 +114,33 @@ def own_header(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
     said = header(metadata, path)
     order = ("component", "weights", "step", "images", "view", "parts", "data", "recipe")
     return {k: said[k] for k in order if said.get(k) is not None} | {k: v for k, v in said.items() if k not in order}
+
+
+def tokens_of(said: Mapping[str, Any]) -> dict[str, Any]:
+    """{"tokens": the grid of an image, the number of codes of each, and how many times fewer bits these are than its
+    8-bit values} of a codec that has tokens and says of which images; else {}."""
+    import torch
+
+    from vgm_cli.api import SeveralCodebooks, Tokenizer
+    from vgm_cli.engine.budget import building
+    from vgm_cli.engine.tokens import compression_factor
+    from vgm_cli.registry import registry
+
+    data, component = said.get("data") or {}, said["component"]
+    if "codec" not in (component.get("kind"), (said.get("view") or {}).get("name")) or not data.get("image_size"):
+        return {}
+    image = (data["image_channels"], data["image_size"], data["image_size"])
+    try:
+        with torch.device("meta"), building(component["name"]):
+            codec = registry().build("codec", {"name": component["name"], **component.get("kwargs", {})})
+        if not isinstance(codec, Tokenizer):
+            return {}
+        grid = list(codec.token_shape(image))
+    except (VgmError, RuntimeError, TypeError, ValueError):  # what the header says cannot be built
+        return {}
+    codes = codec.codes_each if isinstance(codec, SeveralCodebooks) else codec.codebook_size
+    factor = compression_factor(math.prod(image), math.prod(grid), codes)
+    return {"tokens": {"grid": grid, "codes": codes, "compression": round(factor, 4)}}
 
 
 def presets_of(component: Mapping[str, Any]) -> list[str]:

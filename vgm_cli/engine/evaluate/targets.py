@@ -13,6 +13,7 @@ import numpy as np
 import torch
 
 from vgm_cli import limits
+from vgm_cli.api import HasLogLikelihood
 from vgm_cli.data import SHIPPED, open_dataset
 from vgm_cli.data.decode import File, Unreadable, open_image
 from vgm_cli.engine import checkpoint as ckpt
@@ -246,7 +247,10 @@ def reconstructions(path: Path, options: Options, protocol: Protocol) -> Target:
     size, _, channels = originals.shape()
     facts = {"model": str(path), "weights": header.weights, "step": header.step, "samples": "reconstructions"}
     pictures = Reconstructed(codec, originals, device, protocol.uint8)
-    return Target("codec", size, channels, device, pictures, protocol.uint8, data, facts, reference=originals)
+    subject = None
+    if isinstance(codec, HasLogLikelihood):  # a model of images by itself
+        subject = Subject(codec, None, header, None, device, options.batch_size, options.n, processes.shares)
+    return Target("codec", size, channels, device, pictures, protocol.uint8, data, facts, subject, originals)
 
 
 # -- what it is compared with ----------------------------------------------------------------------------------------

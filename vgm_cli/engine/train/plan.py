@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import time
 from dataclasses import asdict, dataclass
 from typing import Any
@@ -112,10 +113,12 @@ def make_plan(recipe: Recipe, device: torch.device | None = None, world: int = 1
 
 
 def example(facts: Facts, n: int, device: torch.device | str, conditions: Conditions) -> Batch:
-    """A batch of n rows as the objective will see it, all zeros: "x" (n, C, H, W) or "tokens" (n, *grid), "index",
-    and "y" (n,) where there are classes."""
+    """A batch of n rows as the objective will see it: "x" (n, C, H, W), a ramp of brightness, or "tokens" (n, *grid),
+    "index", and "y" (n,) where there are classes, all zeros."""
     tokens = bool(facts.vocab_size)
-    seen = torch.zeros(n, *facts.sample_shape, device=device, dtype=torch.long if tokens else None)
+    shape = (n, *facts.sample_shape)  # of pixels that differ, since an objective may divide by their variance
+    seen = torch.linspace(-1, 1, math.prod(shape), device=device).view(shape)
+    seen = torch.zeros_like(seen, dtype=torch.long) if tokens else seen
     batch: Batch = {"tokens" if tokens else "x": seen, "index": torch.zeros(n, dtype=torch.long, device=device)}
     if facts.num_classes:
         batch["label"] = torch.zeros(n, dtype=torch.long, device=device)
