@@ -240,12 +240,12 @@ def document(rows: dict[str, dict[str, Any]], machine: str, jobs: int) -> str:
 
 TEMPLATE = """# Results
 
-Handwritten digits (the shipped 5,000 MNIST images, 28×28), each recipe as it is, on {machine}. Written by `make results`:
-{jobs} at a time, each on its share of the cores. The rows' own times add up to {minutes:.0f} minutes of that; rows kept from an
-earlier call are not measured again.
+Every paper's small recipe, unchanged, on the shipped handwritten digits (5,000 MNIST images of 28×28 pixels).
+`make results` trains and measures them and writes this page. Machine: {machine}; {jobs} at a time shared the cores,
+{minutes:.0f} minutes for all rows.
 
-One seed a row. The recipes were chosen by these same measures on these same digits (several settings each for StyleGAN, Glow,
-consistency distillation), so the figures show that a recipe works and are no unbiased comparison of papers.
+One seed a row. The recipes were chosen by these same measures on these same digits (several settings each for StyleGAN,
+Glow, consistency distillation), so the figures show that a recipe works and are no unbiased comparison of papers.
 
 ## Every paper
 

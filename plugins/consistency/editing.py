@@ -50,11 +50,6 @@ def coarse(patch: int = 8) -> Projection:
     return means
 
 
-def known_part(project: Projection, images: Tensor, blank: float = 0.0) -> Tensor:
-    """What is known of the images, `blank` elsewhere (the official inpainting: -1)."""
-    return project(images) + blank * (1 - project(torch.ones_like(images))) if blank else project(images)
-
-
 def edit(
     f: Function,
     known: Tensor,

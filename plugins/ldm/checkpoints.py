@@ -109,11 +109,6 @@ def highest(names: Iterable[str], pattern: str) -> int:
     return max(int(m[1]) for n in names if (m := re.match(pattern, n)))
 
 
-def in_checkpoint(state: State) -> dict[str, Tensor]:
-    """Ours -> the names inside a diffusion checkpoint (`first_stage_model.`)."""
-    return {PREFIX + k: v for k, v in state.items()}
-
-
 CONVERTER_KL = Layout(
     name="autoencoder-kl",
     component="autoencoder-kl",

@@ -53,19 +53,6 @@ def decode(
     return generate(decoder.first(), repeat, model.block_size, choose)
 
 
-@torch.no_grad()
-def decode_naively(model: LlamaGen, cond: Tensor, pick: Pick, guidance_scale: float = 1.0) -> Tensor:
-    """The same without a cache: every token runs the whole sequence again. What the cache is measured against."""
-    ids = torch.empty(len(cond), 0, dtype=torch.int64, device=cond.device)
-    both = torch.cat([cond, model.null_condition({"y": cond})["y"]]) if guidance_scale > 1.0 else cond
-    for i in range(model.block_size):
-        logits = model(ids if guidance_scale <= 1.0 else ids.repeat(2, 1), both)[:, -1]
-        if guidance_scale > 1.0:
-            logits = Guidance(guidance_scale).combine(*logits.chunk(2))
-        ids = torch.cat([ids, pick(logits, i)[:, None]], dim=1)
-    return ids
-
-
 class LlamaGenSampler:
     """Defaults are those of the published FIDs: the whole vocabulary at temperature 1."""
 

@@ -15,12 +15,12 @@ import textwrap
 import time
 from collections.abc import Callable
 from contextlib import nullcontext
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 import torch.nn.functional as F
-from vgm_plugins.llamagen.sampler import decode_naively
 
 from vgm_cli.api import Request, Step, generators
 from vgm_cli.engine import checkpoint as ckpt
@@ -283,6 +283,9 @@ def test_llamagen_sampling() -> None:
             logits[logits < logits.topk(100).values[:, -1:]] = -float("inf")
             token = torch.multinomial(logits.softmax(-1), 1)
             ids = torch.cat([token, token])
+
+    sys.path.append(str(Path(__file__).parents[1] / "plugins"))
+    from naive_decoding import decode_naively
 
     def naive() -> None:
         decode_naively(ours, y, sampler.decoding.picker(torch.rand(n, 256)), 2.0)

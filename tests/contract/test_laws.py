@@ -10,7 +10,7 @@ import re
 import subprocess
 import sys
 import zipfile
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from pathlib import Path
 
 import pytest
@@ -275,3 +275,59 @@ def test_the_law_of_keywords_sees_one(tmp_path: Path) -> None:
         file.write_text(f"class Net:\n    def __init__(\n        self,\n{body}        {last}\n    ):\n        pass\n")
         [(name, names, header, docs)] = keywords(file)
         assert name == "Net" and unexplained(names, header, docs) == missing
+
+
+# -- every public function is reached ----------------------------------------------------------------------------------
+
+
+def words_of(node: ast.AST) -> set[str]:
+    """Every identifier and attribute in some code, and the names in strings such as "module:name"."""
+    found = set()
+    for n in ast.walk(node):
+        if isinstance(n, ast.Name | ast.Attribute):
+            found.add(n.id if isinstance(n, ast.Name) else n.attr)
+        elif isinstance(n, ast.Constant) and isinstance(n.value, str) and re.fullmatch(r"([\w.]*:)?\w+", n.value):
+            found.add(n.value.rpartition(":")[2])
+    return found
+
+
+def unreached(sources: Iterable[str], documents: Iterable[str]) -> set[str]:
+    """Public functions and classes that no code leads to, by name: neither what runs at import (a list of verbs, a
+    manifest, a decorator that registers) nor what that uses, nor a document."""
+    uses: dict[str, set[str]] = {}
+    roots = {w for text in documents for w in re.findall(r"\w+", text)}
+    for source in sources:
+        for node in ast.parse(source).body:
+            if isinstance(node, ast.FunctionDef | ast.ClassDef):
+                uses.setdefault(node.name, set()).update(words_of(node) - {node.name})
+            elif not isinstance(node, ast.Import | ast.ImportFrom):
+                roots |= words_of(node)
+    waiting, reached = [n for n in roots if n in uses], set()
+    while waiting:
+        if (name := waiting.pop()) not in reached:
+            reached.add(name)
+            waiting += [n for n in uses[name] if n in uses]
+    return {n for n in uses if not n.startswith("_")} - reached
+
+
+def test_every_public_function_is_reached() -> None:
+    """From a verb, a recipe or a documented interface. What only tests use belongs to the tests."""
+    files = [f for top in ("vgm_cli", "plugins") for f in (ROOT / top).rglob("*.py")]
+    own = [f.read_text(encoding="utf-8") for f in files if "testing" not in f.parts]  # that folder is for tests
+    pages = [*(ROOT / "docs").glob("*.md"), *(ROOT / "docs/papers").glob("*.md")]
+    documents = ["main"]  # pyproject's script
+    for page in pages:
+        if page.name != "cli.md":
+            documents += re.findall(r"`[^`\n]+`", page.read_text(encoding="utf-8"))
+    documents += [r.read_text(encoding="utf-8") for r in (ROOT / "recipes").rglob("*.yaml")]
+    documents += [t.read_text(encoding="utf-8") for t in (ROOT / "vgm_cli").rglob("*.tmpl")]
+    documents += [f.read_text(encoding="utf-8") for f in files if "testing" in f.parts]
+    assert not unreached(own, documents)
+
+
+def test_the_law_of_reach_sees_one() -> None:
+    source = (
+        "def verb():\n    return used()\n\ndef used(): ...\n\ndef alone(): ...\n\ndef _own(): ...\n\nVERBS = [verb]\n"
+    )
+    assert unreached([source], []) == {"alone"}
+    assert unreached([source], ["`module.py:alone`"]) == set()

@@ -17,7 +17,7 @@ from PIL import Image
 
 from vgm_cli.data import dataset as module
 from vgm_cli.data import open_dataset
-from vgm_cli.data.decode import eight_bits, load_rgb
+from vgm_cli.data.decode import eight_bits, load_image
 from vgm_cli.data.loader import Batches
 from vgm_cli.data.tars import expand_braces
 from vgm_cli.data.transforms import CROPS, center_crop_arr
@@ -58,6 +58,11 @@ def fails(code: int, *words: str, **how: Any) -> None:
 
 
 # -- kinds of sets ---------------------------------------------------------------------------------------------------
+
+
+def rgb(file: Path) -> np.ndarray:
+    """(H, W, 3) uint8."""
+    return np.asarray(load_image(str(file)).convert("RGB"))
 
 
 def test_class_folders_give_labels(tmp_path: Path) -> None:
@@ -305,10 +310,10 @@ def test_palette_bilevel_and_cmyk(tmp_path: Path) -> None:
     red = Image.new("RGB", (16, 16), (200, 30, 40))
     red.quantize(4).save(tmp_path / "palette.png")
     red.convert("CMYK").save(tmp_path / "cmyk.tif")
-    assert np.abs(load_rgb(str(tmp_path / "palette.png")).astype(int) - (200, 30, 40)).max() <= 4
-    assert np.abs(load_rgb(str(tmp_path / "cmyk.tif")).astype(int) - (200, 30, 40)).max() <= 2
+    assert np.abs(rgb(tmp_path / "palette.png").astype(int) - (200, 30, 40)).max() <= 4
+    assert np.abs(rgb(tmp_path / "cmyk.tif").astype(int) - (200, 30, 40)).max() <= 2
     Image.new("1", (16, 16), 1).save(tmp_path / "bits.png")
-    assert (load_rgb(str(tmp_path / "bits.png")) == 255).all()
+    assert (rgb(tmp_path / "bits.png") == 255).all()
 
 
 @pytest.mark.parametrize("mode", ["RGBA", "LA", "P"])
@@ -319,10 +324,10 @@ def test_transparency_lies_on_white(tmp_path: Path, mode: str) -> None:
         image.save(tmp_path / "x.png", transparency=0)
     else:
         Image.new(mode, (8, 8), 0).save(tmp_path / "x.png")
-    assert (load_rgb(str(tmp_path / "x.png")) == 255).all()
+    assert (rgb(tmp_path / "x.png") == 255).all()
     half = Image.new("RGBA", (8, 8), (0, 0, 0, 128))
     half.save(tmp_path / "half.png")
-    assert (abs(load_rgb(str(tmp_path / "half.png")).astype(int) - 127) <= 1).all()
+    assert (abs(rgb(tmp_path / "half.png").astype(int) - 127) <= 1).all()
 
 
 def test_sixteen_bits_are_scaled_not_clipped(tmp_path: Path) -> None:

@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -296,8 +297,9 @@ def test_ink_rises_by_two_deviations_and_digits_stay_digits(tmp_path: Path, vgm)
     """The shipped recipe on a flow model of handwritten digits: reward of the model as it is sampled, before and after."""
     from vgm_cli.engine.sample import loop as generate
     from vgm_cli.engine.sample.setup import open_model, plan_for
-    from vgm_cli.metrics.class_accuracy import classifier_accuracy
+    from vgm_cli.metrics.class_accuracy import accuracy_of
     from vgm_cli.registry import registry
+    from vgm_cli.rewards.classifier import digit_network
 
     base, out = tmp_path / "base", tmp_path / "out"
     assert vgm("train", "rectified-flow", "train.steps=1200", "--out", base)[0] == 0
@@ -307,6 +309,6 @@ def test_ink_rises_by_two_deviations_and_digits_stay_digits(tmp_path: Path, vgm)
         loaded, device = open_model(str(run))
         x, y = generate.sample(loaded, plan_for(loaded, n=400, batch_size=100), device)
         ink.append(registry().build("reward", {"name": "ink"})(x, {}))
-        accuracy.append(classifier_accuracy(x.clamp(-1, 1), torch.tensor(y)))
+        accuracy.append(accuracy_of(digit_network(x.device)(x.clamp(-1, 1))[1], np.asarray(y)))
     assert ink[1].mean() - ink[0].mean() >= 2 * ink[0].std(), (ink[0].mean(), ink[0].std(), ink[1].mean())
     assert accuracy[1] >= 0.9, accuracy

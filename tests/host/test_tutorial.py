@@ -127,3 +127,14 @@ def test_the_command_reference_is_true() -> None:
     module = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(module)
     assert module.document() == (ROOT / "docs/cli.md").read_text(encoding="utf-8"), "run python docs/generate_cli.py"
+
+
+def too_long(text: str) -> list[str]:
+    """Lines of over 120 columns, but for those that cannot wrap: rows of a table, and words such as a link."""
+    return [line for line in text.splitlines() if len(line) > 120 and line[0] != "|" and " " in line.strip()[:120]]
+
+
+def test_lines_fit_a_screen() -> None:
+    pages = [*PAGES, ROOT / "CHANGELOG.md", ROOT / "CONTRIBUTING.md"]
+    assert not {p.name: long for p in pages if (long := too_long(p.read_text(encoding="utf-8")))}
+    assert too_long("word " * 30) and not too_long(f"| {'a table ' * 30} |\nhttps://{'x' * 130}")

@@ -394,7 +394,7 @@ def test_official_checkpoint(cls: Any, converter: Layout) -> None:
     model = tiny(cls, resolution=256, ch=32, norm_groups=32, attn_resolutions=(128,))
     weights = model.state_dict()
     noise = {"loss.logvar": torch.zeros(()), "loss.discriminator.main.0.weight": torch.zeros(1), "betas": torch.ones(9)}
-    inside = {**ck.in_checkpoint(weights), "model.diffusion_model.out.weight": torch.zeros(2)}
+    inside = {**{ck.PREFIX + k: v for k, v in weights.items()}, "model.diffusion_model.out.weight": torch.zeros(2)}
     measured = {**inside, "scale_factor": torch.tensor(0.7)}
     assert "scale_factor" not in converter.config(inside)
     assert math.isclose(converter.config(measured)["scale_factor"], 0.7, rel_tol=1e-6)

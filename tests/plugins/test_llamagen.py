@@ -12,11 +12,12 @@ import pytest
 import torch
 import torch.nn.functional as F
 import yaml
+from naive_decoding import decode_naively
 from torch import Tensor, nn
 from vgm_plugins.llamagen import checkpoints as ck
 from vgm_plugins.llamagen.objective import LlamaGenObjective, next_token_loss
 from vgm_plugins.llamagen.presets import GPT, TOKENIZER
-from vgm_plugins.llamagen.sampler import LlamaGenSampler, decode, decode_naively
+from vgm_plugins.llamagen.sampler import LlamaGenSampler, decode
 from vgm_plugins.llamagen.text import FlanT5, clean, left_pad
 
 from vgm_cli.api import Request, Step, Tokenizer, generators

@@ -9,7 +9,6 @@ VGM_MAX_PIXELS pixels are not decoded.
 from __future__ import annotations
 
 import contextlib
-import io
 import os
 import threading
 import warnings
@@ -150,11 +149,6 @@ def why(e: Exception) -> str:
     if isinstance(e, Image.DecompressionBombError):
         return f"more than {max_pixels():,} pixels, which VGM_MAX_PIXELS allows"
     return str(e) or type(e).__name__
-
-
-def load_rgb(file: File | bytes) -> np.ndarray:
-    """Any image file (path, open file or bytes) -> uint8 (H, W, 3). Raises Unreadable."""
-    return np.asarray(load_image(io.BytesIO(file) if isinstance(file, bytes) else file).convert("RGB"))
 
 
 def read_header(file: File) -> tuple[int, int, bool]:

@@ -30,12 +30,6 @@ Network = Callable[..., Tensor]
 Affine = tuple[Tensor, Tensor]  # (a, b): the wanted quantity is a z + b prediction
 
 
-def edm_scales(s: Tensor, sigma_data: float) -> tuple[Tensor, Tensor, Tensor]:
-    """EDM's c_skip, c_out, c_in at noise level s (Karras et al. 2022, table 1)."""
-    total = s**2 + sigma_data**2
-    return sigma_data**2 / total, s * sigma_data / total.sqrt(), 1 / total.sqrt()
-
-
 def x0_from(kind: str, path: Path, t: Tensor, sigma_data: float) -> Affine:
     """(a, b) of x0 = a z + b prediction."""
     alpha, sigma = path.alpha(t), path.sigma(t)

@@ -7,24 +7,11 @@ draw (inverse of the distribution function) instead of numpy's global generator.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Protocol
 
 import torch
 from torch import Tensor
 
 from vgm_cli.errors import unknown
-
-
-class Resampler(Protocol):
-    """A distribution over timesteps and the importance weights that keep the objective's mean."""
-
-    def weights(self) -> Tensor:
-        """(T,) float64 on the CPU, positive, not necessarily normalised."""
-        ...
-
-    def update(self, t: Tensor, loss: Tensor) -> None:
-        """Learn from per-sample losses (B,) at timesteps (B,), in order."""
-        ...
 
 
 def draw(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
@@ -36,16 +23,17 @@ def draw(weights: Tensor, u: Tensor) -> tuple[Tensor, Tensor]:
 
 
 class UniformResampler:
-    """Every timestep alike."""
+    """Draws every timestep alike: the base of the samplers of timesteps, which says what each of them has."""
 
     def __init__(self, steps: int):
         self.steps = steps
 
     def weights(self) -> Tensor:
+        """How likely each timestep is, (T,) float64 on the CPU, positive, not necessarily of sum 1."""
         return torch.ones(self.steps, dtype=torch.float64)
 
     def update(self, t: Tensor, loss: Tensor) -> None:
-        """Nothing to learn."""
+        """Learn from per-sample losses (B,) at timesteps (B,), in order; here there is nothing to learn."""
 
     def state_dict(self) -> dict[str, Tensor]:
         return {}

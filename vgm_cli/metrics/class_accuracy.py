@@ -8,22 +8,7 @@ from torch import Tensor
 
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.metrics.base import Measured, Value
-from vgm_cli.nets.mnist_features import CLASSES, MnistCNN, to_digits
-
-
-@torch.no_grad()
-def classifier_accuracy(images: Tensor | np.ndarray, labels: Tensor | np.ndarray, net: MnistCNN | None = None) -> float:
-    """Share of digits recognised. images: uint8 (N, C, H, W) tensor or (N, H, W, C) array, or float (N, C, H, W) tensor
-    in [-1, 1]; labels: (N,) in 0..9; net: the shipped classifier by default."""
-    from vgm_cli.metrics.features import mnist_features
-
-    if net is None:
-        shipped = mnist_features().net
-        assert isinstance(shipped, MnistCNN)
-        net = shipped
-    x = torch.from_numpy(np.ascontiguousarray(images)).permute(0, 3, 1, 2) if isinstance(images, np.ndarray) else images
-    logits = torch.cat([net(to_digits(part))[1] for part in x.split(500)])
-    return accuracy_of(logits, np.asarray(labels))
+from vgm_cli.nets.mnist_features import CLASSES
 
 
 def accuracy_of(logits: Tensor, labels: np.ndarray) -> float:

@@ -186,11 +186,6 @@ def merge(network: nn.Module) -> None:
 # -- adapter files ---------------------------------------------------------------------------------------------------
 
 
-def adapter_state(network: nn.Module) -> dict[str, Tensor]:
-    """{"X.lora_A": ..., "X.lora_B": ...}: what an adapter file holds."""
-    return {f"{n}.{p}": getattr(m, p).detach() for n, m in adapted(network).items() for p in (A, B)}
-
-
 def to_peft(state: Mapping[str, Tensor]) -> dict[str, Tensor]:
     """Adapter -> the names of PEFT's adapter_model.safetensors."""
     return {f"base_model.model.{k}.weight": v for k, v in state.items()}
@@ -200,14 +195,3 @@ def peft_config(rank: int, alpha: float, layers: Sequence[str]) -> dict[str, Any
     """PEFT's adapter_config.json."""
     config: dict[str, Any] = {"peft_type": "LORA", "r": rank, "lora_alpha": alpha, "target_modules": sorted(layers)}
     return config | {"bias": "none", "lora_dropout": 0.0, "fan_in_fan_out": False, "base_model_name_or_path": None}
-
-
-def to_kohya(state: Mapping[str, Tensor], alpha: float, prefix: str = "lora_unet") -> dict[str, Tensor]:
-    """Adapter -> kohya's names: dots become underscores, down and up, and alpha beside each pair."""
-    out: dict[str, Tensor] = {}
-    for key, value in state.items():
-        name, _, part = key.rpartition(".")
-        flat = f"{prefix}_{name.replace('.', '_')}"
-        out[f"{flat}.{'lora_down' if part == A else 'lora_up'}.weight"] = value
-        out[f"{flat}.alpha"] = torch.tensor(float(alpha))
-    return out
