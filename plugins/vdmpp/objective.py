@@ -51,12 +51,12 @@ class WeightedELBO(ObjectiveBase):
 
     def __init__(
         self,
-        model: nn.Module,
+        model: nn.Module,  # the network that is trained: (x, t, **cond) -> like x
         weighting: str | dict[str, Any] = "sigmoid",  # of weightings.WEIGHTINGS, or {name: sigmoid, bias: 1}
         prediction: Literal["eps", "v", "x0", "F", "velocity", "score"] = "v",  # what the network gives
         schedule: Schedule = "adaptive",  # adaptive: by a histogram of the loss; learned: by a monotone network
-        logsnr_min: float = -15.0,  # the ends of the integral; the paper's are not known
-        logsnr_max: float = 15.0,
+        logsnr_min: float = -15.0,  # the noisy end of the integral; the paper's is not known
+        logsnr_max: float = 15.0,  # the clean end; the paper's is not known
         resolution: Side | None = None,  # of the images: moves weight and fixed schedules by 2 ln(64 / side)
         bins: Count = 100,  # of the adaptive schedule's histogram
         decay: Decay = 0.999,  # of the moving average in each of its bins

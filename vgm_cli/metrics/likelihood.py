@@ -152,7 +152,7 @@ class BitsPerDim:
         self,
         n: Count | None = None,  # images, evenly spaced over the data; None: 256
         probes: int = 1,  # of the trace's estimate; 0: the exact trace
-        method: str = "dopri5",  # solver of the ODE; elbo; vlb: the bound of a process with discrete steps
+        method: str = "dopri5",  # a solver of the ODE, elbo, or vlb, see above
         steps: Steps = 100,  # of solvers with fixed steps; of elbo, the noise levels that an image is tried at
         rtol: Positive = 1e-5,  # relative tolerance of dopri5
         atol: Positive = 1e-5,  # absolute tolerance of dopri5
