@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Callable, Mapping
-from typing import Any, Protocol
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -22,23 +22,11 @@ from .weightings import EDM_MEAN, EDM_STD, normal_density
 Curve = Callable[[Tensor], Tensor]
 
 
-class Density(Protocol):
-    """low, high: the ends of the log-SNR."""
-
-    low: float
-    high: float
-
-    def draw(self, u: Tensor) -> tuple[Tensor, Tensor]:
-        """The log-SNRs at uniform draws u in [0, 1) (B,), and p at each: (B,), (B,)."""
-        ...
-
-    def density(self, l: Tensor) -> Tensor:
-        """p at log-SNRs between the ends: like l."""
-        ...
-
-
 class Fixed:
-    """A schedule with a formula, cut at the ends. u_of: the uncut schedule's time at a log-SNR; of_u: its inverse."""
+    """A density of log-SNRs between `low` and `high` that has a formula; the other classes here have the same methods.
+
+    u_of: the time of the uncut schedule at a log-SNR. of_u: its inverse. slope: its derivative.
+    """
 
     def __init__(self, u_of: Curve, of_u: Curve, slope: Curve, low: float, high: float, shift: float = 0.0):
         self.u_of, self.of_u, self.slope, self.shift = u_of, of_u, slope, shift
@@ -47,10 +35,12 @@ class Fixed:
         self.first, self.width = float(ends[0]), float(ends[1] - ends[0])
 
     def draw(self, u: Tensor) -> tuple[Tensor, Tensor]:
+        """The log-SNRs at uniform draws u (B,) in [0, 1), and the density at each: (B,), (B,)."""
         l = (self.of_u(self.first + u.double() * self.width) + self.shift).clamp(self.low, self.high)
         return l, self.density(l)
 
     def density(self, l: Tensor) -> Tensor:
+        """The density at log-SNRs between the ends: like l."""
         return self.slope(l.double() - self.shift) / self.width
 
 
