@@ -37,6 +37,11 @@ class GammaPath(Path):
     def __init__(self, gamma: Gamma, scale: float = 1.0):
         self.gamma, self.scale = gamma, scale
 
+    def __eq__(self, other: object) -> bool:
+        return self is other
+
+    __hash__ = object.__hash__
+
     def gamma_of(self, t: Time) -> tuple[Tensor, Tensor]:
         """gamma(t) and its derivative."""
         found: tuple[Tensor, Tensor] = self.gamma(as_time(t), self.tap)
