@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from vgm_cli import random
 from vgm_cli.offers import (  # noqa: F401  # the contract is imported from here
     Checkpointing,
+    CompletesImages,
     DropsClasses,
     HasClasses,
     HasExample,
@@ -136,7 +137,8 @@ class Request:
     """What a sampler is asked for: the N items of one batch of a job, each with its own random stream.
 
     null says what stands for no condition; keywords that it lacks are those of the network's own `null_condition`.
-    images are what a reconstruction, an interpolation or an edit starts from.
+    images are what a reconstruction, an interpolation or an edit starts from. With a mask they are edited: images are
+    then one for each of these N items, and what the mask keeps of them is not changed.
     """
 
     shape: tuple[int, ...]  # of one sample as the model sees it: (C, H, W), or the grid of tokens
@@ -152,7 +154,8 @@ class Request:
     callback: Callable[[int, int, Tensor, Tensor | None], None] | None = None  # (i, total, x_t (N, ...), x0 or None)
     info: dict[str, Any] = field(default_factory=dict)  # samplers report e.g. info["nfe"]
     index: list[int] = field(default_factory=list)  # numbers of these items in the whole job; empty: 0 to N-1
-    images: Tensor | None = None  # (M, C, H, W) that the user gave, as the model sees them; the same for every batch
+    images: Tensor | None = None  # (M, *shape) that the user gave, as the model sees them; the same for every batch
+    mask: Tensor | None = None  # (N, 1, H, W) bool of pixels, true where an image is kept
     codec: Any = None  # makes images of the result, for samplers that look into it; None: pixels
 
     def __post_init__(self) -> None:

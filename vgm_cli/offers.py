@@ -162,6 +162,14 @@ class RestorationMethod(Protocol):
 
 
 @runtime_checkable
+class CompletesImages(Protocol):
+    """A restoration method that keeps of request.images what request.mask says and makes the rest anew; it does not
+    look at the measurement, so that only tasks that hide pixels are for it. completes: true."""
+
+    completes: bool
+
+
+@runtime_checkable
 class HasFeatures(Protocol):
     """A network that shows what its layers compute: to a discriminator's head, to a loss on features.
 

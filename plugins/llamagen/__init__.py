@@ -64,7 +64,8 @@ def vgm_components() -> Iterable[Component | Paper]:
             kind="sampler",
             name="llamagen",
             target=f"{HERE}.sampler:LlamaGenSampler",
-            summary="code by code, cached, guided",
+            verbs=("restore",),
+            summary="code by code, cached, guided; completes images",
         ),
         *(
             Component(

@@ -7,12 +7,13 @@ inverse CDF from one uniform number of its item's generator, instead of torch.mu
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vgm_cli.api import Request
-from vgm_cli.ar.sampling import Decoding, Pick, generate, in_one_dtype
+from vgm_cli.ar.sampling import Decoding, Pick, generate, in_one_dtype, keeping
 from vgm_cli.conditioning import unconditional
 from vgm_cli.diffusion.guidance import Guidance
 from vgm_cli.nets.llama import Decoder, LlamaGen
@@ -54,7 +55,13 @@ def decode(
 
 
 class LlamaGenSampler:
-    """Defaults are those of the published FIDs: the whole vocabulary at temperature 1."""
+    """Defaults are those of the published FIDs: the whole vocabulary at temperature 1.
+
+    As a restoration method it completes images: codes whose pixels are all kept stay, the others are made anew, each
+    from those before it.
+    """
+
+    completes = True
 
     def __init__(
         self,
@@ -68,12 +75,17 @@ class LlamaGenSampler:
         self.decoding = Decoding(temperature, top_k, top_p, greedy)
         self.cfg_interval, self.guidance_scale = cfg_interval, guidance_scale
 
+    def accepts(self, model: Any, codec: Any) -> str | None:
+        """LlamaGen networks; None, or why not."""
+        return None if isinstance(model, LlamaGen) and codec is not None else "it is no LlamaGen network over codes"
+
     def __call__(self, model: LlamaGen, request: Request) -> Tensor:
         """Codes (N, h, w) int64."""
         cond = {"y": model.labels(None, len(request), request.device)} if not request.cond else request.cond
         scale = self.guidance_scale if request.guidance_scale is None else request.guidance_scale
         u = None if self.decoding.greedy else request.rand((model.block_size,))
+        pick = keeping(self.decoding.picker(u), request)
         with in_one_dtype(model, request.device) as network:
-            ids = decode(network, cond, self.decoding.picker(u), scale, self.cfg_interval, null=request.null)
+            ids = decode(network, cond, pick, scale, self.cfg_interval, null=request.null)
         request.info["nfe"] = model.block_size
         return ids.unflatten(1, model.grid)

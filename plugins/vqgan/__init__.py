@@ -66,7 +66,8 @@ def vgm_components() -> Iterable[Component | Paper]:
             kind="sampler",
             name="vqgan-prior",
             target=f"{HERE}.sampler:PriorSampler",
-            summary="cached, or a sliding window",
+            verbs=("restore",),
+            summary="cached, or a sliding window; completes images",
         ),
         Component(
             kind="converter", name="vqgan", target=f"{HERE}.checkpoints:CONVERTER", summary="CompVis first stages"

@@ -8,13 +8,14 @@ item's generator; the window runs only as far as the code it predicts, which cau
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor
 
 from vgm_cli.api import Request
 from vgm_cli.ar.orders import inverse
-from vgm_cli.ar.sampling import Decoding, Pick, generate, in_one_dtype
+from vgm_cli.ar.sampling import Decoding, Pick, generate, in_one_dtype, keeping
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.ranges import Fraction, NonNegative, Whole
 
@@ -62,7 +63,13 @@ def local(i: int, size: int, window: int) -> int:
 
 
 class PriorSampler:
-    """top_k and top_p as in the official script: top_p counts only beside a top_k (README, ImageNet: 600 and 0.92)."""
+    """top_k and top_p as in the official script: top_p counts only beside a top_k (README, ImageNet: 600 and 0.92).
+
+    As a restoration method it completes images: codes whose pixels are all kept stay, the others are made anew, each
+    from those before it in the model's order.
+    """
+
+    completes = True
 
     def __init__(
         self,
@@ -75,21 +82,30 @@ class PriorSampler:
         self.decoding = Decoding(temperature, top_k or 0, top_p if top_k else 1.0, greedy)
         self.grid = grid
 
+    def accepts(self, model: Any, codec: Any) -> str | None:
+        """Priors over a VQGAN's codes; None, or why not."""
+        return None if isinstance(model, GPT) and codec is not None else "it is no vqgan-prior over codes"
+
     def __call__(self, model: GPT, request: Request) -> Tensor:
         """Codes (N, h, w) int64."""
         height, width = self.grid or model.grid
         window = model.window
         if height < window[0] or width < window[1]:
             raise VgmError(f"a grid of {height}x{width} is smaller than the window {window[0]}x{window[1]}", code=USAGE)
+        if request.mask is not None and request.images is not None and request.images.shape[1:] != (height, width):
+            known = "x".join(map(str, request.images.shape[1:]))
+            raise VgmError(f"the images to complete have {known} codes, grid asks for {height}x{width}", code=USAGE)
         u = None if self.decoding.greedy else request.rand((height * width,))
-        pick, n, device = self.decoding.picker(u), len(request), request.device
+        n, device = len(request), request.device
+        order = model.permutation(device) if (height, width) == window else None
+        pick = keeping(self.decoding.picker(u), request, order)
         request.info["nfe"] = height * width
         cond = dict(request.cond)
         with in_one_dtype(model, device) as network:
-            if (height, width) == window:
+            if order is not None:
                 cond.setdefault("coord", network.coordinates(*window, device).expand(n, -1, -1))
                 ids = sample_codes(network, network.prefix(cond, n, device), height * width, pick)
-                return ids[:, inverse(network.permutation(device))].unflatten(1, window)
+                return ids[:, inverse(order)].unflatten(1, window)
             if model.order != "raster":
                 raise VgmError("only the raster order slides", code=USAGE)
             coord = network.coordinates(height, width, device).expand(n, -1, -1)

@@ -103,6 +103,7 @@ def test_the_matrix_is_listed(vgm) -> None:
     assert rows["dit", "iddpm"]["recipes"] and rows["dit", "rectified-flow"]["recipes"] == []
     glow = rows["glow", "glow"]
     assert glow["restore"] == glow["distill"] == [] and "no denoiser" in glow["reason"]
+    assert rows["llamagen", "llamagen"]["restore"] == ["llamagen"] and "llamagen" not in rows["dit", "iddpm"]["restore"]
     assert "adm-upsampler trains no denoiser" in rows["adm-unet", "adm-upsampler"]["reason"]
     out = ok(vgm("matrix", "sit"))
     assert all(line.startswith("sit") for line in out.splitlines()[1:]) and len(out.splitlines()) > 3

@@ -1,4 +1,4 @@
-"""Tokens: a pyramid of grids, from a plugin file to pictures."""
+"""Tokens: a pyramid of grids, from a plugin file to pictures; images that a model of tokens completes."""
 
 from __future__ import annotations
 
@@ -8,18 +8,25 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from vgm_cli.api import PyramidTokenizer, Request, generators
 from vgm_cli.ar import pyramid
+from vgm_cli.ar.masking import kept_codes
+from vgm_cli.data import open_dataset
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine.facts import Facts
-from vgm_cli.engine.tokens import as_output
+from vgm_cli.engine.tokens import TokenCodec, as_output
 from vgm_cli.errors import VgmError
+from vgm_cli.images import to_uint8
 from vgm_cli.nn.attention import block_causal, causal_attention
 from vgm_cli.nn.kv_cache import KVCache
+from vgm_cli.operators.inpainting import half_mask
 from vgm_cli.registry import registry
+from vgm_cli.testing.suites import randomise
 
 Vgm = Callable[..., tuple[int, str, str]]
 
@@ -212,8 +219,6 @@ def test_a_pyramid_trains_and_samples(vgm: Vgm, plugin: Path, tmp_path: Path) ->
         args = ("sample", "run", "-n", 3, "--seed", 5, "--batch-size", size, "--out", f"{size}.npz")
         code, _, err = vgm("--plugin", plugin, *args)
         assert code == 0, err
-    import numpy as np
-
     one, three = (np.load(f"{size}.npz")["arr_0"] for size in (1, 3))
     assert one.shape == (3, 28, 28, 1) and (one == three).all() and not (one[0] == one[1]).all()
 
@@ -258,3 +263,150 @@ def test_blocks_see_themselves_and_what_is_before() -> None:
         parts.append(causal_attention(*rows, mask[a:b, :b], cache=cache))
         cache.advance(b - a)
     torch.testing.assert_close(torch.cat(parts, dim=2), whole)
+
+
+# -- images that are completed: what a mask keeps stays ------------------------------------------------------------------
+
+LLAMA = {"dim": 16, "n_layer": 1, "n_head": 2, "multiple_of": 8, "vocab_size": 256, "grid": [7, 7], "num_classes": 10}
+GPT = {"n_layer": 1, "n_head": 2, "n_embd": 16, "vocab_size": 256, "grid": [7, 7], "num_classes": 10}
+PRIORS = {
+    "llamagen": ("llamagen", LLAMA, {"name": "llamagen", "top_k": 5}),
+    "strict": ("llamagen", {**LLAMA, "null_class": False}, {"name": "llamagen"}),
+    "vqgan-prior": ("vqgan-prior", GPT, {"name": "vqgan-prior", "top_k": 100}),
+    "z-curve": ("vqgan-prior", {**GPT, "order": "z-curve"}, {"name": "vqgan-prior"}),
+}
+
+
+@pytest.fixture
+def prior(tmp_path: Path) -> Callable[[str], Path]:
+    """A checkpoint of a small network of random weights over the shipped tokenizer's codes."""
+
+    def make(name: str) -> Path:
+        component, keywords, sampler = PRIORS[name]
+        torch.manual_seed(0)
+        network = registry().build("model", {"name": component, **keywords})
+        randomise(network)
+        codec = ckpt.ASSETS / "mnist-tokenizer.safetensors"
+        header = ckpt.Header(
+            component={"kind": "model", "name": component, "kwargs": keywords},
+            parts={"codec": ckpt.refer(codec, "vqgan", output="tokens")},
+            recipe={
+                "paper": "small",
+                "sampler": sampler,
+                "guidance_scale": None if name == "strict" else 2.0,
+                "conditions": {"class": {}},
+            },
+            data={"sample_shape": [7, 7], "num_classes": 10, "vocab_size": 256, "image_size": 28, "image_channels": 1},
+        )
+        ckpt.save_network(tmp_path / f"{name}.safetensors", network.state_dict(), header)
+        return tmp_path / f"{name}.safetensors"
+
+    return make
+
+
+@pytest.fixture
+def decoded(monkeypatch: pytest.MonkeyPatch) -> list[torch.Tensor]:
+    """All codes that are turned into pictures."""
+    seen: list[torch.Tensor] = []
+    real = TokenCodec.decode
+    monkeypatch.setattr(TokenCodec, "decode", lambda self, z: seen.append(z.clone()) or real(self, z))
+    return seen
+
+
+def pixels(folder: Path) -> np.ndarray:
+    return np.stack([np.array(Image.open(p)) for p in sorted(folder.glob("*.png"))])
+
+
+@pytest.mark.parametrize("name", ["llamagen", "vqgan-prior", "z-curve"])
+def test_what_a_mask_keeps_stays(
+    vgm: Vgm, prior: Callable[[str], Path], decoded: list[torch.Tensor], tmp_path: Path, name: str
+) -> None:
+    """The codes under pixels that are all kept are the image's own, bit for bit; the others are drawn."""
+    method, file = PRIORS[name][0], prior(name)
+    args = ("restore", "--model", file, "--method", method, "--input", "mnist5k", "-n", 3, "--label", "data")
+    code, _, err = vgm(*args, "--mask", "lower", "--out", "lower")
+    assert code == 0, err
+    tokenizer = ckpt.read_codec(ckpt.ASSETS / "mnist-tokenizer.safetensors", output="tokens")
+    own = tokenizer.encode(open_dataset("mnist5k").pixels([0, 5000 // 3, 2 * 5000 // 3]))
+    made = decoded[-1]
+    assert torch.equal(made[:, :3], own[:, :3]), "14 of 28 rows are kept: three whole rows of codes"
+    assert not torch.equal(made[:, 3:], own[:, 3:])
+    found = json.loads((tmp_path / "lower/results.json").read_text())
+    assert found["task"] == {"name": "inpainting", "mask": "lower"} and found["noise"] == {"name": "none"}
+    assert found["guidance_scale"] == 2.0 and found["nfe"] == 49 and found["labels"] == [0, 3, 6]
+    assert found["method"] == PRIORS[name][2], "the settings of its recipe"
+    # whatever the batch, and the same in the picture
+    code, _, err = vgm(*args, "--mask", "lower", "--batch-size", 1, "--out", "single")
+    assert code == 0, err
+    assert torch.equal(torch.cat(decoded[-3:]), made)
+    assert (pixels(tmp_path / "lower/restored") == pixels(tmp_path / "single/restored")).all()
+    # everything, then nothing, then a hole and pixels of single codes
+    for text, grid in {"all": np.ones((28, 28)), "none": np.zeros((28, 28)), "hole": hole()}.items():
+        Image.fromarray((grid * 255).astype(np.uint8)).save(f"{text}.png")
+        code, _, err = vgm(*args, "--mask", f"{text}.png", "--out", text)
+        assert code == 0, err
+        kept = torch.from_numpy(grid.reshape(7, 4, 7, 4).min((1, 3)) > 0).expand(3, 7, 7)
+        assert torch.equal(decoded[-1][kept], own[kept]), text
+        assert kept.all() or not torch.equal(decoded[-1][~kept], own[~kept])
+    assert (pixels(tmp_path / "all/restored") == to_uint8(tokenizer.decode(own))[:, 0].numpy()).all()
+
+
+def hole() -> np.ndarray:
+    """Pixels that are kept: not those of a box, and not one under another code."""
+    mask = np.ones((28, 28))
+    mask[8:17, 4:12] = 0
+    mask[21, 25] = 0
+    return mask
+
+
+def test_without_a_label_images_are_completed_without_a_class(vgm: Vgm, prior: Callable[[str], Path]) -> None:
+    args = ("--mask", "left", "--input", "mnist5k", "-n", 2, "--out")
+    code, _, err = vgm("restore", "--model", prior("llamagen"), "--method", "llamagen", *args, "a")
+    assert code == 0, err
+    assert json.loads(Path("a/results.json").read_text())["labels"] is None
+    code, _, err = vgm("restore", "--model", prior("strict"), "--method", "llamagen", *args, "b")
+    assert code == 0, err
+    assert json.loads(Path("b/results.json").read_text())["labels"] == [0, 5], "it has no null class"
+
+
+@pytest.mark.parametrize(
+    ("args", "text"),
+    [
+        (["--method", "llamagen"], "it cannot undo super-resolution"),
+        (["--method", "llamagen", "--task", "inpainting"], "removes no noise"),
+        (["--method", "llamagen", "--mask", "lower", "--task", "denoising"], "not for denoising"),
+        (["--method", "llamagen", "--mask", "below"], "lower, left"),
+        (["--method", "llamagen", "--mask", "lower", "top_q=3"], "top_k"),
+        (["--mask", "lower"], "no diffusion or flow network"),
+        (["--method", "vqgan-prior", "--mask", "lower"], "--method llamagen"),
+    ],
+    ids=lambda v: " ".join(v) if isinstance(v, list) else "",
+)
+def test_refusals(vgm: Vgm, prior: Callable[[str], Path], args: list[str], text: str) -> None:
+    code, _, err = vgm("restore", "--model", prior("llamagen"), "--input", "mnist5k", "-n", 1, *args, "--out", "x")
+    assert code == 2 and text in err and "Traceback" not in err, err
+    assert not Path("x").exists()
+
+
+def test_steps_have_no_effect(vgm: Vgm, prior: Callable[[str], Path]) -> None:
+    args = ("--method", "llamagen", "--mask", "upper", "--input", "mnist5k", "-n", 1, "--steps", 3, "--out", "x")
+    code, _, err = vgm("restore", "--model", prior("llamagen"), *args)
+    assert code == 0 and "--steps has no effect on llamagen" in err
+
+
+def test_a_margin_is_lost_around_what_is_lost() -> None:
+    mask = torch.ones(1, 1, 28, 28, dtype=torch.bool)
+    mask[..., 13, 13] = False
+    assert (~kept_codes(mask, (7, 7))).nonzero().tolist() == [[0, 3, 3]]
+    assert int((~kept_codes(mask, (7, 7), margin=1)).sum()) == 9
+    assert int((~kept_codes(mask, (6, 6))).sum()) == 1, "codes that do not divide the pixels"
+
+
+@pytest.mark.parametrize("side", [6, 7])
+@pytest.mark.parametrize("missing", ["upper", "lower", "left", "right"])
+def test_halves(side: int, missing: str) -> None:
+    """Half of the pixels is known, of an odd side without the middle."""
+    known = half_mask(missing, side, side)
+    assert int(known.sum()) == side * (side // 2)
+    row, column = {"upper": (0, 3), "lower": (-1, 3), "left": (3, 0), "right": (3, -1)}[missing]
+    assert known[row, column] == 0 and known[-1 - row, -1 - column] == 1

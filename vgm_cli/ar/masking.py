@@ -10,6 +10,7 @@ from __future__ import annotations
 import math
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vgm_cli.errors import USAGE, VgmError
@@ -95,8 +96,20 @@ def least_confident(confidence: Tensor, n: Tensor | int) -> Tensor:
     Of positions as confident as the first that stays, none is masked: there may be fewer than n.
     """
     n = torch.as_tensor(n, device=confidence.device).expand(len(confidence))
-    ordered = torch.nn.functional.pad(confidence.sort(dim=-1).values, (0, 1), value=torch.inf)
+    ordered = F.pad(confidence.sort(dim=-1).values, (0, 1), value=torch.inf)
     return confidence < ordered.gather(-1, n[:, None])
+
+
+def kept_codes(mask: Tensor, grid: tuple[int, int], margin: int = 0) -> Tensor:
+    """Which codes of a grid are kept where an image is edited, (B, h, w) bool: those under which every pixel is kept.
+
+    mask: (B, 1, H, W) bool, true where a pixel is kept. margin: codes so many places or fewer from a lost one are lost,
+    too.
+    """
+    lost = F.adaptive_max_pool2d((~mask).float(), grid)
+    if margin:
+        lost = F.max_pool2d(lost, 2 * margin + 1, stride=1, padding=margin)
+    return lost[:, 0] == 0
 
 
 def first_of(orders: Tensor, n: int) -> Tensor:

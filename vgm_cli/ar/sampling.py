@@ -15,6 +15,9 @@ from typing import TypeVar
 import torch
 from torch import Tensor, nn
 
+from vgm_cli.api import Request
+from vgm_cli.ar.masking import kept_codes
+
 M = TypeVar("M", bound=nn.Module)
 Pick = Callable[[Tensor, int], Tensor]  # logits (B, V) of position i, i -> ids (B,)
 
@@ -66,6 +69,21 @@ class Decoding:
             return lambda logits, i: logits.argmax(-1)
         columns = u.unbind(1)
         return lambda logits, i: draw(self.probs(logits), columns[i])
+
+
+def keeping(pick: Pick, request: Request, order: Tensor | None = None) -> Pick:
+    """pick, but for codes that the request keeps: at those, what request.images has. Without a mask, pick itself.
+
+    order: (N,) which raster position is decoded n-th; None: in raster order. A code that is made anew has seen those
+    that come before it, so that what is kept further on does not guide it.
+    """
+    if request.mask is None or request.images is None:
+        return pick
+    height, width = request.images.shape[1:]
+    ids, kept = request.images.flatten(1), kept_codes(request.mask, (height, width)).flatten(1)
+    if order is not None:
+        ids, kept = ids[:, order], kept[:, order]
+    return lambda logits, i: torch.where(kept[:, i], ids[:, i], pick(logits, i))
 
 
 def generate(first: Tensor, step: Callable[[Tensor], Tensor], n: int, pick: Pick) -> Tensor:

@@ -12,6 +12,7 @@ from vgm_cli.registry import registry
 from vgm_cli.ui import ui
 
 VERBS = {"distill": "objective", "restore": "sampler", "finetune-rl": "objective"}  # and the kind of their methods
+NONE: dict[str, list[str]] = {verb: [] for verb in VERBS}
 
 
 def register(app: typer.Typer) -> None:
@@ -29,8 +30,8 @@ def matrix(
 ) -> None:
     """List which networks and trainings combine, and which of distill, restore and finetune-rl take the result.
 
-    Single methods may ask for more and say so (of latents, only some restore). Combinations without a shipped recipe
-    are made by overrides.
+    Single methods may ask for more and say so (of latents, only some restore). Models of tokens complete images with
+    their own sampler. Combinations without a shipped recipe are made by overrides.
 
     Examples:
 
@@ -47,8 +48,7 @@ def matrix(
         if network not in {r["network"] for r in found}:
             raise unknown("trained network", network, {r["network"] for r in found})
         found = [r for r in found if r["network"] == network]
-    methods = {verb: methods_of(verb) for verb in VERBS}
-    ui.document([{**r, **{v: methods[v] if r[v] else [] for v in VERBS}} for r in found])
+    ui.document(found)
     table = [
         (
             r["network"],
@@ -60,8 +60,10 @@ def matrix(
         for r in found
     ]
     ui.table(("network", "training", "recipes", *VERBS, "reason"), table)
-    for verb, names in methods.items():
-        ui.info(f"{verb}: {', '.join(names)}")
+    for verb in VERBS:
+        names = sorted({name for r in found for name in r[verb]})
+        if names:
+            ui.info(f"{verb}: {', '.join(names)}")
 
 
 def methods_of(verb: str) -> list[str]:
@@ -70,35 +72,48 @@ def methods_of(verb: str) -> list[str]:
 
 
 def rows() -> list[dict[str, Any]]:
-    """Every denoising network by every training of denoisers, then what else the shipped recipes train."""
+    """Every denoising network by every training of denoisers, then what else the shipped recipes train, with the
+    methods of each verb that take the result."""
     components = registry().components
     shipped = trained()
     models, trainings = (
         sorted(c.name for c in components.values() if c.kind == kind and c.denoiser) for kind in ("model", "objective")
     )
     pairs = [(m, o) for m in models for o in trainings]
-    pairs += sorted(p for p in shipped if p not in pairs)
-    return [row(m, o, shipped.get((m, o), [])) for m, o in pairs]
-
-
-def trained() -> dict[tuple[str, str], list[str]]:
-    """{(network, training): shipped recipes} of those that need no teacher."""
-    from vgm_cli.recipe import has_teacher, load_file, shipped
-
-    found: dict[tuple[str, str], list[str]] = {}
-    for name, path in shipped().items():
-        config, _ = load_file(path, name)
-        if not has_teacher(config):
-            found.setdefault((config["model"]["name"], config["objective"]["name"]), []).append(name)
+    denoisers = set(pairs)
+    pairs += sorted(p for p in shipped if p not in denoisers)
+    restoring = set(methods_of("restore"))
+    own = {p: sorted(restoring & set(shipped[p].values())) for p in pairs if p not in denoisers}
+    general = {verb: methods_of(verb) for verb in VERBS}
+    general["restore"] = sorted(restoring - {name for names in own.values() for name in names})
+    found = []
+    for network, training in pairs:
+        made = shipped.get((network, training), {})
+        takes = general if (network, training) in denoisers else {**NONE, "restore": own[network, training]}
+        reason = "" if (network, training) in denoisers else lacking(network, training)
+        found.append({"network": network, "training": training, "recipes": list(made), **takes, "reason": reason})
     return found
 
 
-def row(network: str, training: str, recipes: list[str]) -> dict[str, Any]:
+def trained() -> dict[tuple[str, str], dict[str, str]]:
+    """{(network, training): {shipped recipe: its sampler}} of those that need no teacher."""
+    from vgm_cli.recipe import has_teacher, load_file, shipped
+
+    found: dict[tuple[str, str], dict[str, str]] = {}
+    for name, path in shipped().items():
+        config, _ = load_file(path, name)
+        if not has_teacher(config):
+            pair = (config["model"]["name"], config["objective"]["name"])
+            found.setdefault(pair, {})[name] = (config.get("sampler") or {}).get("name", "")
+    return found
+
+
+def lacking(network: str, training: str) -> str:
+    """Why the result is no denoiser."""
     components = registry().components
-    lacking = [
+    found = [
         f"{name} {what}"
         for kind, name, what in (("model", network, "is no denoiser"), ("objective", training, "trains no denoiser"))
         if (kind, name) not in components or not components[kind, name].denoiser
     ]
-    can = dict.fromkeys(VERBS, not lacking)
-    return {"network": network, "training": training, "recipes": recipes, **can, "reason": ", ".join(lacking[-1:])}
+    return found[-1]

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 from typing import Annotated
 
@@ -42,8 +43,19 @@ def restore(
         typer.Option(help="The prior: a run, a checkpoint folder or a file.", autocompletion=complete.runs),
     ] = None,
     task: Annotated[
-        str, typer.Option(help="super-resolution, inpainting, … `vgm ls operators`.", autocompletion=operators)
-    ] = "super-resolution",
+        str | None,
+        typer.Option(
+            help="inpainting, … `vgm ls operators`. Default: super-resolution; inpainting with --mask.",
+            autocompletion=operators,
+        ),
+    ] = None,
+    mask: Annotated[
+        str | None,
+        typer.Option(
+            help="What is kept: a file or folder of masks, bright there; lower, upper, left, right (that half is made "
+            "anew), box, random. Without noise."
+        ),
+    ] = None,
     source: Annotated[
         str | None, typer.Option("--input", help="An image, a folder, an .npz, or a shipped set (mnist5k).")
     ] = None,
@@ -51,7 +63,11 @@ def restore(
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace an earlier restoration.")] = False,
     device: Annotated[str, typer.Option(help="auto | cpu | cuda | cuda:N | mps.")] = "auto",
     method: Annotated[
-        str, typer.Option(help="dps, mcg, projection, ddrm, pigdm, diffpir, consistency-edit.", autocompletion=methods)
+        str,
+        typer.Option(
+            help="dps, mcg, projection, ddrm, pigdm, diffpir, consistency-edit; of models of tokens their own sampler.",
+            autocompletion=methods,
+        ),
     ] = "dps",
     degrade: Annotated[
         bool, typer.Option("--degrade/--degraded", help="The input is whole and is degraded first, or it is degraded.")
@@ -82,7 +98,7 @@ def restore(
         ),
     ] = None,
 ) -> None:
-    """Restore degraded images with a trained diffusion or flow model.
+    """Restore degraded images with a trained diffusion or flow model, or complete images with a model of tokens.
 
     Examples:
 
@@ -91,6 +107,8 @@ def restore(
         vgm restore --model RUN --task inpainting mask=box box=0.5 --method ddrm --input photo.png --out restored
 
         vgm restore --model RUN --task gaussian-deblurring std=1.5 --degraded --input blurred/ --noise none
+
+        vgm restore --model RUN --method llamagen --mask lower --input mnist5k
 
     Next: the folder's grid.png (degraded, restored, truth) and results.json.
     """
@@ -108,13 +126,20 @@ def restore(
         raise VgmError("no input is given", "--input IMAGE|FOLDER, or a shipped set: --input mnist5k", USAGE)
     if truth is not None and degrade:
         raise VgmError("--truth belongs to --degraded: without it the input is the truth", code=USAGE)
-    allow_typed([task, method, *(overrides or [])])
+    overrides = overrides or []
+    if mask is not None:
+        if task not in (None, "inpainting"):
+            raise VgmError(f"--mask says which pixels are kept, it is not for {task}", "--task inpainting", USAGE)
+        task, overrides = "inpainting", [f"task.mask={json.dumps(mask)}", *overrides]
+    task = task or "super-resolution"
+    allow_typed([task, method, *overrides])
     steps = fit(steps, Steps | None, "--steps")
-    settings = setup.settings_for(task, method, noise or ("gaussian" if degrade else "none"), overrides or [])
+    clean = not degrade or mask is not None
+    settings = setup.settings_for(task, method, noise or ("none" if clean else "gaussian"), overrides)
     if out is not None:
         records.check_folder(out, overwrite)
     loaded, where = open_model(model, weights, device)
-    if noise is None:
+    if noise is None and mask is None:
         ui.info(setup.assumed(settings, degrade))
     try:
         results = engine.run(

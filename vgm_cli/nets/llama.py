@@ -159,10 +159,9 @@ class LlamaGen(nn.Module):
         self.model_type, self.cls_token_num = model_type, cls_token_num
         self.head_dim, self.n_kv_head, self.rope_base = dim // n_head, n_kv_head or n_head, rope_base
         self.checkpointing = checkpointing
+        self.has_null = null_class or not num_classes
         if model_type == "c2i":
-            self.cls_embedding: LabelEmbedder | CaptionEmbedder = LabelEmbedder(
-                num_classes, dim, null_class or not num_classes
-            )
+            self.cls_embedding: LabelEmbedder | CaptionEmbedder = LabelEmbedder(num_classes, dim, self.has_null)
         else:
             self.cls_embedding = CaptionEmbedder(caption_dim, dim, cls_token_num)
         self.tok_embeddings = nn.Embedding(vocab_size, dim)
@@ -209,6 +208,8 @@ class LlamaGen(nn.Module):
         """The condition of guidance's other half: the null class, or the null caption behind the same mask."""
         null = dict(cond)
         if "y" in cond:
+            if not self.has_null:
+                raise VgmError("this network was built without a null class", "model.null_class=true", USAGE)
             null["y"] = torch.full_like(cond["y"], self.num_classes)
         if "text" in cond:
             null["text"] = torch.zeros_like(cond["text"]) + self.null_caption.to(cond["text"])

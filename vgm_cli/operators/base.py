@@ -117,6 +117,12 @@ class Operator(ABC):
         """argmin_u |y - A u|^2 + weight |u - x|^2: (B, C, H, W)."""
         return x + self.ridge(y - self(x), weight)
 
+    @property
+    def kept(self) -> Tensor | None:
+        """Which pixels of an image its measurement has as they are, (B, 1, H, W) bool, the others being hidden; None:
+        the operator does something else."""
+        return None
+
     # pictures
 
     def baseline(self, y: Tensor) -> Tensor | None:

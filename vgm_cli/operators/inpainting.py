@@ -18,6 +18,7 @@ from vgm_cli.operators.noise import numpy_rng
 from vgm_cli.ranges import NonNegative
 
 Range = tuple[float, float]
+HALVES = ("upper", "lower", "left", "right")
 
 
 def box_mask(
@@ -45,12 +46,25 @@ def random_mask(height: int, width: int, removed: Range, rng: np.random.RandomSt
     return mask.view(height, width)
 
 
+def half_mask(missing: str, height: int, width: int) -> Tensor:
+    """(H, W), 0 in the half that is missing; the middle row or column of an odd size is missing, too."""
+    rows, columns = torch.arange(height), torch.arange(width)
+    known = {
+        "upper": (rows >= (height + 1) // 2)[:, None],
+        "lower": (rows < height // 2)[:, None],
+        "left": columns >= (width + 1) // 2,
+        "right": columns < width // 2,
+    }[missing]
+    return known.float().expand(height, width)
+
+
 class Inpainting(Operator):
     """A(x) = mask * x, the same mask for all channels.
 
-    mask: box (a hole) | random | extreme (all but a box is missing) | a file or folder of masks, bright where the pixel
-    is known. box: side of the box, below 1 as a share of the image's; two numbers [low, high) are a range of pixels.
-    margin: between box and border, below 1 as a share. removed: range of the share of random pixels that are missing.
+    mask: box (a hole) | random | extreme (all but a box is missing) | upper, lower, left, right (that half is missing),
+    or a file or folder of masks, bright where the pixel is known. box: side of the box, below 1 as a share of the
+    image's; two numbers [low, high) are a range of pixels. margin: between box and border, below 1 as a share.
+    removed: range of the share of random pixels that are missing.
     VgmError: values out of range, masks of another size.
     """
 
@@ -69,11 +83,16 @@ class Inpainting(Operator):
         self.mask, self.box, self.margin, self.removed = mask, box, margin, (low, high)
 
     def prepare(self, generators: Sequence[torch.Generator]) -> None:
-        self.masks = self.drawn(generators) if self.is_drawn else self.read(len(generators))  # (B, 1, H, W)
+        if self.is_drawn:
+            self.masks = self.drawn(generators)  # (B, 1, H, W)
+        elif self.mask in HALVES:
+            self.masks = half_mask(self.mask, *self.shape[1:]).expand(len(generators), 1, -1, -1)
+        else:
+            self.masks = self.read(len(generators))
 
     @property
     def is_drawn(self) -> bool:  # type: ignore[override]
-        """Not read from a file."""
+        """Another one for every item, and not read from a file."""
         return self.mask in ("box", "random", "extreme")
 
     def drawn(self, generators: Sequence[torch.Generator]) -> Tensor:
@@ -98,7 +117,7 @@ class Inpainting(Operator):
 
     def read(self, items: int) -> Tensor:
         if not Path(self.mask).exists():
-            raise VgmError(f"no such mask: {self.mask}", "box, random, extreme, or a file", USAGE)
+            raise VgmError(f"no such mask: {self.mask}", f"box, random, extreme, {', '.join(HALVES)}, or a file", USAGE)
         masks = read_arrays(self.mask, "mask", items, self.first)
         if masks.shape[-2:] != self.shape[1:]:
             size = "x".join(map(str, masks.shape[-2:]))
@@ -107,6 +126,10 @@ class Inpainting(Operator):
 
     def __call__(self, x: Tensor) -> Tensor:
         return x * self.masks.to(x)
+
+    @property
+    def kept(self) -> Tensor:
+        return self.masks > 0.5
 
     def adjoint(self, y: Tensor) -> Tensor:
         return self(y)

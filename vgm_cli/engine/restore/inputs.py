@@ -34,6 +34,12 @@ class Inputs:
     def __len__(self) -> int:
         return len(self.names)
 
+    def whole(self, start: int, stop: int) -> Tensor:
+        """Images start to stop as they were given."""
+        given = self.truth if self.measured is None else self.measured
+        assert given is not None
+        return given[start:stop]
+
 
 def picked(count: int, n: int | None, all_of_it: bool) -> list[int]:
     """n positions spread evenly over count; None: all, or a few of a shipped set."""

@@ -14,13 +14,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgm_cli.api import Request, generators, seed_of
+from vgm_cli.api import CompletesImages, Request, RestorationMethod, TakesSteps, generators, seed_of
 from vgm_cli.conditioning import unconditional
 from vgm_cli.engine.checkpoint import Loaded
 from vgm_cli.engine.restore.figures import figures, perceptual_from
 from vgm_cli.engine.restore.inputs import Inputs, open_measured, open_truth
 from vgm_cli.engine.restore.records import Restored, check_folder, default_folder, write
-from vgm_cli.engine.restore.setup import Settings, build_method
+from vgm_cli.engine.restore.setup import Settings, adopt_own_settings, build_method
 from vgm_cli.engine.sample.loop import each_step, refuse_non_finite
 from vgm_cli.engine.sample.setup import named, words_for
 from vgm_cli.errors import USAGE, VgmError
@@ -28,13 +28,13 @@ from vgm_cli.operators.base import Operator
 from vgm_cli.operators.latent import Decoded
 from vgm_cli.operators.noise import Clean
 from vgm_cli.registry import registry
-from vgm_cli.ui import Progress
+from vgm_cli.ui import Progress, ui
 
 
 def image_shape(loaded: Loaded) -> tuple[int, int, int]:
     """The shape (C, H, W) of the images that the model makes. VgmError: its file does not say it."""
     shape = tuple(loaded.header.data.get("sample_shape") or ())
-    if len(shape) != 3:
+    if not shape or (loaded.codec is None and len(shape) != 3):
         raise VgmError(f"{loaded.path} does not say the shape of its images", code=USAGE)
     if loaded.codec is not None:
         device = next(loaded.model.parameters()).device
@@ -99,7 +99,7 @@ def restore(
     method = build_method(loaded, settings.method, str(loaded.path))
     shape = image_shape(loaded)
     task: Operator = registry().build("operator", settings.task)
-    latent = tuple(loaded.header.data["sample_shape"])
+    sample_shape = tuple(loaded.header.data["sample_shape"])
     batches: list[dict[str, Any]] = []
     for start in range(0, len(inputs), batch_size):
         stop = min(start + batch_size, len(inputs))
@@ -111,24 +111,27 @@ def restore(
                 y = settings.noise(operator(inputs.truth[start:stop].to(device)), drawn)
             else:
                 y = inputs.measured[start:stop].to(device)
-        seen = operator if loaded.codec is None else Decoded(operator, loaded.codec, (latent[0], latent[1], latent[2]))
+        given = knowledge(loaded, method, operator, y, inputs.whole(start, stop))
         best: dict[str, Any] = {}
         for k in range(tries):
             done = start * tries + k * (stop - start)
             tell = each_step(None, progress, done, stop - start)
             request = Request(
-                shape=latent,
+                shape=sample_shape,
                 generators=generators(seed_of("restore", seed, i, k) for i in range(start, stop)),
                 cond=condition(loaded, labels, start, stop, device),
+                null=loaded.conditions.null(device),
                 steps=steps,
+                guidance_scale=settings.guidance_scale,
                 device=device,
-                operator=seen,
-                measurement=y,
                 callback=tell,
+                codec=loaded.codec,
+                **given,
             )
             with torch.no_grad():
                 x = method(loaded.view, request)
-                x = (loaded.codec.decode(x.float()) if loaded.codec is not None else x).float()
+                x = loaded.codec.decode(x.float() if x.is_floating_point() else x) if loaded.codec is not None else x
+                x = x.float()
                 refuse_non_finite(x, start, f"a gentler {settings.method['name']}, or weights that are finite")
                 residual = (y - operator(x)).flatten(1).norm(dim=1)
             keep_best(best, x.cpu(), residual.cpu(), request.info)
@@ -148,6 +151,35 @@ def restore(
     curve = torch.cat([b["curve"] for b in batches], dim=1)
     state = {k: torch.cat([b["state"][k] for b in batches]) for k in batches[0]["state"]}
     return Restored(**joined, baseline=baseline, curve=curve, state=state, info={"nfe": batches[0].get("nfe")})
+
+
+def knowledge(
+    loaded: Loaded, method: RestorationMethod, operator: Operator, y: Tensor, whole: Tensor
+) -> dict[str, Any]:
+    """What a method is told of the images, as keywords of its request: the measurement y and how it came about, or, of
+    a method that completes images, the images `whole` as the model sees them and which pixels are kept. VgmError: the
+    task does more than hide pixels."""
+    if not isinstance(method, CompletesImages):
+        if loaded.codec is not None:
+            channels, height, width = loaded.header.data["sample_shape"]
+            operator = Decoded(operator, loaded.codec, (channels, height, width))
+        return {"operator": operator, "measurement": y}
+    check_completion(operator)
+    images = whole.to(y)
+    if loaded.codec is not None:
+        with torch.no_grad():
+            images = loaded.codec.latents(loaded.codec.encode(images))
+    assert operator.kept is not None
+    return {"images": images, "mask": operator.kept.to(y.device)}
+
+
+def check_completion(operator: Operator) -> None:
+    """VgmError: a task that does more than hide pixels, for a method that completes images."""
+    if operator.kept is None:
+        text = f"this method completes images, it cannot undo {operator.name}"
+        raise VgmError(text, "--mask lower, or a file that is bright where pixels are kept", USAGE)
+    if operator.noise.sigma:
+        raise VgmError("this method keeps pixels as they are, it removes no noise", "--noise none", USAGE)
 
 
 def condition(
@@ -195,7 +227,11 @@ def run(
 ) -> dict[str, Any]:
     """All of `vgm restore` but the printing: what was found, as results.json has it."""
     began = time.perf_counter()
-    build_method(loaded, settings.method, model)  # refused before anything is opened
+    adopt_own_settings(loaded, settings)
+    method = build_method(loaded, settings.method, model)  # refused before anything is opened
+    if steps is not None and not isinstance(method, TakesSteps):
+        ui.warn(f"--steps has no effect on {settings.method['name']}")
+        steps = None
     shape = image_shape(loaded)
     folder = out or default_folder(loaded, settings, seed, steps)
     check_folder(folder, overwrite)
@@ -238,6 +274,7 @@ def run(
         "task": settings.task,
         "noise": settings.noise_node if not isinstance(settings.noise, Clean) else {"name": "none"},
         "method": settings.method,
+        "guidance_scale": settings.guidance_scale,
         "steps": steps,
         "tries": tries,
         "input": inputs.source,

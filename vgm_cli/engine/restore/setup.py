@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from vgm_cli import foreign
 from vgm_cli.api import RestorationMethod
 from vgm_cli.engine.checkpoint import Loaded
 from vgm_cli.errors import USAGE, VgmError, unknown
@@ -17,12 +18,14 @@ from vgm_cli.yaml_text import parse_yaml
 
 @dataclass
 class Settings:
-    """Component nodes of the degradation and of the restoration method, and the measurement noise."""
+    """Component nodes of the degradation and of the restoration method, the measurement noise, and the guidance scale
+    (None: the method's own)."""
 
     task: dict[str, Any]
     method: dict[str, Any]
     noise: Noise
     noise_node: dict[str, Any]
+    guidance_scale: float | None = None
 
 
 def methods() -> list[str]:
@@ -84,12 +87,37 @@ def build_method(loaded: Loaded, node: dict[str, Any], target: str) -> Restorati
     if not isinstance(method, RestorationMethod):
         raise VgmError(f"{node['name']} does not say which models it accepts", "its class needs `accepts`", USAGE)
     if (reason := method.accepts(loaded.view, loaded.codec)) is not None:
-        raise VgmError(
-            f"{node['name']} does not take {target}: {reason}",
-            "a model trained by dit, sit, adm-unet, … can be a prior; `vgm train dps` makes a small one",
-            USAGE,
-        )
+        found = " or ".join(f"--method {name}" for name in accepting(loaded))
+        hint = found or "a model trained by dit, sit, adm-unet, … can be a prior; `vgm train dps` makes a small one"
+        raise VgmError(f"{node['name']} does not take {target}: {reason}", hint, USAGE)
     return method
+
+
+def accepting(loaded: Loaded) -> list[str]:
+    """The methods that take this model, with the settings they have by themselves."""
+    found = []
+    for name in methods():
+        try:
+            method = registry().build("sampler", {"name": name}, **loaded.roles)
+        except VgmError:  # it needs settings
+            continue
+        if isinstance(method, RestorationMethod) and method.accepts(loaded.view, loaded.codec) is None:
+            found.append(name)
+    return found
+
+
+def adopt_own_settings(loaded: Loaded, settings: Settings) -> None:
+    """Where the method is the sampler of the model's own recipe: what the recipe says of it, and its guidance scale,
+    but for what the user said."""
+    recipe, node = loaded.header.recipe, settings.method
+    own = recipe.get("sampler") or {}
+    if "preset" in node or own.get("name") != node["name"]:
+        return
+    told = {k: v for k, v in own.items() if k not in node}
+    foreign.tell_files(told, loaded.path)
+    if "guidance_scale" not in node:
+        settings.guidance_scale = recipe.get("guidance_scale")
+    settings.method = {**told, **node}
 
 
 def assumed(settings: Settings, degrade: bool) -> str:
