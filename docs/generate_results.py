@@ -50,6 +50,8 @@ RUNS = [  # the longest first, those that others wait for before all
     Run("dmd", "distill dmd --teacher {dir}/sit", after="sit"),
     Run("consistency-distilled", "distill consistency --teacher {dir}/sit", after="sit"),
     Run("consistency", "train consistency"),
+    Run("meanflow", "train meanflow"),
+    Run("meanflow-finetune", "distill meanflow --recipe mnist-finetune --teacher {dir}/sit", after="sit"),
     Run("dit", "train dit", bits="bits-per-dim:n=50"),
     Run("stylegan", "train stylegan"),
     Run("vdmpp", "train vdmpp", bits="bits-per-dim:n=50,bits-per-dim:n=50:method=elbo"),
@@ -185,7 +187,7 @@ def students(rows: dict[str, dict[str, Any]]) -> str:
     """Teachers and what was distilled from them."""
     cells = []
     for teacher, names in {
-        "sit": ("dmd", "consistency-distilled"),
+        "sit": ("dmd", "consistency-distilled", "meanflow-finetune"),
         "rectified-flow": ("rectified-flow-2", "rectified-flow-1"),
     }.items():
         for name in (teacher, *names):

@@ -35,6 +35,7 @@ from vgm_cli.offers import (  # noqa: F401  # the contract is imported from here
     SeveralCodebooks,
     TakesSteps,
     TokenDecoder,
+    TwoTimes,
 )
 
 # "x": (B, C, H, W) in [-1, 1] or latents (or "tokens"), "cond": keywords of the network, some rows of them dropped,
@@ -102,6 +103,11 @@ class Step:
         """Number of this process's first row in the global batch, of n rows in every process and micro-batch."""
         return (self.micro * self.world + self.rank) * n
 
+    def rows(self, n: int) -> tuple[range, int]:
+        """Numbers of this process's rows in the global batch, and how many rows that has; n rows in every process and
+        micro-batch."""
+        return range(self._first(n), self._first(n) + n), n * self.world * self.micros
+
     def _keys(self, n: int, name: str) -> Tensor:
         return random.keys(seed_of(self.seed, self.index, name), self._first(n), n, self.device)
 
@@ -126,8 +132,8 @@ class Step:
     def stratified(self, n: int, name: str) -> Tensor:
         """Times in [0, 1) spread evenly over the global batch, each uniform by itself: (u + i / N) mod 1 with one u for
         all its N rows (Kingma et al. 2021, Variational Diffusion Models, appendix I.1): (n,)."""
-        total = n * self.world * self.micros
-        rows = torch.arange(self._first(n), self._first(n) + n, device=self.device, dtype=torch.float32)
+        own, total = self.rows(n)
+        rows = torch.arange(own.start, own.stop, device=self.device, dtype=torch.float32)
         u = random.uniform(random.keys(seed_of(self.seed, self.index, name), 0, 1, self.device), 1)[0]
         return (u + rows / total) % 1
 

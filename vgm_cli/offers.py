@@ -56,6 +56,14 @@ class DropsClasses(Protocol):
 
 
 @runtime_checkable
+class TwoTimes(Protocol):
+    """A network that may be told a second time: where second_time is true, forward takes s (N,), what is told of the
+    end of a jump (diffusion/flow_map.py)."""
+
+    second_time: bool
+
+
+@runtime_checkable
 class LearnsVariance(Protocol):
     """A network whose output has twice the channels where learn_sigma is true: a mean and a variance."""
 

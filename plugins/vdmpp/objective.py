@@ -13,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor, nn
 
-from vgm_cli.api import Batch, ObjectiveBase, Phase, Step
+from vgm_cli.api import Batch, LearnsVariance, ObjectiveBase, Phase, Step
 from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.diffusion.likelihood import eps_errors, pixel_levels, pixel_nats, prior_nats
 from vgm_cli.diffusion.objectives import usual_time
@@ -67,7 +67,7 @@ class WeightedELBO(ObjectiveBase):
         input_scale: str | None = None,  # what it is fed, see Denoiser
         sigma_data: Positive | None = None,  # deviation of the data in F; None: the path's
     ):
-        if getattr(model, "learn_sigma", False):
+        if isinstance(model, LearnsVariance) and model.learn_sigma:
             raise VgmError("this objective trains no variance channels", "model.learn_sigma=false", USAGE)
         reached = make_path(path)
         self.denoiser = Denoiser(

@@ -22,7 +22,7 @@ FLOW = {"path": "linear", "prediction": "velocity"}
 TRIG = {"path": {"name": "trig", "sigma_data": 0.5}, "prediction": "trig"}
 EDM = {"path": "edm", "prediction": "F", "time": "edm"}
 VIEWS = {
-    "mean-flow": {"denoiser": FLOW, "second_time": "difference"},
+    "mean-flow": {"denoiser": FLOW, "second_time": "difference", "guided": True},
     "scm": {"denoiser": TRIG, "boundary": "trig"},
     "consistency": {"denoiser": EDM, "boundary": "skip"},
     "consistency-flow": {"denoiser": FLOW, "boundary": "skip"},
@@ -55,6 +55,14 @@ def test_mean_flow_jumps_by_the_average_velocity():
     torch.testing.assert_close(got, X - expand((T - s).float(), X) * u, rtol=1e-5, atol=1e-6)
     one = flow_map("mean-flow").jump(X, 1.0)  # z - u(z, 0, 1)
     torch.testing.assert_close(one, X - network(X, torch.ones(2), torch.ones(2)), rtol=1e-5, atol=1e-6)
+
+
+def test_average_velocities_jump_alike_on_a_curved_path():
+    view = FlowMap(network, {"path": "cosine", "prediction": "velocity"}, second_time="end")
+    got = view.jump(X, 0.9, 0.2)
+    u = network(X, torch.full((2,), 0.9), torch.full((2,), 0.2))
+    torch.testing.assert_close(got, X - 0.7 * u, rtol=1e-5, atol=1e-6)
+    assert "guided" not in view.view()
 
 
 def test_a_two_time_network_is_a_denoiser_where_both_are_the_same():

@@ -8,7 +8,8 @@ import torch.nn.functional as F
 import yaml
 from torch import nn
 
-from vgm_cli.api import ObjectiveBase, Step
+from vgm_cli.api import HasClasses, ObjectiveBase, Step
+from vgm_cli.conditioning import Conditions
 from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.diffusion.jvp import total_derivative
 from vgm_cli.engine.train.setup import Root
@@ -21,6 +22,11 @@ TRANSFORMER = yaml.safe_load(
 NETWORKS = {
     "dit": TRANSFORMER,
     "sit": TRANSFORMER,
+    "meanflow": TRANSFORMER,
+    "meanflow-unet": yaml.safe_load(
+        "{img_resolution: 8, in_channels: 2, model_channels: 16, channel_mult: [1, 2], num_blocks: 1, attn_resolutions: [4]}"
+    ),
+    "vdm": yaml.safe_load("{in_channels: 2, n_embd: 32, n_layer: 1, norm_groups: 8, fourier: false}"),
     "adm-unet": yaml.safe_load(
         "{image_size: 8, in_channels: 2, model_channels: 32, num_res_blocks: 1, channel_mult: [1, 2], num_classes: 3, "
         "attention_resolutions: [4], num_head_channels: 16, use_scale_shift_norm: true}"
@@ -52,8 +58,8 @@ def direction() -> tuple[torch.Tensor, ...]:
 
 
 def labelled(model: nn.Module):
-    y = torch.tensor([0, 2])
-    return lambda x, t: model(x, t, y=y)
+    cond = {"y": torch.tensor([0, 2])} if isinstance(model, HasClasses) and model.num_classes else {}
+    return lambda x, t: model(x, t, **cond)
 
 
 def test_every_denoising_network_is_tested():
@@ -126,7 +132,7 @@ class MeanFlow(ObjectiveBase):
 
     def loss(self, phase, batch, step):
         x, t, v, dt = batch["x"], batch["t"], batch["v"], torch.ones(len(batch["x"]))
-        u, derivative = total_derivative(lambda x, t: self.model(x, t, y=batch["y"])[:, :2], (x, t), (v, dt))
+        u, derivative = total_derivative(lambda x, t: labelled(self.model)(x, t)[:, :2], (x, t), (v, dt))
         target = (v - t.view(-1, 1, 1, 1) * derivative).detach()
         return (u - target).square().mean(), {}
 
@@ -145,11 +151,11 @@ def test_in_a_loss_that_ddp_wraps(name, one_process):
     """The trainer wraps a whole loss, so that networks inside are bare: gradients are those without DDP, and autocast
     around it changes none of them."""
     x, t, v, _ = direction()
-    batch = {"x": x, "t": t, "v": v, "y": torch.tensor([0, 2])}
+    batch = {"x": x, "t": t, "v": v}
     grads = []
     for wrapped in (False, True):
         objective = MeanFlow(network(name))
-        root = Root(objective, objective.networks)
+        root = Root(objective, objective.networks, Conditions())
         run = nn.parallel.DistributedDataParallel(root) if wrapped else root
         with torch.autocast("cpu", torch.bfloat16, enabled=wrapped):
             loss, _ = run("main", batch, Step(0))

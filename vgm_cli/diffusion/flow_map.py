@@ -52,6 +52,7 @@ class FlowMap(Denoiser):
         sigma_data: float | None = None,  # of the boundary "skip"; None: the denoiser's
         times: Sequence[float] | None = None,  # host times at which it was trained to be asked, noise first; None: all
         second_time: SecondTime | None = None,  # network(x, t, s=..., **cond): the time of the end, or t minus it
+        guided: bool = False,  # guidance is in its weights, so that none may be added
     ):
         inner = denoiser if isinstance(denoiser, Denoiser) else Denoiser.from_config(network, denoiser)
         super().__init__(network, inner.path, inner.prediction, **inner.options())
@@ -64,7 +65,7 @@ class FlowMap(Denoiser):
         self.boundary, self.sigma_min, self.sigma_max = boundary, sigma_min, sigma_max
         self.boundary_data = self.sigma_data if sigma_data is None else sigma_data
         self.times = None if times is None else list(times)
-        self.second_time = second_time
+        self.second_time, self.guided = second_time, guided
 
     def view(self) -> dict[str, Any]:
         """What a checkpoint stores; the host builds this class again from it."""
@@ -72,7 +73,7 @@ class FlowMap(Denoiser):
         if self.boundary == "skip":
             view |= {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max}
             view |= {"sigma_data": self.boundary_data} if self.boundary_data != self.sigma_data else {}
-        optional = {"times": self.times, "second_time": self.second_time}
+        optional = {"times": self.times, "second_time": self.second_time, "guided": self.guided or None}
         return view | {k: v for k, v in optional.items() if v is not None}
 
     # -- where jumps start and end
@@ -131,8 +132,16 @@ class FlowMap(Denoiser):
         return convert(f, x_t, t, self.path, "x0", to, self.sigma_data)
 
     def jump(self, x: Tensor, t: Time, s: Time | None = None, **cond: Any) -> Tensor:
-        """x_s (B, ...) from x at t, one evaluation. t, s: (B,) or numbers, s <= t; None: the end, which is data."""
+        """x_s (B, ...) from x at t, one evaluation. t, s: (B,) or numbers, s <= t; None: the end, which is data.
+
+        A velocity that a network of two times gives is the average one on the way from t to s, so that the jump is
+        x - (t - s) u on every path (Geng et al. 2025, eq. 12).
+        """
         t, end = self.batch_time(x, t), self.end()
+        if self.second_time is not None and self.prediction == "velocity":
+            s = self.batch_time(x, end if s is None else s)
+            u = self.interpret(self.raw(x, t, s=s, **cond), x, t, "velocity")
+            return x - expand((t - s).to(x.dtype), x) * u
         x0 = self.interpret(self.raw(x, t, s=end if s is None else s, **cond), x, t)
         if s is None:
             return x0

@@ -2,7 +2,9 @@
 
 Same function and parameter names as facebookresearch/DiT@ed81ce2 models.py. Deviations: fused attention; labels are
 dropped by the host, never by a draw inside forward; y may be None (unconditional); guidance is the host's, so
-there is no forward_with_cfg. `SiT` below is the same network with the variance half of its output thrown away.
+there is no forward_with_cfg. `SiT` below is the same network with the variance half of its output thrown away. With
+second_time it is told a second number beside t, as networks that jump from one time to another are (MeanFlow,
+2505.13447).
 """
 
 from __future__ import annotations
@@ -160,6 +162,7 @@ class DiT(nn.Module):
         num_classes: Whole = 1000,  # 0 is unconditional
         learn_sigma: bool = True,  # twice the output channels: the second half is the variance
         context_dim: Width | None = None,  # width of a text's vectors, whose sum conditions like a class; None: none
+        second_time: bool = False,  # forward is told a second time, s, which has an embedder of its own
     ):
         super().__init__()
         if input_size % patch_size:
@@ -169,11 +172,14 @@ class DiT(nn.Module):
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.num_classes, self.class_dropout_prob, self.learn_sigma = num_classes, class_dropout_prob, learn_sigma
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
+        self.second_time = second_time
         self.sample_shape = (in_channels, input_size, input_size)
         self.checkpointing = False
 
         self.x_embedder = PatchEmbed(patch_size, in_channels, hidden_size)
         self.t_embedder = TimestepEmbedder(hidden_size)
+        if second_time:
+            self.r_embedder = TimestepEmbedder(hidden_size)
         self.y_embedder = LabelEmbedder(num_classes, hidden_size, has_null=class_dropout_prob > 0)
         self.context_embedder = None if context_dim is None else nn.Linear(context_dim, hidden_size)
         grid = input_size // patch_size
@@ -195,8 +201,9 @@ class DiT(nn.Module):
         nn.init.xavier_uniform_(patches.weight.flatten(1))  # as the linear layer on patches that it is
         nn.init.zeros_(patches.bias)  # type: ignore[arg-type]
         nn.init.normal_(self.y_embedder.embedding_table.weight, std=0.02)
-        for layer in (self.t_embedder.mlp[0], self.t_embedder.mlp[2]):
-            nn.init.normal_(layer.weight, std=0.02)  # type: ignore[arg-type]
+        for embedder in (self.t_embedder, self.r_embedder) if self.second_time else (self.t_embedder,):
+            for layer in (embedder.mlp[0], embedder.mlp[2]):
+                nn.init.normal_(layer.weight, std=0.02)  # type: ignore[arg-type]
         for part in (*self.blocks, self.final_layer):
             nn.init.zeros_(part.adaLN_modulation[1].weight)  # type: ignore[union-attr, index]
         nn.init.zeros_(self.final_layer.linear.weight)
@@ -221,13 +228,19 @@ class DiT(nn.Module):
         x = x.view(len(x), grid, grid, p, p, -1)  # (N, h, w, p, p, C)
         return x.permute(0, 5, 1, 3, 2, 4).reshape(len(x), -1, self.input_size, self.input_size)
 
-    def embed(self, x: Tensor, t: Tensor, y: Tensor | None, context: Tensor | None = None) -> tuple[Tensor, Tensor]:
+    def embed(
+        self, x: Tensor, t: Tensor, y: Tensor | None, context: Tensor | None = None, s: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
         """What forward is given -> tokens (N, T, D) and their condition (N, D)."""
         if x.shape[1:] != self.sample_shape:
             raise VgmError(f"the network is built for {self.sample_shape}, got {tuple(x.shape[1:])}", code=USAGE)
         if y is None:
             y = self.null_labels(x)
         c = self.t_embedder(t) + self.y_embedder(y)
+        if self.second_time:
+            c = c + self.r_embedder(torch.zeros_like(t) if s is None else s)
+        elif s is not None:
+            raise VgmError("the network is told one time, not two", "model.second_time=true", USAGE)
         if self.context_embedder is not None and context is not None:
             c = c + self.context_embedder(context.sum(1))
         return self.x_embedder(x) + self.pos_embed, c
@@ -249,10 +262,11 @@ class DiT(nn.Module):
         layers: Sequence[str],
         y: Tensor | None = None,
         context: Tensor | None = None,
+        s: Tensor | None = None,
     ) -> list[Tensor]:
         """Tokens (N, T, D) behind the blocks that are named "blocks.3"; see api.HasFeatures."""
         at = places(layers, [f"blocks.{i}" for i in range(len(self.blocks))])
-        x, c = self.embed(x, t, y, context)
+        x, c = self.embed(x, t, y, context, s)
         found: list[Tensor] = []
         for block in self.blocks[: max(at, default=-1) + 1]:
             x = self.run(block, x, c)
@@ -261,12 +275,21 @@ class DiT(nn.Module):
 
     @staticmethod
     def example(config: Mapping[str, Any]) -> dict[str, Tensor]:
-        return images(config["in_channels"], config["input_size"], config["num_classes"])
+        given = images(config["in_channels"], config["input_size"], config["num_classes"])
+        return given | ({"s": torch.tensor([0.25])} if config.get("second_time") else {})
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, context: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor | None = None,
+        context: Tensor | None = None,
+        s: Tensor | None = None,
+    ) -> Tensor:
         """x: (N, C, H, W); t: (N,) timesteps in [0, 1000); y: (N,) int64 labels; context: (N, L, context_dim) a
-        text. Gives (N, C or 2C, H, W). VgmError: x has another size than the positions."""
-        x, c = self.embed(x, t, y, context)
+        text; s: (N,) the second time of a network that has one, None for 0. Gives (N, C or 2C, H, W). VgmError: x has
+        another size than the positions."""
+        x, c = self.embed(x, t, y, context, s)
         for block in self.blocks:
             x = self.run(block, x, c)  # (N, T, D)
         return self.unpatchify(self.final_layer(x, c))  # (N, C or 2C, H, W)
@@ -276,5 +299,12 @@ class SiT(DiT):
     """DiT as Scalable Interpolant Transformers use it (willisma/SiT@947f95b): t in [0, 1] fed as it is, and only the
     first half of the output channels returned; learn_sigma stays true so that published weights fit."""
 
-    def forward(self, x: Tensor, t: Tensor, y: Tensor | None = None, context: Tensor | None = None) -> Tensor:
-        return super().forward(x, t, y, context)[:, : self.in_channels]
+    def forward(
+        self,
+        x: Tensor,
+        t: Tensor,
+        y: Tensor | None = None,
+        context: Tensor | None = None,
+        s: Tensor | None = None,
+    ) -> Tensor:
+        return super().forward(x, t, y, context, s)[:, : self.in_channels]

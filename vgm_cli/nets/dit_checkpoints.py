@@ -11,6 +11,7 @@ from typing import Any
 from torch import Tensor
 
 from vgm_cli.convert_api import Layout, Published
+from vgm_cli.errors import USAGE, VgmError
 
 State = Mapping[str, Tensor]
 Header = Callable[[Mapping[str, Any]], Mapping[str, Any]]
@@ -22,7 +23,7 @@ def recognise(keys: Iterable[str]) -> bool:
     keys = set(keys)
     own = {"pos_embed", "x_embedder.proj.weight", "y_embedder.embedding_table.weight", "final_layer.linear.weight"}
     return own | {"blocks.0.attn.qkv.bias", "blocks.0.mlp.fc1.bias", "t_embedder.mlp.2.weight"} <= keys and not any(
-        "norm" in k or "rope" in k for k in keys
+        "norm" in k or "rope" in k or k.startswith("r_embedder") for k in keys
     )
 
 
@@ -99,6 +100,12 @@ def assumes(state: State, config: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
+def one_time(config: Mapping[str, Any]) -> None:
+    """VgmError: the network is told two times, which no file of this layout is."""
+    if config.get("second_time"):
+        raise VgmError("this layout is of networks that are told one time", "a .safetensors file keeps both", USAGE)
+
+
 def converter(name: str, header: Header, summary: str, assumes: Assumes = assumes) -> Layout:
     """The converter of the official layout for the component `name`; header and assumes as in convert_api."""
     return Layout(
@@ -109,5 +116,6 @@ def converter(name: str, header: Header, summary: str, assumes: Assumes = assume
         to_ours=official,
         from_ours=official,
         config=config_from,
+        allows=one_time,
         published=Published(header=header, assumes=assumes),
     )
