@@ -97,6 +97,7 @@ def sample(
     from vgm_cli.engine.run_files import newest
     from vgm_cli.engine.sample import loop as generate
     from vgm_cli.engine.sample import output
+    from vgm_cli.engine.sample import trace as tracing
     from vgm_cli.engine.sample.setup import named, open_model, plan_for, prompts_in, warn_of_ignored
     from vgm_cli.errors import INTERRUPTED, USAGE, VgmError
     from vgm_cli.images import save_png
@@ -107,8 +108,8 @@ def sample(
         words.insert(0, model)
         model = None
     if model is None and newest("last") is None:
-        hint = "name a run or a file; vgm train dit makes one"
-        raise VgmError("no model is named, and there is no run below ./runs", hint, USAGE)
+        text = "no model is named, and there is no run below ./runs"
+        raise VgmError(text, "name a run or a file; vgm train dit makes one", USAGE)
     model = model or "last"
     processes.join()
     allow_typed([sampler, *words])
@@ -135,15 +136,15 @@ def sample(
     meta = generate.provenance(loaded, plan, named(loaded, model), where)
     output.check_target(target, meta, plan, overwrite, trace)
     try:
-        strips = output.trace(loaded, plan, where) if trace and ui.main else None
+        strips = tracing.trace(loaded, plan, where) if trace and ui.main else None
         with Progress("sampling", plan.n, every=10) as progress:
             result = output.write(loaded, plan, target, meta, where, progress, overwrite)
     except KeyboardInterrupt as e:
         raise VgmError(f"interrupted: {(kept := output.kept(target, plan))[0]}", kept[1], INTERRUPTED) from e
     warn_of_ignored(result, plan)
     if strips is not None:
-        save_png(strips, output.trace_of(target), {"vgm.trace": meta["vgm"]})
-        result["trace"] = str(output.trace_of(target))
+        save_png(strips, tracing.trace_of(target), {"vgm.trace": meta["vgm"]})
+        result["trace"] = str(tracing.trace_of(target))
     ui.document(result)
     ui.data(str(target))
     if trace:
@@ -181,7 +182,7 @@ def rerun(
 
     Next: vgm sample RUN
     """
-    from vgm_cli.engine.sample.output import rerun as again
+    from vgm_cli.engine.sample.again import rerun as again
     from vgm_cli.errors import CHECK_FAILED, INTERRUPTED, VgmError
 
     try:

@@ -5,13 +5,11 @@ from __future__ import annotations
 
 import itertools
 import json
-import math
 import os
 import re
 import shutil
 import time
 import zipfile
-from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -19,19 +17,16 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from vgm_cli import atomic, foreign
-from vgm_cli.engine import checkpoint as ckpt
+from vgm_cli import atomic
 from vgm_cli.engine import processes
 from vgm_cli.engine.checkpoint import Loaded
 from vgm_cli.engine.sample import loop as generate
 from vgm_cli.engine.sample.loop import Plan
-from vgm_cli.errors import FAILED, USAGE, VgmError
-from vgm_cli.images import SHOWN, Layout, make_grid, read_png_metadata, save_grid, save_png, to_uint8
-from vgm_cli.registry import registry
+from vgm_cli.engine.sample.trace import trace_of
+from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.images import SHOWN, Layout, read_png_metadata, save_grid, save_png, to_uint8
 from vgm_cli.ui import ui
 
-REMEMBERED = ("model", "weights", "sha256", "step", "n", "seed", "labels", "steps", "guidance_scale")
-TRACED_ITEMS, TRACED_STEPS = 8, 12
 JOB = ".vgm-job.json"  # in a folder of samples: how they are made
 KINDS = "grid.png, x.npz (ADM layout) or a folder"
 
@@ -318,130 +313,3 @@ def join_parts(files: list[Path], plan: Plan, target: Path) -> None:
         if plan.labels:
             with z.open("arr_1.npy", "w") as f:
                 np.save(f, np.asarray(plan.labels, np.int64))
-
-
-# -- how a sample comes about ------------------------------------------------------------------------------------------
-
-
-def trace_of(target: Path) -> Path:
-    return target.with_name(f"{target.stem}-trace.png")
-
-
-def trace(loaded: Loaded, plan: Plan, device: torch.device) -> np.ndarray:
-    """A picture of how the first samples form. Each takes two rows, x_t and the estimate of x_0, from noise to image,
-    with the time above each column. VgmError: the sampler reports no steps."""
-    seen: list[tuple[Tensor, Tensor | None, float | None]] = []
-
-    def watch(i: int, total: int, x: Tensor, x0: Tensor | None) -> None:
-        at = getattr(loaded.view, "asked_at", None)
-        seen.append((x, x0, None if at is None else float(at.flatten()[0])))
-
-    n = min(plan.n, TRACED_ITEMS)
-    for _ in generate.stream(loaded, replace(plan, batch_size=max(n, 1)), device, 0, n, callback=watch):
-        pass
-    if not seen:
-        text = f"the sampler {plan.sampler['name']} reports no steps to trace"
-        raise VgmError(text, "a diffusion or flow sampler does", FAILED)
-    chosen = sorted({round(k * (len(seen) - 1) / (TRACED_STEPS - 1)) for k in range(TRACED_STEPS)})
-    strips = {"x_t": [seen[k][0] for k in chosen]}
-    if all(seen[k][1] is not None for k in chosen):
-        strips["estimate"] = [seen[k][1] for k in chosen]  # type: ignore[misc]
-    rows = [
-        shown(loaded, torch.stack([x[i].float() for x in strip]), device) for i in range(n) for strip in strips.values()
-    ]
-    letter = "sigma" if getattr(getattr(loaded.view, "path", None), "t_max", 1) > 1 else "t"
-    times = [f"step {k + 1}" if seen[k][2] is None else f"{letter} {seen[k][2]:.3g}" for k in chosen]
-    return make_grid(torch.cat(rows), len(chosen), rows=list(strips) * n, columns=times, block=len(strips))
-
-
-@torch.no_grad()
-def shown(loaded: Loaded, x: Tensor, device: torch.device) -> Tensor:
-    """States (B, ...) as pictures: latents are decoded, and noise is scaled into the visible range."""
-    x = x.to(device)
-    if loaded.codec is not None:
-        x = loaded.codec.decode(x)
-    else:
-        x = x / x.flatten(1).abs().amax(1).clamp(min=1.0).view(-1, 1, 1, 1)
-    return x.float().cpu()
-
-
-def again_name(image: Path, item: bool) -> Path:
-    """The default path of a picture that `vgm rerun` makes, outside of folders whose pictures are counted as
-    samples."""
-    if not item:
-        return free_name(Path(f"{image.stem}-again.png"))
-    folder = image.resolve().parent
-    where = folder.with_name(f"{folder.name}-again")
-    return free_name((Path(os.path.relpath(where)) if not image.is_absolute() else where) / image.name)
-
-
-def rerun(image: Path, out: Path | None, device_name: str | None = None, overwrite: bool = False) -> dict[str, Any]:
-    """Make the same picture again from what the PNG remembers, and say whether every pixel agrees.
-
-    VgmError: no provenance, or something lies where it would go (2), other weights than then (1).
-    """
-    from vgm_cli.data.decode import open_image
-    from vgm_cli.engine.sample.setup import adopt_conditions, given_images, open_model
-
-    if not image.is_file():
-        raise VgmError(f"no such image: {image}", code=USAGE)
-    try:
-        remembered = read_png_metadata(image)
-        s = json.loads(remembered["vgm"])
-    except (KeyError, ValueError, OSError, SyntaxError, RecursionError) as e:
-        raise VgmError(f"{image} does not say how it was made", "PNGs of `vgm sample` do", USAGE) from e
-    if isinstance(s, dict) and not s.get("sampler"):
-        raise VgmError(f"{image} was made by vgm {s.get('command', '?')}", "PNGs of `vgm sample` are made again", USAGE)
-    foreign.check(s, "picture", image)
-    missing = [k for k in REMEMBERED if k not in s]
-    item = remembered.get("vgm.item")
-    if missing or not (item or "0").isdecimal() or int(item or 0) >= s["n"]:
-        raise VgmError(f"{image} does not say its {missing[0] if missing else 'item'}", code=FAILED)
-    target = out or again_name(image, item is not None)
-    if target.suffix.lower() != ".png":
-        raise VgmError(f"--out {target}: a picture made again is a .png", code=USAGE)
-    if target.resolve() == image.resolve():
-        raise VgmError(f"{target} is the picture itself", "name another --out", USAGE)
-    atomic.refuse_existing(target, overwrite)
-    registry().note(s, str(image))
-    foreign.tell_files(s["sampler"], image)
-    path = ckpt.resolve(s["model"], s["weights"])
-    ui.info(f"model: {path}, as {image} says")
-    if ckpt.file_hash(path) != s["sha256"]:
-        raise VgmError(f"{path} holds other weights than {image} was made with (step {s['step']})", code=FAILED)
-    loaded, device = open_model(str(path), None, device_name)
-    if s.get("input"):
-        ui.info(f"input: {s['input']}, as {image} says")
-    interval = tuple(s["guidance_interval"]) if s.get("guidance_interval") else None
-    start = given_images(loaded, s["input"], s["n"]) if s.get("input") else None
-    steps = s["steps"] if "steps" in s.get("asked", ["steps"]) else None
-    told, words = loaded.conditions, s.get("words") or {}
-    foreign.tell_files([words, s.get("conditions")], image)
-    adopt_conditions(loaded, dict(s.get("conditions") or {}), ())
-    items = {name: told.parts[name].condition.parse(own) for name, own in words.items() if name in told.parts}
-    if (part := told.of_column("label")) is not None and s["labels"]:
-        items[part.name] = part.condition.parse(list(map(str, s["labels"])))
-    given = generate.items_for(told, s["n"], items)
-    plan = Plan(n=s["n"], seed=s["seed"], given=given, labels=generate.labels_in(told, given), words=words,
-                negative=s.get("negative") or {}, sampler=s["sampler"], steps=steps, images=start,
-                guidance_scale=s["guidance_scale"], guidance_interval=interval, precision=s.get("precision", "fp32"),
-                batch_size=s.get("batch_size", 64), roles=loaded.roles)  # fmt: skip
-    if item is None:
-        known = remembered.get("vgm.grid")
-        layout = Layout.parse(known) if known else Layout(plain_columns(plan, loaded))
-        write_grid(loaded, plan, target, device, {"vgm": remembered["vgm"]}, {}, None, layout)
-    else:
-        first = int(item) // plan.batch_size * plan.batch_size
-        batch = pictures(loaded, plan, first, min(first + plan.batch_size, plan.n), device, {})
-        save_png(batch[int(item) - first], target, remembered)
-    with open_image(image) as a, open_image(target) as b:
-        x, y = np.asarray(a).astype(int), np.asarray(b).astype(int)
-    same = x.shape == y.shape and bool((x == y).all())
-    return {"image": str(image), "again": str(target), "identical": same,
-            "largest_difference": int(abs(x - y).max()) if x.shape == y.shape else None}  # fmt: skip
-
-
-def plain_columns(plan: Plan, loaded: Loaded) -> int:
-    """Columns of a grid that states no layout: one per class where they fit, else near a square."""
-    classes = min(len(set(plan.labels)), loaded.header.data.get("num_classes") or 0)
-    return classes if 2 <= classes <= 20 and plan.n >= classes else math.ceil(math.sqrt(plan.n))
