@@ -83,9 +83,9 @@ def run(argv: list[str]) -> int:
     except Exception as e:
         if ui.debug:
             raise
-        told = explain(e, next((a for a in rest if not a.startswith("-")), ""))
-        ui.error(told)
-        return told.code
+        explained = explain(e, next((a for a in rest if not a.startswith("-")), ""))
+        ui.error(explained)
+        return explained.code
 
 
 def invoke(app: Any, args: list[str]) -> int:

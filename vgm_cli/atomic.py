@@ -120,7 +120,7 @@ def _alive(pid: int) -> bool:
 
 
 def exchange(a: Path, b: Path) -> None:
-    """Two names change places, in one step where the system can (Linux), else in three."""
+    """Swap two names, in one step where the system can (Linux), otherwise in three."""
     import ctypes
 
     try:
@@ -165,7 +165,7 @@ def sync_folder(folder: str | os.PathLike[str]) -> None:
 
 
 def plain(path: str | os.PathLike[str]) -> bool:
-    """Is the name UTF-8? safetensors opens no other."""
+    """Whether a path's name is UTF-8; safetensors opens no other."""
     try:
         os.fspath(path).encode("utf-8")
     except UnicodeEncodeError:

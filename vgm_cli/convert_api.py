@@ -68,14 +68,14 @@ class Diffusers:
 
     config_json(config): what is written beside the weights.
     from_json(json): constructor keywords that config.json tells and shapes do not.
-    fits(json): whether a config.json belongs to this layout, where tensors fit several.
+    matches(json): whether a config.json belongs to this layout, where tensors fit several.
     adapt(layout, json): the layout for this config.json, where tensors are read differently by what it says (the width
         of a head).
     """
 
     config_json: Callable[[Config], dict[str, Any]]
     from_json: Callable[[Mapping[str, Any]], dict[str, Any]] = nothing
-    fits: Callable[[Mapping[str, Any]], bool] = lambda json: False
+    matches: Callable[[Mapping[str, Any]], bool] = lambda json: False
     adapt: Callable[[Layout, Mapping[str, Any]], Layout] = lambda layout, json: layout
 
 

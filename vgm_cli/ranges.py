@@ -66,7 +66,7 @@ def ordered(low: float | None, high: float | None, names: str) -> None:
 
 
 def shown(value: Any) -> str:
-    """repr, short enough for a sentence."""
+    """A value as an error message shows it: its repr, shortened."""
     import reprlib
 
     short = reprlib.Repr()

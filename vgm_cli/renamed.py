@@ -41,7 +41,8 @@ def key(dotted: str, start: str) -> str:
 
 
 def node(old: str, value: Any) -> Any:
-    """What stood under the key `old` of a recipe, as a role: a teacher with weights was a checkpoint."""
+    """The role that stands for what an older version wrote under the key `old`, e.g. a teacher with weights is a
+    checkpoint."""
     if not isinstance(value, dict):
         return value
     if old == "pairs":

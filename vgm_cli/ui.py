@@ -145,7 +145,7 @@ class Progress:
     """
 
     def __init__(self, what: str, total: int, done: int = 0, every: float | None = None):
-        self.what, self.total, self.every, self.told = what, total, every, time.monotonic()
+        self.what, self.total, self.every, self.last_line = what, total, every, time.monotonic()
         self.bar: Any = None
         if ui.interactive and ui.main:
             from rich.console import Console
@@ -166,8 +166,8 @@ class Progress:
     def update(self, done: float, note: str | None = None) -> None:
         if self.bar is not None:
             self.bar.update(self.task, completed=done, **({"note": clean(note)} if note is not None else {}))
-        elif self.every is not None and time.monotonic() - self.told >= self.every:
-            self.told = time.monotonic()
+        elif self.every is not None and time.monotonic() - self.last_line >= self.every:
+            self.last_line = time.monotonic()
             of = f"/{self.total}" if self.total else ""
             ui.info(f"{self.what} {int(done)}{of}" + (f", {note}" if note else ""))
 

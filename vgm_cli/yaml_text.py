@@ -1,4 +1,4 @@
-"""YAML as recipes and the command line write it: numbers as everybody means them, no text that chokes a parser."""
+"""YAML as recipes and the command line write it: 1e-4 is a number, and no text can exhaust the parser."""
 
 from __future__ import annotations
 

@@ -60,6 +60,6 @@ class Upsampling(IDDPM):
         super().__init__(model, schedule, steps, learn_sigma, resampler=resampler)
         self.small_size = small_size
 
-    def told(self, batch: Batch) -> dict[str, Any]:
+    def keywords_of(self, batch: Batch) -> dict[str, Any]:
         low_res = F.interpolate(batch["x"], self.small_size, mode="area")  # (B, C, small, small)
-        return super().told(batch) | {"low_res": low_res}
+        return super().keywords_of(batch) | {"low_res": low_res}

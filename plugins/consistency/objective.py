@@ -114,7 +114,7 @@ class Consistency(ObjectiveBase):
             self.copy.to(memory_format=torch.channels_last)  # type: ignore[call-overload]
 
     def count(self, index: int, total: int) -> int:
-        """N(k)."""
+        """N(k): the number of noise levels at step `index` of `total`."""
         total = self.total_steps or max(total, 1)
         return scales(
             self.scale_mode, min(index, total), total, self.start_scales, self.end_scales, self.steps_per_stage

@@ -45,8 +45,8 @@ def header(config: Mapping[str, Any]) -> dict[str, Any]:
 def assumes_training(state: State, config: Mapping[str, Any]) -> dict[str, str]:
     """What no tensor tells of the network, and of the training of one that is not a published one."""
     found = assumes(state, config)
-    told = "schedule=linear over 1000 steps, as published (schedule=cosine tells otherwise)"
-    return {**found, "schedule": told} if found else found
+    remark = "schedule=linear over 1000 steps, as published (schedule=cosine tells otherwise)"
+    return {**found, "schedule": remark} if found else found
 
 
 CONVERTER = converter(
@@ -193,7 +193,7 @@ def diffusers(name: str, input_size: int) -> Layout:
         diffusers=Diffusers(
             config_json=diffusers_config,
             from_json=lambda json: {"num_heads": json["num_attention_heads"]} if "num_attention_heads" in json else {},
-            fits=lambda json: (json.get("sample_size") == 64) == (input_size == 64),
+            matches=lambda json: (json.get("sample_size") == 64) == (input_size == 64),
             adapt=adapt,
         ),
         proof=Proof(reference=diffusers_forward, forward=forward),

@@ -111,7 +111,7 @@ class DMD(ObjectiveBase):
         ]
 
     def at(self, level: Tensor) -> Tensor:
-        """Host times (B,) float64 of noise levels (B,)."""
+        """Host times (B,) float64 of noise levels given by number (B,)."""
         self.levels = self.levels.to(level.device)  # copied once
         return self.levels[level]
 
@@ -189,7 +189,7 @@ class DMD(ObjectiveBase):
         return loss, logs
 
     def logits(self, x: Tensor, cond: dict[str, Tensor], step: Step, name: str) -> Tensor:
-        """The discriminator's opinion of x (B, C, H, W): (B, 1). name: of the draws."""
+        """The discriminator's logits of images x (B, C, H, W), noised first: (B, 1). name: of the random draws."""
         if self.diffusion_gan:
             t = self.at(step.randint(self.gan_max_level, len(x), f"gan level {name}"))
             x = self.student.path.add_noise(x, step.randn(x.shape, f"gan noise {name}"), t)
@@ -198,8 +198,11 @@ class DMD(ObjectiveBase):
         return self.head(self.features(self.fake, x, t, **cond).float())
 
     def regression_loss(self, n: int, step: Step) -> Tensor:
-        """Distance of the student's images from the teacher's at the same noise: pairs z, x (P, C, H, W), and keywords
-        of the networks."""
+        """Distance of the student's images from the teacher's at the same noise, over n stored pairs drawn for this
+        step: a scalar.
+
+        self.pairs holds the noise z (P, C, H, W), the teacher's images x (P, C, H, W), and the conditions of each.
+        """
         if self.pairs is None:
             raise VgmError("the regression has no ODE pairs", "`vgm distill dmd --teacher RUN` makes them", USAGE)
         rows = step.randint(len(self.pairs["z"]), n, "pairs").to(self.pairs["z"].device)

@@ -25,7 +25,8 @@ from .sampler import Restorer, Walk, finish, need_pinv
 
 
 def split_variance(s: Tensor, level: float, sigma_y: float) -> tuple[Tensor, Tensor, Tensor]:
-    """Per coefficient: its noise-to-signal ratio sigma_y / s, is it measured, is it known better than `level`."""
+    """Three tensors like s, per singular direction: the noise-to-signal ratio sigma_y / s; whether it is measured at
+    all (s > 0); whether the measurement is less noisy than the state at noise `level`."""
     seen = s > 0
     nsr = torch.where(seen, sigma_y / s.clamp(min=1e-30), torch.inf)
     return nsr, seen, seen & (level >= nsr)

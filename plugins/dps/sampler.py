@@ -28,7 +28,7 @@ Walk = Iterator[tuple[Tensor, Tensor, Tensor]]
 Correct = Callable[[Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
 
 
-def walk(
+def denoising_steps(
     prior: Prior,
     x: Tensor,
     correct: Correct,
@@ -36,9 +36,10 @@ def walk(
     sampler: Literal["ddpm", "ddim"] = "ddpm",
     eta: float = 0.0,
 ) -> Walk:
-    """From noise x: (B, C, H, W) to data; yields (x_{t-1}, x0, distance) after every step.
+    """Denoise from noise x (B, C, H, W) along the prior's chain, each step corrected by `correct`; yields (x_{t-1}, x0,
+    distance to the measurement) after every step.
 
-    noise(): one draw like x per step, the last one too (its draw is not used).
+    noise(): one draw like x per step; the last step's is not used. sampler, eta: ancestral, or DDIM.
     """
     for i in reversed(range(prior.steps)):
         with torch.enable_grad():
@@ -62,8 +63,8 @@ def measured(request: Request, method: str) -> tuple[Operator, Tensor]:
 
 
 def finish(view: Any, request: Request, steps: int, states: Walk) -> Tensor:
-    """Run a walk, telling the request of every step: info["residual"] is a list of (B,) distances |y - A(x0)| of
-    the network's estimate."""
+    """Run a chain to its end and return the last state. The request is told of every step; info["residual"] is a
+    list of the distances |y - A(x0)| (B,) of the network's estimates."""
     before, x = view.nfe, None
     residuals: list[Tensor] = []
     for i, (x, x0, value) in enumerate(states):
@@ -76,10 +77,10 @@ def finish(view: Any, request: Request, steps: int, states: Walk) -> Tensor:
 
 
 class Restorer(ABC):
-    """What the methods of this family share: the prior, the clip, the report.
+    """What all methods of this family share: the prior, the clipping, the report of steps.
 
-    steps: N, "a,b,c" or "ddimN" of the prior's; a request's own go before. clip: x0 to [-1, 1], None for images and not
-    for latents. variance: of the reverse step, None for the network's own.
+    steps: N, "a,b,c" or "ddimN", as for respaced processes; a request's own number goes before. clip: limit x0 to [-1,
+    1]; None: for images, not for latents. variance: of the reverse step; None: the network's own.
     """
 
     name = ""
@@ -88,7 +89,7 @@ class Restorer(ABC):
         self.steps, self.clip, self.variance = steps, clip, variance
 
     def prior(self, view: Any, request: Request, operator: Operator, **options: Any) -> Prior:
-        """options: see prior_of."""
+        """The prior of a view for this request. options: see prior_of."""
         clip = not operator.latent if self.clip is None else self.clip
         steps = self.steps if request.steps is None else request.steps
         if str(self.steps).startswith("ddim") and isinstance(steps, int):
@@ -106,15 +107,15 @@ class Restorer(ABC):
         return self.restore(view, request, operator, y)
 
     def accepts(self, model: Any, codec: Any) -> str | None:
-        """Any diffusion or flow network; None, or why not."""
+        """None for any diffusion or flow network, otherwise the reason why not."""
         return no_denoiser(model)
 
     def check(self, operator: Operator) -> None:  # noqa: B027, most methods take every operator
-        """VgmError when the method needs more of the operator than it has."""
+        """VgmError: the method needs more of the operator (its pseudo-inverse) than it has."""
 
     @abstractmethod
     def restore(self, view: Any, request: Request, operator: Operator, y: Tensor) -> Tensor:
-        """From noise to images."""
+        """Sample images (B, C, H, W) that agree with the measurement y."""
 
 
 def need_pinv(operator: Operator, method: str) -> None:
@@ -152,7 +153,7 @@ class DPS(Restorer):
         prior = self.prior(view, request, operator, threshold=self.dynamic_threshold)
         zeta = 0.3 * 1000 / prior.steps if self.zeta is None else self.zeta
         step = self.correction(prior, request, operator, y, zeta)
-        states = walk(prior, request.randn(), step, request.randn, self.sampler, self.eta)
+        states = denoising_steps(prior, request.randn(), step, request.randn, self.sampler, self.eta)
         return finish(view, request, prior.steps, states)
 
     def correction(self, prior: Prior, request: Request, operator: Operator, y: Tensor, zeta: float) -> Correct:
@@ -196,7 +197,7 @@ class MCG(DPS):
         return lambda x, y: official.project(operator, x, y)
 
     def noised(self, prior: Prior, request: Request, y: Tensor, i: int) -> Tensor:
-        """y as step i would see it."""
+        """The measurement y (B, ...) with the noise that it would have at step i of the chain."""
         return prior.process.q_sample(y, prior.index(y, i), request.randn(tuple(y.shape[1:])))
 
     def correction(self, prior: Prior, request: Request, operator: Operator, y: Tensor, zeta: float) -> Correct:
@@ -210,7 +211,7 @@ class MCG(DPS):
 
 
 class Projection(MCG):
-    """Only the projection: no gradient is taken."""
+    """After every step, the projection onto the noised measurement alone; no gradient is taken."""
 
     name = "projection"
 

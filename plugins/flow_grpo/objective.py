@@ -124,7 +124,7 @@ class FlowGRPO(ObjectiveBase):
         if state:
             self.first, self.dull = state["first"].clone(), int(state["dull"])
 
-    def told(self, group: Tensor | None) -> dict[str, Tensor]:
+    def keywords_of(self, group: Tensor | None) -> dict[str, Tensor]:
         """Keywords of the network for prompts by number (B,)."""
         if group is None or self.asked is None:
             return {}
@@ -140,7 +140,7 @@ class FlowGRPO(ObjectiveBase):
     def velocity(self, denoiser: Denoiser, x: Tensor, index: Tensor, group: Tensor | None) -> Tensor:
         """Guided velocity at x (B, ...), level sigmas[index (B,)], of prompts number group (B,), None without any:
         float32 (B, ...). No gradient goes through the unconditional half."""
-        cond = self.told(group)
+        cond = self.keywords_of(group)
         if self.scale != 1 and cond:
             null = self.conditions.null(x.device) if self.conditions else None
             denoiser = ClassifierFreeGuidance(denoiser, self.scale, detach=True, null=null)
@@ -236,8 +236,8 @@ class FlowGRPO(ObjectiveBase):
         return advantages(rewards, groups, self.advantage, self.global_std)
 
     def watch(self, rewards: Tensor, groups: Tensor, images: Tensor, keep: Tensor) -> None:
-        """What the log shows of a roll-out, and the end of a run that collapsed. rewards, groups, images: the whole
-        batch's, so that all processes decide alike."""
+        """Log a roll-out's rewards and diversity, and end a run that has collapsed. rewards, groups and images are
+        those of all processes, so that every process decides alike."""
         members = [groups == g for g in groups.unique()]
         spreads = torch.stack([rewards[m].std(correction=0) for m in members])
         diversity = torch.stack([images[m].std(0, correction=0).mean() for m in members]).mean()
@@ -290,8 +290,8 @@ class FlowGRPO(ObjectiveBase):
 
     @torch.no_grad()
     def rehearsal(self, batch: Batch, step: Step) -> Batch:
-        """A part without a roll-out, one step per image: noised to a level, then one step of the policy, of random
-        advantage. For planning a run's cost, and for tests."""
+        """A training batch without a roll-out, for planning a run's cost and for tests: one step per image, noised
+        to a level, with a random advantage."""
         x0, n = batch["x"], len(batch["x"])
         index = step.randint(len(self.windows[0]), n, "index")
         sigma = expand(self.sigmas.to(x0.device)[index], x0)
@@ -309,8 +309,8 @@ class FlowGRPO(ObjectiveBase):
 
 
 def places(steps: int, fraction: float, window: int | None, within: Sequence[int] | None, kind: Kind) -> list[range]:
-    """The runs of steps that a roll-out may train on, one of which is drawn. VgmError: none, or CPS's last step, which
-    has no noise."""
+    """All windows of steps that a roll-out may train on, of which one is drawn. VgmError: there is none, or one
+    would hold CPS's last step, which has no noise."""
     if window is None:
         found = [range(int(steps * fraction))]
     else:

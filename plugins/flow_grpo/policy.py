@@ -90,8 +90,11 @@ def roll_out(
     draw: Callable[[int], Tensor],
     kind: Kind = "sde",
 ) -> Rollout:
-    """From noise x (B, ...) to data. velocity(x, i) -> (B, ...) at level sigmas[i]; noisy: steps that follow the SDE,
-    the others follow the ODE; draw(i): standard normal (B, ...) of step i."""
+    """Sample from noise x (B, ...) to data, keeping every state and the log-probability of every noisy step.
+
+    velocity(x, i): (B, ...) at level sigmas[i]. noisy: numbers of the steps that follow the SDE; the others follow the
+    ODE. draw(i): standard normal (B, ...) of step i.
+    """
     latents, log_probs = [x], {}
     for i in range(len(sigmas) - 1):
         index = torch.full((len(x),), i, device=x.device)

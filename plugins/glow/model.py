@@ -356,11 +356,11 @@ class Glow(nn.Module):
     def log_likelihood(
         self, x: Tensor, generators: list[torch.Generator], y: Tensor | None = None
     ) -> tuple[Tensor, str]:
-        """x: uint8 (B, C, H, W) -> log p of the n_bits image in nats (B,), and how it was had.
+        """Log-likelihood of 8-bit images: (nats (B,), the method in words), see vgm_cli/metrics/likelihood.py.
 
-        One uniform dequantisation draw per image, so this is a lower bound of log P in expectation. A padded image has
-        at most the probability of the image. Without labels a class-conditional model is averaged over its classes,
-        which is exact too.
+        x: uint8 (B, C, H, W), reduced to n_bits. One uniform dequantisation draw per image makes this a lower bound of
+        log P in expectation. A padded image has at most the probability of the image. Without labels a
+        class-conditional model is averaged over its classes, which is exact too.
         """
         x = self.padded(x)
         u = torch.stack([torch.rand(x.shape[1:], generator=g) for g in generators]).to(x.device)

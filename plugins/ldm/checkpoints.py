@@ -315,7 +315,7 @@ DIFFUSERS = Layout(
     diffusers=Diffusers(
         config_json=diffusers_config,
         from_json=lambda json: config_from_diffusers(json) if "block_out_channels" in json else {},
-        fits=lambda json: json.get("_class_name") == "AutoencoderKL",
+        matches=lambda json: json.get("_class_name") == "AutoencoderKL",
     ),
     proof=Proof(reference=diffusers_forward, forward=forward),
 )

@@ -55,7 +55,8 @@ def decode(
 
 
 class LlamaGenSampler:
-    """Defaults are those of the published FIDs: the whole vocabulary at temperature 1.
+    """One code after the other, with a cache. Defaults are those of the published FIDs: the whole vocabulary at
+    temperature 1.
 
     As a restoration method it completes images: codes whose pixels are all kept stay, the others are made anew, each
     from those before it.

@@ -146,8 +146,8 @@ class Reflow(RectifiedFlow):
         pair = {"z0": send(z0, x.device), "x": send(x1, x.device)}
         if y is None:
             return [pair]
-        told = {**pair, "label": send(y, x.device)}
-        return [self.conditions.apply(told, step) if self.conditions else {**told, "cond": {"y": told["label"]}}]
+        items = {**pair, "label": send(y, x.device)}
+        return [self.conditions.apply(items, step) if self.conditions else {**items, "cond": {"y": items["label"]}}]
 
     @torch.no_grad()
     def generate(self, z0: Tensor, cond: Mapping[str, Tensor], null: dict[str, Tensor] | None = None) -> Tensor:

@@ -169,7 +169,8 @@ class Guided:
 
 
 def estimate(view: Any, model: Guided, x: Tensor, t: float) -> Tensor:
-    """x0 (B, ...) of the network at x, SiT's t: an evaluation for those who watch, which is not counted."""
+    """The network's estimate of the data, x0 (B, ...), at x (B, ...) and SiT's time t, for a callback that shows the
+    progress. This evaluation is not counted in view.nfe."""
     low, high = view.t_range()
     if 1 - t <= low:
         return x
@@ -185,11 +186,12 @@ def run(
     cfg_channels: int | None,
     sample_eps: float | None,
     steps: int,
-    walk: Callable[[Network, Tensor, Transport], Iterator[tuple[float, Tensor]]],
+    trajectory: Callable[[Network, Tensor, Transport], Iterator[tuple[float, Tensor]]],
 ) -> Tensor:
-    """Walk from the request's noise to images through the view's network."""
+    """Sample for a request: `trajectory(network, noise, transport)` yields the (t, x) of a solver, the last of which
+    is the result."""
     model = Guided(view, request, cfg_channels)
-    states = walk(model, request.randn(), transport_of(view, sample_eps))
+    states = trajectory(model, request.randn(), transport_of(view, sample_eps))
     for i, (t, x) in enumerate(states):
         if request.callback is not None:
             request.callback(i, steps, x, estimate(view, model, x, t))
@@ -223,10 +225,10 @@ class ODESampler:
         """Gives (N, *request.shape)."""
         steps = request.steps or self.steps
 
-        def walk(model: Network, x: Tensor, transport: Transport) -> Iterator[tuple[float, Tensor]]:
+        def trajectory(model: Network, x: Tensor, transport: Transport) -> Iterator[tuple[float, Tensor]]:
             return sample_ode(model, x, transport, self.method, steps, self.atol, self.rtol)
 
-        return run(view, request, self.cfg_channels, self.sample_eps, steps, walk)
+        return run(view, request, self.cfg_channels, self.sample_eps, steps, trajectory)
 
 
 class SDESampler:
@@ -251,8 +253,8 @@ class SDESampler:
         """Gives (N, *request.shape)."""
         steps = request.steps or self.steps
 
-        def walk(model: Network, x: Tensor, transport: Transport) -> Iterator[tuple[float, Tensor]]:
+        def trajectory(model: Network, x: Tensor, transport: Transport) -> Iterator[tuple[float, Tensor]]:
             last = (self.last_step, self.last_step_size)
             return sample_sde(model, x, transport, request.randn, self.method, self.form, self.norm, *last, steps=steps)
 
-        return run(view, request, self.cfg_channels, self.sample_eps, steps, walk)
+        return run(view, request, self.cfg_channels, self.sample_eps, steps, trajectory)

@@ -50,12 +50,12 @@ def base_and_limit(widths: Mapping[int, int]) -> tuple[int, int]:
 
 
 def plain(state: State) -> dict[str, Tensor]:
-    """Without the networks' names in front: G/, Gs/, D/, G_synthesis/ and G_mapping/."""
+    """The state with the names of networks (G/, Gs/, D/, G_synthesis/, G_mapping/) removed from its tensors' names."""
     return {ours: state[theirs] for ours, theirs in plain_pairs(state).items()}
 
 
 def plain_pairs(names: Iterable[str]) -> dict[str, str]:
-    """{without the networks' names in front: as it is in the file}."""
+    """{tensor's name without its network's name: its name in the file}."""
     return {re.sub(r"^(Gs?|D)/", "", k).replace("G_synthesis/", "synthesis/").replace("G_mapping/", "mapping/"): k
             for k in names}  # fmt: skip
 
@@ -208,7 +208,8 @@ FILTER = "resample_filter"
 
 
 def stylegan2_to_ours(state: State) -> dict[str, Tensor]:
-    """Either network: the same names, the filter once, the synthesis network without its own."""
+    """Convert the generator or the discriminator: names stay; the resampling filter is stored once instead of in
+    every layer."""
     if not is_stylegan2(state) and not is_stylegan2_discriminator(state):
         raise KeyError("synthesis.b4.const")
     out = {k.removeprefix("synthesis.").replace("mapping.w_avg", "w_avg"): v
@@ -274,7 +275,7 @@ def stylegan2_config(state: State) -> dict[str, Any]:
 
 
 def mapping_config(state: State) -> dict[str, Any]:
-    """Of mapping.fc<i> and mapping.embed; fan_in: without the embedded label, out: of the last layer."""
+    """Keywords of the mapping network, read off mapping.fc<i> and mapping.embed."""
     count = sum(bool(re.fullmatch(r"mapping\.fc\d+\.bias", k)) for k in state)
     label = state.get("mapping.embed.weight")
     embed = 0 if label is None else label.shape[0]
@@ -550,7 +551,7 @@ def is_port(keys: Iterable[str]) -> bool:
 
 
 def header(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Enough to sample from a converted generator as it is; truncation is the caller's choice."""
+    """Header parts with which a converted generator can be sampled from as it is; truncation is the user's choice."""
     size, channels = config.get("size", 1024), config.get("in_channels", 3)
     classes = config.get("num_classes", 0)
     data = {

@@ -40,8 +40,11 @@ Logs = dict[str, Tensor]
 
 @dataclass
 class Growth:
-    """Progressive growing. start: first side, or the next larger one there is; rates: {side: factor on both learning
-    rates}, of that side and above."""
+    """Progressive growing: training starts with small images, and levels of twice the side fade in one after the other.
+
+    start: the first side, or the next larger one there is. rates: {side: factor on both learning rates}, of that side
+    and all larger ones that name none.
+    """
 
     start: int = 8
     train_kimg: float = 600
@@ -145,7 +148,8 @@ class StyleGANObjective(ObjectiveBase):
         return {"main": {"lr": factor}, "discriminator": {"lr": factor}}
 
     def restarts(self, step: Step) -> bool:
-        """Do the optimizers start afresh here? Where a level enters, and where it is in full."""
+        """Whether the optimizers forget their moments before this step: where a level enters, and where it is shown
+        in full."""
         if self.grow is None or not self.grow.restart or step.index == 0:
             return False
         now, before = self.lod(step.index), self.lod(step.index - 1)
@@ -176,7 +180,7 @@ class StyleGANObjective(ObjectiveBase):
         return 1 + int(where * (active - 1))
 
     def scores(self, draw: str, y: Tensor | None, step: Step, lod: float) -> Callable[[Tensor], Tensor]:
-        """The discriminator behind the augmentations."""
+        """Scores of what `draw` returns, by the discriminator, behind the augmentations."""
         pipe = self.pipe
 
         def score(x: Tensor) -> Tensor:

@@ -18,7 +18,8 @@ Noise = Literal["random", "const", "none"]
 
 
 def noise_inputs(model: StyleGenerator, request: Request, kind: Noise) -> list[Tensor] | None:
-    """random: every item its own; const: the maps stored with the weights; none: zeros."""
+    """Noise inputs of the synthesis network: "random", drawn per item; "const", the maps stored with the weights;
+    "none", zeros."""
     if kind == "const":
         return model.fixed_noise()
     if kind == "none" or not model.noise_shapes:

@@ -177,7 +177,7 @@ class VAE(nn.Module):
 
     @staticmethod
     def example(config: Mapping[str, Any]) -> dict[str, Tensor]:
-        """A ramp of brightness."""
+        """One image, a ramp of brightness."""
         size = config["size"]
         shape = (config["channels"], *((size, size) if isinstance(size, int) else size))
         return {"x": torch.linspace(0, 1, math.prod(shape)).view(1, *shape)}
@@ -196,12 +196,11 @@ class VAE(nn.Module):
         samples: int | None = None,
         estimator: Estimator = "importance",
     ) -> tuple[Tensor, str]:
-        """x: uint8 (B, C, H, W) -> log p in nats (B,), and the words that name the estimate.
+        """Log-likelihood of 8-bit images: (nats (B,), the method in words), see vgm_cli/metrics/likelihood.py.
 
-        samples: posterior draws; of "importance" (a lower bound) 50, where 1 is the ELBO with its KL divergence in
-        closed form; of "hmc" (appendix D, for about five latents at most) 500.
-
-        A Bernoulli model is scored on binary images (see binarise), a Gaussian one on uniformly dequantised pixels.
+        x: uint8 (B, C, H, W). samples: posterior draws; for "importance" (a lower bound) 50 by default, where 1 is the
+        ELBO with its KL divergence in closed form; for "hmc" (appendix D, for about five latents at most) 500. A
+        Bernoulli model is scored on binary images (see binarise), a Gaussian one on uniformly dequantised pixels.
         """
         uniform = torch.stack([torch.rand(x.shape[1:], generator=g) for g in generators]).to(x.device)
         pixels = x.float() / LEVELS

@@ -168,8 +168,8 @@ class VDM(nn.Module):
     def start(self, z: Tensor, t: Tensor, conditioning: Tensor | None) -> tuple[Tensor, Tensor]:
         """The first convolution's output, and what all blocks are told."""
         place = (-t - self.gamma_min) / (self.gamma_max - self.gamma_min)
-        told = torch.zeros_like(place) if conditioning is None else conditioning
-        cond = torch.cat([timestep_embedding(place, self.n_embd), told.float()[:, None]], dim=1)
+        condition = torch.zeros_like(place) if conditioning is None else conditioning
+        cond = torch.cat([timestep_embedding(place, self.n_embd), condition.float()[:, None]], dim=1)
         cond = F.silu(self.dense1(F.silu(self.dense0(cond))))
         return self.conv_in(torch.cat([z, fourier_features(z)], dim=1) if self.fourier else z), cond
 

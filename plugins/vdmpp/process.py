@@ -108,7 +108,7 @@ class VDMSampler:
         if steps < 1:
             raise VgmError(f"steps={steps}: at least one is needed", code=USAGE)
         times = torch.linspace(1, 0, steps + 1, dtype=torch.float64, device=request.device)
-        before, tell = view.nfe, request.callback
+        before, callback = view.nfe, request.callback
 
         def predict(x: Tensor, i: int) -> tuple[Tensor, Tensor]:
             return view.predict_both(x, times[i], **request.cond)
@@ -120,7 +120,7 @@ class VDMSampler:
             view.path.sigma(times),
             final_noise=True,
             noise=request.randn,
-            callback=None if tell is None else lambda i, x, x0: tell(i, steps, x, x0),
+            callback=None if callback is None else lambda i, x, x0: callback(i, steps, x, x0),
         )
         request.info["nfe"] = view.nfe - before
         return self.decoded(z, view, request)

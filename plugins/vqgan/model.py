@@ -119,7 +119,8 @@ class GPT(nn.Module):
     # -- sequences
 
     def prefix(self, cond: dict[str, Tensor], n: int, device: torch.device) -> Tensor:
-        """(n, length) condition ids. cond: y (n,), coord (n, h, w) in [0, 1], or codes (n, length)."""
+        """Condition ids before the codes: (n, length). cond: "y" (n,), "coord" (n, h, w) in [0, 1], or "codes" (n,
+        length)."""
         if self.condition == "class":
             return cond["y"][:, None]
         if self.condition == "none":
@@ -163,7 +164,8 @@ class GPT(nn.Module):
         return self.head(self.ln_f(x)).float()
 
     def unmasked(self, length: int, device: torch.device) -> Tensor | None:
-        """The mask of the first `length` positions, None where it is plainly causal."""
+        """The attention mask in which the first `n_unmasked` positions see each other; None where attention is
+        plainly causal."""
         if self.n_unmasked < 2:
             return None
         mask = torch.ones(length, length, dtype=torch.bool, device=device).tril()
@@ -171,7 +173,7 @@ class GPT(nn.Module):
         return mask
 
     def of_codes(self, logits: Tensor) -> Tensor:
-        """Logits without the ids that only conditions have."""
+        """Logits of the codes alone, without the ids that only conditions have: (..., rows) -> (..., vocab_size)."""
         return logits[..., : self.codes]
 
     # -- likelihood

@@ -55,7 +55,7 @@ def sliding_window(
 
 
 def local(i: int, size: int, window: int) -> int:
-    """Where in its window position i of `size` sits."""
+    """The position inside its window of position i of `size`."""
     half = window // 2
     if i <= half:
         return i

@@ -85,22 +85,22 @@ class GatedLayer(nn.Module):
         self.dropout = nn.Dropout(dropout)
         self.condition = nn.Embedding(num_classes, 4 * channels) if num_classes else None
 
-    def told(self, y: Tensor | None) -> tuple[Tensor | float, Tensor | float]:
+    def condition_terms(self, y: Tensor | None) -> tuple[Tensor | float, Tensor | float]:
         """What the class adds to both stacks, (B, 2 C, 1, 1) each."""
         if self.condition is None or y is None:
             return 0.0, 0.0
         vertical, horizontal = self.condition(y)[:, :, None, None].chunk(2, 1)
         return vertical, horizontal
 
-    def across(self, h: Tensor, vertical: Tensor, told: Tensor | float) -> Tensor:
+    def across(self, h: Tensor, vertical: Tensor, terms: Tensor | float) -> Tensor:
         """h: (B, C, rows, reach + columns), vertical: (B, 2 C, rows, columns) before its gate -> the horizontal stack's
         next (B, C, rows, columns)."""
-        new = self.out(self.dropout(gate(self.horizontal(h) + self.down(vertical) + told)))
+        new = self.out(self.dropout(gate(self.horizontal(h) + self.down(vertical) + terms)))
         return h[..., self.reach :] + new
 
     def forward(self, v: Tensor, h: Tensor, y: Tensor | None) -> tuple[Tensor, Tensor]:
         """Whole grids: v, h (B, C, rows, columns) -> the next of either."""
-        for_v, for_h = self.told(y)
+        for_v, for_h = self.condition_terms(y)
         vertical = self.vertical(F.pad(v, (0, 0, self.reach, 0)))
         return gate(vertical + for_v), self.across(F.pad(h, (self.reach, 0)), vertical, for_h)
 
@@ -156,7 +156,7 @@ class GatedDecoder:
         self.model, self.width, self.at = model, model.grid[1], 0
         zeros = model.embed.weight.new_zeros
         channels = model.embed.embedding_dim
-        self.told = [layer.told(y) for layer in model.layers]  # type: ignore[operator]
+        self.condition_terms = [layer.condition_terms(y) for layer in model.layers]  # type: ignore[operator]
         self.above = [zeros(n, channels, int(layer.reach) + 1, self.width) for layer in model.layers]  # type: ignore[arg-type]
         self.before: list[Tensor] = []
         self.vertical: list[Tensor] = []
@@ -168,7 +168,7 @@ class GatedDecoder:
         for i, layer in enumerate(self.model.layers):
             self.above[i] = torch.cat([self.above[i][:, :, 1:], v], 2)
             self.vertical.append(layer.vertical(self.above[i]))  # type: ignore[operator]
-            v = gate(self.vertical[-1] + self.told[i][0])
+            v = gate(self.vertical[-1] + self.condition_terms[i][0])
         self.before = [v.new_zeros(*v.shape[:2], 1, int(layer.reach) + 1) for layer in self.model.layers]  # type: ignore[arg-type]
 
     def column(self, h: Tensor) -> Tensor:
@@ -176,7 +176,7 @@ class GatedDecoder:
         here = slice(self.at % self.width, self.at % self.width + 1)
         for i, layer in enumerate(self.model.layers):
             self.before[i] = torch.cat([self.before[i][..., 1:], h], 3)
-            h = layer.across(self.before[i], self.vertical[i][..., here], self.told[i][1])  # type: ignore[operator]
+            h = layer.across(self.before[i], self.vertical[i][..., here], self.condition_terms[i][1])  # type: ignore[operator]
         return self.model.head(h)[:, :, 0, 0].float()
 
     def first(self) -> Tensor:

@@ -527,7 +527,7 @@ def test_upsampler_sees_the_small_image() -> None:
     suites.randomise(model)
     objective = Upsampling(model, small_size=8)
     batch = {"x": torch.rand(2, 3, 16, 16), "cond": {"y": torch.tensor([0, 1])}}
-    cond = objective.told(batch)
+    cond = objective.keywords_of(batch)
     assert cond["low_res"].shape == (2, 3, 8, 8)
     assert_close(cond["low_res"], torch.nn.functional.avg_pool2d(batch["x"], 2), 1e-6, "area means")
     loss, _ = objective.loss("main", batch, Step(0))

@@ -233,7 +233,7 @@ def number(value: Any) -> str:
 
 
 def brief(node: Any) -> str:
-    """'dit hidden_size=128 depth=4': a recipe node on one line, without what is unset."""
+    """A recipe node on one line, without what is unset: 'dit hidden_size=128 depth=4'."""
     if not isinstance(node, dict):
         return str(node)
     rest = " ".join(f"{k}={v}" for k, v in node.items() if k != "name" and v is not None)

@@ -149,13 +149,13 @@ def sample(
     ui.data(str(target))
     if trace:
         ui.data(result.get("trace", ""))
-    ui.info(told(result))
+    ui.info(summary(result))
     if loaded.header.weights == "raw":
         ui.info("these are raw weights; averages usually look better")
 
 
-def told(result: dict[str, Any]) -> str:
-    """How long it took."""
+def summary(result: dict[str, Any]) -> str:
+    """One line on a finished job: number of images, seconds, images per second, network evaluations."""
     n, made = result["n"], result["made"]
     if not made:
         return "the image was there" if n == 1 else f"all {n} images were there"

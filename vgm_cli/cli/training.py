@@ -28,7 +28,7 @@ Trust = Annotated[
 
 @dataclasses.dataclass
 class Training:
-    """The options of a verb that trains, as they were typed."""
+    """The options of `vgm train`, `distill` and `finetune-rl`, as they were typed."""
 
     recipe: Annotated[
         str | None,
@@ -55,7 +55,7 @@ class Training:
 
     @property
     def asks_only(self) -> bool:
-        """Something is to be shown, nothing to be trained."""
+        """Whether the command only shows something (a plan, the config) and trains nothing."""
         return self.plan or self.print_config or self.help_config
 
     def words(self, word: str | None, overrides: list[str] | None, what: str) -> tuple[str | None, list[str]]:
@@ -73,7 +73,7 @@ class Training:
         return word, rest if self.seed is None else [*rest, f"train.seed={self.seed}"]
 
     def stored(self, assignments: list[str]) -> Any:
-        """The recipe of the run in --out, for --resume without a name."""
+        """The recipe of the run in --out, for --resume without the name of a recipe."""
         from vgm_cli import recipe as recipes
         from vgm_cli.errors import USAGE, VgmError
 

@@ -73,7 +73,7 @@ def open_dataset(
 
 
 def tell(dataset: Any) -> None:
-    """Warn of what was assumed about a set, and of what is not in it."""
+    """Warn of what was assumed about a set, and of what was left out of it."""
     from vgm_cli.data.files import TEXTS
 
     f = dataset.facts

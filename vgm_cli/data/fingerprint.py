@@ -22,19 +22,20 @@ BLOCKS, BLOCK = 64, 2**16  # read of a large file
 
 
 def same(a: str | None, b: str | None) -> bool | None:
-    """Are these fingerprints of the same data? None where that cannot be said: one is missing or of another format."""
+    """Whether two fingerprints are of the same data; None if that cannot be said, one being missing or of another
+    format."""
     formats = [(f or "").partition(":")[0] if ":" in (f or "") else "" for f in (a, b)]
     return a == b if formats == [FORMAT, FORMAT] else None
 
 
 def older(a: Any, b: Any) -> bool:
-    """Are these two fingerprints of data, of which one has the format that versions before v2 wrote?"""
+    """Whether one of two fingerprints has the format that versions before v2 wrote, so that they cannot be compared."""
     old, new = sorted((str(a), str(b)), key=lambda f: f.startswith(f"{FORMAT}:"))
     return new.startswith(f"{FORMAT}:") and re.fullmatch(r"\d+-[0-9a-f]{24}", old) is not None
 
 
 def of_images(dataset: Any) -> str:
-    """Of a `Dataset`."""
+    """The fingerprint of a `Dataset`."""
     source, facts = dataset.source, dataset.facts
     rows = sorted(dataset.rows.tolist(), key=lambda row: source.names[row])
     known = {} if facts.labels is None else dict(zip(dataset.rows.tolist(), facts.labels.tolist()))
@@ -63,7 +64,8 @@ def of_cache(count: int, *made_from: str) -> str:
 
 
 def of_files(count: int, files: list[Path]) -> str:
-    """Of latents made elsewhere: names, sizes and contents of their files, BLOCKS of each where they are large."""
+    """The fingerprint of latents that were made elsewhere: names, sizes and contents of their files; of large files,
+    BLOCKS of the contents."""
     h = hasher()
     whole = sum(p.stat().st_size for p in files) <= WHOLE
     for path in sorted(files, key=lambda p: p.name):
@@ -85,7 +87,7 @@ def hasher(*parts: str) -> Any:
 
 
 def plain(text: Any) -> bytes:
-    """UTF-8; file names may hold bytes that are none."""
+    """A text as bytes in UTF-8; file names may hold bytes that are no text."""
     return ("" if text is None else str(text)).encode("utf-8", "surrogateescape")
 
 

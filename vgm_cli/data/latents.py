@@ -109,7 +109,7 @@ def to_model(codec: Any, moments: Tensor, noise: Tensor | None = None, drawn: bo
 
 
 def takes_moments(codec: Any, z: Tensor) -> bool:
-    """Does `codec.latents` expect mean and log-variance (2c channels) where z has c?"""
+    """Whether `codec.latents` expects mean and log-variance, (B, 2c, ...), for latents z of c channels."""
     try:
         return bool(codec.latents(z[:1]).shape[1:] != z.shape[1:])
     except (RuntimeError, ValueError, VgmError):
@@ -228,7 +228,7 @@ class Latents(MemoryLatents):
 
     @property
     def floats(self) -> bool:
-        """Moments, not tokens."""
+        """Whether these are latents or moments in floating point, not tokens."""
         return bool(self.tensor(0, self.key).is_floating_point())
 
     @property
@@ -319,7 +319,7 @@ def shard_files(folder: Path) -> list[Path]:
 
 
 def is_latents(folder: Path) -> bool:
-    """Does the folder hold latents: a cache (whole or not), or safetensors shards with `latents`?"""
+    """Whether a folder holds latents: a cache (whole or not), or safetensors shards with a tensor `latents`."""
     if (folder / INDEX).is_file():
         return True
     for path in shard_files(folder)[:1]:

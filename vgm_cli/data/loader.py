@@ -106,7 +106,7 @@ class Batches:
         return out
 
     def travel(self, batch: Batch, stream: torch.cuda.Stream) -> Batch:
-        """To the GPU while it computes: neither it nor the CPU waits for the copy, only what uses the batch does."""
+        """Copy a batch to the GPU while it computes. Neither side waits for the copy; only what uses the batch does."""
         now = torch.cuda.current_stream(self.device)
         with torch.cuda.stream(stream):
             out = {

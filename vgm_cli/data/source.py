@@ -51,7 +51,7 @@ class Source:
         raise NotImplementedError
 
     def stream(self, i: int) -> File:
-        """What a decoder opens; a path where there is one, so that a header costs no whole read."""
+        """What a decoder opens: a path if there is one, so that reading a header does not read the whole file."""
         return io.BytesIO(self.read(i))
 
     def header(self, i: int) -> tuple[int, int, bool]:

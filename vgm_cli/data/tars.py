@@ -149,7 +149,7 @@ class Tar(Source):
             self.remarks.append(f"{shard}: {counted(links, 'image')} left out: links to other members of the tar")
 
     def is_picture(self, field: str, span: Span) -> bool:
-        """Of a field that no suffix tells of: what its content says."""
+        """Whether the content of a field is a picture, for fields whose suffix does not say."""
         suffix = "." + field.rpartition(".")[2]
         if suffix in NO_PICTURES or suffix in (".cls", ".id") or span[2] > LARGEST:
             return False

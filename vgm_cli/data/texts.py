@@ -71,7 +71,7 @@ class Row:
     fields: dict[str, Any]
 
     def get(self, *columns: str) -> Any:
-        """The first of these columns that says something."""
+        """The first of these columns that is not empty."""
         found = (self.fields.get(c) for c in columns)
         return next((v for v in found if v is not None and v != "" and v != []), None)
 

@@ -105,10 +105,10 @@ class FlowMap(Denoiser):
             return super().raw(x_t, t, **cond)
         start = self.batch_time(x_t, t)
         end = start if s is None else self.batch_time(x_t, s)
-        told = self.time_argument(end)
+        second = self.time_argument(end)
         if self.second_time == "difference":
-            told = self.time_argument(start) - told
-        return super().raw(x_t, start, s=told, **cond)
+            second = self.time_argument(start) - second
+        return super().raw(x_t, start, s=second, **cond)
 
     def interpret(self, output: Tensor, x_t: Tensor, t: Time, to: str = "x0") -> Tensor:
         """A raw output as the end of a jump, or as what that implies: (B, C, ...).

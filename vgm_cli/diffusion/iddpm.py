@@ -65,7 +65,7 @@ class IDDPM(ObjectiveBase):
         self.resampler = build_resampler(resampler, steps)
         self._seen: list[tuple[Tensor, Tensor]] = []
 
-    def told(self, batch: Batch) -> dict[str, Tensor]:
+    def keywords_of(self, batch: Batch) -> dict[str, Tensor]:
         """What the network is told besides x_t and t."""
         return dict(batch.get("cond", {}))
 
@@ -77,7 +77,7 @@ class IDDPM(ObjectiveBase):
         else:
             t, weight = draw(self.resampler.weights(), step.rand(len(x0), "t"))
         noise = step.randn(x0.shape, "noise")
-        cond = self.told(batch)
+        cond = self.keywords_of(batch)
         terms = self.process.losses(lambda x, s: self.model(x, s, **cond), x0, t, noise)
         loss = terms.pop("loss")
         if weight is not None:

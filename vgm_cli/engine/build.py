@@ -102,7 +102,7 @@ def planned_codec(recipe: Recipe, facts: Facts, dataset: Any = None) -> PlannedC
 
 
 def carries(node: Mapping[str, Any], facts: Facts, dataset: Any = None) -> bool:
-    """Can the codec whose weights a node names carry these images? See `fits`."""
+    """Can the codec whose weights a node names carry these images? See `reconstructs`."""
     if dataset is None:
         try:
             meta_codec(node, facts).latent_shape(facts.image_shape)
@@ -110,7 +110,7 @@ def carries(node: Mapping[str, Any], facts: Facts, dataset: Any = None) -> bool:
             return False
         return True
     images = dataset.pixels(range(min(64, len(dataset))))
-    return fits(ckpt.read_codec(ckpt.resolve(node["weights"]), output=node.get("output")), facts, images)
+    return reconstructs(ckpt.read_codec(ckpt.resolve(node["weights"]), output=node.get("output")), facts, images)
 
 
 def codec_recipe(name: str, recipe: Recipe) -> Recipe:
@@ -128,7 +128,7 @@ def strip(node: Mapping[str, Any], kind: str) -> dict[str, Any]:
     return {k: v for k, v in node.items() if k not in HOST_KEYS.get(kind, ())}
 
 
-def fits(codec: Any, facts: Facts, images: torch.Tensor, min_psnr: float = 20.0) -> bool:
+def reconstructs(codec: Any, facts: Facts, images: torch.Tensor, min_psnr: float = 20.0) -> bool:
     """Whether this codec can be used for these images (B, C, H, W) in [-1, 1]: shapes must agree, and a batch must be
     reconstructed at `min_psnr` dB or better."""
     try:
@@ -158,7 +158,7 @@ def find_codec(node: Mapping[str, Any], facts: Facts, images: torch.Tensor, trai
     weights = node.get("weights")
     if weights:
         path = ckpt.resolve(weights)
-        if not node.get("fallback") or fits(ckpt.read_codec(path, output=node.get("output")), facts, images):
+        if not node.get("fallback") or reconstructs(ckpt.read_codec(path, output=node.get("output")), facts, images):
             return path
     if not node.get("fallback"):
         raise missing_codec(node)
@@ -188,8 +188,8 @@ def plan_facts(recipe: Recipe) -> tuple[Facts, int | None, PlannedCodec | None]:
 def plan_roles(recipe: Recipe, facts: Facts) -> dict[str, Any]:
     """Stand-ins for the roles that a verb would make before training: here two empty ODE pairs of a teacher."""
     x = torch.zeros(2, *facts.sample_shape)
-    told = Conditions(build_parts(recipe.config.get("conditions") or {}, asdict(facts)))
-    pairs = {"z": x, "x": x, **told.example(2, x.device)["cond"]}
+    conditions = Conditions(build_parts(recipe.config.get("conditions") or {}, asdict(facts)))
+    pairs = {"z": x, "x": x, **conditions.example(2, x.device)["cond"]}
     return {role: pairs for role, node in recipe.roles().items() if node.get("kind") == PAIRS}
 
 

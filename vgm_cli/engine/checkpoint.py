@@ -226,8 +226,8 @@ def load(
     model.eval().requires_grad_(False).to(device)
     if dtype is not None:
         model.to(dtype)
-    views, told = {r: p.view for r, p in parts.items()}, load_conditions(header, path, model, device)
-    return Loaded(model, build_view(model, header.view), codec, header, path, views, told)
+    views, conditions = {r: p.view for r, p in parts.items()}, load_conditions(header, path, model, device)
+    return Loaded(model, build_view(model, header.view), codec, header, path, views, conditions)
 
 
 def load_conditions(header: Header, path: Path, model: nn.Module, device: torch.device | str = "cpu") -> Conditions:

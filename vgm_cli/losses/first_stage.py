@@ -55,7 +55,7 @@ def reconstruction_loss(
 
 
 def with_condition(x: Tensor, cond: Tensor | None) -> Tensor:
-    """What a conditional discriminator sees: cond (B, c, H, W) behind the image's channels."""
+    """The input of a conditional discriminator: the image's channels, followed by those of cond (B, c, H, W)."""
     return x if cond is None else torch.cat([x, cond], dim=1)
 
 
@@ -69,7 +69,8 @@ def generator_term(
     adaptive: bool = True,
     gen_loss: GenLoss = "hinge",
 ) -> tuple[Tensor, Logs]:
-    """Adversarial part of the autoencoder's loss, with `adaptive` balanced against nll at last_layer."""
+    """The adversarial part of the autoencoder's loss, a scalar, and what to log. adaptive: weighted by the ratio of
+    the gradients of nll and of this loss at last_layer (see adaptive_weight)."""
     g_loss = generator_loss(discriminator(with_condition(recon, cond)), gen_loss)
     if not adaptive:
         return disc_weight * g_loss, {"g_loss": g_loss.detach()}
@@ -166,7 +167,8 @@ class AutoencoderObjective(ObjectiveBase):
         return self.discriminate(batch["x"], step)
 
     def noise(self, x: Tensor, step: Step, draw: str) -> Tensor | None:
-        """Normal draws for a posterior, exponential ones for a Gumbel quantizer, else None."""
+        """Draws for one reconstruction: normal for a posterior, exponential for a Gumbel quantizer, None where there
+        is no noise."""
         shape = self.model.latent_shape(tuple(x.shape[1:]))
         if self.variational:
             return step.randn((len(x), *shape), draw)

@@ -180,7 +180,7 @@ class FIDInfinity:
         r = reference.moments
         value, error = frechet_infinity(samples.pool, r.mean, r.cov, self.points, self.smallest, seed)
         half = len(samples.pool) // 2
-        told: tuple[str, ...] = ()
+        remarks: tuple[str, ...] = ()
         if self.smallest is not None and self.smallest > half:
-            told = (f"fid-inf: subsets begin at {half} samples, half of those there are, not at {self.smallest}",)
-        return [Value("fid-inf", value, error, {"points": self.points}, remarks=told)]
+            remarks = (f"fid-inf: subsets begin at {half} samples, half of those there are, not at {self.smallest}",)
+        return [Value("fid-inf", value, error, {"points": self.points}, remarks=remarks)]

@@ -61,6 +61,6 @@ class InceptionScore:
         mean, spread = inception_score(samples.logits, self.splits, self.split_size, self.shuffle, seed)
         how = {"split_size": self.split_size} if self.split_size else {"splits": self.splits}
         single = (self.split_size or 0) >= len(samples.logits) or (self.split_size is None and self.splits == 1)
-        told = ("inception-score: one split has no uncertainty",) if single else ()
+        remarks = ("inception-score: one split has no uncertainty",) if single else ()
         options = {**how, "shuffle": self.shuffle}
-        return [Value("inception-score", mean, None if single else spread, options, remarks=told)]
+        return [Value("inception-score", mean, None if single else spread, options, remarks=remarks)]

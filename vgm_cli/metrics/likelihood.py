@@ -194,8 +194,8 @@ class BitsPerDim:
             image = x = batch["x"].to(subject.device)
             if subject.codec is not None:
                 x = encode(subject.codec, x, gens)
-            told = {name: batch[p.column] for name, p in subject.conditions.parts.items() if p.column in batch}
-            nats, kind = ask(x, gens, subject.conditions.encode(told, subject.device))
+            items = {name: batch[p.column] for name, p in subject.conditions.parts.items() if p.column in batch}
+            nats, kind = ask(x, gens, subject.conditions.encode(items, subject.device))
             found = [(nats.double().cpu(), x[0].numel())]
             if decoder is not None and not x.is_floating_point():
                 found.append((decoder.pixel_log_likelihood(image, x).double().cpu(), image[0].numel()))

@@ -152,12 +152,12 @@ class Pairs:
         return {"paired_by": self.by, **{k: {"n": len(v), "first": v[:SHOWN]} for k, v in sides if v}}
 
     def remarks(self) -> tuple[str, ...]:
-        told = []
+        remarks = []
         for side, other, names in zip(("samples", "reference"), ("reference", "samples"), self.alone):
             if names:
                 of = f"{len(names)} of the {side} without a partner among the {other}"
-                told.append(f"{of}, left out of pairs: {some(names)}")
-        return tuple(told)
+                remarks.append(f"{of}, left out of pairs: {some(names)}")
+        return tuple(remarks)
 
 
 KEYS: tuple[Callable[[str], str], ...] = (

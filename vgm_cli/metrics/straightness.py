@@ -56,14 +56,14 @@ class Straightness:
         if not isinstance(view, Denoiser):
             raise VgmError("straightness is that of a diffusion or flow model's ODE", code=USAGE)
         n = self.n or subject.n or IMAGES
-        shape, told, flow = tuple(subject.header.data["sample_shape"]), subject.conditions, view
-        if self.guidance_scale != 1 and told:
-            flow = ClassifierFreeGuidance(view, self.guidance_scale, null=told.null(subject.device))
+        shape, conditions, flow = tuple(subject.header.data["sample_shape"]), subject.conditions, view
+        if self.guidance_scale != 1 and conditions:
+            flow = ClassifierFreeGuidance(view, self.guidance_scale, null=conditions.null(subject.device))
 
         def work(part: range) -> Tensor:
             gens = generators(seed_of("straightness", seed, i) for i in part)
             noise = torch.stack([torch.randn(shape, generator=g) for g in gens]).to(subject.device)
-            cond = told.encode({name: p.in_turn(part) for name, p in told.parts.items()}, subject.device)
+            cond = conditions.encode({name: p.in_turn(part) for name, p in conditions.parts.items()}, subject.device)
             return straightness(flow, noise, self.steps, **cond).cpu()
 
         spans = [range(i, min(i + subject.batch_size, n)) for i in range(0, n, subject.batch_size)]

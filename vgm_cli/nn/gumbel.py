@@ -58,7 +58,7 @@ class GumbelQuantizer(nn.Module):
 
     @torch.no_grad()
     def tokens(self, z: Tensor) -> Tensor:
-        """z: (B, hidden, h, w) -> the most likely codes (B, h, w)."""
+        """z: (B, hidden, h, w) -> the most likely codes (B, h, w) int64."""
         return self.proj(z).argmax(1)
 
     def lookup(self, ids: Tensor) -> Tensor:

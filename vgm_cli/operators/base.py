@@ -20,10 +20,11 @@ RCOND = 1e-4  # singular values below this share of the largest one count as 0 i
 
 @dataclass(frozen=True)
 class SVD:
-    """A = U S V^T without matrices. Coefficients are laid out like an image (B, C, H, W) and may be complex.
+    """The singular value decomposition A = U S V^T of a linear operator, as functions instead of matrices.
 
-    singular: broadcastable to a coefficient tensor, 0 where A sees nothing. Vt, V: image to coefficients and back.
-    Ut: measurement to coefficients, 0 where `singular` has no counterpart.
+    Images x are (B, C, H, W), and so are coefficients, which may be complex. singular: the values S, broadcastable to
+    (B, C, H, W), 0 where A sees nothing. Vt: x -> coefficients (B, C, H, W). V: the inverse. Ut: measurement y (B,
+    *measurement_shape) -> coefficients (B, C, H, W), 0 where `singular` is 0.
     """
 
     singular: Tensor
@@ -56,10 +57,10 @@ class Operator(ABC):
         noise: Noise | None = None,
         first: int = 0,
     ) -> Operator:
-        """This operator for one item per generator and images of `shape` (C, H, W), random parts drawn.
+        """The operator for one batch: one item per generator, images of `shape` (C, H, W), random parts drawn.
 
-        first: the number of the first item, for masks and kernels read from a folder. VgmError: the settings do not fit
-        the shape.
+        first: the number of the first item, for masks and kernels that are read from a folder. VgmError: the settings
+        do not fit the shape.
         """
         bound = copy.copy(self)
         bound.__dict__.pop("svd", None)
@@ -70,7 +71,7 @@ class Operator(ABC):
         return bound
 
     def prepare(self, generators: Sequence[torch.Generator]) -> None:  # noqa: B027, most need nothing
-        """Fix what depends on self.shape and draw what is random."""
+        """Called by `bind`: compute what depends on self.shape, and draw what is random."""
 
     @abstractmethod
     def __call__(self, x: Tensor) -> Tensor:
@@ -82,7 +83,7 @@ class Operator(ABC):
         return tuple(self(torch.zeros(max(self.items, 1), *self.shape))[0].shape)
 
     def state(self) -> dict[str, Tensor]:
-        """What was drawn, one row per item."""
+        """What was drawn, such as masks or kernels: tensors with one row per item, for the records."""
         return {}
 
     # linear algebra
@@ -93,7 +94,8 @@ class Operator(ABC):
 
     @cached_property
     def svd(self) -> SVD:
-        """The singular value decomposition. VgmError: not linear, or too large for the form it has."""
+        """The decomposition of this operator, see SVD for its shapes. VgmError: it is not linear, or too large for
+        the form it has."""
         raise self.not_linear("singular value decomposition")
 
     def ridge(self, y: Tensor, weight: float = 0.0) -> Tensor:
@@ -126,7 +128,8 @@ class Operator(ABC):
     # pictures
 
     def baseline(self, y: Tensor) -> Tensor | None:
-        """What y is worth without a model: A^T y, or what is usual for the task; None where nothing is."""
+        """A restoration without a model, (B, C, H, W), to compare with: A^T y or what is usual for the task; None if
+        there is none."""
         return self.adjoint(y) if self.linear else y
 
     def picture(self, y: Tensor) -> Tensor:

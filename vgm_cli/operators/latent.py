@@ -27,7 +27,7 @@ class Decoded(Operator):
         return self.inner(self.codec.decode(z.float()))
 
     def prox(self, z: Tensor, y: Tensor, weight: float) -> Tensor:
-        """The image's closed form between decoder and encoder."""
+        """The proximal step of latents: decode, solve it for images in closed form, encode."""
         image = self.inner.prox(self.codec.decode(z.float()), y, weight)
         return self.codec.latents(self.codec.encode(image.clamp(-1, 1)))
 

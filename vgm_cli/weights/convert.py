@@ -58,20 +58,20 @@ def prepare(source: Source, dst: Path, to: str | None = None, dtype: str | None 
     layout = target_layout(source, dst, to)
     if dtype is not None and dtype not in DTYPES:
         raise unknown("dtype", dtype, DTYPES)
-    told: Mapping[str, Any] = {}  # by the config.json of a folder
+    config_json: Mapping[str, Any] = {}  # by the config.json of a folder
     if layout is not None and dst.suffix == "" and layout.diffusers is not None:
-        told = layout.diffusers.config_json(source.config)
-        layout = layout.diffusers.adapt(layout, told)
+        config_json = layout.diffusers.config_json(source.config)
+        layout = layout.diffusers.adapt(layout, config_json)
     if layout is not None:
         layout.allows(source.config)
     ours = cast(source.state, dtype, source.path) if dtype else source.state
     if layout is None:
         return Conversion(source, None, ours, ours, dtype)
     state = back(layout, ours)
-    return Conversion(source, layout, ours, state, dtype, lost(source, layout, state, told))
+    return Conversion(source, layout, ours, state, dtype, lost(source, layout, state, config_json))
 
 
-def lost(source: Source, layout: Layout, state: State, told: Mapping[str, Any]) -> list[str]:
+def lost(source: Source, layout: Layout, state: State, config_json: Mapping[str, Any]) -> list[str]:
     """Remarks on what a foreign layout cannot store, and what would be different if the file were read back.
 
     A layout may leave the number of heads, the view (schedule, prediction) and the sampler unsaid; a reader then
@@ -79,7 +79,10 @@ def lost(source: Source, layout: Layout, state: State, told: Mapping[str, Any]) 
     that is written beside the weights, or None.
     """
     remarks = []
-    read = {**layout.config(state), **(layout.diffusers.from_json(told) if layout.diffusers and told else {})}
+    read = {
+        **layout.config(state),
+        **(layout.diffusers.from_json(config_json) if layout.diffusers and config_json else {}),
+    }
     component = registry().find(source.kind, source.name)
     parameters = signature(load_target(component.target, source.name)).parameters.items()
     full = {**{k: p.default for k, p in parameters if p.default is not p.empty}, **read}

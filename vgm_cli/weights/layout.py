@@ -120,13 +120,13 @@ def fit(c: Layout, state: State, config: Mapping[str, Any] | None = None) -> Fit
         wanted = layout_of(c, own)
     except UNFIT as e:
         return Fit(c, reason=reason_of(e))
-    forgotten = [re.compile(p) for p in c.files.unused]
+    unused = [re.compile(p) for p in c.files.unused]
     pairs = dict(c.files.names(state))
     used = {theirs for ours, theirs in pairs.items() if ours in wanted}
-    missing = [k for k in wanted if k not in pairs and not any(p.search(k) for p in forgotten)]
+    missing = [k for k in wanted if k not in pairs and not any(p.search(k) for p in unused)]
     unexpected = [k for k in state if k not in used]
     both = {k: (tuple(state[pairs[k]].shape), tuple(v.shape)) for k, v in wanted.items() if k in pairs}
-    shapes = {k: v for k, v in both.items() if v[0] != v[1] and not any(p.search(k) for p in forgotten)}
+    shapes = {k: v for k, v in both.items() if v[0] != v[1] and not any(p.search(k) for p in unused)}
     found = Fit(c, own, missing, unexpected, shapes, wanted=len(wanted))
     if found.missing:  # a layout may know other names for the same tensors (of older versions): then all is there
         try:
@@ -199,7 +199,7 @@ def choose(
     if len(found) > 1:
         found = [c for c in found if fit(c, state).exact] or found
     if len(found) > 1 and json:
-        found = [c for c in found if c.diffusers is not None and c.diffusers.fits(json)] or found
+        found = [c for c in found if c.diffusers is not None and c.diffusers.matches(json)] or found
     if len(found) == 1:
         return found[0], ""
     names = [c.name for c in found]
@@ -221,8 +221,8 @@ def by_file_name(names: list[str], path: Path) -> str | None:
     words = set(re.findall(r"[a-z]+|\d+", f"{path.parent.name} {path.name}".lower()))
     tokens = {n: set(re.findall(r"[a-z]+|\d+", n)) for n in names}
     shared = set.intersection(*tokens.values())
-    told = [n for n in names if (tokens[n] - shared) & words]
-    return told[0] if len(told) == 1 else None
+    summary = [n for n in names if (tokens[n] - shared) & words]
+    return summary[0] if len(summary) == 1 else None
 
 
 def unfamiliar(state: State, path: Path) -> VgmError:
@@ -236,13 +236,13 @@ def unfamiliar(state: State, path: Path) -> VgmError:
             USAGE,
         )
     return VgmError(
-        f"{path} is almost '{close.converter.name}': {told(close)}",
+        f"{path} is almost '{close.converter.name}': {summary(close)}",
         f"`vgm inspect {path}` lists the differences",
         USAGE,
     )
 
 
-def told(found: Fit) -> str:
+def summary(found: Fit) -> str:
     """A Fit in words: '3 of 40 tensors missing (first: x), 2 unexpected'."""
     if found.reason:
         return found.reason
@@ -276,9 +276,9 @@ def presets_of(kind: str, name: str, config: Mapping[str, Any]) -> list[str]:
     parameters = signature(load_target(component.target, name)).parameters
     defaults = {k: p.default for k, p in parameters.items() if p.default is not p.empty}
     full = defaults | dict(config)
-    told = {k: {n: w for n, w in v.items() if "drop" not in n} for k, v in registry().presets(component).items()}
-    hits = [k for k, v in told.items() if v and all(plain(full.get(n)) == plain(w) for n, w in v.items())]
-    return [k for k in hits if not any(told[k].keys() < told[other].keys() for other in hits)]
+    summary = {k: {n: w for n, w in v.items() if "drop" not in n} for k, v in registry().presets(component).items()}
+    hits = [k for k, v in summary.items() if v and all(plain(full.get(n)) == plain(w) for n, w in v.items())]
+    return [k for k in hits if not any(summary[k].keys() < summary[other].keys() for other in hits)]
 
 
 def plain(value: Any) -> Any:

@@ -81,8 +81,8 @@ def round_trips(proof: Findings, c: Layout, ours: State, theirs: State | None = 
     )  # fmt: skip
     if theirs is None:
         return
-    forgotten = [re.compile(p) for p in c.files.unused]
-    names = [k for k in made if k in theirs and not any(p.search(k) for p in forgotten)]
+    unused = [re.compile(p) for p in c.files.unused]
+    names = [k for k in made if k in theirs and not any(p.search(k) for p in unused)]
     wrong = [k for k in names if not same(theirs[k], made[k]) and not rounded(theirs[k], made[k])]
     proof.add(
         f"{c.name} -> ours -> {c.name}", f"{len(wrong)} of {len(names)} tensors differ, first {wrong[0]}" if wrong else

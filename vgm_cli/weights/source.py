@@ -134,8 +134,8 @@ def recognise(found: Weights, from_: str | None, weights: str | None) -> tuple[s
             raise layouts.unfamiliar(state, found.path)
     converter, remark = (wanted, "") if wanted is not None else layouts.choose(state, found.path, found.json)
     also = beside(found, name, networks)
-    told = f"taken: '{name}'{', an average' if nested.is_average(name) else ''}; also there: {', '.join(also)}"
-    return name, state, converter, [r for r in (remark, told if name and also else "") if r]
+    said = f"taken: '{name}'{', an average' if nested.is_average(name) else ''}; also there: {', '.join(also)}"
+    return name, state, converter, [r for r in (remark, said if name and also else "") if r]
 
 
 def beside(found: Weights, name: str, networks: Sequence[nested.Network]) -> list[str]:
@@ -155,11 +155,11 @@ def foreign_source(
 ) -> Source:
     """Convert a published state into a Source whose network takes it strictly."""
     try:
-        told: dict[str, Any] = {}
+        said: dict[str, Any] = {}
         if converter.diffusers is not None and found.json:
-            told = converter.diffusers.from_json(found.json)
+            said = converter.diffusers.from_json(found.json)
             converter = converter.diffusers.adapt(converter, found.json)
-        read = {**converter.config(theirs), **told}
+        read = {**converter.config(theirs), **said}
         said, view, recipe = keywords(converter, overrides, converter.published.header(read))
         config = {**read, **said}
         state = dict(converter.to_ours(theirs))
@@ -188,7 +188,7 @@ def foreign_source(
         extra={"source": {"file": found.path.name, "sha256": ckpt.file_hash(found.path), "layout": converter.name}},
         **more,
     )
-    known = {text.partition("=")[0] for text in overrides} | set(told)
+    known = {text.partition("=")[0] for text in overrides} | set(said)
     remarks = [*remarks, *(f"assumed: {text}" for key, text in assumed.items() if key not in known)]
     source = Source(found.path, state, header, converter, own, remarks=remarks)
     pairs = converter.files.names(theirs)
@@ -202,9 +202,9 @@ def disagreement(converter: Layout, theirs: State, ours: State) -> str:
 
     Published files store some values several times (copies, masks, filters), of which our network keeps one.
     """
-    forgotten = [re.compile(p) for p in converter.files.unused]
+    unused = [re.compile(p) for p in converter.files.unused]
     for k, v in back(converter, ours).items():
-        if k in theirs and not any(p.search(k) for p in forgotten) and not alike(theirs[k], v):
+        if k in theirs and not any(p.search(k) for p in unused) and not alike(theirs[k], v):
             return f"{k} is not what the layout's other tensors say"
     return ""
 

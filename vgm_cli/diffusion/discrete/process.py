@@ -292,16 +292,16 @@ class DiscreteDiffusion:
         indices = torch.arange(self.steps, device=x.device)
         for i in reversed(range(self.steps)):
             t = indices[i].expand(len(x))
-            told = self.model_timesteps(t)
-            p = self.p_mean_variance(model(x, told), x, t, clip_denoised, denoised_fn)
+            timesteps = self.model_timesteps(t)
+            p = self.p_mean_variance(model(x, timesteps), x, t, clip_denoised, denoised_fn)
             x0 = p.x0
             if sampler == "ddpm":
                 if cond_fn is not None:
-                    p = self.condition_mean(p, cond_fn(x, told))
+                    p = self.condition_mean(p, cond_fn(x, timesteps))
                 x = self.p_sample(p, t, noise() if i else None)
             else:
                 if cond_fn is not None:
-                    p = self.condition_score(p, cond_fn(x, told), x, t)
+                    p = self.condition_score(p, cond_fn(x, timesteps), x, t)
                     x0 = p.x0
                 x = self.ddim_sample(p, x, t, eta, noise() if i and eta else None)
             yield x, x0
@@ -318,10 +318,10 @@ class DiscreteDiffusion:
         x, indices = x0, torch.arange(self.steps, device=x0.device)
         for i in range(self.steps):
             t = indices[i].expand(len(x))
-            told = self.model_timesteps(t)
-            p = self.p_mean_variance(model(x, told), x, t, clip_denoised, denoised_fn)
+            timesteps = self.model_timesteps(t)
+            p = self.p_mean_variance(model(x, timesteps), x, t, clip_denoised, denoised_fn)
             if cond_fn is not None:
-                p = self.condition_score(p, cond_fn(x, told), x, t)
+                p = self.condition_score(p, cond_fn(x, timesteps), x, t)
             x = self.ddim_reverse_sample(p, x, t)
             yield x, p.x0
 

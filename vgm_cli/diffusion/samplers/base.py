@@ -73,9 +73,9 @@ class GaussianSampler(ABC):
 
 
 def report(request: Request, total: int) -> Callable[[int, Tensor, Tensor | None], None] | None:
-    """A solver's callback that tells the request's."""
-    tell = request.callback
-    return None if tell is None else lambda i, x, x0: tell(i, total, x, x0)
+    """A callback for solvers, (i, x, x0), that calls the request's with the total number of steps added."""
+    callback = request.callback
+    return None if callback is None else lambda i, x, x0: callback(i, total, x, x0)
 
 
 def default_grid(model: Denoiser) -> Grid:

@@ -45,13 +45,13 @@ class ODESampler(GaussianSampler):
             return convert(v, x, t, model.path, "velocity", "x0")
 
         x = request.randn() * model.path.sigma(high)
-        tell: dict[str, Any] = {"callback": report(request, steps), "x0_of": x0_of}
+        reporting: dict[str, Any] = {"callback": report(request, steps), "x0_of": x0_of}
         if self.method == "dopri5":
-            x = solvers.dopri5(velocity, x, high, low, rtol=self.rtol, atol=self.atol, **tell)
+            x = solvers.dopri5(velocity, x, high, low, rtol=self.rtol, atol=self.atol, **reporting)
         elif whole or steps > 1:
             grid = self.grid or default_grid(model)
             times = timesteps.time_grid(model.path, steps if whole else steps - 1, grid, low, high)
-            x = solvers.ODE[self.method][0](velocity, x, times, **tell)
+            x = solvers.ODE[self.method][0](velocity, x, times, **reporting)
         else:
             low = high
         return x if whole else model.predict(x, low, "x0", **request.cond)
@@ -95,8 +95,8 @@ class SDESampler(GaussianSampler):
             return convert(score, x, t, path, "score", "x0")
 
         x = request.randn() * path.sigma(times[0])
-        tell: dict[str, Any] = {"callback": report(request, steps), "x0_of": x0_of}
-        x = solvers.reverse_sde(drift_score, x, times, diffusion, noise=request.randn, **tell)
+        reporting: dict[str, Any] = {"callback": report(request, steps), "x0_of": x0_of}
+        x = solvers.reverse_sde(drift_score, x, times, diffusion, noise=request.randn, **reporting)
         return x if whole else model.predict(x, times[-1], "x0", **request.cond)
 
 
@@ -119,7 +119,7 @@ class FlowEulerSampler(GaussianSampler):
         def velocity(x: Tensor, i: int) -> Tensor:
             return flow_velocity(model, x, sigmas[i], **cond)
 
-        noise, tell = request.randn if self.stochastic else None, report(request, steps)
+        noise, reporting = request.randn if self.stochastic else None, report(request, steps)
         return solvers.flow_euler(
-            velocity, request.randn(), sigmas, stochastic=self.stochastic, noise=noise, callback=tell
+            velocity, request.randn(), sigmas, stochastic=self.stochastic, noise=noise, callback=reporting
         )

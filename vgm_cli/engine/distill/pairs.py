@@ -74,19 +74,19 @@ def pairs_of(recipe: Recipe, node: Mapping[str, Any]) -> dict[str, Tensor]:
 def make_pairs(view: Denoiser, loaded: ckpt.Loaded, settings: Pairs, guidance: float, first: int) -> dict[str, Tensor]:
     """Make the pairs number first to first + SHARD."""
     shape = tuple(loaded.header.data.get("sample_shape") or view.network.sample_shape)  # type: ignore[attr-defined]
-    told = loaded.conditions
+    conditions = loaded.conditions
     device = next(view.network.parameters()).device  # type: ignore[attr-defined]
     sampler = registry().build("sampler", {"name": settings.sampler})
     batches: dict[str, list[Tensor]] = {"z": [], "x": []}
     for start in range(first, first + SHARD, settings.batch_size):
         items = range(start, min(start + settings.batch_size, first + SHARD))
         seeds = [seed_of("pairs", settings.seed, i) for i in items]
-        cond = told.encode({name: part.in_turn(items) for name, part in told.parts.items()}, device)
+        cond = conditions.encode({name: part.in_turn(items) for name, part in conditions.parts.items()}, device)
         request = Request(
             shape=shape,
             generators=generators(seeds),
             cond=cond,
-            null=told.null(device),
+            null=conditions.null(device),
             steps=settings.steps,
             guidance_scale=guidance if cond else None,
             device=device,

@@ -91,8 +91,8 @@ def evaluate(
         else:
             values, data, counts = sides.values(metric, seed)
             more = {"name": "vgm", **(protocol or {})}
-            if metric.needs_reference and sides.told:
-                more["channels"] = sides.told
+            if metric.needs_reference and sides.mismatch:
+                more["channels"] = sides.mismatch
         shared = {"protocol": {**more, **data}, "facts": facts or {}, "seed": seed}
         results += [result_of(v, counts, shared, time.time() - began) for v in values]
     if save_stats is not None:
@@ -185,7 +185,7 @@ class Sides:
         self.nets: dict[str, FeatureNet | None] = {}  # by weights and resize rule, so that one network runs once
         self.needs: dict[str, tuple[set[str], set[str]]] = {}
         self.held_out: Pictures | Statistics | None = None
-        self.told = ""  # how grey and colour were brought together, for the protocol
+        self.mismatch = ""  # how grey and colour were brought together, for the protocol
         self.samples: dict[str, Measured] = {}
         self.references: dict[str, Measured] = {}
 
@@ -199,14 +199,14 @@ class Sides:
             made_of = self.reference.facts.get("reference_shape") or [h, w, c]
             if list(made_of) != [h, w, c]:
                 mine, theirs = (f"{a[1]}×{a[0]} {'grey' if a[2] == 1 else 'colour'}" for a in ((h, w, c), made_of))
-                self.told = f"{mine} samples, statistics of {theirs} pictures"
-                ui.warn(f"{self.reference.path}: {self.told}")
+                self.mismatch = f"{mine} samples, statistics of {theirs} pictures"
+                ui.warn(f"{self.reference.path}: {self.mismatch}")
             return
         channels = c, self.reference.shape()[2]
         if len(set(channels)) > 1:
             grey, colour = ("samples", "references") if c == 1 else ("references", "samples")
-            self.told = f"grey {grey} against colour {colour}: the {grey} have three equal channels"
-            ui.warn(self.told)
+            self.mismatch = f"grey {grey} against colour {colour}: the {grey} have three equal channels"
+            ui.warn(self.mismatch)
         if max(channels) == 3:
             self.pictures, self.reference = in_colour(self.pictures), in_colour(self.reference)
             if self.held_out is not None and not isinstance(self.held_out, Statistics):
@@ -271,8 +271,8 @@ class Sides:
         if not self.samples:
             wants = {k: (self.nets[k], self.needs[k][0]) for k in self.nets}
             there = count_of(self.reference) if of_reference and not isinstance(self.reference, Statistics) else 0
-            tell = None if self.progress is None else shifted(self.progress, there)
-            self.samples = measure(self.pictures, wants, self.batch_size, self.device, tell)
+            progress = None if self.progress is None else shifted(self.progress, there)
+            self.samples = measure(self.pictures, wants, self.batch_size, self.device, progress)
         samples, reference = self.samples[key], self.references[key]
         more = {}
         if getattr(metric, "uses_held_out", False) and self.held_out is not None:

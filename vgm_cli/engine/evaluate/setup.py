@@ -114,8 +114,12 @@ def caution(results: Sequence[dict[str, Any]], options: Options) -> None:
     for remark, part in said.items():
         if not (part and "reference without" in remark):  # only a part of the samples is wanted
             ui.warn(remark)
-    told = [r["protocol"] for r in results if r["protocol"].get("features_kind") == "mnist"]
-    if options.features is None and told and "mnist" not in str(told[0].get("reference", "mnist")).lower():
+    protocols_of_digits = [r["protocol"] for r in results if r["protocol"].get("features_kind") == "mnist"]
+    if (
+        options.features is None
+        and protocols_of_digits
+        and "mnist" not in str(protocols_of_digits[0].get("reference", "mnist")).lower()
+    ):
         ui.warn("the shipped network knows digits only: for other pictures give Inception weights with --features")
 
 

@@ -71,9 +71,9 @@ def labels_for(loaded: Loaded, wanted: str, n: int, data: Sequence[int] | None) 
 
 def null_condition(loaded: Loaded, n: int) -> dict[str, Tensor] | None:
     """The keywords of no condition, where the network has them."""
-    device, told = next(loaded.model.parameters()).device, loaded.conditions
+    device, conditions = next(loaded.model.parameters()).device, loaded.conditions
     try:
-        return unconditional(loaded.model, told.example(n, device)["cond"], told.null(device))
+        return unconditional(loaded.model, conditions.example(n, device)["cond"], conditions.null(device))
     except VgmError:
         return None
 
@@ -115,7 +115,7 @@ def restore(
         best: dict[str, Any] = {}
         for k in range(tries):
             done = start * tries + k * (stop - start)
-            tell = each_step(None, progress, done, stop - start)
+            callback = each_step(None, progress, done, stop - start)
             request = Request(
                 shape=sample_shape,
                 generators=generators(seed_of("restore", seed, i, k) for i in range(start, stop)),
@@ -124,7 +124,7 @@ def restore(
                 steps=steps,
                 guidance_scale=settings.guidance_scale,
                 device=device,
-                callback=tell,
+                callback=callback,
                 codec=loaded.codec,
                 **given,
             )
@@ -185,11 +185,11 @@ def check_completion(operator: Operator) -> None:
 def condition(
     loaded: Loaded, labels: Sequence[int] | None, start: int, stop: int, device: torch.device
 ) -> dict[str, Tensor]:
-    told = loaded.conditions
-    part = told.of_column("label")
+    conditions = loaded.conditions
+    part = conditions.of_column("label")
     given = {} if part is None or not labels else {part.name: labels[start:stop]}
-    null = null_condition(loaded, stop - start) if told.parts.keys() - given.keys() else None
-    return (null or {}) | told.encode(given, device)
+    null = null_condition(loaded, stop - start) if conditions.parts.keys() - given.keys() else None
+    return (null or {}) | conditions.encode(given, device)
 
 
 def keep_best(best: dict[str, Any], x: Tensor, residual: Tensor, info: Mapping[str, Any]) -> None:

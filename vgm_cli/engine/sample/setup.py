@@ -83,8 +83,8 @@ def plan_for(
         own[key.removeprefix("sampler.")] = parse_yaml(value, text)
     prompts, anew = adopt_conditions(loaded, own, prompts)
     if sampler in (None, (recipe.get("sampler") or {}).get("name")):
-        told = {k: v for k, v in (recipe.get("sampler") or {}).items() if k not in own}
-        foreign.tell_files(told, loaded.path)
+        keywords = {k: v for k, v in (recipe.get("sampler") or {}).items() if k not in own}
+        foreign.tell_files(keywords, loaded.path)
     guidance_scale = fit(guidance_scale, NonNegative | None, "--guidance-scale")
     steps = fit(steps, Steps | None, "--steps")
     n = fit(n, Images, "-n")

@@ -1,4 +1,4 @@
-"""The model card of a run: filled from what happened, nothing left to fill in."""
+"""The model card of a run, written from its records; nothing is left for people to fill in."""
 
 from __future__ import annotations
 

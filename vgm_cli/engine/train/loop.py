@@ -72,7 +72,7 @@ def run(t: Trainer, until: int, guard: Guard, quiet_end: bool = False) -> Outcom
         generate.reals(t.feed, t.run.path / "samples" / "reals.png", opts.preview_n)
     done, stop = t.start, False
     with Progress(t.recipe.name, until, t.start) as progress:
-        told = report.Report(t, until, progress)
+        reporter = report.Report(t, until, progress)
         for index in range(t.start, until):
             update(t, index, batches)
             done = index + 1
@@ -81,18 +81,18 @@ def run(t: Trainer, until: int, guard: Guard, quiet_end: bool = False) -> Outcom
             last = stop or done == until
             regular = due(done, opts.log_every)
             if regular or last:
-                told.row(done, regular)
+                reporter.row(done, regular)
             else:
-                told.step(done)
+                reporter.step(done)
             if last or due(done, opts.save_every):
                 t.window.refuse_divergence(done, t.run.kept())
-                saving.save(t, done, told.seconds())
+                saving.save(t, done, reporter.seconds())
             if opts.preview_n and opts.preview_every and (done == until or due(done, opts.preview_every)):
                 preview(t, done, progress)
-                told.mark()
+                reporter.mark()
             if stop:
                 break
-    took, t.seconds = told.seconds() - t.seconds, told.seconds()
+    took, t.seconds = reporter.seconds() - t.seconds, reporter.seconds()
     if stop:
         t.acc.wait_for_everyone()  # a process that leaves takes the others along, and the first one still saves
         code = 128 + (guard.signal or signal.SIGINT)

@@ -168,8 +168,10 @@ class Optimizing:
             theirs["weight_decay"] = decay if mine.weight_decay is None else mine.weight_decay
 
     def step(self, accelerator: Any, index: int, clip: float | None, skip: Skip | None) -> dict[str, Tensor]:
-        """Clip the gradients, update the weights unless the gradients are an outlier, forget the gradients; returns
-        what there is to log."""
+        """Clip the gradients, update the weights and clear the gradients; returns what to log.
+
+        skip: the rule by which an update with outlying gradients is left out (`train.skip`), or None.
+        """
         logs: dict[str, Tensor] = {}
         params = [p for p in self.root.parameters() if p.grad is not None]
         if clip is not None:
@@ -225,7 +227,7 @@ def optimizer_tensors(optimizer: Any, prefix: str) -> dict[str, Tensor]:
 
 
 def load_optimizer_tensors(optimizer: Any, tensors: Mapping[str, Tensor], prefix: str, file: Path) -> None:
-    """The opposite; VgmError: entries of other parameters than this optimizer's."""
+    """Load what `optimizer_tensors` wrote. VgmError: entries of other parameters than this optimizer's."""
     full = optimizer.state_dict()
     params = [p for group in optimizer.param_groups for p in group["params"]]
     state: dict[int, dict[str, Tensor]] = {}

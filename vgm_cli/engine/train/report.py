@@ -1,4 +1,4 @@
-"""What a run tells while it trains: sums between two rows of its log, the rows, the progress line, the end."""
+"""What a training run reports: sums between two rows of its log, the rows, the progress line, the last words."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 
 
 class Window:
-    """Sums of what is logged since the last row, kept on the device so that no step waits for it. finite: whether every
-    loss was."""
+    """Sums of logged values since the last row. They stay on the device, so that no step waits for them. finite:
+    whether every loss was finite."""
 
     def __init__(self, accelerator: Any):
         self.acc = accelerator
@@ -37,7 +37,7 @@ class Window:
             self.counts[k] = self.counts.get(k, 0) + 1
 
     def totals(self) -> dict[str, float]:
-        """The sums, averaged over processes; every process must ask."""
+        """The sums averaged over processes. A collective operation: every process has to call it."""
         keys = sorted(self.sums)
         if not keys:
             return {}
@@ -88,7 +88,7 @@ class Report:
         self.mark()
 
     def mark(self) -> None:
-        """From now on the rate counts; what went before (a preview) does not."""
+        """Measure the rate from now on, so that a preview does not count as training time."""
         self.since, self.images = time.perf_counter(), self.t.images
 
     def seconds(self) -> float:
@@ -117,8 +117,8 @@ class Report:
             t.window.clear()
         t.window.refuse_divergence(done, t.run.kept())
         losses = (f"{p.name}/loss" for p in t.phases)  # a phase may not have been due
-        told = next((k for k in ("reward", "loss", *losses) if k in row), "loss")
-        note = f"{told} {row.get(told, math.nan):.4g}  {self.rate:.0f} img/s"
+        shown = next((k for k in ("reward", "loss", *losses) if k in row), "loss")
+        note = f"{shown} {row.get(shown, math.nan):.4g}  {self.rate:.0f} img/s"
         left = (self.until - done) * opts.batch_size / max(self.rate, 1e-9)
         self.progress.update(done, note)
         self.progress.line(f"step {done}/{self.until}  {note}  ETA {duration(left)}")

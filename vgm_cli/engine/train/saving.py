@@ -76,8 +76,8 @@ def write(
     All files carry one hash, by which `restore` knows that they belong together. state.json is written
     last.
     """
-    told = f"{t.recipe.dump()} {t.feed.describe().get('fingerprint')} {done}"
-    identity = {"checkpoint": hashlib.sha256(told.encode("utf-8", "backslashreplace")).hexdigest()[:16]}
+    described = f"{t.recipe.dump()} {t.feed.describe().get('fingerprint')} {done}"
+    identity = {"checkpoint": hashlib.sha256(described.encode("utf-8", "backslashreplace")).hexdigest()[:16]}
     own = header(t)
     own.step, own.extra = done, identity
     tensors |= save_weights(t, temp, "model", states["model"], own)

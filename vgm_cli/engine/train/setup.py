@@ -32,8 +32,8 @@ MAY_CHANGE = ("steps", "log_every", "save_every", "keep", "preview_every", "prev
 
 
 class Root(nn.Module):
-    """What one optimizer trains, wrapped once by DDP/FSDP; its forward is a phase's loss, so that whatever happens
-    inside (two discriminator calls, double backward, JVPs) stays inside one wrapped forward."""
+    """The module that one optimizer trains, wrapped once by DDP or FSDP. Its forward returns a phase's loss, so that
+    whatever the loss does (two discriminator calls, double backward, JVPs) happens inside one wrapped forward."""
 
     def __init__(
         self,
@@ -55,7 +55,7 @@ class Root(nn.Module):
 
 @dataclass
 class Outcome:
-    """What a training run came to."""
+    """The result of a training run: where it is, how far it went, how long it took."""
 
     path: Path
     step: int
@@ -274,7 +274,7 @@ class Trainer:
     # -- steps ------------------------------------------------------------------------------------------------------
 
     def begin(self) -> None:
-        """Everything is checked: from here on the run directory is this run's."""
+        """Everything has been checked: write the run directory's first files."""
         if self.acc.is_main_process:
             self.run.start(self.recipe.dump(), self.recipe.origins, self.data_facts())
         name = self.track if self.acc.is_main_process else "none"
@@ -301,7 +301,7 @@ class Trainer:
         return self.conditions.apply(self.feed.to_model(batch, step), step)
 
     def begin_step(self, step: Step) -> None:
-        """What the recipe and the objective want of the optimizers at this step."""
+        """Set the learning rates and weight decays that the recipe and the objective want at this step."""
         wanted = self.objective.schedule(step)
         restarts = self.objective.restarts(step)
         for name, optimizing in self.optimizers.items():
@@ -310,7 +310,7 @@ class Trainer:
                 optimizing.optimizer.state.clear()
 
     def freeze_all_but(self, phase: Phase) -> None:
-        """Gradients go to what a phase trains alone."""
+        """Let only the parameters that a phase trains receive gradients."""
         if len(self.phases) > 1:
             mine = {id(p) for name in phase.trains for p in self.parts[name].values()}
             for part in self.parts.values():
@@ -319,7 +319,7 @@ class Trainer:
 
     @contextmanager
     def synchronised(self, root: Any, last: bool) -> Iterator[None]:
-        """One micro-batch: processes exchange gradients after the last one of a step alone."""
+        """Context of one micro-batch. Processes exchange gradients after the last micro-batch of a step alone."""
         if self.sharded:
             sharding.sync_gradients(root, last)
         with nullcontext() if last or self.world == 1 or self.sharded else self.acc.no_sync(root):

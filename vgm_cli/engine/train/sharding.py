@@ -42,18 +42,18 @@ def shard(root: nn.Module, device: torch.device) -> None:
 
 
 def sync_gradients(root: Any, on: bool) -> None:
-    """Off for all micro-batches of a step but the last."""
+    """Whether the next backward pass exchanges gradients; off for all micro-batches of a step but the last."""
     root.set_requires_gradient_sync(on)
 
 
 def local(tensor: Tensor) -> Tensor:
-    """This process's share; of a tensor that is not sharded, itself."""
+    """This process's share of a tensor; the tensor itself if it is not sharded."""
     return tensor.to_local() if _is_sharded(tensor) else tensor  # type: ignore[attr-defined]  # DTensor's
 
 
 def gather(state: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
-    """The whole tensors, on the CPU; every process must ask. keep: False gives nothing, on processes that only take
-    part."""
+    """The whole tensors on the CPU. A collective operation: every process has to call it; keep=False returns
+    nothing, for processes that only take part."""
     out = {}
     for k, v in state.items():
         whole = full(v)
@@ -63,7 +63,7 @@ def gather(state: Mapping[str, Tensor], keep: bool) -> dict[str, Tensor]:
 
 
 def full(tensor: Tensor) -> Tensor:
-    """The whole of a tensor, on its device; every process must ask."""
+    """The whole of a tensor on its device. A collective operation: every process has to call it."""
     return tensor.full_tensor() if _is_sharded(tensor) else tensor  # type: ignore[attr-defined]  # DTensor's
 
 

@@ -33,7 +33,7 @@ class Guard:
         ui.info("stopping after this step (once more to stop at once)")
 
     def came(self, accelerator: Any) -> bool:
-        """Whether a signal came to any process, and which: all processes agree."""
+        """Whether a signal has come to any process. All processes agree on the answer."""
         if accelerator.num_processes > 1:
             seen = torch.tensor([self.signal or 0], device=accelerator.device)
             self.signal = int(accelerator.gather(seen).max()) or None
