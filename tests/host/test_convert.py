@@ -686,7 +686,7 @@ def test_the_source_is_remembered(dit: Path, vgm: Call) -> None:
     [
         ("dit", {"name": "iddpm", "schedule": "linear", "steps": 1000, "learn_sigma": True}),
         ("sit", {"name": "flow-matching", "path": "linear", "prediction": "velocity"}),
-        ("adm-unet", {"name": "iddpm", "schedule": "linear", "steps": 1000, "learn_sigma": True, "label_dropout": 0.0}),
+        ("adm-unet", {"name": "iddpm", "schedule": "linear", "steps": 1000, "learn_sigma": True}),
     ],
 )
 def test_a_published_network_is_sampled_as_it_is(name: str, objective: dict[str, Any], vgm: Call) -> None:
