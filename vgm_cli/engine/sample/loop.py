@@ -66,8 +66,8 @@ class Plan:
     def period(self) -> int:
         """The number of items after which labels repeat, by which grids arrange them; n where they do not repeat, 0
         without labels."""
-        told = list(zip(*self.given.values()))
-        return next((k for k in range(1, self.n) if told[k:] == told[:-k]), self.n) if told else 0
+        rows = list(zip(*self.given.values()))
+        return next((k for k in range(1, self.n) if rows[k:] == rows[:-k]), self.n) if rows else 0
 
     def asked(self) -> dict[str, Any]:
         """What the user typed besides labels, for the records; nothing where it is nothing."""
@@ -224,13 +224,13 @@ def each_step(callback: Callback | None, progress: Progress | None, done: int, s
     if progress is None:
         return callback
 
-    def tell(i: int, total: int, x: Tensor, x0: Tensor | None) -> None:
+    def on_step(i: int, total: int, x: Tensor, x0: Tensor | None) -> None:
         at = min(i + 1, total)  # adaptive solvers take as many as they need
         progress.update(done + size * at / max(total, 1), f"step {at}/{total}")
         if callback is not None:
             callback(i, total, x, x0)
 
-    return tell
+    return on_step
 
 
 def refuse_non_finite(x: Tensor, first: int = 0, hint: str = "") -> None:
@@ -270,12 +270,12 @@ def preview(loaded: Loaded, recipe: Any, path: Path, n: int, device: torch.devic
         if loaded.header.is_codec and feed is not None:
             reconstructions(loaded.model, real_images(feed, n), path, device)
         return
-    told = loaded.conditions
-    given = items_for(told, n, {} if feed is None else feed.items(told, n))
+    conditions = loaded.conditions
+    given = items_for(conditions, n, {} if feed is None else feed.items(conditions, n))
     plan = Plan(
         n=n,
         given=given,
-        labels=labels_in(told, given),
+        labels=labels_in(conditions, given),
         sampler=sampler_node(config),
         guidance_scale=config.get("guidance_scale"),
         roles=loaded.roles,
