@@ -56,20 +56,14 @@ def send(tensor: Tensor, device: torch.device) -> Tensor:
 
 @dataclass(frozen=True)
 class Phase:
-    """One optimisation phase of a step.
-
-    trains: what receives gradients, everything else being frozen during the phase: roles of `objective.networks`
-        ("model"), or parts of them by dotted name ("model.control").
-    optimizer: phases naming the same optimizer share its state. every: run at steps divisible by it.
-    gain: factor on the loss (lazy regularisation). clip: gradient-norm limit, None for the recipe's.
-    """
+    """One optimisation phase of a step: a loss, what it trains, and by which optimizer. All else is frozen in it."""
 
     name: str
-    trains: tuple[str, ...] = ("model",)
-    optimizer: str = "main"
-    every: int = 1
-    gain: float = 1.0
-    clip: float | None = None
+    trains: tuple[str, ...] = ("model",)  # roles of `objective.networks`, or parts of them ("model.control")
+    optimizer: str = "main"  # phases naming the same optimizer share its state
+    every: int = 1  # run at steps divisible by it
+    gain: float = 1.0  # factor on the loss (lazy regularisation)
+    clip: float | None = None  # limit of the gradients' norm; None: the recipe's
 
     @property
     def roles(self) -> tuple[str, ...]:
@@ -140,17 +134,13 @@ class Step:
 
 @dataclass
 class Request:
-    """What a sampler is asked for: the N items of one batch of a job, each with its own random stream.
-
-    null says what stands for no condition; keywords that it lacks are those of the network's own `null_condition`.
-    images are what a reconstruction, an interpolation or an edit starts from. With a mask they are edited: images are
-    then one for each of these N items, and what the mask keeps of them is not changed.
-    """
+    """What a sampler is asked for: the N items of one batch of a job, each with its own random stream. With a mask,
+    `images` are one for each item, and what the mask keeps of them is not changed."""
 
     shape: tuple[int, ...]  # of one sample as the model sees it: (C, H, W), or the grid of tokens
     generators: list[torch.Generator]  # N, one per item, on the CPU
     cond: dict[str, Tensor] = field(default_factory=dict)  # keywords of the network, N rows each, e.g. {"y": (N,)}
-    null: dict[str, Tensor] = field(default_factory=dict)  # no condition, one row: {"context": (1, L, C)}
+    null: dict[str, Tensor] = field(default_factory=dict)  # no condition, one row, where null_condition does not say
     steps: int | None = None  # None: the sampler's own
     guidance_scale: float | None = None  # None: the sampler's own
     guidance_interval: tuple[float, float] | None = None  # host times between which to guide; None: always
@@ -160,7 +150,7 @@ class Request:
     callback: Callable[[int, int, Tensor, Tensor | None], None] | None = None  # (i, total, x_t (N, ...), x0 or None)
     info: dict[str, Any] = field(default_factory=dict)  # samplers report e.g. info["nfe"]
     index: list[int] = field(default_factory=list)  # numbers of these items in the whole job; empty: 0 to N-1
-    images: Tensor | None = None  # (M, *shape) that the user gave, as the model sees them; the same for every batch
+    images: Tensor | None = None  # (M, *shape) to start from, as the model sees them; the same for every batch
     mask: Tensor | None = None  # (N, 1, H, W) bool of pixels, true where an image is kept
     codec: Any = None  # makes images of the result, for samplers that look into it; None: pixels
 
