@@ -98,8 +98,9 @@ def test_documented_functions_exist(page: Path) -> None:
         assert path.is_file(), f"{page.name}: {file}"
         if name:
             names = {n.name for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if hasattr(n, "name")}
-            names |= {t.id for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))) if isinstance(n, ast.Assign)
-                      for t in n.targets if isinstance(t, ast.Name)}  # fmt: skip
+            for n in ast.walk(ast.parse(path.read_text(encoding="utf-8"))):
+                targets = n.targets if isinstance(n, ast.Assign) else [n.target] if isinstance(n, ast.AnnAssign) else []
+                names |= {t.id for t in targets if isinstance(t, ast.Name)}
             assert set(name.split(".")) <= names, f"{page.name}: {file}:{name}"
     for target in re.findall(r"\]\(([^)#]+)\)", text):
         if not target.startswith("http"):
