@@ -361,7 +361,7 @@ def flops(recipe: Any, facts: Any) -> float:
 
     with torch.device("meta"):
         made = build.build_objective(recipe, facts)
-    return plan.count_flops(made, facts, recipe)[1] or float("nan")
+    return plan.count_flops(made, facts)[1] or float("nan")
 
 
 def training(

@@ -225,7 +225,7 @@ class Parts(ObjectiveBase):
         network = self.networks["model"]
         assert not network.training and network.final_layer.training
         t = step.rand(len(batch["x"]), "t")
-        return (network(batch["x"], t, y=batch["y"]) - step.randn(batch["x"].shape, "noise")).square().mean(), {}
+        return (network(batch["x"], t, **batch["cond"]) - step.randn(batch["x"].shape, "noise")).square().mean(), {}
 
     def schedule(self, step: Step) -> dict[str, dict[str, float]]:
         return {"main": {"lr": 0.0}} if step.index >= 2 else {}

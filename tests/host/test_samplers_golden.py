@@ -177,7 +177,7 @@ def loss(case):
         path = {"name": "vp", "beta_min": b, "beta_max": b + c.get("beta_d", 19.9), "t_min": c.get("epsilon_t", 1e-5)}
     else:
         path = {"name": "ve", "sigma_min": c.get("sigma_min", 0.02), "sigma_max": c.get("sigma_max", 100.0)}
-    asked = {"time": "sigma", "input_scale": "ve", "label_dropout": 0.0}
+    asked = {"time": "sigma", "input_scale": "ve"}
     objective = objectives.GaussianObjective(toy_denoiser, path, "x0", **asked, **options)
     step, images = Given(t=rnd, noise=case.inputs["noise"]), case.inputs["images"]
     mean, _ = objective.loss("main", {"x": images}, step)
