@@ -40,6 +40,8 @@ ADM |= {"attention_resolutions": (2,), "num_head_channels": 64, "num_classes": 5
 DIT = {"input_size": 8, "hidden_size": 32, "depth": 2, "num_heads": 2, "patch_size": 2, "num_classes": 5}
 EDM = {"img_resolution": 8, "in_channels": 1, "num_classes": 3, "model_channels": 32, "channel_mult": [1, 2]}
 EDM |= {"num_blocks": 1, "attn_resolutions": [4]}
+SONG = {"img_resolution": 8, "in_channels": 2, "model_channels": 16, "channel_mult": [1, 2], "num_blocks": 1}
+SONG |= {"attn_resolutions": [4], "augment_dim": 6}
 STAGE = {"ch": 32, "ch_mult": (1, 2), "num_res_blocks": 1, "resolution": 16, "z_channels": 4, "embed_dim": 4}
 STAGE |= {"attn_resolutions": ()}
 GPT = {"dim": 64, "n_layer": 2, "n_head": 1, "vocab_size": 20, "grid": (16, 16), "num_classes": 5, "multiple_of": 32}
@@ -74,6 +76,9 @@ TINY: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "llamagen-512": (GPT | {"grid": (32, 32)}, ()),
     "llamagen-tokenizer": (STAGE | {"n_embed": 16, "resolution": 256, "attn_resolutions": (128,)}, ()),
     "lpips": ({}, ()),
+    "meanflow": (DIT, ("num_heads=2",)),
+    "meanflow-flax": (DIT | {"input_size": 32, "patch_size": 8}, ("num_heads=2",)),
+    "meanflow-unet": (SONG, ()),
     "rectified-flow": ({"image_size": 32, "nf": 16, "ch_mult": (1, 2), "num_res_blocks": 1, "fir": True}, ()),
     "sit": (DIT, ("num_heads=2",)),
     "stylegan": (STYLE | {"mapping_width": 8, "fmap_base": 64, "fmap_max": 12}, ()),
