@@ -120,7 +120,9 @@ METHODS = {
 }
 
 
-@pytest.mark.parametrize("name", METHODS)
+@pytest.mark.parametrize(
+    "name", [pytest.param(n, marks=pytest.mark.slow) if n in ("dmd2, three steps", "cd, bf16") else n for n in METHODS]
+)
 def test_resume_is_bit_exact(
     vgm: Vgm, teachers: Callable[[str, str], Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch, name: str
 ) -> None:

@@ -291,6 +291,7 @@ def test_a_run_is_sampled_and_measured(vgm: Run, trained: Path) -> None:
     assert other["value"] != r["value"] and other["seed"] == 1
 
 
+@pytest.mark.slow
 def test_two_processes_give_the_same_numbers(process: Any, trained: Path, tmp_path: Path) -> None:
     def numbers(nproc: int) -> dict[str, dict[str, Any]]:
         out = tmp_path / f"{nproc}.json"

@@ -21,8 +21,13 @@ TRAININGS = {
 }
 SMALL = ["train.steps=2", "train.batch_size=8", "train.preview_n=0", "train.precision=fp32", "train.save_every=2"]
 
+COMBINATIONS = [f"{n} {t}" for n in NETWORKS for t in TRAININGS]
+COMBINATIONS = [
+    pytest.param(c, marks=pytest.mark.slow) if c in ("adm-unet ddpm", "adm-unet edm") else c for c in COMBINATIONS
+]
 
-@pytest.fixture(scope="module", params=[f"{n} {t}" for n in NETWORKS for t in TRAININGS])
+
+@pytest.fixture(scope="module", params=COMBINATIONS)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one network by one training."""
     from vgm_cli import recipe as recipes
