@@ -317,7 +317,7 @@ def plain_objective(made: Any, batch: dict[str, Tensor], bf16: bool, clip: float
     trainer, whose networks are taken over."""
     from vgm_cli.engine.train import optim
 
-    device, objective, phases = made.device, made.objective, made.phases
+    device, objective, phases, conditions = made.device, made.objective, made.phases, made.conditions
     optimizers, members = {}, {}
     for name in dict.fromkeys(p.optimizer for p in phases):
         members[name] = list(optim.members(name, phases, made.parts).values())
@@ -337,7 +337,7 @@ def plain_objective(made: Any, batch: dict[str, Tensor], bf16: bool, clip: float
                 for key, q in everything.items():
                     q.requires_grad_(key in mine)
             with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
-                loss, _ = objective.loss(phase.name, batch, s)
+                loss, _ = objective.loss(phase.name, conditions.apply(conditions.apply(batch, s), s, trained=True), s)
             (loss * phase.gain).backward()
             limit = phase.clip if phase.clip is not None else clip
             if limit is not None:
