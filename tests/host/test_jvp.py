@@ -172,7 +172,7 @@ def test_the_caller_may_be_compiled(name, request):
     """By aot_eager, which needs no compiler of C++ and traces as inductor does."""
     if any(isinstance(m, nn.GroupNorm) for m in network(name).modules()) or name == "edm-unet":
         reason = "torch 2.x cannot trace the forward derivative of group_norm"
-        request.applymarker(pytest.mark.xfail(raises=torch._dynamo.exc.TorchRuntimeError, reason=reason, strict=False))
+        request.applymarker(pytest.mark.xfail(raises=torch._dynamo.exc.TorchRuntimeError, reason=reason, strict=True))
     torch.compiler.reset()
     x, t, v, dt = direction()
     f = labelled(network(name))
