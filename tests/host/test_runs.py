@@ -31,6 +31,7 @@ from vgm_cli.engine.run import Run
 from vgm_cli.engine.train import tracking
 from vgm_cli.engine.train.loop import train
 from vgm_cli.engine.train.optim import load_optimizer_tensors
+from vgm_cli.engine.train.signals import Guard
 from vgm_cli.errors import VgmError
 from vgm_cli.ui import ui
 
@@ -463,6 +464,23 @@ def test_a_signal_to_the_launcher_saves(tiny: Path, process: type) -> None:
     code, _, err = child.wait()
     assert code == 143, err
     assert json.loads(Path("r/checkpoints/last/state.json").read_text())["step"] == rows(Path("r"))[-1][0]
+
+
+def test_a_first_signal_that_arrives_after_the_others_told_of_it_is_no_second() -> None:
+    """The launcher passes a signal to one process after the other."""
+
+    class TwoProcesses:
+        num_processes, device = 2, torch.device("cpu")
+
+        @staticmethod
+        def gather(mine: torch.Tensor) -> torch.Tensor:
+            return torch.cat([mine, torch.tensor([int(signal.SIGTERM)])])
+
+    with Guard() as guard:
+        assert guard.came(TwoProcesses)
+        signal.raise_signal(signal.SIGTERM)
+        with pytest.raises(KeyboardInterrupt):
+            signal.raise_signal(signal.SIGTERM)
 
 
 class Broken(io.StringIO):

@@ -16,7 +16,8 @@ class Guard:
     Meanwhile nothing depends on who reads the output."""
 
     def __enter__(self) -> Guard:
-        self.signal: int | None = None
+        self.own: int | None = None  # what came to this process
+        self.signal: int | None = None  # what came to any of them
         self.before: dict[int, Any] = {}
         self.lasting, ui.lasting = ui.lasting, True
         if threading.current_thread() is threading.main_thread():
@@ -27,15 +28,16 @@ class Guard:
         return self
 
     def _note(self, number: int, _frame: Any) -> None:
-        if self.signal is not None:
+        if self.own is not None:  # not self.signal, which the others may have told of before the launcher's came here
             raise KeyboardInterrupt
-        self.signal = number
+        self.own = number
         ui.info("stopping after this step (once more to stop at once)")
 
     def came(self, accelerator: Any) -> bool:
         """Whether a signal has come to any process. All processes agree on the answer."""
+        self.signal = self.own
         if accelerator.num_processes > 1:
-            seen = torch.tensor([self.signal or 0], device=accelerator.device)
+            seen = torch.tensor([self.own or 0], device=accelerator.device)
             self.signal = int(accelerator.gather(seen).max()) or None
         return self.signal is not None
 
