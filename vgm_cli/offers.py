@@ -1,4 +1,4 @@
-"""What a network, a view, a sampler or a reward may offer besides its call; a part of the contract, see `api`.
+"""What a network, view, sampler, metric or reward may offer besides its call; a part of the contract, see `api`.
 
 Each is a protocol and asked for with isinstance, never by the name of an attribute; what does not offer it simply lacks
 the names.
@@ -209,3 +209,22 @@ class HasExample(Protocol):
         two, as small as the network allows, the same at every call. config: every keyword of the constructor, defaults
         included."""
         ...
+
+
+class MetricBase:
+    """What a metric says of itself, with the defaults for one that does not say. Whoever builds a metric adds what it
+    lacks (`api.complete`), so that the engine reads these and never asks whether they are there."""
+
+    needs_samples: frozenset[str] = frozenset()  # of metrics.base.NEEDS, measured of the samples
+    needs_reference: frozenset[str] = frozenset()  # the same of the reference
+    network: str | None = None  # kind of feature network that it requires: mnist, inception, …; None: any
+    pairs: bool = False  # the k-th sample belongs to the k-th image of the reference
+    uses_seed: bool = False  # it draws
+    uses_held_out: bool = False  # called with held_out=Measured where such images are given
+    needs_model: bool = False  # it looks at the model (ModelMetric) in place of two sets of images (Metric)
+    needs_data: bool = True  # of a ModelMetric: it looks at images of the data, too
+    n: int | None = None  # of a ModelMetric: its own number of images
+    gives: tuple[str, ...] = ()  # names of its numbers; none: the metric's own
+
+    def check(self, n: int | None, n_reference: int | None, shape: tuple[int, int, int]) -> None:
+        """VgmError: it cannot be computed of n samples and n_reference images (None: not known) of (H, W, C)."""

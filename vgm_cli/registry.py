@@ -244,7 +244,7 @@ class Registry:
 
         roles are injected by parameter name where the constructor asks for them and are ignored otherwise;
         values are coerced by annotation; unknown keys are refused with the nearest names (exit code 2). A bare
-        objective or sampler gets the contract's defaults here, once: nobody asks it later what it has.
+        objective, sampler or metric gets the contract's defaults here, once: nobody asks it later what it has.
         """
         component, kwargs = self.config(kind, {"name": node} if isinstance(node, str) else node)
         limits.check_numbers(kwargs, f"{kind} '{component.name}'")
@@ -262,12 +262,14 @@ class Registry:
 
 
 def completed(kind: str, made: Any) -> Any:
-    """An objective or a sampler with the contract's defaults for what its author left out; others as they are."""
-    if kind not in ("objective", "sampler"):
+    """An objective, a sampler or a metric with the contract's defaults for what its author left out; others as they
+    are."""
+    if kind not in ("objective", "sampler", "metric"):
         return made
-    from vgm_cli import api
+    from vgm_cli import api, offers
 
-    return api.complete(made, api.ObjectiveBase if kind == "objective" else api.SamplerBase)
+    bases = {"objective": api.ObjectiveBase, "sampler": api.SamplerBase, "metric": offers.MetricBase}
+    return api.complete(made, bases[kind])
 
 
 def strings(value: Any) -> Iterator[str]:

@@ -92,6 +92,8 @@ def described(dataset: Any) -> dict[str, Any]:
     """What `vgm data info --json` prints."""
     import numpy as np
 
+    from vgm_cli.data import Dataset
+
     f = dataset.facts
     counts = np.bincount(f.labels, minlength=f.num_classes).tolist() if f.labels is not None else []
     facts = {
@@ -111,7 +113,7 @@ def described(dataset: Any) -> dict[str, Any]:
         "crop": dataset.crop,
         "fingerprint": dataset.fingerprint(),
     }
-    if hasattr(dataset, "source"):
+    if isinstance(dataset, Dataset):
         facts["unlabelled"] = "" if f.num_classes else dataset.source.no_labels
         if f.captions:
             facts["caption"] = next((t for i in range(min(f.count, 100)) if (t := dataset.item(i)[2])), None)
@@ -220,7 +222,7 @@ def encode(
 
     Next: vgm train dit data.path=PATH data.cache_latents=cache/
     """
-    from vgm_cli.data import tell_skipped
+    from vgm_cli.data import Dataset, tell_skipped
     from vgm_cli.data.latent_cache import DTYPES, build_cache
     from vgm_cli.engine.sample.setup import device_for
 
@@ -229,7 +231,7 @@ def encode(
     device = device_for()
     network, digest = open_codec(codec, device, tokens)
     dataset = opened(path, size=size, channels=channels, crop=crop, split=split, label_key=label_key)
-    if not hasattr(dataset, "source"):
+    if not isinstance(dataset, Dataset):
         raise VgmError(f"{path} holds latents already", "name the images", USAGE)
     known = len(dataset.facts.skipped)
     latents = build_cache(
@@ -332,7 +334,9 @@ def class_of(word: str, names: list[str]) -> int:
 
 def pictures(dataset: Any, chosen: list[int], codec: str | None) -> Any:
     """float32 (B, C, H, W) in [-1, 1]; latents go through their codec."""
-    if hasattr(dataset, "source"):
+    from vgm_cli.data import Dataset
+
+    if isinstance(dataset, Dataset):
         return dataset.pixels(chosen)
     if codec is None:
         raise VgmError(f"{dataset.facts.root} holds latents", "--codec RUN|FILE decodes them", USAGE)

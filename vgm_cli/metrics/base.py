@@ -13,6 +13,7 @@ from torch import Tensor
 from vgm_cli.conditioning import Conditions
 from vgm_cli.metrics.moments import Moments
 from vgm_cli.metrics.pictures import Items
+from vgm_cli.offers import MetricBase as MetricBase
 
 # moments, spatial: mean and covariance of pooled and of spatial features; pool, logits: features of every image;
 # images: uint8 (N, H, W, C); pixels: small copies for distances; labels: int64 (N,)
@@ -60,8 +61,7 @@ class Value:
 
 
 class Metric(Protocol):
-    needs_samples: frozenset[str]
-    needs_reference: frozenset[str]
+    """A metric of two sets of images."""
 
     def __call__(self, samples: Measured, reference: Measured, seed: int) -> list[Value]: ...
 
@@ -86,6 +86,6 @@ class Subject:
 
 
 class ModelMetric(Protocol):
-    needs_model: bool
+    """A metric of a model: needs_model is true."""
 
     def __call__(self, subject: Subject, seed: int) -> list[Value]: ...

@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 from vgm_cli.errors import USAGE, VgmError
-from vgm_cli.metrics.base import Measured, Value
+from vgm_cli.metrics.base import Measured, MetricBase, Value
 from vgm_cli.nets.mnist_features import CLASSES
 
 
@@ -20,13 +20,12 @@ def accuracy_of(logits: Tensor, labels: np.ndarray) -> float:
     return float((logits.argmax(1).cpu() == torch.as_tensor(labels).long()).double().mean())
 
 
-class ClassAccuracy:
+class ClassAccuracy(MetricBase):
     """Share of samples that the digit classifier recognises as their class: the shipped one, unless `features` names
     another file."""
 
     network = "mnist"
     needs_samples = frozenset({"logits", "labels"})
-    needs_reference: frozenset[str] = frozenset()
 
     def __call__(self, samples: Measured, reference: Measured, seed: int) -> list[Value]:
         assert samples.logits is not None and samples.labels is not None and samples.n

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vgm_cli.errors import USAGE, VgmError
-from vgm_cli.metrics.base import Measured, Value
+from vgm_cli.metrics.base import Measured, MetricBase, Value
 from vgm_cli.metrics.moments import Moments
 from vgm_cli.ranges import Few, Steps, Whole
 
@@ -112,7 +112,7 @@ def frechet_infinity(
     return float(fit[1]), float(np.sqrt(variance))
 
 
-class FID:
+class FID(MetricBase):
     """Frechet distance of pooled features with its standard error: of first order, or by `bootstrap` resamples; 0 makes
     none, and then no sample's features are kept. The value itself is biased upwards at small N: see fid-inf."""
 
@@ -146,7 +146,7 @@ class FDDINOv2(FID):
     network = "dinov2"
 
 
-class SpatialFID:
+class SpatialFID(MetricBase):
     """Frechet distance of spatial features (sFID)."""
 
     needs_samples = needs_reference = frozenset({"spatial"})
@@ -157,7 +157,7 @@ class SpatialFID:
         return [Value("sfid", frechet_distance(s.mean, s.cov, r.mean, r.cov))]
 
 
-class FIDInfinity:
+class FIDInfinity(MetricBase):
     """The FID that infinitely many samples would have, by extrapolation in 1/N. points: subset sizes in the fit."""
 
     needs_samples = frozenset({"pool"})

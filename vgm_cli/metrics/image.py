@@ -15,7 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vgm_cli.errors import MISSING_ASSET, USAGE, VgmError, unknown
-from vgm_cli.metrics.base import Measured, Value
+from vgm_cli.metrics.base import Measured, MetricBase, Value
 from vgm_cli.metrics.pictures import Items, pairs
 
 WINDOW, SIGMA, K1, K2 = 11, 1.5, 0.01, 0.03
@@ -86,7 +86,7 @@ def ms_ssim(x: Tensor, y: Tensor, data_range: float = 1.0, padding: str = "valid
     return out
 
 
-class PairMetric:
+class PairMetric(MetricBase):
     """The mean over pairs of a sample and the reference of its name (or position), uint8 pixels over 255."""
 
     needs_samples = needs_reference = frozenset({"images"})

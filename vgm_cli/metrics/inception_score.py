@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vgm_cli.errors import USAGE, VgmError
-from vgm_cli.metrics.base import Measured, Value
+from vgm_cli.metrics.base import Measured, MetricBase, Value
 from vgm_cli.ranges import Steps, Width
 
 
@@ -39,12 +39,11 @@ def inception_score(
     return float(np.mean(scores)), float(np.std(scores))
 
 
-class InceptionScore:
+class InceptionScore(MetricBase):
     """Inception score over `splits` equal parts of the samples, or with `split_size` over consecutive parts of that
     size, as ADM makes them. shuffle: reorder the samples by the seed first."""
 
     needs_samples = frozenset({"logits"})
-    needs_reference: frozenset[str] = frozenset()
 
     def __init__(self, splits: Steps = 10, split_size: Width | None = None, shuffle: bool = True):
         self.splits = splits

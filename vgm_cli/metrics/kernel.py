@@ -13,7 +13,7 @@ import torch
 from torch import Tensor
 
 from vgm_cli.errors import USAGE, VgmError
-from vgm_cli.metrics.base import Measured, Value
+from vgm_cli.metrics.base import Measured, MetricBase, Value
 from vgm_cli.ranges import Few, NonNegative, Positive, Steps, Width
 
 
@@ -50,7 +50,7 @@ def kernel_distance(
     return float(np.mean(values)), float(np.std(values))
 
 
-class KID:
+class KID(MetricBase):
     """Kernel inception distance: mean of the unbiased MMD^2 over random subsets.
 
     Subsets shrink to the smaller side when there are fewer images, and the result says so. Where every subset is the
@@ -110,7 +110,7 @@ def gaussian_mmd(x: Tensor, y: Tensor, sigma: float = 10.0, scale: float = 1000.
     return float(scale * value), float(scale * error)
 
 
-class CMMD:
+class CMMD(MetricBase):
     """Maximum mean discrepancy of unit-length CLIP image embeddings (ViT-L/14 at 336 pixels in published numbers).
     sigma: of the Gaussian kernel."""
 

@@ -49,7 +49,7 @@ from vgm_cli.diffusion.iddpm import process_of
 from vgm_cli.diffusion.likelihood import Bound, bits_per_dim, elbo, log_likelihood, pixel_levels, rademacher
 from vgm_cli.diffusion.solvers.ode import ODE
 from vgm_cli.errors import USAGE, VgmError, unknown
-from vgm_cli.metrics.base import Subject, Value
+from vgm_cli.metrics.base import MetricBase, Subject, Value
 from vgm_cli.ranges import Count, Positive, Steps
 from vgm_cli.registry import coerce, signature
 
@@ -139,7 +139,7 @@ def denoiser_bound(
 PARTS = Bound._fields
 
 
-class BitsPerDim:
+class BitsPerDim(MetricBase):
     """-log2 p per dimension of held-out (or training) images: by the model's own likelihood, or for a Denoiser by the
     probability-flow ODE, its ELBO (an upper bound, whose three parts are reported too), or the bound of its own
     discrete steps."""

@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vgm_cli.errors import USAGE, VgmError
-from vgm_cli.metrics.base import Measured, Value
+from vgm_cli.metrics.base import Measured, MetricBase, Value
 from vgm_cli.ranges import Few
 
 BLOCK = 2048  # rows of the distance matrix in memory at once
@@ -71,7 +71,7 @@ def density_coverage(samples: Tensor, reference: Tensor, k: int = 5) -> tuple[fl
     return inside / (k * len(samples)), float((nearest < r).double().mean())
 
 
-class PrecisionRecall:
+class PrecisionRecall(MetricBase):
     """k: neighbour that sets the radius."""
 
     gives = ("precision", "recall")
@@ -89,7 +89,7 @@ class PrecisionRecall:
         return [Value("precision", precision, None, {"k": self.k}), Value("recall", recall, None, {"k": self.k})]
 
 
-class DensityCoverage:
+class DensityCoverage(MetricBase):
     """k: neighbour that sets the radius."""
 
     gives = ("density", "coverage")

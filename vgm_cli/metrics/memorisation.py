@@ -14,7 +14,7 @@ import torch
 from torch import Tensor
 
 from vgm_cli.errors import USAGE, VgmError
-from vgm_cli.metrics.base import Measured, Value
+from vgm_cli.metrics.base import Measured, MetricBase, Value
 from vgm_cli.metrics.manifold import distance_blocks
 from vgm_cli.ranges import Fraction
 
@@ -44,7 +44,7 @@ def closer(samples: Tensor, real: Tensor) -> tuple[float, float]:
     return float(below.double().mean() / (2 * m)), math.sqrt((n + m + 1) / (12 * n * m))
 
 
-class Memorisation:
+class Memorisation(MetricBase):
     """Whether samples copy the training set, in feature space and in pixels.
 
     "memorisation" is the statistic of `closer`; "copies" is the share of samples that are nearer to a training image

@@ -23,7 +23,7 @@ from torch import Tensor
 
 from vgm_cli.api import HasPaths, generators, seed_of
 from vgm_cli.errors import USAGE, VgmError, unknown
-from vgm_cli.metrics.base import Subject, Value
+from vgm_cli.metrics.base import MetricBase, Subject, Value
 from vgm_cli.metrics.image import load_lpips
 from vgm_cli.ranges import Count, NonNegative
 
@@ -58,7 +58,7 @@ def path_length(distances: Tensor, epsilon: float, low: float = 1, high: float =
     return float(kept.mean()), float(kept.std(ddof=1) / len(kept) ** 0.5) if len(kept) > 1 else 0.0
 
 
-class PerceptualPathLength:
+class PerceptualPathLength(MetricBase):
     """Mean LPIPS distance of two images a step epsilon apart in latent space, over epsilon^2 (see the top of this
     file)."""
 

@@ -6,13 +6,14 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from vgm_cli.data import Dataset
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.ui import some
 
@@ -30,11 +31,18 @@ class Items:
     lost: frozenset[int] = frozenset()
 
 
+@runtime_checkable
+class HasItems(Protocol):
+    """Pictures that know which they are; of others the k-th is the k-th."""
+
+    def items(self) -> Items: ...
+
+
 def items_of(pictures: Any) -> Items:
-    own: Callable[[], Items] | None = getattr(pictures, "items", None)
-    return Items(range(len(pictures)), len(pictures)) if own is None else own()
+    return pictures.items() if isinstance(pictures, HasItems) else Items(range(len(pictures)), len(pictures))
 
 
+@runtime_checkable
 class Pictures(Protocol):
     """facts: "reference", "reference_fingerprint" and the like, for the protocol."""
 
@@ -103,7 +111,7 @@ class DataPictures:
         """Which pictures were measured, to be asked after they were read: those replaced by another, being
         unreadable, count as lost."""
         data = self.dataset
-        if not hasattr(data, "source"):
+        if not isinstance(data, Dataset):
             return Items(self.rows.tolist(), len(data))
         places = np.asarray(data.rows)[self.rows].tolist()
         names = [data.source.names[i] for i in places]

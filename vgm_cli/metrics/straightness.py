@@ -16,7 +16,7 @@ from vgm_cli.api import generators, seed_of
 from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.diffusion.guidance import ClassifierFreeGuidance
 from vgm_cli.errors import USAGE, VgmError
-from vgm_cli.metrics.base import Subject, Value
+from vgm_cli.metrics.base import MetricBase, Subject, Value
 from vgm_cli.ranges import Count, NonNegative, Steps
 
 IMAGES = 256  # trajectories where -n does not say
@@ -38,7 +38,7 @@ def straightness(view: Denoiser, noise: Tensor, steps: int = 100, **cond: Any) -
     return squares - mean.square().flatten(1).mean(1)
 
 
-class Straightness:
+class Straightness(MetricBase):
     """Straightness of the flow along its own trajectories, from noise that is drawn for every class in turn.
 
     n: trajectories. steps: Euler steps of each. guidance_scale: of the flow that is measured; 1 is the network itself.

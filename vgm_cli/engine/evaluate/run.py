@@ -135,7 +135,7 @@ def finite(result: Mapping[str, Any]) -> bool:
 
 
 def of_model(metric: Any) -> bool:
-    return bool(getattr(metric, "needs_model", False))
+    return bool(metric.needs_model)
 
 
 def full_name(text: str) -> str:
@@ -161,7 +161,7 @@ def as_reference(reference: Any) -> Pictures | Statistics | None:
         return read_statistics(reference)
     if isinstance(reference, np.ndarray):
         return ArrayPictures(reference, facts={"reference": "an array"})
-    if reference is None or isinstance(reference, Statistics) or hasattr(reference, "batch"):
+    if reference is None or isinstance(reference, Statistics | Pictures):
         return reference
     return DataPictures(reference)
 
@@ -252,13 +252,12 @@ class Sides:
         """VgmError: the metric cannot be computed on so many images of that shape, or on pairs of these two sets."""
         assert self.pictures is not None
         r = self.reference if metric.needs_reference else None
-        if getattr(metric, "pairs", False) and r is not None and not isinstance(r, Statistics):
+        if metric.pairs and r is not None and not isinstance(r, Statistics):
             pairs(items_of(self.pictures), items_of(r))
         for n in (len(self.pictures), count_of(r)):
             if n is not None:
                 refuse_few(n)
-        if callable(check := getattr(metric, "check", None)):
-            check(len(self.pictures), count_of(r), self.pictures.shape())
+        metric.check(len(self.pictures), count_of(r), self.pictures.shape())
 
     def values(self, metric: Any, seed: int) -> tuple[list[Value], dict[str, Any], tuple[int | None, int | None]]:
         """(numbers, protocol, counts of either side); numbers on the first process only."""
@@ -275,7 +274,7 @@ class Sides:
             self.samples = measure(self.pictures, wants, self.batch_size, self.device, progress)
         samples, reference = self.samples[key], self.references[key]
         more = {}
-        if getattr(metric, "uses_held_out", False) and self.held_out is not None:
+        if metric.uses_held_out and self.held_out is not None:
             more["held_out"] = measure_reference(self.held_out, of_reference, net, self.batch_size, self.device)
         values = metric(samples, reference, seed, **more) if processes.rank_world()[0] == 0 else []
         data: dict[str, Any] = net.describe() if net is not None else {"features": NO_NETWORK}
@@ -315,7 +314,7 @@ def shifted(progress: Progress, by: int | None) -> Progress:
 def kind_of(metric: Any) -> str | None:
     """The kind of feature network that a metric requires: None for any, NO_NETWORK for metrics that look at pixels."""
     needs = {*metric.needs_samples, *metric.needs_reference}
-    return getattr(metric, "network", None) if needs & set(OF_NETWORK) else NO_NETWORK
+    return metric.network if needs & set(OF_NETWORK) else NO_NETWORK
 
 
 # -- assertions ------------------------------------------------------------------------------------------------------
@@ -344,7 +343,7 @@ def check_names(expressions: Sequence[str], metrics: Sequence[str]) -> None:
     """VgmError (exit code 2), before anything is measured: an assertion about a number that no metric gives."""
     names: set[str] = set()
     for text in metrics:
-        names.update(getattr(build_metric(text), "gives", (full_name(text).partition(":")[0],)))
+        names.update(build_metric(text).gives or (full_name(text).partition(":")[0],))
     for expression in expressions:
         name = parse_assertion(expression)[0]
         if ALIASES.get(name, name) not in names:

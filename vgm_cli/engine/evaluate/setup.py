@@ -16,7 +16,7 @@ from vgm_cli.errors import MISSING_ASSET, USAGE, VgmError
 from vgm_cli.metrics import features as networks
 from vgm_cli.metrics import protocols
 from vgm_cli.metrics.image import WINDOW
-from vgm_cli.metrics.pictures import DataPictures
+from vgm_cli.metrics.pictures import DataPictures, Pictures
 from vgm_cli.metrics.protocols import Protocol
 from vgm_cli.metrics.statistics import Statistics, check_target, holds_statistics, read_statistics, write_statistics
 from vgm_cli.ui import Progress, counted, ui
@@ -42,7 +42,7 @@ def evaluate_target(target: str, options: Options) -> list[dict[str, Any]]:
         found.subject.dataset = scored(options, found, reference)
     tell_ineffective(target, options, found, built, reference)
     sides: list[Any] = [reference, found.pictures]
-    total = sum(len(side) for side in sides if hasattr(side, "batch"))
+    total = sum(len(side) for side in sides if isinstance(side, Pictures))
     with Progress("evaluating", total, every=10) as progress:
         if isinstance(found.pictures, Sampled):
             found.pictures.progress, found.pictures.after = progress, total - len(found.pictures)
@@ -83,7 +83,7 @@ def metrics_of(names: Sequence[str], protocol: Protocol) -> tuple[list[str], lis
 
 
 def needs_data(metric: Any) -> bool:
-    return measuring.of_model(metric) and getattr(metric, "needs_data", True)
+    return measuring.of_model(metric) and metric.needs_data
 
 
 def of_codec(found: Target, options: Options, protocol: Protocol) -> Sequence[str]:
@@ -144,7 +144,7 @@ def ineffective(options: Options, found: Target, built: Sequence[Any], reference
         out |= dict.fromkeys(SAMPLING, MADE[found.kind])
     if found.kind == "files":
         out["weights"] = MADE["files"]
-    if found.kind != "model" and not any(getattr(m, "uses_seed", False) for m in built):
+    if found.kind != "model" and not any(m.uses_seed for m in built):
         out["seed"] = "nothing is drawn"
     elif found.kind != "model" and protocol.seed is not None:
         out["seed"] = f"protocol {protocol.name} prescribes {protocol.seed}"
@@ -156,9 +156,9 @@ def ineffective(options: Options, found: Target, built: Sequence[Any], reference
         out |= dict.fromkeys(("reference", "split"), "no metric compares with a reference")
     elif isinstance(reference, Statistics):
         out["split"] = "the reference is statistics"
-    if all(measuring.of_model(m) and getattr(m, "n", None) for m in built):
+    if all(measuring.of_model(m) and m.n for m in built):
         out["n"] = "the metrics say their own"
-    if not any(getattr(m, "uses_held_out", False) for m in of_images):
+    if not any(m.uses_held_out for m in of_images):
         out["held_out"] = "only memorisation looks at held-out images"
     return out
 

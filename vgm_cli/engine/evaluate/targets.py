@@ -14,7 +14,7 @@ import torch
 
 from vgm_cli import limits
 from vgm_cli.api import HasLogLikelihood
-from vgm_cli.data import SHIPPED, open_dataset
+from vgm_cli.data import SHIPPED, Dataset, open_dataset
 from vgm_cli.data.decode import File, Unreadable, open_image
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine import processes
@@ -129,7 +129,7 @@ def images_of(target: str, options: Options, protocol: Protocol) -> Target:
         hint = f"vgm evaluate {restored} --reference TRUTH"
         raise VgmError(f"{target} was made by vgm restore: it holds degraded and restored pictures", hint, USAGE)
     dataset = open_dataset(target, crop="none", without=by_product)
-    if not hasattr(dataset, "source"):
+    if not isinstance(dataset, Dataset):
         raise VgmError(f"{target} holds latents; images are measured", "give the images themselves", USAGE)
     tell_unfinished(Path(target), len(dataset))
     pictures = DataPictures(dataset, options.n, first=protocol.name != "vgm")
@@ -279,7 +279,7 @@ def open_data(where: str, size: int | None, channels: int | None, split: str | N
             f"{where} is a run, not data", "name the images: a folder, .zip, .tar, .npz or statistics", USAGE
         )
     dataset = open_dataset(where, size=size, channels=channels, split=split, without=by_product)
-    if not hasattr(dataset, "source"):
+    if not isinstance(dataset, Dataset):
         raise VgmError(f"{where} holds latents; images are compared", "give the images themselves", USAGE)
     found = dataset.source.header(int(dataset.rows[0]))[:2]
     if size is not None and found != (size, size):

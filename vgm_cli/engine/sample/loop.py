@@ -19,6 +19,7 @@ from torch import Tensor
 from vgm_cli import atomic
 from vgm_cli.api import Request, TakesSteps, generators, seed_of
 from vgm_cli.conditioning import Conditions
+from vgm_cli.data import Dataset
 from vgm_cli.data.latents import to_model
 from vgm_cli.engine.checkpoint import Loaded, load
 from vgm_cli.errors import FAILED, USAGE, VgmError
@@ -310,7 +311,7 @@ def real_images(feed: Any, n: int) -> Tensor:
     """n images spread over what a run trains on, as its model sees them: (N, C, H, W) in [-1, 1], on the CPU."""
     n = min(n, len(feed.dataset))
     chosen = [i * len(feed.dataset) // n for i in range(n)]
-    if hasattr(feed.dataset, "source"):
+    if isinstance(feed.dataset, Dataset):
         return feed.dataset.pixels(chosen)  # type: ignore[no-any-return]
     moments = feed.dataset.gather(chosen)["moments"].to(feed.device)
     return feed.codec.decode(to_model(feed.codec, moments, drawn=feed.drawn)).float().cpu()  # type: ignore[no-any-return]
