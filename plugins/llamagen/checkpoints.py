@@ -16,76 +16,20 @@ import torch
 from torch import Tensor
 
 from vgm_cli.convert_api import Files, Layout, Published
+from vgm_cli.nets.llama_checkpoints import UNUSED, assumed, config_from, is_llama, require, to_ours
 
-from .presets import SIZES, TOKENIZER
+from .presets import TOKENIZER
 
 State = Mapping[str, Tensor]
 
 # -- GPT -------------------------------------------------------------------------------------------------------------
 
-DROPPED = re.compile(r"freqs_cis$|\.kv_cache\.|^causal_mask$")
-HEADS = {dim: heads for _, heads, dim in SIZES.values()}
-FEED_FORWARD = ("feed_forward.w1", "feed_forward.w2", "feed_forward.w3")
-LAYER = ("attention.wqkv", "attention.wo", "attention_norm", "ffn_norm", *FEED_FORWARD)
-
 
 def recognise(names: Iterable[str]) -> bool:
     """LlamaGen's names and nothing that only a descendant (RandAR, ...) has."""
     names = set(names)
-    own = {f"{n}.weight" for n in ("tok_embeddings", "layers.0.attention.wqkv", "layers.0.feed_forward.w3", "output")}
-    condition = {"cls_embedding.embedding_table.weight", "cls_embedding.cap_proj.fc1.weight"} & names
     parts = ("tok_embeddings.", "cls_embedding.", "layers.", "norm.", "output.", "freqs_cis", "causal_mask")
-    return own <= names and bool(condition) and all(n.startswith(parts) for n in names)
-
-
-def to_ours(state: State) -> dict[str, Tensor]:
-    """Official names are ours; rotation tables and caches, which some files hold, are left out. KeyError: one is
-    missing."""
-    layers = [f"layers.{i}.{part}.weight" for i in range(layers_of(state)) for part in LAYER]
-    require(state, ["tok_embeddings.weight", *layers, "norm.weight", "output.weight"])
-    return {k: v for k, v in state.items() if not DROPPED.search(k)}
-
-
-def require(state: State, names: Iterable[str]) -> None:
-    for name in names:
-        if name not in state:
-            raise KeyError(name)
-
-
-def layers_of(state: State) -> int:
-    return 1 + max(int(k.split(".")[1]) for k in state if k.startswith("layers."))
-
-
-def config_from(state: State, side: int = 16) -> dict[str, Any]:
-    """Constructor keywords read off the shapes; heads follow the published widths, else 64 channels each. A null class
-    is assumed."""
-    vocab, dim = state["tok_embeddings.weight"].shape
-    n_head = HEADS.get(dim) or max(1, dim // 64)
-    rows = state["layers.0.attention.wqkv.weight"].shape[0]
-    hidden = state["layers.0.feed_forward.w1.weight"].shape[0]
-    config: dict[str, Any] = {
-        "dim": dim,
-        "n_layer": layers_of(state),
-        "n_head": n_head,
-        "vocab_size": vocab,
-        "grid": (side, side),
-    }
-    n_kv_head = (rows // (dim // n_head) - n_head) // 2
-    if n_kv_head != n_head:
-        config["n_kv_head"] = n_kv_head
-    plain = int(2 * 4 * dim / 3)
-    if hidden != -(-plain // 256) * 256:  # no published size: the largest rounding that gives it
-        config["multiple_of"] = next(m for m in range(hidden, 0, -1) if -(-plain // m) * m == hidden)
-    if "cls_embedding.embedding_table.weight" in state:
-        config["num_classes"] = state["cls_embedding.embedding_table.weight"].shape[0] - 1
-        prefix = 1
-    else:
-        prefix, caption_dim = state["cls_embedding.uncond_embedding"].shape
-        config |= {"model_type": "t2i", "cls_token_num": prefix, "caption_dim": caption_dim, "num_classes": 0}
-    if "freqs_cis" in state:
-        own = round((state["freqs_cis"].shape[0] - prefix) ** 0.5)
-        config["grid"] = (own, own)
-    return config
+    return is_llama(names) and all(n.startswith(parts) for n in names)
 
 
 def header(config: Mapping[str, Any]) -> dict[str, Any]:
@@ -109,12 +53,7 @@ def header(config: Mapping[str, Any]) -> dict[str, Any]:
 
 def assumes(state: State, config: Mapping[str, Any]) -> dict[str, str]:
     """What no tensor tells, where the network is not a published one."""
-    found = {}
-    if config["dim"] not in HEADS:
-        found["n_head"] = f"n_head={config['n_head']}, heads of 64 channels (n_head=N tells otherwise)"
-    classes = config.get("num_classes", 0)
-    if classes not in (0, 1000):
-        found["num_classes"] = f"the {classes + 1} rows of the label table are {classes} classes and a null class"
+    found = assumed(config)
     if "freqs_cis" not in state:
         rows, columns = config["grid"]
         found["grid"] = f"a grid of {rows}x{columns} codes (--from llamagen-384: 24x24, llamagen-512: 32x32)"
@@ -130,7 +69,7 @@ def gpt_converter(name: str, side: int) -> Layout:
         from_ours=dict,
         config=lambda state: config_from(state, side),
         summary=f"official LlamaGen GPT, {side}x{side} codes ({16 * side} pixels with VQ-16)",
-        files=Files(wrapper="model", unused=(DROPPED.pattern,)),
+        files=Files(wrapper="model", unused=(UNUSED,)),
         published=Published(header=header, assumes=assumes),
     )
 

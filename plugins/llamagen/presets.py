@@ -7,16 +7,8 @@ from __future__ import annotations
 
 from typing import Any
 
-SIZES = {  # layers, heads, width
-    "GPT-B": (12, 12, 768),
-    "GPT-L": (24, 16, 1024),
-    "GPT-XL": (36, 20, 1280),
-    "GPT-XXL": (48, 24, 1536),
-    "GPT-XXXL": (48, 40, 2560),
-    "GPT-1B": (22, 32, 2048),
-    "GPT-3B": (24, 32, 3200),
-    "GPT-7B": (32, 32, 4096),
-}
+from vgm_cli.nets.llama_presets import SIZES
+
 GPT: dict[str, dict[str, Any]] = {
     name: {"n_layer": layers, "n_head": heads, "dim": dim} for name, (layers, heads, dim) in SIZES.items()
 }

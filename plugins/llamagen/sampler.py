@@ -16,6 +16,7 @@ from vgm_cli.api import Request
 from vgm_cli.ar.sampling import Decoding, Pick, generate, in_one_dtype, keeping
 from vgm_cli.conditioning import unconditional
 from vgm_cli.diffusion.guidance import Guidance
+from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.nets.llama import Decoder, LlamaGen
 from vgm_cli.ranges import Fraction, NonNegative, Whole
 
@@ -81,7 +82,9 @@ class LlamaGenSampler:
         return None if isinstance(model, LlamaGen) and codec is not None else "it is no LlamaGen network over codes"
 
     def __call__(self, model: LlamaGen, request: Request) -> Tensor:
-        """Codes (N, h, w) int64."""
+        """Codes (N, h, w) int64. VgmError: another decoder's network."""
+        if not isinstance(model, LlamaGen):
+            raise VgmError("only a LlamaGen network writes codes in raster order without being told where", code=USAGE)
         cond = {"y": model.labels(None, len(request), request.device)} if not request.cond else request.cond
         scale = self.guidance_scale if request.guidance_scale is None else request.guidance_scale
         u = None if self.decoding.greedy else request.rand((model.block_size,))

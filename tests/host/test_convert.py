@@ -79,6 +79,7 @@ TINY: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "meanflow": (DIT, ("num_heads=2",)),
     "meanflow-flax": (DIT | {"input_size": 32, "patch_size": 8}, ("num_heads=2",)),
     "meanflow-unet": (SONG, ()),
+    "randar": (GPT, ()),
     "rectified-flow": ({"image_size": 32, "nf": 16, "ch_mult": (1, 2), "num_res_blocks": 1, "fir": True}, ()),
     "sit": (DIT, ("num_heads=2",)),
     "stylegan": (STYLE | {"mapping_width": 8, "fmap_base": 64, "fmap_max": 12}, ()),

@@ -1,7 +1,8 @@
 """The order in which the codes of a grid are predicted: fixed ones by name, and one of its own for every item.
 
 Official code: CompVis/taming-transformers@3ba01b2 taming/modules/transformer/permuter.py; for halton (Besnier et al.
-2025, arXiv 2503.17076) valeoai/Halton-MaskGIT@f61b0a1 Sampler/halton_sampler.py.
+2025, arXiv 2503.17076) valeoai/Halton-MaskGIT@f61b0a1 Sampler/halton_sampler.py; for the hierarchical ones (Pang et al.
+2024, arXiv 2412.01827) ziqipang/RandAR@d374a72 RandAR/applications/resolution_extrapolation.py.
 """
 
 from __future__ import annotations
@@ -57,6 +58,14 @@ def inverse(order: Tensor) -> Tensor:
 def random_orders(u: Tensor) -> Tensor:
     """(B, N) uniform draws, each row from its item's own stream -> (B, N) int64: one random order per item."""
     return u.argsort(stable=True, dim=-1)
+
+
+def hierarchical_orders(u: Tensor, height: int, width: int) -> Tensor:
+    """(B, height * width) uniform draws -> an order per item, coarse to fine: first the cells of even rows and columns,
+    shuffled, then all others, shuffled."""
+    cells = torch.arange(height * width, device=u.device)
+    late = (cells // width % 2 > 0) | (cells % width % 2 > 0)
+    return random_orders(u + late)
 
 
 def rolled(order: Tensor, shifts: Tensor) -> Tensor:

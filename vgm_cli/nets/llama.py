@@ -1,4 +1,5 @@
-"""LlamaGen: a Llama decoder over the codes of an image. Sun et al. 2024 (arXiv 2406.06525).
+"""A Llama decoder over the codes of an image, and LlamaGen, which writes them in raster order. Sun et al. 2024 (arXiv
+2406.06525).
 
 Same function and parameter names as FoundationVision/LlamaGen@ce98ec4 autoregressive/models/gpt.py. Deviations: the
 condition is dropped by the objective, never by a draw inside forward; logits are those of image positions in training
@@ -115,8 +116,9 @@ class TransformerBlock(nn.Module):
         return x + self.drop_path(self.feed_forward(self.ffn_norm(x)))
 
 
-class LlamaGen(nn.Module):
-    """Codes in raster order behind a condition: one class token, or the projected features of a caption.
+class Llama(nn.Module):
+    """Embeddings, blocks and output of a decoder over codes behind a condition: one class token, or the projected
+    features of a caption. In which sequence codes are fed, subclasses say.
 
     Positions: image tokens turn with row and column (RoPE). The rotation table's rows of the condition are ZERO, as in
     the official code: a condition's queries and keys vanish, and every token sees its value at attention logit 0.
@@ -155,7 +157,8 @@ class LlamaGen(nn.Module):
             raise VgmError(f"dim={dim} over n_head={n_head} does not give heads of a multiple of 4", code=USAGE)
         if model_type == "c2i" and cls_token_num != 1:
             raise VgmError(f"a class is 1 token, not {cls_token_num}", "captions: model.model_type=t2i", USAGE)
-        self.grid, self.vocab_size, self.num_classes = tuple(grid), vocab_size, num_classes
+        self.grid: tuple[int, int] = (grid[0], grid[1])
+        self.vocab_size, self.num_classes = vocab_size, num_classes
         self.model_type, self.cls_token_num = model_type, cls_token_num
         self.head_dim, self.n_kv_head, self.rope_base = dim // n_head, n_kv_head or n_head, rope_base
         self.checkpointing = checkpointing
@@ -219,6 +222,33 @@ class LlamaGen(nn.Module):
         """(n,) labels; without any, the null class."""
         return torch.full((n,), self.num_classes, device=device) if y is None else y
 
+    def hidden(
+        self,
+        h: Tensor,
+        table: Tensor,
+        mask: Tensor | None = None,
+        cache: KVCache | None = None,
+        depth: int | None = None,
+    ) -> Tensor:
+        """Embedded positions (B, T, D) -> what the blocks make of them, (B, T, D), of the first `depth` blocks or of
+        all. table: the rotations of these positions, (T, head_dim / 2, 2), or (B, T, head_dim / 2, 2) where every item
+        has positions of its own.
+        """
+        for i, layer in enumerate(self.layers):
+            if i == depth:
+                break
+            if self.checkpointing and self.training and torch.is_grad_enabled():
+                h = checkpoint(layer, h, table, mask, cache, i, use_reentrant=False)
+            else:
+                h = layer(h, table, mask, cache, i)
+        if cache is not None:
+            cache.advance(h.shape[1])
+        return h
+
+    def logits(self, h: Tensor) -> Tensor:
+        """What `hidden` gives (B, T, D) -> (B, T, V) float32."""
+        return self.output(self.norm(h)).float()
+
     def run(
         self,
         h: Tensor,
@@ -227,20 +257,16 @@ class LlamaGen(nn.Module):
         cache: KVCache | None = None,
         last: int | None = None,
     ) -> Tensor:
-        """Embedded positions (B, T, D) -> logits (B, T, V) float32. table: the rotations of these positions.
+        """Embedded positions (B, T, D) -> logits (B, T, V) float32; table: see `hidden`.
 
         last: logits of so many positions at the end are wanted, (B, last, V); None: of all.
         """
-        h = self.tok_dropout(h)
-        for i, layer in enumerate(self.layers):
-            if self.checkpointing and self.training and torch.is_grad_enabled():
-                h = checkpoint(layer, h, table, mask, cache, i, use_reentrant=False)
-            else:
-                h = layer(h, table, mask, cache, i)
-        if cache is not None:
-            cache.advance(h.shape[1])
-        h = h if last is None else h[:, -last:]
-        return self.output(self.norm(h)).float()
+        h = self.hidden(h, table, mask, cache)
+        return self.logits(h if last is None else h[:, -last:])
+
+
+class LlamaGen(Llama):
+    """Codes in raster order behind the condition."""
 
     @staticmethod
     def example(config: Mapping[str, Any]) -> dict[str, Tensor]:
@@ -255,7 +281,7 @@ class LlamaGen(nn.Module):
         (B, 1, S, S) with S = cls_token_num + T, in place of the causal one. -> logits (B, T + 1, V) of codes 0 to T.
         """
         prefix = self.cls_embedding(cond)[:, : self.cls_token_num]
-        h = torch.cat([prefix, self.tok_embeddings(ids)], dim=1)
+        h = self.tok_dropout(torch.cat([prefix, self.tok_embeddings(ids)], dim=1))
         return self.run(h, self.table(h.device)[: h.shape[1]], mask)[:, self.cls_token_num - 1 :]
 
     # -- likelihood

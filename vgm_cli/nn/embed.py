@@ -13,9 +13,20 @@ def rope_angles_2d(height: int, width: int, head_dim: int, base: float = 10000.0
 
     Angle j of either is position * base^(-2j / (head_dim / 2)).
     """
+    frequencies = rope_frequencies(head_dim, base)
+    return angles_on_grid(*(torch.outer(torch.arange(n), frequencies) for n in (height, width)))
+
+
+def rope_frequencies(head_dim: int, base: float = 10000.0) -> Tensor:
+    """(head_dim / 4,) float32, falling from 1: the angles of position 1 in a row or in a column."""
     half = head_dim // 2
-    frequencies = 1.0 / base ** (torch.arange(0, half, 2)[: half // 2].float() / half)
-    rows, columns = (torch.outer(torch.arange(n), frequencies) for n in (height, width))
+    return 1.0 / base ** (torch.arange(0, half, 2)[: half // 2].float() / half)
+
+
+def angles_on_grid(rows: Tensor, columns: Tensor) -> Tensor:
+    """The angles of every row (height, k) and of every column (width, k) -> those of every cell in raster order,
+    (height * width, 2k)."""
+    height, width = len(rows), len(columns)
     rows, columns = rows[:, None].expand(-1, width, -1), columns[None].expand(height, -1, -1)
     return torch.cat([rows, columns], dim=-1).flatten(0, 1)
 
