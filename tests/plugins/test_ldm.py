@@ -265,7 +265,7 @@ def test_scaling_is_undone_by_decode(cls: type) -> None:
 
 def test_latent_statistics_follow_training() -> None:
     model = tiny(latent_stats=True)
-    x, noise = 3 * torch.randn(16, 3, 16, 16), torch.randn(16, 3, 4, 4)
+    x, noise = 3 * torch.randn(4, 3, 16, 16), torch.randn(4, 3, 4, 4)
     model.train()
     for _ in range(300):
         model(x, noise)
@@ -579,7 +579,7 @@ class Toy(nn.Module):
 
 @pytest.mark.parametrize(("cls", "share"), [(AutoencoderKL, 0.6), (VQModel, 0.9)])
 def test_training_lowers_the_loss(cls: type, share: float) -> None:
-    history = train(AutoencoderObjective(tiny(cls), reduction="mean"), blobs(16), 60)
+    history = train(AutoencoderObjective(tiny(cls), reduction="mean"), blobs(8), 50)
     assert history["rec_loss"][-1] < share * history["rec_loss"][0]
     assert "d_weight" not in history and ("perplexity" in history) == (cls is VQModel)
 

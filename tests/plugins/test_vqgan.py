@@ -537,13 +537,13 @@ def blobs(n: int, size: int = 16, channels: int = 3) -> Tensor:
 ])  # fmt: skip
 def test_every_quantizer_trains(options: dict[str, Any]) -> None:
     model, x = tiny_codec(**options).train(), blobs(16)
-    schedule = {"warm_up_steps": 0, "lr_min": 0.1, "lr_max": 1.0, "lr_start": 1.0, "max_decay_steps": 60}
+    schedule = {"warm_up_steps": 0, "lr_min": 0.1, "lr_max": 1.0, "lr_start": 1.0, "max_decay_steps": 36}
     gumbel = options.get("quantizer") == "gumbel"
     objective = AutoencoderObjective(model, place_codes=not gumbel, temperature=schedule if gumbel else None)
     objective.prepare({"x": x}, Step(0))
     optimizer = torch.optim.Adam(model.parameters(), 3e-3)
     losses = []
-    for i in range(60):
+    for i in range(36):
         loss, logs = objective.loss("autoencoder", {"x": x}, Step(i))
         loss.backward()
         optimizer.step()
@@ -553,7 +553,7 @@ def test_every_quantizer_trains(options: dict[str, Any]) -> None:
     assert losses[-1] < 0.75 * losses[0]
     assert logs["cluster_usage"] > 4 and {"perplexity", "quant_loss", "codebook_usage"} <= logs.keys()
     if gumbel:
-        assert math.isclose(model.quantize.temperature, warmup_cosine(59, **schedule))
+        assert math.isclose(model.quantize.temperature, warmup_cosine(35, **schedule))
     state = objective.state_dict()
     again = AutoencoderObjective(model)
     again.load_state_dict(state)
