@@ -53,6 +53,11 @@ RUNS = [  # the longest first, those that others wait for before all
     Run("meanflow", "train meanflow"),
     Run("meanflow-finetune", "distill meanflow --recipe mnist-finetune --teacher {dir}/sit", after="sit"),
     Run("dit", "train dit", bits="bits-per-dim:n=50"),
+    Run("lightningdit", "train lightningdit", bits="bits-per-dim:n=50"),
+    Run("vavae", "train lightningdit --recipe mnist-vavae", "fid,psnr", sampled=False),
+    Run("lightningdit-vavae", "train lightningdit --codec {dir}/vavae", after="vavae"),
+    Run("plain-codec", "train lightningdit --recipe mnist-vavae objective.vf_weight=0", "fid,psnr", sampled=False),
+    Run("lightningdit-plain-codec", "train lightningdit --codec {dir}/plain-codec", after="plain-codec"),
     Run("stylegan", "train stylegan"),
     Run("vdmpp", "train vdmpp", bits="bits-per-dim:n=50,bits-per-dim:n=50:method=elbo"),
     Run("vdm", "train vdmpp --recipe mnist-vdm", "fid", bits="bits-per-dim:n=500:method=elbo"),
@@ -257,7 +262,7 @@ Glow, consistency distillation), so the figures show that a recipe works and are
 FID: 2,000 samples against the 5,000 images, features of the shipped digit network (mnist-features), so these numbers compare
 only with each other; ± is a standard error. Class accuracy: share of conditional samples that the shipped digit classifier
 recognises as their class (it sees about 99 % of held-out digits right). NFE: network evaluations for one image, guidance counted
-twice. images/s: sampling, 200 images. vqgan's FID is of reconstructions, its PSNR {psnr} dB.
+twice. images/s: sampling, 200 images. The FID of codecs (vqgan, vavae, plain-codec, …) is of reconstructions; vqgan's PSNR is {psnr} dB.
 
 bits/dim: 8-bit pixels unless it says otherwise; where densities are continuous, with uniform dequantisation. Exact for glow, the
 black border that it puts around digits counted in; ELBO and a tighter bound of 100 draws (IWAE) for vae; the probability-flow

@@ -44,6 +44,18 @@ NETWORKS = (
         summary="perceptual distance; VGG and heads by path",
     ),
     Component(
+        kind="model",
+        name="vision-features",
+        target="vgm_cli.nets.foundation:VisionFeatures",
+        summary="frozen patch features of DINOv2 or MAE, weights by path",
+    ),
+    Component(
+        kind="model",
+        name="digit-features",
+        target="vgm_cli.nets.foundation:DigitFeatures",
+        summary="frozen 7x7 features of the shipped digit classifier",
+    ),
+    Component(
         kind="objective",
         name="autoencoder",
         target="vgm_cli.losses.first_stage:AutoencoderObjective",

@@ -18,7 +18,7 @@ from torch import Tensor
 from vgm_cli.convert_api import Diffusers, Layout, Proof, Published
 from vgm_cli.errors import USAGE, VgmError, needs_extra
 from vgm_cli.nets.dit import sincos_2d
-from vgm_cli.nets.dit_checkpoints import assumes, config_from, converter, depth_of, latents, one_time
+from vgm_cli.nets.dit_checkpoints import assumes, config_from, converter, depth_of, latents, plain
 
 State = Mapping[str, Tensor]
 
@@ -162,8 +162,8 @@ def diffusers_forward(state: State, config: Mapping[str, Any]) -> Tensor:
 
 
 def allows(config: Mapping[str, Any], input_size: int) -> None:
-    """VgmError: the layout's name says another size, or the network is told two times."""
-    one_time(config)
+    """VgmError: the layout's name says another size, or no file of a DiT is of such a network."""
+    plain(config)
     if config["input_size"] != input_size:
         raise VgmError(
             f"this layout is of {input_size}x{input_size} inputs, the network takes {config['input_size']}",

@@ -1,8 +1,9 @@
 """LDM: High-Resolution Image Synthesis with Latent Diffusion Models. Rombach et al., CVPR 2022 (arXiv 2112.10752).
 
 Official code: CompVis/latent-diffusion@a506df5, with CompVis/taming-transformers@3ba01b2 for quantiser, discriminator
-and LPIPS. Here: the first stages (KL and VQ autoencoders), their training and their checkpoints.
-Deviations: see model.py (fused attention, tiles, measured latent statistics) and objective.py.
+and LPIPS. Here: the first stages (KL, VQ), their training and their checkpoints. The networks are shared
+(vgm_cli/nets/{autoencoder,autoencoder_kl,first_stage}.py), as is the objective (vgm_cli/losses/first_stage.py).
+Deviations: fused attention, tiles, measured latent statistics; see the objective for more.
 """
 
 from __future__ import annotations
@@ -13,8 +14,13 @@ from vgm_cli.hookspecs import Component, Paper, hookimpl
 
 FROM_DATA = {"in_channels": "image_channels", "out_ch": "image_channels", "resolution": "image_size"}
 CODECS = (  # name, class, presets, summary
-    ("autoencoder-kl", "AutoencoderKL", "KL", "KL-regularised autoencoder (Stable Diffusion's VAE is kl-f8)"),
-    ("vq-autoencoder", "VQModel", "VQ", "vector-quantised autoencoder"),
+    (
+        "autoencoder-kl",
+        "autoencoder_kl:AutoencoderKL",
+        "KL",
+        "KL-regularised autoencoder (Stable Diffusion's VAE is kl-f8, scale_factor 0.18215)",
+    ),
+    ("vq-autoencoder", "first_stage:VQModel", "VQ", "vector-quantised autoencoder"),
 )
 CONVERTERS = (
     ("autoencoder-kl", "CONVERTER_KL", "CompVis KL first stages and first_stage_model.* of diffusion checkpoints"),
@@ -40,7 +46,7 @@ def vgm_components() -> Iterable[Component | Paper]:
             Component(
                 kind=kind,
                 name=name,
-                target=f"vgm_plugins.ldm.model:{cls}",
+                target=f"vgm_cli.nets.{cls}",
                 presets=f"vgm_plugins.ldm.presets:{p}",
                 from_data=FROM_DATA,
                 summary=about,

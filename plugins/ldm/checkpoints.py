@@ -17,76 +17,36 @@ from torch import Tensor
 
 from vgm_cli.convert_api import Diffusers, Files, Layout, Proof, Published
 from vgm_cli.errors import USAGE, VgmError, needs_extra
+from vgm_cli.nets.first_stage_checkpoints import (
+    PROJECTION,
+    first_stage_config,
+    highest,
+    is_first_stage,
+    own_names,
+    to_ours,
+)
 
 from .presets import KL
 
 State = Mapping[str, Tensor]
-PREFIX = "first_stage_model."
-PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.", "latent_mean", "latent_std")
 
 
 # -- CompVis ---------------------------------------------------------------------------------------------------------
 
 
-def bare(names: Iterable[str]) -> dict[str, str]:
-    """{our name: name in the file} of the first stage's tensors; losses, averages and denoisers are left out."""
-    names = list(names)
-    prefix = PREFIX if any(n.startswith(PREFIX) for n in names) else ""
-    found = {n.removeprefix(prefix): n for n in names if n.startswith(prefix)}
-    return {ours: theirs for ours, theirs in found.items() if ours.startswith(PARTS)}
-
-
 def recognise(names: Iterable[str], quantised: bool) -> bool:
-    """A CompVis first stage, bare or inside a diffusion checkpoint."""
-    own = bare(names)
-    common = {"encoder.mid.block_1.conv1.weight", "decoder.up.0.block.0.conv1.weight", "post_quant_conv.weight"}
-    return common <= own.keys() and ("quantize.embedding.weight" in own) == quantised
-
-
-def to_ours(state: State) -> dict[str, Tensor]:
-    """CompVis -> ours. KeyError when a half is missing."""
-    own = {ours: state[theirs] for ours, theirs in bare(state).items()}
-    for name in ("encoder.conv_in.weight", "decoder.conv_out.weight", "quant_conv.weight", "post_quant_conv.weight"):
-        if name not in own:
-            raise KeyError(name)
-    return own
+    """A CompVis first stage, bare or inside a diffusion checkpoint; VA-VAE's projection makes it another layout."""
+    own = own_names(names)
+    return is_first_stage(own) and ("quantize.embedding.weight" in own) == quantised and PROJECTION not in own
 
 
 def config_from(state: State) -> dict[str, Any]:
-    """Constructor keywords read off the shapes; resolution 256, as published, is assumed to place attention."""
+    """Constructor keywords read off the shapes. VgmError: it is VQGAN's."""
+    config = first_stage_config(state)
     own = to_ours(state)
-    ch, in_channels = own["encoder.conv_in.weight"].shape[:2]
-    levels = 1 + highest(own, r"encoder\.down\.(\d+)\.")
-    blocks = 1 + highest(own, r"encoder\.down\.0\.block\.(\d+)\.")
-    widths = [own[f"encoder.down.{i}.block.{blocks - 1}.conv2.weight"].shape[0] for i in range(levels)]
-    attended = [i for i in range(levels) if any(n.startswith(f"encoder.down.{i}.attn.") for n in own)]
-    quantised = "quantize.embedding.weight" in own
-    if quantised and own["post_quant_conv.weight"].shape[1] > 64:
-        raise VgmError("codes of so many dimensions are VQGAN's", "--from vqgan", USAGE)
-    config: dict[str, Any] = {
-        "ch": ch,
-        "ch_mult": tuple(w // ch for w in widths),
-        "num_res_blocks": blocks,
-        "attn_resolutions": tuple(256 // 2**i for i in attended),
-        "resolution": 256,
-        "z_channels": own["decoder.conv_in.weight"].shape[1],
-        "embed_dim": own["post_quant_conv.weight"].shape[1],
-        "in_channels": in_channels,
-        "out_ch": own["decoder.conv_out.weight"].shape[0],
-    }
-    if "encoder.mid.attn_1.to_qkv.weight" in own:
-        config["attn_type"] = "linear"
-    elif "encoder.mid.attn_1.q.weight" not in own:
-        config["attn_type"] = "none"
-    if levels > 1 and "encoder.down.0.downsample.conv.weight" not in own:
-        config["resamp_with_conv"] = False
-    if ch % 32:  # no published model: the largest group count that divides
-        config["norm_groups"] = next(g for g in (16, 8, 4, 2, 1) if ch % g == 0)
-    if "latent_mean" in own:
-        config["latent_stats"] = True
-    if "scale_factor" in state:  # a diffusion model that measured it
-        config["scale_factor"] = float(state["scale_factor"])
-    if quantised:
+    if "quantize.embedding.weight" in own:
+        if own["post_quant_conv.weight"].shape[1] > 64:
+            raise VgmError("codes of so many dimensions are VQGAN's", "--from vqgan", USAGE)
         config["n_embed"] = own["quantize.embedding.weight"].shape[0]
     elif config == {k: v for k, v in KL["kl-f8"].items() if k != "scale_factor"}:
         config["scale_factor"] = KL["kl-f8"]["scale_factor"]  # Stable Diffusion's VAE
@@ -105,8 +65,11 @@ def assumes(state: State, config: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def highest(names: Iterable[str], pattern: str) -> int:
-    return max(int(m[1]) for n in names if (m := re.match(pattern, n)))
+def allows(config: Mapping[str, Any]) -> None:
+    """VgmError: the autoencoder has VA-VAE's projection, which no file of this layout has."""
+    if config.get("feature_dim"):
+        hint = "model.name=va-vae has a layout of its own"
+        raise VgmError("this layout is of autoencoders without a projection to features", hint, USAGE)
 
 
 CONVERTER_KL = Layout(
@@ -117,7 +80,8 @@ CONVERTER_KL = Layout(
     to_ours=to_ours,
     from_ours=dict,
     config=config_from,
-    files=Files(wrapper="state_dict", names=bare),
+    allows=allows,
+    files=Files(wrapper="state_dict", names=own_names),
     published=Published(assumes=assumes),
     summary="CompVis KL first stages, also inside diffusion checkpoints (first_stage_model.*)",
 )
@@ -129,7 +93,7 @@ CONVERTER_VQ = Layout(
     to_ours=to_ours,
     from_ours=dict,
     config=config_from,
-    files=Files(wrapper="state_dict", names=bare),
+    files=Files(wrapper="state_dict", names=own_names),
     published=Published(assumes=assumes),
     summary="CompVis VQ first stages, also inside diffusion checkpoints (first_stage_model.*)",
 )

@@ -79,6 +79,10 @@ DIT = {
 }
 
 
+def has(kind: str, name: str) -> bool:
+    return (kind, name) in registry().components
+
+
 def our_dit() -> torch.nn.Module:
     torch.manual_seed(0)
     return registry().build("model", {"name": "dit", **DIT, "learn_sigma": False})
@@ -122,6 +126,24 @@ def test_dit_training_step(mode: str) -> None:
     b = training(peer, lambda: eps_loss(lambda z, t, y: peer(z, t, y).sample, x, y), False, False)
     speed = report(f"DiT training step, 16 x 64 tokens x 384, {'bf16' if bf16 else 'fp32'}", *race(a, b), "diffusers")
     assert speed > (1.5 if bf16 else 1 / SLACK)
+
+
+@pytest.mark.skipif(not has("model", "lightningdit"), reason="LightningDiT is not in")
+def test_lightningdit_training_step() -> None:
+    """SwiGLU, RMSNorm, rotary positions and the loss on the direction against SiT's network and loss of equal FLOPs."""
+    torch.manual_seed(0)
+    sizes = {**DIT, "learn_sigma": False}
+    plain = registry().build("model", {"name": "sit", **sizes})
+    ours = registry().build("model", {"name": "lightningdit", "preset": "LightningDiT", **DIT})
+    counts = [sum(p.numel() for p in net.parameters()) for net in (ours, plain)]
+    assert abs(counts[0] - counts[1]) / counts[1] < 0.01, counts
+    batch = {"x": torch.randn(16, 4, 16, 16), "cond": {"y": torch.arange(16) % 10}}
+    steps = []
+    for name, model in (("lightningdit", ours), ("flow-matching", plain)):
+        objective, index = registry().build("objective", {"name": name}, model=model), iter(range(10**9))
+        steps.append(training(model, lambda o=objective, i=index: o.loss("main", batch, Step(next(i)))[0], False, True))  # type: ignore[misc]
+    speed = report("LightningDiT training step, 16 x 64 tokens x 384, fp32", *race(*steps), "DiT's network")
+    assert speed > 1 / 1.1
 
 
 @pytest.mark.parametrize("mode", ["fp32", "defaults"])
@@ -240,10 +262,6 @@ def test_peak_memory_of_a_dit_training_step() -> None:
 
 
 # -- other families ----------------------------------------------------------------------------------------------------
-
-
-def has(kind: str, name: str) -> bool:
-    return (kind, name) in registry().components
 
 
 @pytest.mark.skipif(not has("model", "llamagen"), reason="LlamaGen is not in")

@@ -71,6 +71,7 @@ TINY: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "glow": (GLOW, ()),
     "glow-average": (GLOW, ()),
     "glow-rosinality": (GLOW | {"style": "rosinality", "permutation": "lu"}, ()),
+    "lightningdit": (DIT | {"learn_sigma": False, "swiglu": True, "rope": True, "rmsnorm": True}, ()),
     "llamagen": (GPT, ()),
     "llamagen-384": (GPT | {"grid": (24, 24)}, ()),
     "llamagen-512": (GPT | {"grid": (32, 32)}, ()),
@@ -90,6 +91,7 @@ TINY: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "stylegan2": (STYLE | NARROW | {"num_classes": 3, "embed": 5}, ()),
     "stylegan2-discriminator": ({"size": 16, "architecture": "skip"} | NARROW, ()),
     "stylegan2-tf": (STYLE | NARROW, ()),
+    "va-vae": (STAGE | {"feature_dim": 6}, ()),
     "vae-pythae": ({"size": 8, "latent_dim": 3, "hidden": [12], "architecture": "mlp", "activation": "relu"}, ()),
     "vdm": ({"n_embd": 32, "n_layer": 2, "attention": True, "gamma": "learnable_nnet", "pinned": False}, ()),
     "vq-autoencoder": (STAGE | {"n_embed": 16}, ()),
@@ -222,6 +224,7 @@ def test_a_state_without_one_tensor_is_not_taken(name: str) -> None:
 
 
 NETWORKS = {layouts.find(n).component: config for n, (config, _) in TINY.items()} | {"patchgan": {"ndf": 4}}
+NETWORKS |= {"digit-features": {}, "vision-features": {"width": 64, "depth": 1, "patch": 8, "grid": 4, "size": 32}}
 NETWORKS |= {"vqvae-prior": {"vocab_size": 6, "grid": (4, 4), "num_classes": 3, "channels": 8, "n_layer": 2}}
 VARIANTS = [
     ("model", "adm-unet", ADM | {"super_res": True}),
@@ -244,7 +247,7 @@ def test_every_network_says_what_it_takes(kind: str, name: str, config: dict[str
     assert config is not None, "a new network adds a small configuration to NETWORKS"
     network = registry().build(kind, {"name": name, **config}).eval()
     assert isinstance(network, HasExample)
-    if name == "lpips":
+    if name in ("lpips", "vision-features"):
         network.loaded = True  # forward refuses to run on weights that were never read
     full = prove.full_config({"kind": kind, "name": name, "kwargs": config})
     given = network.example(full)

@@ -22,6 +22,7 @@ TRANSFORMER = yaml.safe_load(
 NETWORKS = {
     "dit": TRANSFORMER,
     "sit": TRANSFORMER,
+    "lightningdit": TRANSFORMER | {"preset": "LightningDiT", "qknorm": True},
     "meanflow": TRANSFORMER,
     "meanflow-unet": yaml.safe_load(
         "{img_resolution: 8, in_channels: 2, model_channels: 16, channel_mult: [1, 2], num_blocks: 1, attn_resolutions: [4]}"

@@ -11,7 +11,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from vgm_plugins.ldm import checkpoints as ck
-from vgm_plugins.ldm.model import AutoencoderKL, DiagonalGaussian, VQModel, tiled
 from vgm_plugins.ldm.presets import KL, VQ
 
 from vgm_cli.api import Codec, Objective, Step
@@ -26,7 +25,9 @@ from vgm_cli.losses.first_stage import (
     reconstruction_loss,
 )
 from vgm_cli.losses.lpips import LPIPS
+from vgm_cli.nets.autoencoder_kl import AutoencoderKL
 from vgm_cli.nets.discriminators import NLayerDiscriminator
+from vgm_cli.nets.first_stage import DiagonalGaussian, VQModel, tiled
 from vgm_cli.nn.quantize import code_usage
 from vgm_cli.registry import registry
 from vgm_cli.testing.golden import GoldenCase, GoldenChecks, assert_close

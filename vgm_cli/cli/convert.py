@@ -30,7 +30,9 @@ def convert(
     overrides: Annotated[
         list[str] | None,
         typer.Argument(
-            metavar="[KEY=VALUE]…", help="What the file does not tell: num_heads=6 schedule=cosine codec=FILE"
+            metavar="[KEY=VALUE]…",
+            help="What the file does not tell: num_heads=6 schedule=cosine codec=FILE; of a codec stats=FILE: mean and "
+            "deviation of its latents.",
         ),
     ] = None,
     from_: Annotated[

@@ -40,12 +40,15 @@ def swapped_cross_entropy(logit: float, targets: Tensor) -> Tensor:
     return F.binary_cross_entropy_with_logits(torch.full_like(targets, logit), targets)
 
 
-def adaptive_weight(reconstruction: Tensor, adversarial: Tensor, last_layer: Tensor, weight: float = 1.0) -> Tensor:
-    """How much adversarial loss balances the reconstruction loss at the decoder's last layer (detached scalar).
+def adaptive_weight(
+    reconstruction: Tensor, other: Tensor, layer: Tensor, weight: float = 1.0, largest: float = 1e4
+) -> Tensor:
+    """How much of another loss (an adversarial one) balances the reconstruction loss at a layer's weight (detached
+    scalar), VQGAN's being the decoder's last.
 
-    weight * clamp(|d reconstruction / d L| / (|d adversarial / d L| + 1e-4), 0, 1e4); both losses are scalars whose
-    graph is kept.
+    weight * clamp(|d reconstruction / d layer| / (|d other / d layer| + 1e-4), 0, largest); both losses are scalars
+    whose graph is kept.
     """
-    (ours,) = torch.autograd.grad(reconstruction, last_layer, retain_graph=True)
-    (theirs,) = torch.autograd.grad(adversarial, last_layer, retain_graph=True)
-    return (ours.norm() / (theirs.norm() + 1e-4)).clamp(0.0, 1e4).detach() * weight
+    (ours,) = torch.autograd.grad(reconstruction, layer, retain_graph=True)
+    (theirs,) = torch.autograd.grad(other, layer, retain_graph=True)
+    return (ours.norm() / (theirs.norm() + 1e-4)).clamp(0.0, largest).detach() * weight

@@ -194,6 +194,8 @@ class AutoencoderObjective(ObjectiveBase):
         else:
             loss = nll + self.codebook_weight * rest
             logs |= {"quant_loss": rest.detach(), **self.usage(indices)}
+        more, own = self.regularise(x, nll, rest, step)
+        loss, logs = loss + more, logs | own
         if self.discriminator is not None and self.disc_factor > 0 and step.index >= self.disc_start:
             term, own = generator_term(
                 self.discriminator,
@@ -207,6 +209,11 @@ class AutoencoderObjective(ObjectiveBase):
             loss = loss + self.disc_factor * term
             logs |= own
         return loss, logs
+
+    def regularise(self, x: Tensor, nll: Tensor, rest: Tensor, step: Step) -> tuple[Tensor | float, Logs]:
+        """A further term of the autoencoder's loss, and what to log of it; here none. x: (B, C, H, W) images; nll:
+        their reconstruction loss; rest: the moments, or the quantizer's loss."""
+        return 0.0, {}
 
     def usage(self, indices: Tensor | None) -> Logs:
         """How a batch uses the codebook, and the share of codes among the last RECENT."""

@@ -4,7 +4,8 @@ Same function and parameter names as facebookresearch/DiT@ed81ce2 models.py. Dev
 dropped by the host, never by a draw inside forward; y may be None (unconditional); guidance is the host's, so
 there is no forward_with_cfg. `SiT` below is the same network with the variance half of its output thrown away. With
 second_time it is told a second number beside t, as networks that jump from one time to another are (MeanFlow,
-2505.13447).
+2505.13447). swiglu, rope, rmsnorm, qknorm and wo_shift are LightningDiT's options (2501.01423;
+hustvl/LightningDiT@2725fed models/lightningdit.py), each off in DiT.
 """
 
 from __future__ import annotations
@@ -20,8 +21,10 @@ from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
 from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.nn.embed import apply_rope, rope_angles_2d
 from vgm_cli.nn.example import images
 from vgm_cli.nn.features import places
+from vgm_cli.nn.norm import RMSNorm
 from vgm_cli.nn.sdpa import sdpa
 from vgm_cli.ranges import Depth, Fraction, Positive, Side, Whole, Width
 
@@ -39,9 +42,15 @@ def sincos_2d(dim: int, height: int, width: int) -> np.ndarray:
     return np.concatenate([sincos_1d(dim // 2, columns.ravel()), sincos_1d(dim // 2, rows.ravel())], axis=1)
 
 
-def modulate(x: Tensor, shift: Tensor, scale: Tensor) -> Tensor:
-    """x: (N, T, D); shift, scale: (N, D)."""
-    return x * (1 + scale[:, None]) + shift[:, None]
+def modulate(x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
+    """x: (N, T, D); shift, scale: (N, D); without a shift x is scaled alone."""
+    scaled = x * (1 + scale[:, None])
+    return scaled if shift is None else scaled + shift[:, None]
+
+
+def token_norm(width: int, rmsnorm: bool) -> nn.Module:
+    """The normalisation of tokens (N, T, width): without weights, or by RMS with a learned weight."""
+    return RMSNorm(width, eps=1e-6) if rmsnorm else nn.LayerNorm(width, elementwise_affine=False, eps=1e-6)
 
 
 class PatchEmbed(nn.Module):
@@ -85,19 +94,49 @@ class LabelEmbedder(nn.Module):
         return self.embedding_table(y)
 
 
-class Attention(nn.Module):
-    """Multi-head self-attention with one fused projection, rows ordered (q, k, v), heads within."""
+class Rotations(nn.Module):
+    """Rotary positions of a grid x grid of tokens: the first half of a head's channels turns with the row, the second
+    with the column. The buffers freqs_cos and freqs_sin (T, head_dim), each value twice, are in official checkpoints.
+    """
 
-    def __init__(self, dim: int, num_heads: int):
+    freqs_cos: Tensor
+    freqs_sin: Tensor
+
+    def __init__(self, grid: int, head_dim: int):
         super().__init__()
-        self.num_heads = num_heads
+        angles = rope_angles_2d(grid, grid, head_dim).repeat_interleave(2, dim=-1)  # (T, head_dim)
+        self.register_buffer("freqs_cos", angles.cos())
+        self.register_buffer("freqs_sin", angles.sin())
+
+    def table(self) -> Tensor:
+        """What apply_rope takes: (T, head_dim / 2, 2)."""
+        return torch.stack([self.freqs_cos[:, ::2], self.freqs_sin[:, ::2]], dim=-1)
+
+
+class Attention(nn.Module):
+    """Multi-head self-attention with one fused projection, rows ordered (q, k, v), heads within.
+
+    qknorm: queries and keys are normalised per head, by RMS or (rmsnorm=False) by a LayerNorm with weights.
+    """
+
+    def __init__(self, dim: int, num_heads: int, qknorm: bool = False, rmsnorm: bool = False):
+        super().__init__()
+        self.num_heads, self.qknorm = num_heads, qknorm
         self.qkv = nn.Linear(dim, 3 * dim)
+        if qknorm:
+            width = dim // num_heads
+            self.q_norm, self.k_norm = (RMSNorm(width, 1e-6) if rmsnorm else nn.LayerNorm(width) for _ in "qk")
         self.proj = nn.Linear(dim, dim)
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
+        """x: (N, T, D); rope: Rotations.table()."""
         N, T, D = x.shape
-        q, k, v = self.qkv(x).view(N, T, 3, self.num_heads, -1).permute(2, 0, 3, 1, 4)  # 3 x (N, heads, T, D/heads)
-        x = sdpa(q, k, v)
+        q, k, v = self.qkv(x).view(N, T, 3, self.num_heads, -1).unbind(2)  # 3 x (N, T, heads, D/heads)
+        if self.qknorm:
+            q, k = self.q_norm(q).to(v.dtype), self.k_norm(k).to(v.dtype)
+        if rope is not None:
+            q, k = apply_rope(q, rope), apply_rope(k, rope)
+        x = sdpa(q.transpose(1, 2), k.transpose(1, 2), v.transpose(1, 2))
         return self.proj(x.transpose(1, 2).reshape(N, T, D))
 
 
@@ -111,27 +150,61 @@ class Mlp(nn.Module):
         return self.fc2(F.gelu(self.fc1(x), approximate="tanh"))
 
 
+class SwiGLU(nn.Module):
+    """silu(a) b of two linear maps of x, projected back. Shazeer 2020 (2002.05202)."""
+
+    def __init__(self, dim: int, hidden: int):
+        super().__init__()
+        self.w12 = nn.Linear(dim, 2 * hidden)
+        self.w3 = nn.Linear(hidden, dim)
+
+    def forward(self, x: Tensor) -> Tensor:
+        a, b = self.w12(x).chunk(2, dim=-1)
+        return self.w3(F.silu(a) * b)
+
+
+def swiglu_width(dim: int, mlp_ratio: float) -> int:
+    """Hidden width of a SwiGLU that has about the weights of an MLP with mlp_ratio: two thirds of its width."""
+    return int(2 / 3 * int(dim * mlp_ratio))
+
+
 class DiTBlock(nn.Module):
     """Attention and MLP, each with its shift, scale and gate from the condition; gates start at zero."""
 
-    def __init__(self, hidden_size: int, num_heads: int, mlp_ratio: float):
+    def __init__(
+        self,
+        hidden_size: int,  # width D
+        num_heads: int,  # attention heads
+        mlp_ratio: float,  # hidden width of the MLP over D
+        swiglu: bool = False,  # these as DiT's keywords
+        rmsnorm: bool = False,
+        qknorm: bool = False,
+        wo_shift: bool = False,
+    ):
         super().__init__()
-        self.norm1 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.attn = Attention(hidden_size, num_heads)
-        self.norm2 = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
-        self.mlp = Mlp(hidden_size, int(hidden_size * mlp_ratio))
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 6 * hidden_size))
+        self.norm1, self.norm2 = token_norm(hidden_size, rmsnorm), token_norm(hidden_size, rmsnorm)
+        self.attn = Attention(hidden_size, num_heads, qknorm, rmsnorm)
+        width = swiglu_width(hidden_size, mlp_ratio) if swiglu else int(hidden_size * mlp_ratio)
+        self.mlp = SwiGLU(hidden_size, width) if swiglu else Mlp(hidden_size, width)
+        self.shifts = not wo_shift
+        modulations = 6 if self.shifts else 4
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, modulations * hidden_size))
 
-    def forward(self, x: Tensor, c: Tensor) -> Tensor:
-        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)  # 6 x (N, D)
-        x = x + gate_a[:, None] * self.attn(modulate(self.norm1(x), shift_a, scale_a))
+    def forward(self, x: Tensor, c: Tensor, rope: Tensor | None = None) -> Tensor:
+        """x: (N, T, D); c: (N, D); rope: Rotations.table()."""
+        shift_a = shift_m = None
+        if self.shifts:
+            shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)  # 6 x (N, D)
+        else:
+            scale_a, gate_a, scale_m, gate_m = self.adaLN_modulation(c).chunk(4, dim=1)
+        x = x + gate_a[:, None] * self.attn(modulate(self.norm1(x), shift_a, scale_a), rope)
         return x + gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
 
 
 class FinalLayer(nn.Module):
-    def __init__(self, hidden_size: int, patch_size: int, out_channels: int):
+    def __init__(self, hidden_size: int, patch_size: int, out_channels: int, rmsnorm: bool = False):
         super().__init__()
-        self.norm_final = nn.LayerNorm(hidden_size, elementwise_affine=False, eps=1e-6)
+        self.norm_final = token_norm(hidden_size, rmsnorm)
         self.linear = nn.Linear(hidden_size, patch_size * patch_size * out_channels)
         self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, 2 * hidden_size))
 
@@ -163,12 +236,19 @@ class DiT(nn.Module):
         learn_sigma: bool = True,  # twice the output channels: the second half is the variance
         context_dim: Width | None = None,  # width of a text's vectors, whose sum conditions like a class; None: none
         second_time: bool = False,  # forward is told a second time, s, which has an embedder of its own
+        swiglu: bool = False,  # the MLP is a SwiGLU of two thirds of its width
+        rope: bool = False,  # rotary positions, besides the added ones
+        rmsnorm: bool = False,  # RMSNorm with weights in place of every LayerNorm
+        qknorm: bool = False,  # queries and keys are normalised per head: calmer in half precision, a little worse
+        wo_shift: bool = False,  # blocks are scaled and gated by the condition, not shifted
     ):
         super().__init__()
         if input_size % patch_size:
             raise VgmError(f"patch_size={patch_size} does not divide the side {input_size}", code=USAGE)
         if hidden_size % num_heads or hidden_size % 4:
             raise VgmError(f"hidden_size={hidden_size} must divide by num_heads={num_heads} and by 4", code=USAGE)
+        if rope and hidden_size // num_heads % 4:
+            raise VgmError(f"rope needs heads whose width divides by 4, not {hidden_size // num_heads}", code=USAGE)
         self.input_size, self.patch_size, self.in_channels = input_size, patch_size, in_channels
         self.num_classes, self.class_dropout_prob, self.learn_sigma = num_classes, class_dropout_prob, learn_sigma
         self.out_channels = in_channels * 2 if learn_sigma else in_channels
@@ -184,8 +264,10 @@ class DiT(nn.Module):
         self.context_embedder = None if context_dim is None else nn.Linear(context_dim, hidden_size)
         grid = input_size // patch_size
         self.pos_embed = nn.Parameter(torch.zeros(1, grid * grid, hidden_size), requires_grad=False)
-        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio) for _ in range(depth))
-        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels)
+        self.feat_rope = Rotations(grid, hidden_size // num_heads) if rope else None
+        options = (swiglu, rmsnorm, qknorm, wo_shift)
+        self.blocks = nn.ModuleList(DiTBlock(hidden_size, num_heads, mlp_ratio, *options) for _ in range(depth))
+        self.final_layer = FinalLayer(hidden_size, patch_size, self.out_channels, rmsnorm)
         self.initialize_weights()
 
     @torch.no_grad()
@@ -245,11 +327,15 @@ class DiT(nn.Module):
             c = c + self.context_embedder(context.sum(1))
         return self.x_embedder(x) + self.pos_embed, c
 
-    def run(self, block: nn.Module, x: Tensor, c: Tensor) -> Tensor:
-        """block(x, c), recomputed in backward when `checkpointing` is on."""
+    def run(self, block: nn.Module, x: Tensor, c: Tensor, rope: Tensor | None) -> Tensor:
+        """block(x, c, rope), recomputed in backward when `checkpointing` is on."""
         if self.checkpointing and torch.is_grad_enabled():
-            return checkpoint(block, x, c, use_reentrant=False)
-        return block(x, c)
+            return checkpoint(block, x, c, rope, use_reentrant=False)
+        return block(x, c, rope)
+
+    def rotations(self) -> Tensor | None:
+        """What blocks turn queries and keys by, see apply_rope."""
+        return None if self.feat_rope is None else self.feat_rope.table()
 
     @property
     def middle(self) -> str:
@@ -267,9 +353,9 @@ class DiT(nn.Module):
         """Tokens (N, T, D) behind the blocks that are named "blocks.3"; see api.HasFeatures."""
         at = places(layers, [f"blocks.{i}" for i in range(len(self.blocks))])
         x, c = self.embed(x, t, y, context, s)
-        found: list[Tensor] = []
+        rope, found = self.rotations(), []
         for block in self.blocks[: max(at, default=-1) + 1]:
-            x = self.run(block, x, c)
+            x = self.run(block, x, c, rope)
             found.append(x)
         return [found[i] for i in at]
 
@@ -290,8 +376,9 @@ class DiT(nn.Module):
         text; s: (N,) the second time of a network that has one, None for 0. Gives (N, C or 2C, H, W). VgmError: x has
         another size than the positions."""
         x, c = self.embed(x, t, y, context, s)
+        rope = self.rotations()
         for block in self.blocks:
-            x = self.run(block, x, c)  # (N, T, D)
+            x = self.run(block, x, c, rope)  # (N, T, D)
         return self.unpatchify(self.final_layer(x, c))  # (N, C or 2C, H, W)
 
 

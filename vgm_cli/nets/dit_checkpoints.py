@@ -100,10 +100,13 @@ def assumes(state: State, config: Mapping[str, Any]) -> dict[str, str]:
     return found
 
 
-def one_time(config: Mapping[str, Any]) -> None:
-    """VgmError: the network is told two times, which no file of this layout is."""
+def plain(config: Mapping[str, Any]) -> None:
+    """VgmError: the network is told two times or has LightningDiT's options, as none of this layout does."""
     if config.get("second_time"):
         raise VgmError("this layout is of networks that are told one time", "a .safetensors file keeps both", USAGE)
+    if more := [k for k in ("swiglu", "rope", "rmsnorm", "qknorm", "wo_shift") if config.get(k)]:
+        hint = "a .safetensors file keeps them"
+        raise VgmError(f"this layout is of networks without {', '.join(more)}", hint, USAGE)
 
 
 def converter(name: str, header: Header, summary: str, assumes: Assumes = assumes) -> Layout:
@@ -116,6 +119,6 @@ def converter(name: str, header: Header, summary: str, assumes: Assumes = assume
         to_ours=official,
         from_ours=official,
         config=config_from,
-        allows=one_time,
+        allows=plain,
         published=Published(header=header, assumes=assumes),
     )

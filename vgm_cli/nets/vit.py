@@ -1,9 +1,11 @@
-"""The vision transformers behind FD-DINOv2 and CMMD: DINOv2's ViT and CLIP's image tower, from local weights.
+"""Vision transformers from local weights: DINOv2's ViT and CLIP's image tower, behind FD-DINOv2 and CMMD, and MAE's
+encoder. One gives the features of the class token, or those of every patch as a grid.
 
 Papers: Oquab et al., DINOv2 (arXiv:2304.07193), facebookresearch/dinov2 (dinov2_vit{s,b,l,g}14_pretrain.pth); Radford
 et al., CLIP (arXiv:2103.00020), openai/CLIP (ViT-*.pt). Read in the official layouts and in Hugging Face's
 (model.safetensors of facebook/dinov2-* and openai/clip-vit-*). Sizes are read off the tensors; heads are 64 wide.
-Position embeddings are interpolated as DINOv2's hub models do it: bicubic, scale (n + 0.1) / n0.
+Position embeddings are interpolated as DINOv2's hub models do it (bicubic, scale (n + 0.1) / n0), or as timm does it
+(bicubic, antialiased); MAE's weights (He et al., arXiv:2111.06377) are timm's vit_large_patch16_224.mae.
 """
 
 from __future__ import annotations
@@ -52,7 +54,7 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Vision transformer of CLIP and DINOv2: images (B, 3, H, W) to the features of the class token."""
+    """Vision transformer of CLIP, DINOv2 and MAE: images (B, 3, S, S) to the features of the class token."""
 
     def __init__(
         self,
@@ -80,24 +82,37 @@ class VisionTransformer(nn.Module):
         self.head = nn.Linear(width, head, bias=False) if head else nn.Identity()
         self.dim = head or width
 
-    def positions(self, grid: int) -> Tensor:
-        """(1 + grid^2, D)."""
+    def positions(self, grid: int, antialias: bool = False) -> Tensor:
+        """(1 + grid^2, D); antialias: timm's way of another size, see above."""
         if grid == self.grid:
             return self.pos
         old = self.pos[1:].view(1, self.grid, self.grid, -1).permute(0, 3, 1, 2)  # (1, D, g, g)
-        factor = (grid + 0.1) / self.grid
-        new = F.interpolate(old, scale_factor=(factor, factor), mode="bicubic")
+        if antialias:
+            new = F.interpolate(old, size=(grid, grid), mode="bicubic", antialias=True)
+        else:
+            factor = (grid + 0.1) / self.grid
+            new = F.interpolate(old, scale_factor=(factor, factor), mode="bicubic")
         return torch.cat([self.pos[:1], new.flatten(2)[0].T])
 
-    def forward(self, x: Tensor) -> Tensor:
-        """x: (B, 3, S, S) normalised, S a multiple of the patch -> (B, dim)."""
+    def tokens(self, x: Tensor, antialias: bool = False) -> Tensor:
+        """x: (B, 3, S, S) -> (B, 1 + N, D), the class token first, before the last normalisation."""
         x = self.patch(x).flatten(2).transpose(1, 2)  # (B, N, D)
         grid = round(x.shape[1] ** 0.5)
-        x = torch.cat([self.cls.expand(len(x), 1, -1), x], 1) + self.positions(grid)  # (B, 1 + N, D)
+        x = torch.cat([self.cls.expand(len(x), 1, -1), x], 1) + self.positions(grid, antialias)  # (B, 1 + N, D)
         x = self.norm_pre(x)
         for block in self.blocks:
             x = block(x)
-        return self.head(self.norm(x[:, 0]))
+        return x
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x: (B, 3, S, S) normalised, S a multiple of the patch -> (B, dim)."""
+        return self.head(self.norm(self.tokens(x)[:, 0]))
+
+    def grid_features(self, x: Tensor) -> Tensor:
+        """x: (B, 3, S, S) -> features of the patches in their places, (B, D, S / patch, S / patch), as timm's."""
+        x = self.norm(self.tokens(x, antialias=True)[:, 1:])  # (B, N, D)
+        grid = round(x.shape[1] ** 0.5)
+        return x.transpose(1, 2).reshape(len(x), -1, grid, grid)
 
 
 # -- weights ---------------------------------------------------------------------------------------------------------
@@ -203,8 +218,9 @@ def to_ours(state: State, where: str = "the file") -> dict[str, Tensor]:
     return ours | {k: torch.cat([v["q"], v["k"], v["v"]]) for k, v in parts.items()}
 
 
-def build(state: State, where: str = "the file") -> VisionTransformer:
-    """A network with these weights, in eval mode. VgmError (exit code 4): not of this kind, or incomplete."""
+def build(state: State, where: str = "the file", heads: int | None = None) -> VisionTransformer:
+    """A network with these weights, in eval mode. heads: None takes heads of 64 channels, as all published ones have.
+    VgmError (exit code 4): not of this kind, or incomplete."""
     kind, ours = kind_of(state), to_ours(state, where)
     try:
         width, _, patch, _ = ours["patch.weight"].shape
@@ -222,12 +238,12 @@ def build(state: State, where: str = "the file") -> VisionTransformer:
         net = VisionTransformer(
             width,
             depth,
-            max(width // HEAD, 1),
+            heads or max(width // HEAD, 1),
             patch,
             grid,
             hidden,
             activation,
-            scaled=kind == "dinov2",
+            scaled="blocks.0.scale1" in ours,
             norm_pre=kind == "clip",
             patch_bias="patch.bias" in ours,
             head=head,

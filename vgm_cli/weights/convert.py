@@ -26,6 +26,7 @@ from vgm_cli.weights import layout as layouts
 from vgm_cli.weights.files import State
 from vgm_cli.weights.prove import Findings, prove, prove_written
 from vgm_cli.weights.source import OURS, Conversion, Source, back, disagreement, open_source
+from vgm_cli.weights.statistics import add_statistics
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
@@ -232,9 +233,9 @@ def convert(
         weight_files.writable(dst)
     for path in (dst, dst.with_name(dst.name + weight_files.INDEX)):
         atomic.refuse_existing(path, overwrite)
-    named = [text.partition("=")[2] for text in overrides if text.startswith("codec=")]
-    codec = codec or (named[-1] if named else None)
-    overrides = [text for text in overrides if not text.startswith("codec=")]
+    named = dict(text.split("=", 1) for text in overrides if text.startswith(("codec=", "stats=")))
+    codec, stats = codec or named.get("codec"), named.get("stats")
+    overrides = [text for text in overrides if text.partition("=")[0] not in named]
     if to is not None and to != OURS:
         layouts.find(to)  # a misspelt name is told before gigabytes are read
     source = open_source(src, from_, weights, trust, overrides)
@@ -254,6 +255,8 @@ def convert(
             raise proof.failure()
     elif source.layout is not None and (problem := disagreement(source.layout, source.theirs, source.state)):
         raise layouts.misfit(source.layout, source.theirs, source.path, problem)
+    if stats is not None:
+        add_statistics(job, stats)
     files = write(job, dst, limit, codec)
     if verify:
         prove_written(job, files[0], proof)

@@ -1,7 +1,7 @@
-"""LDM's KL autoencoder, and VQModel from the host. Rombach et al., CVPR 2022 (arXiv 2112.10752), sec. 3.1.
+"""The KL-regularised autoencoder of latent diffusion. Rombach et al., CVPR 2022 (arXiv 2112.10752), sec. 3.1.
 
-Official code: CompVis/latent-diffusion@a506df5 (ldm/models/autoencoder.py). The network itself and the codec protocol
-are shared with VQGAN and LlamaGen: vgm_cli/nets/{autoencoder,first_stage}.py. Parameter names are the official ones.
+Official code: CompVis/latent-diffusion@a506df5 ldm/models/autoencoder.py. Parameter names are the official ones; VA-VAE
+(arXiv 2501.01423; hustvl/LightningDiT@2725fed vavae/ldm/models/autoencoder.py) is the same network with a projection.
 """
 
 from __future__ import annotations
@@ -11,14 +11,13 @@ from typing import Any
 from torch import Tensor, nn
 
 from vgm_cli.nets.autoencoder import AttnType, Decoder, Encoder
-from vgm_cli.nets.first_stage import DiagonalGaussian, FirstStage, VQModel, tiled
-from vgm_cli.ranges import Blocks, Fraction, Positive, Side, Width
-
-__all__ = ["AutoencoderKL", "DiagonalGaussian", "VQModel", "tiled"]
+from vgm_cli.nets.first_stage import DiagonalGaussian, FirstStage
+from vgm_cli.ranges import Blocks, Fraction, Positive, Side, Whole, Width
 
 
 class AutoencoderKL(FirstStage):
-    """KL-regularised autoencoder; Stable Diffusion's VAE is preset kl-f8 (scale_factor 0.18215)."""
+    """KL-regularised autoencoder. With feature_dim it holds VA-VAE's projection between its latents and the features of
+    a vision foundation model, which training alone uses."""
 
     def __init__(
         self,
@@ -41,6 +40,8 @@ class AutoencoderKL(FirstStage):
         latent_stats: bool = False,  # measure mean and std of the latents per channel, and normalise by them
         tile: Width | None = None,  # encode and decode in tiles of this many pixels; None: never
         tile_overlap: Fraction = 0.25,  # share of a tile that its neighbour covers, too
+        feature_dim: Whole = 0,  # width of a foundation model's features, which latents are compared with; 0: none
+        reverse_proj: bool = True,  # latents are projected to features; false: features to latents, with a bias
     ):
         shared: dict[str, Any] = {
             "ch": ch,
@@ -66,6 +67,10 @@ class AutoencoderKL(FirstStage):
             tile,
             tile_overlap,
         )
+        self.feature_dim, self.reverse_proj = feature_dim, reverse_proj
+        if feature_dim:
+            ends = (embed_dim, feature_dim) if reverse_proj else (feature_dim, embed_dim)
+            self.linear_proj = nn.Conv2d(*ends, 1, bias=not reverse_proj)
 
     def latents(self, moments: Tensor, noise: Tensor | None = None) -> Tensor:
         """moments (B, 2c, h, w) -> scaled latents (B, c, h, w); noise standard normal, None for the mode."""
@@ -79,3 +84,8 @@ class AutoencoderKL(FirstStage):
         z = posterior.mean if noise is None else posterior.sample(noise)
         self.follow(z)
         return self.reconstruct(z), moments
+
+    def compared(self, z: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Unscaled latents (B, c, h, w) and features (B, feature_dim, h, w), one of them projected to the other's
+        channels."""
+        return (self.linear_proj(z), features) if self.reverse_proj else (z, self.linear_proj(features))
