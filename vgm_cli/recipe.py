@@ -375,10 +375,10 @@ def check_components(recipe: Recipe) -> None:
 
 
 # keys of component nodes that the host consumes itself
-ROLE_KEYS = ("kind", "weights", *CHECKPOINT)
+ROLE_KEYS = ("kind", "weights", "partial", *CHECKPOINT)
 HOST_KEYS: dict[str, tuple[str, ...]] = {
     "codec": ("weights", "fallback", "output"),
     "conditions": ("dropout", "train", "column", "weights"),
     "roles": ROLE_KEYS,
-    "model": ("weights",),
+    "model": ("weights", "partial"),
 }

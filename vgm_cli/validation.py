@@ -108,20 +108,20 @@ def check_batch(recipe: Recipe, world: int = 1) -> None:
 
 def check_weights(where: str, node: Mapping[str, Any]) -> None:
     """The file is there and, where it says what it holds, holds this network."""
-    from vgm_cli.engine import build
     from vgm_cli.engine import checkpoint as ckpt
+    from vgm_cli.engine.initial import refuse_other
 
     weights = node["weights"]
     if not isinstance(weights, str) or not weights:
         raise VgmError(f"{where}.weights={weights!r} is no file", f"{where}.weights=RUN|FILE", USAGE)
     path = ckpt.resolve(weights)
-    if where == "codec":
-        return  # its own header counts
+    if where == "codec" or node.get("partial"):
+        return  # its own header counts; whatever fits is taken
     try:
         header = ckpt.read_header(path)
     except VgmError:
         return  # a file without a header: the shapes of its tensors are compared when it is loaded
-    build.refuse_other(header, str(node.get("name")), path)
+    refuse_other(header, str(node.get("name")), path)
 
 
 def check_sampler(node: Mapping[str, Any] | None, given: bool = False) -> None:

@@ -664,8 +664,11 @@ def test_from_the_command_line(vgm, tiny_dataset: Path, tmp_path: Path, monkeypa
     assert json.loads(Path("cache/latents.json").read_text())["mirrored"]
     code, _, err = vgm("sample", "run", "-n", 2, "--steps", 3, "--out", "x.npz", "cfg_channels=1", "shift=0.3")
     assert code == 0, err
-    code, _, err = vgm("train", "lightningdit", small, *few, "codec=null", "model.in_channels=2", "--out", "other")
-    assert code == 2 or "channels" in err
+    start = ("--codec", "tokenizer", small, *few, "model.weights=run", "model.rope=false")
+    code, _, err = vgm("train", "lightningdit", *start, "--out", "other")
+    assert code == 2 and "2 unexpected" in err and not Path("other/checkpoints").exists()
+    code, _, err = vgm("train", "lightningdit", *start, "model.partial=true", "--out", "other")
+    assert code == 0 and "2 are left out: feat_rope.freqs_cos, feat_rope.freqs_sin" in err, err
 
 
 @pytest.mark.slow

@@ -18,6 +18,7 @@ from vgm_cli.data.latents import Latents
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine.budget import building
 from vgm_cli.engine.facts import Facts, declared_facts, facts_of
+from vgm_cli.engine.initial import initialise
 from vgm_cli.engine.parts import freeze, leave_out
 from vgm_cli.engine.tokens import as_output
 from vgm_cli.errors import MISSING_ASSET, USAGE, VgmError
@@ -370,30 +371,3 @@ def settle(recipe: Recipe) -> Recipe:
         source = {"name": header.component["name"], **header.component.get("kwargs", {}), "weights": str(path)}
         copy_role(recipe.config, recipe.origins, role, source)
     return recipe
-
-
-def initialise(network: nn.Module, node: Mapping[str, Any]) -> nn.Module:
-    """Start from the weights the node names (`weights: RUN|FILE`), strictly. VgmError: they are another network's."""
-    weights = node.get("weights")
-    if not weights or next((p.is_meta for p in network.parameters()), False):
-        return network
-    path = ckpt.resolve(weights)
-    tensors, metadata = ckpt.read_tensors(path)
-    name = str(node.get("name", type(network).__name__))
-    if "vgm.component" in metadata:
-        refuse_other(ckpt.Header.parse(metadata, path), name, path)
-    state = {k: v.float() if v.is_floating_point() else v for k, v in tensors.items()}
-    ckpt.check_fit(network, state, path, name, USAGE)
-    ckpt.refuse_non_finite(state, path)
-    network.load_state_dict(state)
-    return network
-
-
-def refuse_other(header: ckpt.Header, name: str, path: Path) -> None:
-    """VgmError: the file says that its weights are another component's."""
-    if (held := header.component["name"]) != name:
-        raise VgmError(f"{path} holds {article(held)}, not {article(name)}", f"`vgm inspect {path}` says more", USAGE)
-
-
-def article(name: str) -> str:
-    return f"{'an' if name[:1] in 'aeiou' else 'a'} {name}"
