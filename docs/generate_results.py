@@ -75,6 +75,8 @@ RUNS = [  # the longest first, those that others wait for before all
                  "super-resolution scale=4 --method pigdm", "super-resolution scale=4 --method diffpir")),
     Run("llamagen", "train llamagen", bits="bits-per-dim:n=500"),
     Run("randar", "train randar", bits="bits-per-dim:n=500"),
+    Run("maskgit", "train maskgit"),
+    Run("maskgit-halton", "train maskgit sampler=halton"),
     Run("vqgan", "train vqgan", "fid,psnr", sampled=False),
     Run("vqgan-prior", "train vqgan --recipe mnist-prior", bits="bits-per-dim:n=500"),
     Run("vqvae", "train vqvae", "fid,psnr", sampled=False),

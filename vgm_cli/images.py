@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageDraw, ImageFont, PngImagePlugin
+from PIL import Image, ImageDraw, ImageFilter, ImageFont, PngImagePlugin
 from torch import Tensor
 
 from vgm_cli import atomic
@@ -139,6 +139,18 @@ def compared(parts: Mapping[str, Tensor], limit: int = 32) -> np.ndarray:
     blocks = [torch.cat([v[i : i + columns], blanks(v, columns - len(v[i : i + columns]))])
               for i in range(0, n, columns) for v in shown.values()]  # fmt: skip
     return make_grid(torch.cat(blocks), columns, rows=list(parts) * (len(blocks) // len(parts)), block=len(parts))
+
+
+def blended(new: Tensor, old: Tensor, made: Tensor, radius: float) -> Tensor:
+    """Images (B, C, H, W): new ones where they were made anew, old ones elsewhere, mixed between.
+
+    made: (B, h, w) bool, enlarged to H x W bicubically and blurred by a Gaussian of `radius` pixels, both Pillow's, as
+    in google-research/maskgit@1db2359 maskgit/inference.py.
+    """
+    size, blur = (new.shape[3], new.shape[2]), ImageFilter.GaussianBlur(radius)
+    masks = [Image.fromarray(m).resize(size, Image.Resampling.BICUBIC) for m in made.cpu().byte().mul(255).numpy()]
+    share = torch.from_numpy(np.stack([np.asarray(m.filter(blur), np.float32) for m in masks]) / 255).to(new)
+    return new * share[:, None] + (1 - share[:, None]) * old
 
 
 def blanks(like: Tensor, n: int) -> Tensor:

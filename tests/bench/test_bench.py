@@ -316,6 +316,34 @@ def test_llamagen_sampling() -> None:
     assert report("LlamaGen, 256 tokens with guidance", fast, slow, "without a cache") >= 3
 
 
+@pytest.mark.skipif(not has("model", "halton-maskgit"), reason="MaskGIT is not in")
+@pytest.mark.parametrize(("side", "codes", "images", "least"), [(16, 1024, 1, 3.0), (7, 256, 64, 0.0)])
+def test_maskgit_sampling(side: int, codes: int, images: int, least: float) -> None:
+    """The same tokens, width and depth, with guidance: 8 passes over all codes against LlamaGen's one code at a time.
+    One image waits for 256 passes one after the other; of many images a cache computes an eighth, and only a machine
+    with arithmetic to spare hides that, which two CPU cores do not: the second line is for information."""
+    torch.manual_seed(0)
+    facts = {"grid": (side, side), "vocab_size": codes, "num_classes": 10}
+    node = {"name": "halton-maskgit", **facts, "hidden_dim": 256, "depth": 4, "heads": 4}
+    ours = registry().build("model", node).eval()
+    node = {"name": "llamagen", **facts, "dim": 256, "n_layer": 4, "n_head": 4}
+    peer = registry().build("model", node).eval()
+    parallel = registry().build("sampler", {"name": "maskgit", "steps": 8})
+    serial = registry().build("sampler", {"name": "llamagen"})
+
+    def sampled(sampler: Any, model: Any) -> Callable[[], Any]:
+        @torch.no_grad()
+        def run() -> None:
+            cond = {"y": torch.arange(images) % 10}
+            sampler(model, Request((side, side), generators(range(images)), cond=cond, guidance_scale=2.0))
+
+        return run
+
+    times = race(sampled(parallel, ours), sampled(serial, peer), rounds=3)
+    speed = report(f"MaskGIT, 8 passes, {images} x {side * side} codes, guidance", *times, "LlamaGen, cached")
+    assert speed > least
+
+
 @pytest.mark.skipif(not has("model", "glow"), reason="Glow is not in")
 def test_glow_training_step() -> None:
     """normflows' Glow of equal size: 2 levels of 8 steps, 128 hidden channels, 3 x 32 x 32."""

@@ -50,6 +50,7 @@ STYLE: dict[str, Any] = {"latent_size": 8, "w_dim": 8, "mapping_layers": 2, "siz
 NARROW = {"channel_base": 64, "channel_max": 12}
 PRIOR = {"vocab_size": 16, "n_layer": 2, "n_head": 1, "n_embd": 64, "condition": "class", "num_classes": 1000}
 WIDTHS = (6, 6, 6, 6, 4, 4, 3, 2, 2)
+MASKED = {"vocab_size": 20, "grid": (4, 4), "num_classes": 3}
 VQVAE = {"channels": 8, "residual_channels": 4, "embed_dim": 4, "n_embed": 6}
 
 # A small network of every layout, by keywords of its constructor; a new layout adds its own. Trailing KEY=VALUE are
@@ -72,11 +73,16 @@ TINY: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "glow-average": (GLOW, ()),
     "glow-rosinality": (GLOW | {"style": "rosinality", "permutation": "lu"}, ()),
     "lightningdit": (DIT | {"learn_sigma": False, "swiglu": True, "rope": True, "rmsnorm": True}, ()),
+    "halton-maskgit": (MASKED | {"hidden_dim": 32, "depth": 2, "heads": 4, "mlp_dim": 96}, ("heads=4", "mlp_dim=96")),
     "llamagen": (GPT, ()),
     "llamagen-384": (GPT | {"grid": (24, 24)}, ()),
     "llamagen-512": (GPT | {"grid": (32, 32)}, ()),
     "llamagen-tokenizer": (STAGE | {"n_embed": 16, "resolution": 256, "attn_resolutions": (128,)}, ()),
     "lpips": ({}, ()),
+    "maskgit": (MASKED | {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 4, "intermediate_size": 48},
+                ("num_classes=3", "vocab_size=20")),
+    "maskgit-tokenizer": ({"n_embed": 16, "embed_dim": 12, "ch": 32, "ch_mult": (1, 2), "num_res_blocks": 1}, ()),
+    "maskgit-tokenizer-torch": ({"n_embed": 16, "embed_dim": 12, "ch": 32, "ch_mult": (1, 2), "num_res_blocks": 1}, ()),
     "meanflow": (DIT, ("num_heads=2",)),
     "meanflow-flax": (DIT | {"input_size": 32, "patch_size": 8}, ("num_heads=2",)),
     "meanflow-unet": (SONG, ()),

@@ -22,8 +22,9 @@ KNOWN = "cosine, arccos, log, exp, root, linear, square, cubic, or pow with a nu
 # -- how many ------------------------------------------------------------------------------------------------------
 
 
-def mask_rate(ratio: Tensor, schedule: str, total: int) -> Tensor:
-    """The fraction of `total` positions that is masked, (...) in [0, 1]: 1 where ratio is 0, falling to 0 at 1.
+def mask_rate(ratio: Tensor, schedule: str, total: Tensor | int) -> Tensor:
+    """The fraction of `total` positions that is masked, in [0, 1]: 1 where ratio is 0, falling to 0 at 1. ratio and
+    total broadcast against each other; only log and exp ask how many positions there are.
 
     VgmError: no schedule of that name.
     """
@@ -31,10 +32,9 @@ def mask_rate(ratio: Tensor, schedule: str, total: int) -> Tensor:
         rate = torch.cos(ratio * (math.pi / 2))
     elif schedule == "arccos":
         rate = torch.arccos(ratio) / (math.pi / 2)
-    elif schedule == "log":
-        rate = -torch.log2(ratio) / math.log2(total)
-    elif schedule == "exp":
-        rate = 1 - torch.exp2(-math.log2(total) * (1 - ratio))
+    elif schedule in ("log", "exp"):
+        bits = torch.as_tensor(total, device=ratio.device).to(ratio.dtype).log2()
+        rate = -torch.log2(ratio) / bits if schedule == "log" else 1 - torch.exp2(-bits * (1 - ratio))
     else:
         rate = 1 - ratio ** power_of(schedule)
     return rate.clamp(0, 1).masked_fill(ratio >= 1, 0)
@@ -60,14 +60,16 @@ def still_masked(total: Tensor, masked: Tensor, rate: Tensor | float) -> Tensor:
     return torch.floor(total * rate).long().minimum(masked - 1).clamp(min=1)
 
 
-def known_after(ratios: Tensor, schedule: str, total: int) -> Tensor:
-    """How many of `total` positions are known after each step, (T,) int64: the part that is not masked at ratios (T,),
-    rounded down, but at least one after the first step, two after the second, and so on.
+def known_after(ratios: Tensor, schedule: str, total: Tensor | int) -> Tensor:
+    """How many of `total` positions are known after each step: the part that is not masked at ratios (T,), rounded
+    down, but at least one after the first step, two after the second, and so on. (T,) int64; (T, B) for totals (B,).
 
     Where the part is a whole number, rounding decides: the published counts are those of float32 ratios.
     """
-    known = ((1 - mask_rate(ratios, schedule, total)) * total).long()
-    return known.maximum(torch.arange(1, len(ratios) + 1, device=ratios.device))
+    least = torch.arange(1, len(ratios) + 1, device=ratios.device)
+    if isinstance(total, Tensor):
+        ratios, least = ratios[:, None], least[:, None]
+    return ((1 - mask_rate(ratios, schedule, total)) * total).long().maximum(least)
 
 
 def truncated_normal_rate(u: Tensor, minimum: float, deviation: float = 0.25) -> Tensor:
@@ -80,8 +82,8 @@ def truncated_normal_rate(u: Tensor, minimum: float, deviation: float = 0.25) ->
 
 
 def gumbel(u: Tensor) -> Tensor:
-    """Standard Gumbel noise from uniform draws in [0, 1)."""
-    return -torch.log(-torch.log(u))
+    """Standard Gumbel noise from uniform draws in [0, 1); that of 0 is the least that a float gives, not -infinity."""
+    return -torch.log(-torch.log(u.clamp(min=torch.finfo(u.dtype).tiny)))
 
 
 def confidence(log_p: Tensor, known: Tensor, noise: Tensor, temperature: Tensor | float) -> Tensor:
@@ -112,7 +114,8 @@ def kept_codes(mask: Tensor, grid: tuple[int, int], margin: int = 0) -> Tensor:
     return lost[:, 0] == 0
 
 
-def first_of(orders: Tensor, n: int) -> Tensor:
-    """(B, N) bool: true at the first n positions of each row's order. orders: (B, N) int64."""
+def first_of(orders: Tensor, n: Tensor | int) -> Tensor:
+    """(B, N) bool: true at the first n positions of each row's order. orders: (B, N) int64; n: one for all, or (B,)."""
+    n = n[:, None] if isinstance(n, Tensor) else n
     places = torch.arange(orders.shape[-1], device=orders.device) < n
     return torch.zeros_like(orders, dtype=torch.bool).scatter(-1, orders, places.expand_as(orders))

@@ -87,6 +87,13 @@ def restore(
     tries: Annotated[
         int, typer.Option(help="Walks per image; the one that fits the measurement best is kept.", min=1)
     ] = 1,
+    blend: Annotated[
+        float | None,
+        typer.Option(
+            metavar="RADIUS",
+            help="With --mask: put what was made anew into the image itself, its border blurred by so many pixels.",
+        ),
+    ] = None,
     seed: Annotated[int, typer.Option(help="Image i depends on (seed, i) alone.")] = 0,
     weights: Annotated[str | None, typer.Option(help="raw, or an average. Default: the first average.")] = None,
     batch_size: Annotated[int, typer.Option(help="Changes speed and memory, not the images.", min=1)] = 64,
@@ -108,7 +115,7 @@ def restore(
 
         vgm restore --model RUN --task gaussian-deblurring std=1.5 --degraded --input blurred/ --noise none
 
-        vgm restore --model RUN --method llamagen --mask lower --input mnist5k
+        vgm restore --model RUN --method maskgit --mask lower --input mnist5k
 
     Next: the folder's grid.png (degraded, restored, truth) and results.json.
     """
@@ -117,7 +124,7 @@ def restore(
     from vgm_cli.engine.restore.figures import summary
     from vgm_cli.engine.sample.setup import open_model
     from vgm_cli.errors import INTERRUPTED, USAGE, VgmError
-    from vgm_cli.ranges import Steps, fit
+    from vgm_cli.ranges import NonNegative, Steps, fit
     from vgm_cli.recipe import allow_typed
 
     if model is None:
@@ -155,6 +162,7 @@ def restore(
             seed=seed,
             steps=steps,
             tries=tries,
+            blend=fit(blend, NonNegative | None, "--blend"),
             batch_size=batch_size,
             lpips=lpips,
             out=out,

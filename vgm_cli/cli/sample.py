@@ -63,6 +63,13 @@ def sample(
         str | None,
         typer.Option("--input", help="Images to start from (data as for train), for samplers that take them."),
     ] = None,
+    accept: Annotated[
+        float | None,
+        typer.Option(metavar="SHARE", help="Rejection: 0.05 keeps the best of 20 candidates for every image."),
+    ] = None,
+    judge: Annotated[
+        str, typer.Option(help="What --accept goes by: a reward, `vgm ls rewards`.", autocompletion=complete.rewards)
+    ] = "confidence",
     trace: Annotated[
         bool, typer.Option("--trace", help="Also NAME-trace.png: x_t and the estimate of x_0, step by step.")
     ] = False,
@@ -84,6 +91,8 @@ def sample(
         vgm sample RUN -n 1000 --label 3,7 --guidance-scale 2 --out samples.npz
 
         vgm sample RUN --prompt "a red circle" --prompt "a blue square" -n 8
+
+        vgm sample RUN -n 8 --accept 0.05                   # the best of 20 each, by a classifier
 
         vgm sample RUN -n 50000 --out FOLDER --nproc 8     # interrupted? the same command goes on
 
@@ -112,7 +121,7 @@ def sample(
         raise VgmError(text, "name a run or a file; vgm train dit makes one", USAGE)
     model = model or "last"
     processes.join()
-    allow_typed([sampler, *words])
+    allow_typed([sampler, judge, *words])
     loaded, where = open_model(model, weights, device)
     plan = plan_for(
         loaded,
@@ -130,6 +139,8 @@ def sample(
         overrides=words,
         images=images,
         precision=precision,
+        accept=accept,
+        judge=judge,
     )
     target = out or processes.from_main(output.default_target(loaded, plan, where))
     plan = output.fitted(plan, target, where, n is not None)
@@ -150,6 +161,8 @@ def sample(
     if trace:
         ui.data(result.get("trace", ""))
     ui.info(summary(result))
+    if "accepted" in result:
+        ui.info(rejection(result["accepted"], judge))
     if loaded.header.weights == "raw":
         ui.info("these are raw weights; averages usually look better")
 
@@ -163,6 +176,12 @@ def summary(result: dict[str, Any]) -> str:
     rest = f"; {n - made} were there" if made < n else ""
     speed = f"{result['images_per_second']:.3g} img/s"
     return f"{made} image{'s' * (made > 1)} in {result['seconds']:.1f} s ({speed}{nfe}){rest}"
+
+
+def rejection(found: dict[str, Any], judge: str) -> str:
+    """One line on what was kept of the candidates."""
+    share = f"accepted {found['images']:.0f} of {found['of']:.0f} candidates ({found['images'] / found['of']:.1%})"
+    return f"{share}: {judge} {found['kept']:.3g} on average, {found['all']:.3g} of all"
 
 
 def rerun(

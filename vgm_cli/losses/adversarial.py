@@ -13,7 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 DiscLoss = Literal["hinge", "vanilla", "non-saturating"]
-GenLoss = Literal["hinge", "non-saturating"]
+GenLoss = Literal["hinge", "vanilla", "non-saturating"]
 
 
 def discriminator_loss(kind: DiscLoss, real: Tensor, fake: Tensor) -> Tensor:
@@ -31,7 +31,10 @@ def discriminator_loss(kind: DiscLoss, real: Tensor, fake: Tensor) -> Tensor:
 
 
 def generator_loss(fake: Tensor, kind: GenLoss = "hinge") -> Tensor:
-    """-E[fake], whatever loss the discriminator has (as in VQGAN and latent diffusion); non-saturating: as above."""
+    """hinge: -E[fake], whatever loss the discriminator has (as in VQGAN and latent diffusion); vanilla: E
+    softplus(-fake), which elsewhere is called non-saturating; non-saturating: as above."""
+    if kind == "vanilla":
+        return F.softplus(-fake).mean()
     return -fake.mean() if kind == "hinge" else swapped_cross_entropy(1.0, fake)
 
 

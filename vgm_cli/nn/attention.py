@@ -1,4 +1,4 @@
-"""Causal attention with and without a cache."""
+"""Attention: causal with and without a cache, and of every position to every other."""
 
 from __future__ import annotations
 
@@ -36,7 +36,14 @@ def causal_attention(
         mask = torch.arange(k.shape[2], device=q.device) <= cache.positions[:, None]
     elif mask is None and past and q.shape[2] > 1:
         mask = torch.ones(q.shape[2], k.shape[2], dtype=torch.bool, device=q.device).tril(past)
-    causal = mask is None and not past and q.shape[2] > 1
+    return attend(q, k, v, mask, dropout, mask is None and not past and q.shape[2] > 1)
+
+
+def attend(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None, dropout: float = 0.0, causal: bool = False
+) -> Tensor:
+    """softmax(q k^T / sqrt(d) + mask) v by the kernel that is fastest where it runs. q, k, v: (B, heads, T or S, d);
+    mask: bool or float, broadcast to (B, heads, T, S); dropout: share of the weights that is dropped."""
     if q.device.type == "cpu" and q.requires_grad and torch.is_grad_enabled() and k.shape[2] <= SHORT:
         return written_out(q, k, v, mask, dropout, causal)
     return F.scaled_dot_product_attention(q, k, v, attn_mask=mask, dropout_p=dropout, is_causal=causal)

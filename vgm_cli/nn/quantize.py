@@ -24,6 +24,7 @@ from vgm_cli.nn.collectives import gather, total
 from vgm_cli.nn.precision import full_precision
 
 Unknown = Literal["random", "extra"] | int
+EntropyTargets = Literal["softmax", "argmax"]
 
 
 def channels_first(x: Tensor) -> Tensor:
@@ -61,6 +62,8 @@ class VectorQuantizer(nn.Module):
         legacy: bool = True,  # beta on the codebook's term, as in all published weights; False: on the commitment
         l2_norm: bool = False,  # latents and codes have unit length when they are used
         entropy_weight: float = 0.0,  # of `entropy_loss`
+        entropy_targets: EntropyTargets = "softmax",  # of `entropy_loss`
+        entropy_temperature: float = 0.01,  # of `entropy_loss`
         remap: Sequence[int] | str | None = None,  # the code numbers in use, or a .npy of them; ids count only those
         unknown_index: Unknown = "random",  # the id of other codes: random, "extra" for one id more, or a number
         codebook_weight: float = 1.0,  # of the codebook term, times all that
@@ -69,6 +72,8 @@ class VectorQuantizer(nn.Module):
         super().__init__()
         self.codebook_weight, self.reduction = codebook_weight, reduction
         self.beta, self.legacy, self.l2_norm, self.entropy_weight = beta, legacy, l2_norm, entropy_weight
+        self.entropy_targets: EntropyTargets = entropy_targets
+        self.entropy_temperature = entropy_temperature
         self.embedding = self.new_codebook(n_embed, embed_dim)
         self.codebook_size = n_embed
         self.unknown_index = unknown_index
@@ -110,7 +115,7 @@ class VectorQuantizer(nn.Module):
             "codebook": self.reduced((codes - z.detach()).square()),
         }
         if self.entropy_weight:
-            terms["entropy"] = entropy_loss(-distance)
+            terms["entropy"] = entropy_loss(-distance, self.entropy_temperature, self.entropy_targets)
         return z, codes, indices, terms
 
     def reduced(self, errors: Tensor) -> Tensor:
@@ -170,11 +175,18 @@ class VectorQuantizer(nn.Module):
         self.embedding.weight.copy_(torch.where(dead[:, None], chosen, self.embedding.weight))
 
 
-def entropy_loss(affinity: Tensor, temperature: float = 0.01) -> Tensor:
-    """Mean entropy of the assignments minus the entropy of their mean, for affinities (N, n): low where assignments
-    are sure and all codes are used. The two small constants are the official ones."""
-    flat = affinity / temperature
+def entropy_loss(affinity: Tensor, temperature: float = 0.01, targets: EntropyTargets = "softmax") -> Tensor:
+    """Mean entropy of the assignments minus the entropy of their mean, for affinities (..., n): low where assignments
+    are sure and all codes are used. The two small constants are the official ones.
+
+    targets: assignments are the probabilities of all codes, or with "argmax" the likeliest code alone, whose gradient
+    is that of the probabilities.
+    """
+    flat = affinity.flatten(0, -2) / temperature
     probs = flat.softmax(-1)
+    if targets == "argmax":
+        chosen = F.one_hot(flat.argmax(-1), flat.shape[-1]).to(probs)
+        probs = probs - (probs - chosen).detach()
     mean = probs.mean(0)
     of_mean = -(mean * (mean + 1e-5).log()).sum()
     each = -(probs * (flat + 1e-5).log_softmax(-1)).sum(-1).mean()

@@ -24,6 +24,7 @@ from vgm_cli.engine.restore.setup import Settings, adopt_own_settings, build_met
 from vgm_cli.engine.sample.loop import each_step, refuse_non_finite
 from vgm_cli.engine.sample.setup import named, words_for
 from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.images import blended
 from vgm_cli.operators.base import Operator
 from vgm_cli.operators.latent import Decoded
 from vgm_cli.operators.noise import Clean
@@ -90,11 +91,13 @@ def restore(
     seed: int = 0,
     steps: int | None = None,
     tries: int = 1,
+    blend: float | None = None,
     batch_size: int = 64,
     device: torch.device | str = "cpu",
     progress: Any = None,
 ) -> Restored:
-    """Degrade where that is asked, and restore. tries: walks per image; what fits the measurement best is kept."""
+    """Degrade where that is asked, and restore. tries: walks per image; what fits the measurement best is kept. blend:
+    of a method that completes images, see images.blended."""
     device = torch.device(device)
     method = build_method(loaded, settings.method, str(loaded.path))
     shape = image_shape(loaded)
@@ -132,6 +135,9 @@ def restore(
                 x = method(loaded.view, request)
                 x = loaded.codec.decode(x.float() if x.is_floating_point() else x) if loaded.codec is not None else x
                 x = x.float()
+                if blend is not None:
+                    made = request.info.get("made", ~given["mask"][:, 0])
+                    x = blended(x, inputs.whole(start, stop).to(x), made, blend)
                 refuse_non_finite(x, start, f"a gentler {settings.method['name']}, or weights that are finite")
                 residual = (y - operator(x)).flatten(1).norm(dim=1)
             keep_best(best, x.cpu(), residual.cpu(), request.info)
@@ -219,6 +225,7 @@ def run(
     seed: int = 0,
     steps: int | None = None,
     tries: int = 1,
+    blend: float | None = None,
     batch_size: int = 64,
     lpips: str | None = None,
     out: Path | None = None,
@@ -232,6 +239,9 @@ def run(
     if steps is not None and not isinstance(method, TakesSteps):
         ui.warn(f"--steps has no effect on {settings.method['name']}")
         steps = None
+    if blend is not None and not isinstance(method, CompletesImages):
+        ui.warn(f"--blend has no effect on {settings.method['name']}, which keeps no pixels")
+        blend = None
     shape = image_shape(loaded)
     folder = out or default_folder(loaded, settings, seed, steps)
     check_folder(folder, overwrite)
@@ -263,6 +273,7 @@ def run(
             seed=seed,
             steps=steps,
             tries=tries,
+            blend=blend,
             batch_size=batch_size,
             device=device,
             progress=progress,
@@ -277,6 +288,7 @@ def run(
         "guidance_scale": settings.guidance_scale,
         "steps": steps,
         "tries": tries,
+        "blend": blend,
         "input": inputs.source,
         "split": split,
         "degraded_by": "vgm" if degrade else "before",

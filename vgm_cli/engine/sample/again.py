@@ -15,6 +15,7 @@ from vgm_cli.data.decode import open_image
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine.checkpoint import Loaded
 from vgm_cli.engine.sample import loop as generate
+from vgm_cli.engine.sample.accept import Judge
 from vgm_cli.engine.sample.loop import Plan
 from vgm_cli.engine.sample.output import free_name, pictures, write_grid
 from vgm_cli.engine.sample.setup import adopt_conditions, given_images, open_model
@@ -83,6 +84,7 @@ def rerun(image: Path, out: Path | None, device_name: str | None = None, overwri
     plan = Plan(n=s["n"], seed=s["seed"], given=given, labels=generate.labels_in(told, given), words=words,
                 negative=s.get("negative") or {}, sampler=s["sampler"], steps=steps, images=start,
                 guidance_scale=s["guidance_scale"], guidance_interval=interval, precision=s.get("precision", "fp32"),
+                judge=Judge(s["accept"]["candidates"], s["accept"]["judge"]) if s.get("accept") else None,
                 batch_size=s.get("batch_size", 64), roles=loaded.roles)  # fmt: skip
     if item is None:
         known = remembered.get("vgm.grid")

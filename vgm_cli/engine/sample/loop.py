@@ -22,6 +22,7 @@ from vgm_cli.conditioning import Conditions
 from vgm_cli.data import Dataset
 from vgm_cli.data.latents import to_model
 from vgm_cli.engine.checkpoint import Loaded, load
+from vgm_cli.engine.sample.accept import Judge
 from vgm_cli.errors import FAILED, USAGE, VgmError
 from vgm_cli.images import Layout, compared, layout_of, save_grid, save_png
 from vgm_cli.registry import registry
@@ -50,6 +51,7 @@ class Plan:
     source: str | None = None  # the data that images were read from
     precision: str = "fp32"  # or bf16: autocast of networks and codec
     named: tuple[str, ...] = ()  # options that the user gave; `stream` reports which had no effect
+    judge: Judge | None = None  # chooses among several candidates for every image
     built: Any = field(default=None, repr=False, compare=False)  # the sampler, see `build`
     roles: Mapping[str, Any] = field(default_factory=dict, repr=False, compare=False)  # see Loaded.roles
 
@@ -73,6 +75,7 @@ class Plan:
     def asked(self) -> dict[str, Any]:
         """What the user typed besides labels, for the records; nothing where it is nothing."""
         said = {"words": self.words, "negative": self.negative, "conditions": self.conditions}
+        said["accept"] = self.judge.described() if self.judge else {}
         return {k: v for k, v in said.items() if v}
 
     def settings(self, device: torch.device | str) -> dict[str, Any]:
@@ -90,8 +93,10 @@ class Plan:
             "asked": list(self.named),
         }
 
-    def seeds(self, first: int, last: int) -> list[int]:
-        return [seed_of("sample", self.seed, i) for i in range(first, last)]
+    def seeds(self, first: int, last: int, candidate: int = 0) -> list[int]:
+        """Of the items first to last; every candidate for an item has its own."""
+        more = (candidate,) if candidate else ()
+        return [seed_of("sample", self.seed, i, *more) for i in range(first, last)]
 
 
 class Watched(Request):
@@ -178,32 +183,29 @@ def stream(
         stop = min(start + plan.batch_size, last)
         at = torch.device(device)
         cond = loaded.conditions.encode({name: own[start:stop] for name, own in plan.given.items()}, at)
-        request = Watched(
-            shape=shape,
-            generators=generators(plan.seeds(start, stop)),
-            cond=cond,
-            null=loaded.conditions.null(at, plan.negative) if cond else {},
-            steps=plan.steps,
-            guidance_scale=plan.guidance_scale if cond else None,
-            guidance_interval=plan.guidance_interval,
-            device=at,
-            callback=each_step(callback, progress, start, stop - start),
-            index=list(range(start, stop)),
-            images=plan.images,
-            codec=loaded.codec,
-        )
-        before = [g.get_state() for g in request.generators[:1]]
-        with torch.no_grad(), autocast(plan.precision, request.device):
-            try:
-                z = sampler(loaded.view, request)
-            except AttributeError as e:
-                if getattr(e, "obj", None) is not loaded.view:
-                    raise
-                name, network = plan.sampler.get("name"), loaded.header.component.get("name")
-                text = f"the sampler {name} asks for '{e.name}', which {network} does not have"
-                raise VgmError(text, "`vgm ls samplers` shows others", USAGE) from e
-            x = z if loaded.codec is None else loaded.codec.decode(z.float() if z.is_floating_point() else z)
-        refuse_non_finite(x, start)
+        count = plan.judge.candidates if plan.judge else 1
+        best: tuple[Tensor, Tensor] | None = None
+        for k in range(count):
+            size = (stop - start) / count
+            request = Watched(
+                shape=shape,
+                generators=generators(plan.seeds(start, stop, k)),
+                cond=cond,
+                null=loaded.conditions.null(at, plan.negative) if cond else {},
+                steps=plan.steps,
+                guidance_scale=plan.guidance_scale if cond else None,
+                guidance_interval=plan.guidance_interval,
+                device=at,
+                callback=each_step(callback, progress, start + k * size, size),
+                index=list(range(start, stop)),
+                images=plan.images,
+                codec=loaded.codec,
+            )
+            before = [g.get_state() for g in request.generators[:1]]
+            x = made(loaded, plan, sampler, request)
+            refuse_non_finite(x, start)
+            if plan.judge:
+                best = plan.judge.better(best, x, judged(loaded, plan, start, stop, at))
         if progress is not None:
             progress.update(stop, "")
         if info is not None:
@@ -213,13 +215,45 @@ def stream(
                 ignored.append("seed")
             if ignored:
                 info["ignored"] = ignored
+        if plan.judge and best is not None:
+            x, said = best
+            report = plan.judge.report(said)
+            if info is not None:
+                info["accepted"] = report
         yield x.float(), plan.labels[start:stop]
+
+
+def made(loaded: Loaded, plan: Plan, sampler: Any, request: Request) -> Tensor:
+    """What the sampler makes of a request, decoded: (B, C, H, W). VgmError: the network has not what it asks for."""
+    with torch.no_grad(), autocast(plan.precision, request.device):
+        try:
+            z = sampler(loaded.view, request)
+        except AttributeError as e:
+            if getattr(e, "obj", None) is not loaded.view:
+                raise
+            name, network = plan.sampler.get("name"), loaded.header.component.get("name")
+            text = f"the sampler {name} asks for '{e.name}', which {network} does not have"
+            raise VgmError(text, "`vgm ls samplers` shows others", USAGE) from e
+        x: Tensor = z if loaded.codec is None else loaded.codec.decode(z.float() if z.is_floating_point() else z)
+    return x
+
+
+def judged(loaded: Loaded, plan: Plan, start: int, stop: int, device: torch.device) -> dict[str, Any]:
+    """What a judge is told of the items start to stop: their labels and texts, where there are any."""
+    batch: dict[str, Any] = {}
+    for name, items in plan.given.items():
+        column = loaded.conditions.parts[name].condition.column
+        if column == "label":
+            batch["label"] = torch.tensor(items[start:stop], device=device)
+        elif column == "text":
+            batch["text"] = list(items[start:stop])
+    return batch
 
 
 Callback = Callable[[int, int, Tensor, Tensor | None], None]
 
 
-def each_step(callback: Callback | None, progress: Progress | None, done: int, size: int) -> Callback | None:
+def each_step(callback: Callback | None, progress: Progress | None, done: float, size: float) -> Callback | None:
     """A callback for a request that calls `callback` and moves the progress by this batch's `size` items, `done` of
     them being finished before."""
     if progress is None:

@@ -40,6 +40,7 @@ def default_target(loaded: Loaded, plan: Plan, device: torch.device) -> Path:
     parts += [f"{s['steps']}steps"] if s["steps"] else []
     parts += [f"seed{plan.seed}"]
     parts += [f"w{s['guidance_scale']:g}"] if s["guidance_scale"] not in (None, 1) else []
+    parts += [f"best-of-{plan.judge.candidates}"] if plan.judge else []
     chosen = plan.labels[: plan.period()]
     if chosen and chosen != list(range(loaded.header.data.get("num_classes") or 0))[: plan.n]:
         parts += ["label" + "-".join(map(str, chosen[:8])) + ("-and-more" if len(chosen) > 8 else "")]
@@ -206,9 +207,9 @@ def same_job(there: str | None, meta: dict[str, str], where: Path) -> None:
         raise VgmError(text, "choose another --out", USAGE)
     hint = "choose another --out; --overwrite starts anew"
     free = ("version", "n", "labels", "model", "asked")
-    for k in now:
-        if k not in free and before[k] != now[k]:
-            raise VgmError(f"{where} holds images made with {k}={before[k]}, now {k}={now[k]}", hint, USAGE)
+    for k in {**before, **now}:
+        if k not in free and before.get(k) != now.get(k):
+            raise VgmError(f"{where} holds images made with {k}={before.get(k)}, now {k}={now.get(k)}", hint, USAGE)
     if now["n"] < before["n"]:
         raise VgmError(f"{where} is a job of {before['n']} images, now {now['n']} are asked for", hint, USAGE)
     if before["labels"] != now["labels"][: before["n"]]:

@@ -15,6 +15,7 @@ from vgm_cli.data.decode import image_files
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine.environment import bf16_supported
 from vgm_cli.engine.processes import keep_memory, pick_device
+from vgm_cli.engine.sample.accept import Judge, candidates_for
 from vgm_cli.engine.sample.loop import Plan, build_sampler, items_for, labels_in, sampler_node
 from vgm_cli.errors import USAGE, VgmError, unknown
 from vgm_cli.ranges import Images, NonNegative, Steps, fit
@@ -71,6 +72,8 @@ def plan_for(
     overrides: Sequence[str] = (),
     images: str | None = None,
     precision: str = "auto",
+    accept: float | None = None,
+    judge: str = "confidence",
 ) -> Plan:
     """Command-line options on top of the recipe that the checkpoint carries. items: {condition: items} of conditions
     that no option asks for."""
@@ -132,6 +135,7 @@ def plan_for(
         roles=loaded.roles,
         precision=precision_of(loaded, precision),
         named=tuple(k for k, v in wishes.items() if v is not None),
+        judge=Judge(candidates_for(accept), judge) if accept is not None else None,
         built=table,
     )
     if isinstance(plan.build(device), TakesSteps) and steps is not None:

@@ -7,11 +7,13 @@ from pathlib import Path
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vgm_cli.engine.checkpoint import Loaded
 from vgm_cli.engine.sample import loop as generate
 from vgm_cli.engine.sample.loop import Plan
+from vgm_cli.engine.tokens import TokenCodec
 from vgm_cli.errors import FAILED, VgmError
 from vgm_cli.images import make_grid
 
@@ -32,7 +34,7 @@ def trace(loaded: Loaded, plan: Plan, device: torch.device) -> np.ndarray:
         seen.append((x, x0, None if at is None else float(at.flatten()[0])))
 
     n = min(plan.n, TRACED_ITEMS)
-    for _ in generate.stream(loaded, replace(plan, batch_size=max(n, 1)), device, 0, n, callback=watch):
+    for _ in generate.stream(loaded, replace(plan, batch_size=max(n, 1), judge=None), device, 0, n, callback=watch):
         pass
     if not seen:
         text = f"the sampler {plan.sampler['name']} reports no steps to trace"
@@ -51,9 +53,16 @@ def trace(loaded: Loaded, plan: Plan, device: torch.device) -> np.ndarray:
 
 @torch.no_grad()
 def shown(loaded: Loaded, x: Tensor, device: torch.device) -> Tensor:
-    """States (B, ...) as pictures: latents are decoded, and noise is scaled into the visible range."""
+    """States (B, ...) as pictures: latents are decoded, and noise is scaled into the visible range. Ids that are no
+    code of the codec, those that a model has yet to choose, are grey."""
     x = x.to(device)
-    if loaded.codec is not None:
+    if isinstance(loaded.codec, TokenCodec):
+        unknown = x >= loaded.codec.vocab_size
+        x = loaded.codec.decode(x.masked_fill(unknown, 0))
+        if unknown.ndim == 3 and unknown.any():
+            grey = F.interpolate(unknown[:, None].float(), x.shape[-2:])
+            x = torch.where(grey > 0, 0.0, x)
+    elif loaded.codec is not None:
         x = loaded.codec.decode(x)
     else:
         x = x / x.flatten(1).abs().amax(1).clamp(min=1.0).view(-1, 1, 1, 1)
