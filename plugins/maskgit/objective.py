@@ -45,7 +45,7 @@ class MaskedCodes(ObjectiveBase):
 
     def __init__(
         self,
-        model: MaskedTransformer,
+        model: MaskedTransformer,  # what is trained
         schedule: str = "cosine",  # of the share that is masked, at a uniform ratio: see vgm_cli/ar/masking.py
         masks: Literal["count", "bernoulli"] = "count",  # so many codes of an image, or each with that probability
         order: Literal["random", "halton"] = "random",  # which ones of a count: any, or the last in a Halton order
