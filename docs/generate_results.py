@@ -62,6 +62,8 @@ RUNS = [  # the longest first, those that others wait for before all
     Run("vdmpp", "train vdmpp", bits="bits-per-dim:n=50,bits-per-dim:n=50:method=elbo"),
     Run("vdm", "train vdmpp --recipe mnist-vdm", "fid", bits="bits-per-dim:n=500:method=elbo"),
     Run("glow", "train glow", bits="bits-per-dim:n=256"),
+    Run("starflow", "train starflow", bits="bits-per-dim:n=256"),
+    Run("starflow-pixels", "train starflow --recipe mnist-pixels", bits="bits-per-dim:n=500"),
     Run("flow-grpo", "finetune-rl flow-grpo --model {dir}/rectified-flow", after="rectified-flow"),
     Run("rectified-flow-2", "distill rectified-flow --recipe mnist-reflow --teacher {dir}/rectified-flow",
         f"{QUALITY},straightness", after="rectified-flow"),

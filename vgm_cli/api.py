@@ -148,7 +148,7 @@ class Request:
     operator: Any = None  # of a restoration: the degradation A, bound to these items
     measurement: Tensor | None = None  # of a restoration: y (N, ...)
     callback: Callable[[int, int, Tensor, Tensor | None], None] | None = None  # (i, total, x_t (N, ...), x0 or None)
-    info: dict[str, Any] = field(default_factory=dict)  # samplers report e.g. info["nfe"]
+    info: dict[str, Any] = field(default_factory=dict)  # samplers report nfe, and in notes sentences for the user
     index: list[int] = field(default_factory=list)  # numbers of these items in the whole job; empty: 0 to N-1
     images: Tensor | None = None  # (M, *shape) to start from, as the model sees them; the same for every batch
     mask: Tensor | None = None  # (N, 1, H, W) bool of pixels, true where an image is kept

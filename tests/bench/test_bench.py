@@ -377,6 +377,71 @@ def test_glow_training_step() -> None:
     assert report("Glow training step, 16 x 3 x 32 x 32, fp32", *race(a, b, rounds=4), "normflows") > 1 / SLACK
 
 
+def our_flow() -> torch.nn.Module:
+    """The digits' STARFlow, 49 tokens, with the size of outputs that a trained one has."""
+    torch.manual_seed(0)
+    flow = registry().build("model", {"name": "starflow", "in_channels": 4, "img_size": 7, "channels": 128, "head_dim": 32,
+                                      "layers_per_block": [1, 1, 1, 4], "num_classes": 10}).eval()  # fmt: skip
+    for block in flow.blocks:
+        torch.nn.init.normal_(block.proj_out.weight, std=0.02)
+    return flow
+
+
+def flow_request(batch: int) -> Request:
+    cond = {"y": torch.arange(batch) % 10}
+    return Request(shape=(4, 7, 7), generators=generators(range(batch)), cond=cond, guidance_scale=2.0)
+
+
+@pytest.mark.skipif(not has("model", "starflow"), reason="STARFlow is not in")
+def test_starflow_sampling_with_a_cache() -> None:
+    """49 tokens through four blocks, guided in the top one, against passes over the whole prefix for every token."""
+    flow, batch = our_flow(), 16
+    sampler = registry().build("sampler", {"name": "starflow", "denoise": "none"})
+    made = {}
+
+    @torch.no_grad()
+    def cached() -> None:
+        made["cached"] = sampler(flow, flow_request(batch))
+
+    @torch.no_grad()
+    def naive() -> None:
+        request = flow_request(batch)
+        y, z = request.cond["y"], flow.patchify(request.randn())
+        both = flow.starts((4, 7, 7), 2 * batch, {"y": torch.cat([y, torch.full_like(y, 10)])})
+        plain = flow.starts((4, 7, 7), batch, {"y": y})
+        for i, block in reversed(list(enumerate(flow.blocks))):
+            top, z = i == len(flow.blocks) - 1, block.order(z)
+            x = block.first(batch)
+            for t in range(z.shape[1]):
+                out = block.predict(x.repeat(2, 1, 1) if top else x, both[i] if top else plain[i])[:, -1:]
+                mean, scale = block.gaussian(out)
+                if top:  # the weight is 1
+                    (mean, other), (scale, worse) = mean.chunk(2), scale.chunk(2)
+                    s = (scale / worse).clamp(max=1).square()
+                    mean, scale = (2 * mean - s * other) / (2 - s), scale / (2 - s).sqrt()
+                x = torch.cat([x, mean + scale * z[:, t : t + 1]], dim=1)
+            z = block.order(x[:, 1:])
+        made["naive"] = flow.unpatchify(z, (4, 7, 7))
+
+    speed = report("STARFlow, 49 tokens, 16 images, guidance", *race(cached, naive, rounds=2), "without a cache")
+    torch.testing.assert_close(made["cached"], made["naive"], rtol=1e-3, atol=1e-3)
+    assert speed >= 5
+
+
+@pytest.mark.skipif(not has("model", "starflow"), reason="STARFlow is not in")
+@pytest.mark.parametrize("batch", [1, 16])
+def test_starflow_sampling_by_jacobi(batch: int) -> None:
+    """16 tokens guessed at a time against one after the other, both with their cache."""
+    flow = our_flow()
+    samplers = [registry().build("sampler", {"name": "starflow", "denoise": "none", "jacobi": n}) for n in (16, 0)]
+    with torch.no_grad():
+        times = race(*(lambda s=s: s(flow, flow_request(batch)) for s in samplers), rounds=3)  # type: ignore[misc]
+        a, b = (s(flow, flow_request(batch)) for s in samplers)
+    assert (a - b).square().mean() < 1e-2 * b.square().mean()
+    what = f"STARFlow, 49 tokens, {batch} image{'s' * (batch > 1)}, Jacobi"
+    assert report(what, *times, "one after the other") > 1 / SLACK
+
+
 def fir(x: torch.Tensor, f: torch.Tensor) -> torch.Tensor:
     """Every channel through the filter f, without padding."""
     return F.conv2d(x, f.flip(0, 1).expand(x.shape[1], 1, -1, -1), groups=x.shape[1])

@@ -49,6 +49,8 @@ GLOW = {"size": 16, "in_channels": 2, "levels": 2, "depth": 2, "width": 12}
 STYLE: dict[str, Any] = {"latent_size": 8, "w_dim": 8, "mapping_layers": 2, "size": 16}
 NARROW = {"channel_base": 64, "channel_max": 12}
 PRIOR = {"vocab_size": 16, "n_layer": 2, "n_head": 1, "n_embd": 64, "condition": "class", "num_classes": 1000}
+FLOW = {"in_channels": 4, "img_size": 4, "channels": 64, "layers_per_block": (1, 2)}
+TAR = {"in_channels": 3, "img_size": 6, "patch_size": 2, "channels": 64, "num_blocks": 2, "layers_per_block": 1}
 WIDTHS = (6, 6, 6, 6, 4, 4, 3, 2, 2)
 MASKED = {"vocab_size": 20, "grid": (4, 4), "num_classes": 3}
 VQVAE = {"channels": 8, "residual_channels": 4, "embed_dim": 4, "n_embed": 6}
@@ -89,6 +91,7 @@ TINY: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "randar": (GPT, ()),
     "rectified-flow": ({"image_size": 32, "nf": 16, "ch_mult": (1, 2), "num_res_blocks": 1, "fir": True}, ()),
     "sit": (DIT, ("num_heads=2",)),
+    "starflow": (FLOW | {"num_classes": 4, "denoiser_layers": 1}, ("img_size=4",)),
     "stylegan": (STYLE | {"mapping_width": 8, "fmap_base": 64, "fmap_max": 12}, ()),
     "stylegan-discriminator": ({"size": 16, "fmap_base": 64, "fmap_max": 12}, ()),
     "stylegan-rosinality": ({"w_dim": 6, "mapping_layers": 2, "widths": WIDTHS}, ()),
@@ -97,6 +100,7 @@ TINY: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "stylegan2": (STYLE | NARROW | {"num_classes": 3, "embed": 5}, ()),
     "stylegan2-discriminator": ({"size": 16, "architecture": "skip"} | NARROW, ()),
     "stylegan2-tf": (STYLE | NARROW, ()),
+    "tarflow": (TAR | {"num_classes": 4}, ()),
     "va-vae": (STAGE | {"feature_dim": 6}, ()),
     "vae-pythae": ({"size": 8, "latent_dim": 3, "hidden": [12], "architecture": "mlp", "activation": "relu"}, ()),
     "vdm": ({"n_embd": 32, "n_layer": 2, "attention": True, "gamma": "learnable_nnet", "pinned": False}, ()),
@@ -231,11 +235,14 @@ def test_a_state_without_one_tensor_is_not_taken(name: str) -> None:
 
 NETWORKS = {layouts.find(n).component: config for n, (config, _) in TINY.items()} | {"patchgan": {"ndf": 4}}
 NETWORKS |= {"digit-features": {}, "vision-features": {"width": 64, "depth": 1, "patch": 8, "grid": 4, "size": 32}}
+NETWORKS |= {"blur-discriminator": {"hidden_channels": 32, "num_stages": 1}}
 NETWORKS |= {"vqvae-prior": {"vocab_size": 6, "grid": (4, 4), "num_classes": 3, "channels": 8, "n_layer": 2}}
 VARIANTS = [
     ("model", "adm-unet", ADM | {"super_res": True}),
     ("model", "llamagen", GPT | {"model_type": "t2i", "cls_token_num": 4, "caption_dim": 6, "num_classes": 0}),
     ("model", "glow", GLOW | {"num_classes": 3, "pad": True, "size": 15}),
+    ("model", "starflow", FLOW | {"txt_size": 3, "txt_dim": 5, "cond_top_only": False, "use_swiglu": True}),
+    ("model", "tarflow", TAR | {"nvp": False}),
     ("model", "vae", {"size": (6, 10), "channels": 3}),
     ("model", "vqgan-prior", PRIOR | {"grid": (2, 2), "window": 2}),
     ("model", "edm-unet", EDM | {"num_classes": None}),

@@ -178,4 +178,6 @@ def restore(
         ui.info(f"{results['gain']:+.2f} dB PSNR over the baseline")
     count = f"{results['n']} image{'s' * (results['n'] > 1)}"
     ui.info(f"{count} in {results['seconds']:.1f} s ({results['nfe']} network evaluations each)")
+    for text in results["notes"]:
+        ui.info(text)
     ui.data(results["out"])

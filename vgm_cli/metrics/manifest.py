@@ -21,6 +21,7 @@ METRICS = {
     "lpips": ("image:LPIPSDistance", "learned perceptual distance of pairs, lower is better"),
     "ppl": ("path_length:PerceptualPathLength", "perceptual change per step in a generator's latent space"),
     "bits-per-dim": ("likelihood:BitsPerDim", "negative log-likelihood of images, lower is better"),
+    "bayes-accuracy": ("bayes:BayesAccuracy", "share of images whose own class makes them likeliest, by the model"),
     "straightness": (
         "straightness:Straightness",
         "how far a flow's trajectories are from straight lines, 0 is straight",

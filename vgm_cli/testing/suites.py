@@ -27,6 +27,7 @@ from vgm_cli.api import Batch, HasClasses, HasExample, NullCondition, Request, S
 from vgm_cli.conditioning import Conditions
 from vgm_cli.engine import build
 from vgm_cli.engine import checkpoint as ckpt
+from vgm_cli.engine.train.optim import trained
 from vgm_cli.recipe import Recipe
 from vgm_cli.registry import registry
 from vgm_cli.testing.golden import assert_close
@@ -213,12 +214,8 @@ class ObjectiveSuite(_OnRecipe):
         _, made, facts = self.built()
         batch = self.batch(facts, made.conditions)
         made.objective.prepare(batch, Step(0))
-        waiting = {
-            f"{role}.{name}": p
-            for role in {r for phase in made.objective.phases() for r in phase.trains}
-            for name, p in made.networks[role].named_parameters()
-            if p.requires_grad
-        }
+        parts = trained(made.networks, made.objective.phases())
+        waiting = {name: p for part in parts.values() for name, p in part.items()}
         for index in range(8):
             for phase in made.objective.phases():
                 made.objective.loss(phase.name, batch, Step(index))[0].backward()

@@ -156,7 +156,9 @@ def restore(
     baseline = None if batches[0]["baseline"] is None else torch.cat([b["baseline"] for b in batches])
     curve = torch.cat([b["curve"] for b in batches], dim=1)
     state = {k: torch.cat([b["state"][k] for b in batches]) for k in batches[0]["state"]}
-    return Restored(**joined, baseline=baseline, curve=curve, state=state, info={"nfe": batches[0].get("nfe")})
+    notes = list(dict.fromkeys(text for b in batches for text in b["notes"]))
+    info = {"nfe": batches[0].get("nfe"), "notes": notes}
+    return Restored(**joined, baseline=baseline, curve=curve, state=state, info=info)
 
 
 def knowledge(
@@ -203,7 +205,7 @@ def keep_best(best: dict[str, Any], x: Tensor, residual: Tensor, info: Mapping[s
     (B,)."""
     curve = torch.stack(info["residual"]) if info.get("residual") else torch.zeros(0, len(x))
     if not best:
-        best.update(images=x, residual=residual, curve=curve, nfe=info.get("nfe"))
+        best.update(images=x, residual=residual, curve=curve, nfe=info.get("nfe"), notes=info.get("notes", []))
         return
     better = residual < best["residual"]
     best["images"] = torch.where(better.view(-1, 1, 1, 1), x, best["images"])
@@ -296,6 +298,7 @@ def run(
         "seed": seed,
         "labels": labels,
         "nfe": done.info["nfe"],
+        "notes": done.info["notes"],
         "seconds": round(time.perf_counter() - began, 2),
     }
     return write(folder, done, inputs, record, figures(done, inputs, perceptual))

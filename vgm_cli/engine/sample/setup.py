@@ -144,7 +144,9 @@ def plan_for(
 
 
 def warn_of_ignored(info: Mapping[str, Any], plan: Plan) -> None:
-    """Warn of options that the user gave and the sampler did not read."""
+    """Warn of options that the user gave and the sampler did not read, and say what the sampler had to say."""
+    for text in info.get("notes", ()):
+        ui.warn(text)
     for name in info.get("ignored", ()):
         why = "" if plan.given or not name.startswith("guidance") else ": this network has no classes"
         option = "input" if name == "images" else name.replace("_", "-")
