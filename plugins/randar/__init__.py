@@ -26,7 +26,7 @@ def vgm_components() -> Iterable[Component | Paper]:
             family="autoregressive",
             summary="A Llama is told where the next code comes, so that any order works, and several codes at once.",
             expects={
-                f"ImageNet 256 FID-50K ({size}, 88 passes)": fid
+                f"ImageNet 256 FID-50K ({size})": fid
                 for size, fid in (
                     ("L, released", 2.65),
                     ("L on MaskGIT's codes, released", 2.47),

@@ -33,11 +33,13 @@ def labels_of(model: RandAR, request: Request, scale: float) -> tuple[Tensor, Te
     return y, unconditional(model, {"y": y}, request.null)["y"] if scale > 1.0 else None
 
 
-def watched(request: Request, grid: tuple[int, int], total: int) -> Callable[[Tensor], Watch]:
+def watched(request: Request, known: Tensor, grid: tuple[int, int], total: int) -> Callable[[Tensor], Watch]:
     """rows (n,) -> what `decode` tells of these items' passes. After each of `total` passes the request's callback sees
-    the codes of all items (N, h, w): 0 where none is decided yet."""
-    canvas = torch.zeros(len(request), grid[0] * grid[1], dtype=torch.int64, device=request.device)
-    count = 0
+    the codes of all items (N, h, w).
+
+    known: (N, codes) those that stand at the beginning, the vocabulary's size where none is decided yet.
+    """
+    canvas, count = known.clone(), 0
 
     def of(rows: Tensor) -> Watch:
         def watch(positions: Tensor, ids: Tensor, logits: Tensor) -> None:
@@ -106,7 +108,8 @@ class RandARSampler:
         known = kept.sum(1)
         groups = {k: (known == k).nonzero().flatten() for k in known.unique().tolist()}  # as many codes known each
         counts = {k: self.counts(model.block_size - k, steps) for k in groups}
-        watch = watched(request, model.grid, sum(map(len, counts.values())))
+        start = ids.masked_fill(~kept, model.vocab_size)
+        watch = watched(request, start, model.grid, sum(map(len, counts.values())))
         with in_one_dtype(model, request.device) as network:
             for k, rows in groups.items():
                 ids[rows] = decode(
@@ -171,7 +174,8 @@ class ExtrapolationSampler:
         u = [None, None] if self.decoding.greedy else [request.rand((small,)), request.rand((large,))]
         steps = self.steps if request.steps is None else request.steps
         counts = passes(small, steps), passes(large, steps, small)[: -1 if self.compat else None]
-        watch = watched(request, grid, sum(map(len, counts)))(torch.arange(len(request), device=request.device))
+        blank = torch.full_like(order, model.vocab_size)
+        watch = watched(request, blank, grid, sum(map(len, counts)))(torch.arange(len(request), device=request.device))
         with in_one_dtype(model, request.device) as network:
             ids = enlarge(
                 network,

@@ -344,6 +344,26 @@ def test_maskgit_sampling(side: int, codes: int, images: int, least: float) -> N
     assert speed > least
 
 
+@pytest.mark.skipif(not has("model", "randar"), reason="RandAR is not in")
+def test_randar_passes() -> None:
+    """256 tokens, batch of 4 with guidance: 88 passes against one for each token."""
+    torch.manual_seed(0)
+    sizes = {"dim": 256, "n_layer": 4, "n_head": 4, "multiple_of": 64, "grid": (16, 16), "num_classes": 10}
+    network = registry().build("model", {"name": "randar", "vocab_size": 1024, **sizes}).eval()
+    several, single = (registry().build("sampler", {"name": "randar", "steps": steps}) for steps in (88, None))
+
+    def sampling(sampler: Any) -> Callable[[], None]:
+        def run() -> None:
+            cond = {"y": torch.arange(4)}
+            with torch.no_grad():
+                sampler(network, Request((16, 16), generators(range(4)), cond=cond, guidance_scale=2.0))
+
+        return run
+
+    best = race(sampling(several), sampling(single), rounds=3)
+    assert report("RandAR, 256 tokens in 88 passes with guidance", *best, "in 256 passes") >= 1.5
+
+
 @pytest.mark.skipif(not has("model", "glow"), reason="Glow is not in")
 def test_glow_training_step() -> None:
     """normflows' Glow of equal size: 2 levels of 8 steps, 128 hidden channels, 3 x 32 x 32."""
