@@ -10,13 +10,13 @@ import argparse
 from pathlib import Path
 
 import torch
-from plot_log import svg
 from safetensors.torch import load_file
 from vgm_plugins.vdmpp.densities import Adaptive, cosine
 from vgm_plugins.vdmpp.weightings import make_weight, shift_of
 
 from vgm_cli.atomic import write_text
 from vgm_cli.engine import checkpoint as ckpt
+from vgm_cli.engine.report.charts import svg
 
 
 def main() -> None:

@@ -14,9 +14,8 @@ import sys
 from pathlib import Path
 from typing import Any
 
-from plot_log import svg
-
 from vgm_cli.atomic import write_json, write_text
+from vgm_cli.engine.report.charts import svg
 
 OFF = {"model.swiglu": "false", "model.rmsnorm": "false", "model.rope": "false", "objective.cosine_weight": "0",
        "objective.time_sampling": "uniform", "optimizer.betas": "[0.9,0.999]"}  # fmt: skip

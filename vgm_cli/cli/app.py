@@ -66,6 +66,7 @@ def build_app() -> typer.Typer:
         matrix,
         plugin,
         plugins,
+        report,
         restore,
         runs,
         sample,
@@ -75,7 +76,7 @@ def build_app() -> typer.Typer:
 
     work = (train, distill, finetune_rl, sample, restore, evaluate, convert, data)
     looks = (ls, cat, cp, validate, inspect, explain, plugins, env)
-    for verb in (*work, *looks, matrix, runs, plugin):
+    for verb in (*work, *looks, matrix, runs, report, plugin):
         verb.register(app)
     r = registry()
     for name, module in r.manager.list_name_plugin():

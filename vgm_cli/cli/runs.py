@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import shutil
 import sys
@@ -15,7 +14,7 @@ import typer
 
 from vgm_cli.cli import complete
 from vgm_cli.engine.run import Run
-from vgm_cli.engine.run_files import find_runs, is_failed, is_run
+from vgm_cli.engine.run_files import config_of, find_runs, is_failed, is_run, loss_of, metrics_of
 from vgm_cli.errors import FAILED, USAGE, VgmError
 from vgm_cli.ui import duration, ui
 
@@ -40,37 +39,6 @@ def open_run(path: Path) -> Path:
     if not is_run(path):
         raise VgmError(f"{path} is not a run", "a run holds config.yaml and checkpoints/", USAGE)
     return path
-
-
-def config_of(run: Path) -> dict[str, Any]:
-    from vgm_cli.limits import read_text
-    from vgm_cli.yaml_text import parse_yaml
-
-    try:
-        config = parse_yaml(read_text(run / "config.yaml"), "config.yaml")
-    except (OSError, UnicodeDecodeError, VgmError):
-        return {}
-    return config if isinstance(config, dict) else {}
-
-
-def metrics_of(run: Path) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl; a last line cut off by a kill is left out."""
-    file = run / "metrics.jsonl"
-    rows = []
-    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []:
-        try:
-            row = json.loads(line)
-        except ValueError:
-            continue
-        if isinstance(row, dict):
-            rows.append(row)
-    return rows
-
-
-def loss_of(row: dict[str, Any]) -> float | None:
-    """ "loss", or the first phase's ("generator/loss")."""
-    key = "loss" if "loss" in row else next((k for k in row if k.endswith("/loss")), None)
-    return row[key] if key and isinstance(row[key], int | float) else None
 
 
 def facts_of(run: Path) -> dict[str, Any]:

@@ -72,6 +72,38 @@ def read_record(file: Path) -> dict[str, Any]:
     return value
 
 
+def config_of(run: Path) -> dict[str, Any]:
+    """The resolved recipe of a run; {} where it cannot be read."""
+    from vgm_cli.limits import read_text
+    from vgm_cli.yaml_text import parse_yaml
+
+    try:
+        config = parse_yaml(read_text(run / "config.yaml"), "config.yaml")
+    except (OSError, UnicodeDecodeError, VgmError):
+        return {}
+    return config if isinstance(config, dict) else {}
+
+
+def metrics_of(run: Path) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl; a last line cut off by a kill is left out."""
+    file = run / "metrics.jsonl"
+    rows = []
+    for line in file.read_text(encoding="utf-8", errors="replace").splitlines() if file.is_file() else []:
+        try:
+            row = json.loads(line)
+        except ValueError:
+            continue
+        if isinstance(row, dict):
+            rows.append(row)
+    return rows
+
+
+def loss_of(row: dict[str, Any]) -> float | None:
+    """ "loss", or the first phase's ("generator/loss")."""
+    key = "loss" if "loss" in row else next((k for k in row if k.endswith("/loss")), None)
+    return row[key] if key and isinstance(row[key], int | float) else None
+
+
 # -- what belongs to a run -------------------------------------------------------------------------------------------
 
 # what training and the other verbs write into a run, as paths inside it
