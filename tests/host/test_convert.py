@@ -103,6 +103,10 @@ TINY: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "tarflow": (TAR | {"num_classes": 4}, ()),
     "va-vae": (STAGE | {"feature_dim": 6}, ()),
     "vae-pythae": ({"size": 8, "latent_dim": 3, "hidden": [12], "architecture": "mlp", "activation": "relu"}, ()),
+    "var": ({"depth": 2, "embed_dim": 32, "num_heads": 2, "scales": ((1, 1), (3, 3)), "vocab_size": 8, "channels": 4,
+             "num_classes": 3, "drop_path": 0.0083333333}, ()),
+    "var-tokenizer": (
+        {"n_embed": 8, "embed_dim": 4, "ch": 32, "ch_mult": (1, 2), "num_res_blocks": 1, "patch_nums": (1, 2, 3)}, ()),
     "vdm": ({"n_embd": 32, "n_layer": 2, "attention": True, "gamma": "learnable_nnet", "pinned": False}, ()),
     "vq-autoencoder": (STAGE | {"n_embed": 16}, ()),
     "vqgan": (STAGE | {"n_embed": 16, "embed_dim": 128}, ()),

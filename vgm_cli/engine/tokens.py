@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor
 
-from vgm_cli.api import Tokenizer
+from vgm_cli.api import PyramidTokenizer, Tokenizer
 from vgm_cli.errors import USAGE, VgmError, unknown
 
 OUTPUTS = ("latents", "tokens")
@@ -37,6 +37,9 @@ class TokenCodec:
         return moments.long()
 
     def decode(self, z: Tensor) -> Tensor:
+        """ids (B, *grid), or of a pyramid the features (B, C, h, w) of its first grids or of mixed codes -> images."""
+        if z.ndim == 4 and isinstance(self.codec, PyramidTokenizer):
+            return self.codec.decode_features(z)
         images: Tensor = self.codec.decode_tokens(z.long())
         return images
 
