@@ -150,7 +150,7 @@ def tokenizer_to_ours(state: State) -> dict[str, Tensor]:
     for name in ("encoder.conv_in.weight", "decoder.conv_out.weight", "quant_conv.weight", "post_quant_conv.weight"):
         if name not in state:
             raise KeyError(name)
-    ours = {}
+    ours: dict[str, Tensor] = {}
     for name, tensor in state.items():
         if m := FUSED.fullmatch(name):
             ours |= {f"{m[1]}.{part}.{m[2]}": t.clone() for part, t in zip("qkv", tensor.chunk(3))}

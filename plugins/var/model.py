@@ -74,6 +74,11 @@ class Modulation(nn.Sequential):
         super().__init__(nn.SiLU(), nn.Linear(width, n * width))
         self.n = n
 
+    @property
+    def weight(self) -> Tensor:
+        """(n D, D): of the linear layer."""
+        return self[1].weight  # type: ignore[return-value]
+
     def forward(self, c: Tensor) -> Tensor:
         return super().forward(c).unflatten(-1, (self.n, -1))[:, None]
 
@@ -208,12 +213,12 @@ class VAR(nn.Module):
         nn.init.trunc_normal_(self.pos_start, std=deviation)
         nn.init.trunc_normal_(self.pos_1LC, std=deviation)
         self.head.weight.mul_(head)
-        self.head_nm.ada_lin[1].weight.mul_(adaln)  # type: ignore[union-attr]
+        self.head_nm.ada_lin.weight.mul_(adaln)
         for block in self.blocks:
             assert isinstance(block, Block)
             block.attn.proj.weight.div_(math.sqrt(2 * len(self.blocks)))
             block.ffn.fc2.weight.div_(math.sqrt(2 * len(self.blocks)))
-            own = block.ada_gss[0, 0] if block.ada_lin is None else block.ada_lin[1].weight.unflatten(0, (6, -1))  # type: ignore[union-attr]
+            own = block.ada_gss[0, 0] if block.ada_lin is None else block.ada_lin.weight.unflatten(0, (6, -1))
             own[:2].mul_(gamma)
             own[2:].mul_(adaln)
 

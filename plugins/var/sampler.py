@@ -52,7 +52,8 @@ def next_scales(
         logits = model(seen, both, cache)
         if guided:
             scale = 1 + (guidance_scale - 1) * ratio_of(k, len(scales))
-            logits = Guidance(scale).combine(*logits.chunk(2), channels=logits.shape[1])
+            wanted, worse = logits.chunk(2)
+            logits = Guidance(scale).combine(wanted, worse)
         ids, codes = choose(logits, k)
         if codes is None:
             grid = pyramid.code_grid(tokenizer, ids.unflatten(1, (height, width)))
