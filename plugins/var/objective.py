@@ -71,9 +71,9 @@ class VARObjective(ObjectiveBase):
 
     def __init__(
         self,
-        model: VAR,
-        codec: Any,
-        label_smoothing: Fraction = 0.0,
+        model: VAR,  # what is trained
+        codec: Any,  # the tokenizer, through which inputs are computed
+        label_smoothing: Fraction = 0.0,  # share of the target that is spread over all codes
         progressive: Fraction = 0.0,  # see above
         progressive_first: Whole = 4,  # number of the finest scale at the beginning, counted from 0
         progressive_begin: Whole = 0,  # steps before the first scale is added: those of the warm-up
