@@ -18,7 +18,7 @@ from vgm_cli.errors import FAILED, VgmError, nearest
 from vgm_cli.ui import counted, some, ui
 
 if TYPE_CHECKING:
-    from collections.abc import Callable
+    from collections.abc import Callable, Sequence
 
     from vgm_cli.data.decode import File
     from vgm_cli.data.latents import Latents
@@ -27,6 +27,7 @@ __all__ = ["FORMATS", "SHIPPED", "Contents", "Dataset", "open_dataset", "tell", 
 
 SHIPPED = {
     "mnist5k": "5,000 MNIST digits, 28 × 28 grey, 10 classes (LeCun, Cortes, Burges; CC BY-SA 3.0)",
+    "openmoji": "1,909 colour emojis, 32 × 32, 8 classes, captions, line art, train and test (OpenMoji; CC BY-SA 4.0)",
     "shapes": "3,000 coloured shapes, 32 × 32 (or data.size), 3 classes, captions; drawn from a seed",
 }
 FORMATS = "an image folder, .zip, .tar (or a{000..009}.tar, or a folder of them), .npz, a folder of latents"
@@ -41,6 +42,7 @@ def open_dataset(
     labels: bool | None = None,
     label_key: str | None = None,
     split: str | None = None,
+    columns: Sequence[str] = (),
     quiet: bool = False,
     without: Callable[[str, Callable[[], File]], bool] | None = None,
 ) -> Dataset | Any:
@@ -49,21 +51,22 @@ def open_dataset(
     path: see FORMATS; None is the shipped mnist5k, other names of SHIPPED work too (write ./NAME for a folder of that
     name). size, channels: as found if None (rules: dataset.py). crop: adm, center, random, resize, none.
     labels: True refuses a set without. label_key: the column of metadata.jsonl, array of the .npz or key of the .json
-    that holds the labels. split: train, val or test, where the set has them; of the shipped sets, test is every tenth
-    image and train the others. What was assumed or left out is told (`tell`), unless quiet. without: of a folder,
-    (name, file to open) of pictures that do not belong to it.
+    that holds the labels. split: train, val or test, where the set has them; of mnist5k and shapes, test is every tenth
+    image and train the others. columns: names of further pictures that are read with each image, such as line art or
+    masks; images that have none are left out. What was assumed or left out is told (`tell`), unless quiet. without: of
+    a folder, (name, file to open) of pictures that do not belong to it.
 
-    Raises VgmError: nothing there or unknown kind (exit code 2), labels wanted but missing (2), empty or unreadable
-    (1).
+    Raises VgmError: nothing there or unknown kind (exit code 2), labels or a column wanted but missing (2), empty or
+    unreadable (1).
     """
     if path is not None and not isinstance(path, str):
         path = str(path)
     from vgm_cli.data.files import Folder
 
-    source = shipped(path, size, split) or find(path or "", label_key, split)
+    source = shipped(path, size, split, columns) or find(path or "", label_key, split, columns)
     if without is not None and isinstance(source, Folder):
         source.leave_out(without)
-    dataset: Any = source if not isinstance(source, Source) else Dataset(source, size, channels, crop)
+    dataset: Any = source if not isinstance(source, Source) else Dataset(source, size, channels, crop, columns)
     if labels and not dataset.facts.num_classes:
         hint = source.no_labels if isinstance(source, Source) else "these latents were stored without"
         raise usage(f"{dataset.facts.root} has no labels", hint)
@@ -95,12 +98,19 @@ def tell_skipped(dataset: Any, after: int = 0) -> None:
         ui.warn(f"{dataset.facts.root}: {counted(len(skipped), 'unreadable picture')} left out: {some(skipped)}{why}")
 
 
-def shipped(name: str | None, size: int | None, split: str | None = None) -> Source | None:
+def shipped(name: str | None, size: int | None, split: str | None = None, columns: Sequence[str] = ()) -> Source | None:
     """A set that comes with the package. VgmError: a split other than train and test."""
     from vgm_cli.data.arrays import open_npz, shapes
 
+    if name in (None, *SHIPPED) and split not in (None, "train", "test"):
+        raise usage(f"{name or 'mnist5k'} has no split '{split}'", "it has train and test")
+    assets = Path(str(resources.files("vgm_cli") / "data" / "assets"))
+    if name == "openmoji":
+        source = open_npz(assets / "openmoji32.npz", None, split, columns)
+        source.root = name
+        return source
     if name in (None, "mnist5k"):
-        source = open_npz(Path(str(resources.files("vgm_cli") / "data" / "assets" / "mnist5k.npz")))
+        source = open_npz(assets / "mnist5k.npz")
         source.root = "mnist5k"
     elif name == "shapes":
         source = shapes(size=size or 32)
@@ -109,17 +119,16 @@ def shipped(name: str | None, size: int | None, split: str | None = None) -> Sou
     if split is not None:
         import numpy as np
 
-        if split not in ("train", "test"):
-            raise usage(f"{source.root} has no split '{split}'", "it has train and test (every tenth image)")
         source.keep((np.arange(len(source)) % 10 == 9) == (split == "test"))
     return source
 
 
-def find(path: str, label_key: str | None, split: str | None) -> Source | Latents:
+def find(path: str, label_key: str | None, split: str | None, columns: Sequence[str] = ()) -> Source | Latents:
     """The reader that fits what lies at `path`."""
     from vgm_cli.data.arrays import open_npz
-    from vgm_cli.data.files import Folder, Zip, is_image
+    from vgm_cli.data.files import Folder, is_image
     from vgm_cli.data.tars import Tar, expand_braces
+    from vgm_cli.data.zips import Zip
 
     if not path:
         raise usage("the path of the data is empty", f"known: {FORMATS}; shipped: {', '.join(SHIPPED)}")
@@ -131,10 +140,11 @@ def find(path: str, label_key: str | None, split: str | None) -> Source | Latent
         raise usage(f"{path}: {e}") from e
     suffix = file.suffix.lower()
     try:
-        if split is not None and (suffix in (".tar", ".npz") and not file.is_dir()):
+        if split is not None and suffix == ".tar" and not file.is_dir():
             raise usage(f"{path} has no splits", "only folders, zips of folders and the shipped sets have them")
         if "{" in path and not file.exists():
-            return Tar([Path(p) for p in expand_braces(str(file.absolute()))], str(file.absolute()), label_key)
+            names = expand_braces(str(file.absolute()))
+            return Tar([Path(p) for p in names], str(file.absolute()), label_key, columns)
         if file.is_dir():
             from vgm_cli.data.latents import is_latents, open_latents
 
@@ -142,11 +152,11 @@ def find(path: str, label_key: str | None, split: str | None) -> Source | Latent
             if split is not None and (shards or is_latents(file)):
                 raise usage(f"{path} has no splits", "only folders, zips of folders and the shipped sets have them")
             if shards:
-                tar = Tar(shards, str(file.absolute()), label_key)
+                tar = Tar(shards, str(file.absolute()), label_key, columns)
                 if any(is_image(p.name) for p in file.iterdir()):
                     tar.remarks.append(f"{file}: only its .tar files are read, the pictures beside them are not")
                 return tar
-            return open_latents(file) if is_latents(file) else Folder(file, split, label_key)
+            return open_latents(file) if is_latents(file) else Folder(file, split, label_key, columns)
         if not file.exists():
             close = nearest(path, SHIPPED)
             hint = (
@@ -155,11 +165,11 @@ def find(path: str, label_key: str | None, split: str | None) -> Source | Latent
             raise usage(f"no such data: {path}", hint)
         limits.check_regular(file)
         if suffix == ".tar":
-            return Tar([file], str(file.absolute()), label_key)
+            return Tar([file], str(file.absolute()), label_key, columns)
         if suffix == ".zip":
-            return Zip(file, split, label_key)
+            return Zip(file, split, label_key, columns)
         if suffix == ".npz":
-            return open_npz(file, label_key)
+            return open_npz(file, label_key, split, columns)
     except OSError as e:
         raise VgmError(f"{path} cannot be read: {e.strerror or e}", code=FAILED) from e
     raise usage(f"{path} is no kind of data set", f"known: {FORMATS}; shipped: {', '.join(SHIPPED)}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import zipfile
 import zlib
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -13,12 +14,15 @@ from PIL import Image
 
 from vgm_cli import limits
 from vgm_cli.data.decode import eight_bits, pixel_range
-from vgm_cli.data.files import data_offset
-from vgm_cli.data.source import Source, class_indices
+from vgm_cli.data.source import Source, class_indices, usage
+from vgm_cli.data.zips import data_offset
 from vgm_cli.errors import FAILED, USAGE, VgmError
 
 IMAGE_KEYS = ("images", "arr_0", "x", "image", "data")
 LABEL_KEYS = ("labels", "arr_1", "y", "label")
+TEXT_KEYS = ("captions", "texts", "text", "prompts", "caption")
+NAME_KEYS = ("class_names", "classes")
+SPLITS = ("train", "test", "val")  # what 0, 1 and 2 in an array `split` stand for
 
 
 def npz_keys(path: str | Path) -> list[str]:
@@ -97,13 +101,23 @@ def span_of(a: np.ndarray, where: str, remarks: list[str]) -> tuple[float, float
 
 
 class Arrays(Source):
-    """images: uint8 (N, H, W, C), C in {1, 3}; labels: (N,) or None; captions: one per image."""
+    """images: uint8 (N, H, W, C), C in {1, 3}; labels: (N,) or None; captions: one per image; beside: pictures of
+    further columns, like images; names: of the classes."""
 
     kind = "npz"
 
-    def __init__(self, root: str, images: np.ndarray, labels: Any = None, captions: list[str] | None = None) -> None:
+    def __init__(
+        self,
+        root: str,
+        images: np.ndarray,
+        labels: Any = None,
+        captions: list[str] | None = None,
+        beside: dict[str, np.ndarray] | None = None,
+        names: Sequence[str] = (),
+    ) -> None:
         super().__init__(root)
-        self.images = images
+        self.images, self.further = images, beside or {}
+        self.columns = list(self.further)
         self.names = [f"{i:08d}" for i in range(len(images))]
         self.sizes = [int(images[0].nbytes) if len(images) else 0] * len(images)
         self.texts = captions or []
@@ -112,15 +126,24 @@ class Arrays(Source):
         if labels is not None:
             if len(labels) != len(images):
                 raise VgmError(f"{root} has {len(images)} images but {len(labels)} labels", code=FAILED)
-            self.labels, self.class_names = class_indices(labels, root, self.remarks)
+            self.labels, own = class_indices(labels, root, self.remarks, names)
+            self.class_names = list(names) or own
 
     def header(self, i: int) -> tuple[int, int, bool]:
         h, w, c = self.images.shape[1:]
         return w, h, c == 1
 
     def image(self, i: int) -> Image.Image:
-        a = self.images[i]
-        return Image.fromarray(a[..., 0] if a.shape[-1] == 1 else a)
+        return picture(self.images[i])
+
+    def has(self, column: str, i: int) -> bool:
+        return column in self.further
+
+    def beside(self, column: str, i: int) -> Image.Image:
+        return picture(self.further[column][i])
+
+    def digest_beside(self, column: str, i: int) -> bytes:
+        return b"" if self.stamp else self.further[column][i].tobytes()
 
     def caption(self, i: int) -> str | None:
         return self.texts[i] if self.texts else None
@@ -141,11 +164,21 @@ class Arrays(Source):
         self.images, self.sizes = self.images[rows], [s for s, kept in zip(self.sizes, rows) if kept]
         self.names = [n for n, kept in zip(self.names, rows) if kept]
         self.texts = [t for t, kept in zip(self.texts, rows) if kept]
+        self.further = {k: a[rows] for k, a in self.further.items()}
         self.labels = None if self.labels is None else self.labels[rows]
 
 
-def open_npz(path: Path, label_key: str | None = None) -> Arrays:
-    """Raises VgmError when no array of images is there."""
+def picture(a: np.ndarray) -> Image.Image:
+    """uint8 (H, W, C), C in {1, 3} -> "L" or "RGB"."""
+    return Image.fromarray(a[..., 0] if a.shape[-1] == 1 else a)
+
+
+def open_npz(path: Path, label_key: str | None = None, split: str | None = None, columns: Sequence[str] = ()) -> Arrays:
+    """The images, labels, captions and class names of an .npz, of one split where it has an array `split`; further
+    arrays of as many pictures are columns, of which only those that are asked for are read.
+
+    Raises VgmError when no array of images is there.
+    """
     keys = npz_keys(path)
     key = next((k for k in IMAGE_KEYS if k in keys), None)
     if key is None:
@@ -159,17 +192,69 @@ def open_npz(path: Path, label_key: str | None = None) -> Arrays:
     label = next((k for k in wanted if k in keys), None)
     try:
         found, labels = npz_array(path, key), None if label is None else npz_array(path, label)
+        heads = headers(path, [k for k in keys if k not in (key, label)])
+        of_words = {k: shape for k, (shape, kind) in heads.items() if len(shape) == 1 and kind in "US"}
+        text = next((k for k in TEXT_KEYS if of_words.get(k) == (len(found),)), None)
+        names = next((k for k in NAME_KEYS if k in of_words), None)
+        texts = None if text is None else words(npz_array(path, text))
+        classes = [] if names is None or labels is None else words(npz_array(path, names))
+        splits = npz_array(path, "split") if split is not None and "split" in heads else None
+        known = [k for k, (shape, kind) in heads.items() if are_pictures(shape, kind, len(found))]
+        beside = {k: npz_array(path, k) for k in columns if k in known}
     except (zipfile.BadZipFile, zlib.error, OSError, ValueError, EOFError) as e:
         raise VgmError(
             f"{path} is damaged or holds Python objects: {e}", "write plain arrays (numpy.savez)", FAILED
         ) from e
     remarks: list[str] = []
-    arrays = Arrays(str(path.absolute()), as_pixels(found, f"'{key}' of {path}", remarks), labels)
+    pixels, *others = (as_pixels(a, f"'{k}' of {path}", remarks) for k, a in ((key, found), *beside.items()))
+    arrays = Arrays(str(path.absolute()), pixels, labels, texts, dict(zip(beside, others)), classes)
     arrays.remarks[:0] = remarks
-    arrays.files = [str(path)]
+    arrays.files, arrays.columns = [str(path)], known
     with zipfile.ZipFile(path) as z:
-        arrays.stamp = f"{z.getinfo(key + '.npy').CRC:08x}"
+        arrays.stamp = " ".join(f"{z.getinfo(k + '.npy').CRC:08x}" for k in (key, *beside))
+    if split is not None:
+        if splits is None:
+            raise no_split(str(path), split)
+        arrays.keep(rows_of(splits, split, str(path), len(pixels)))
     return arrays
+
+
+def words(a: np.ndarray) -> list[str]:
+    """An array of texts as a list."""
+    return [t.decode("utf-8", "replace") if isinstance(t, bytes) else str(t) for t in a.tolist()]
+
+
+def headers(path: Path, keys: Sequence[str]) -> dict[str, tuple[tuple[int, ...], str]]:
+    """{key: (shape, numpy's letter for the kind of number)} of arrays of an .npz, read off their headers alone."""
+    found = {}
+    with zipfile.ZipFile(path) as z:
+        for key in keys:
+            with z.open(key + ".npy") as f:
+                shape, _, dtype, _ = limits.array_header(f)  # type: ignore[arg-type]
+            found[key] = shape, dtype.kind
+    return found
+
+
+def are_pictures(shape: tuple[int, ...], kind: str, count: int) -> bool:
+    """Whether an array of this shape and kind of number holds a picture for each of `count` images."""
+    square = len(shape) == 3 or (len(shape) == 4 and bool({shape[1], shape[3]} & {1, 3, 4}))
+    return square and shape[0] == count and kind in "buif"
+
+
+def rows_of(splits: np.ndarray, split: str, where: str, count: int) -> np.ndarray:
+    """bool (N,): the images of a split, of an array of its names or of numbers of SPLITS."""
+    if splits.shape != (count,) or splits.dtype.kind not in "USiu":
+        raise VgmError(f"'split' of {where} is not one name or number for each image", code=FAILED)
+    numbers = splits.dtype.kind in "iu"
+    names = [SPLITS[k] if k in range(3) else str(k) for k in splits.tolist()] if numbers else words(splits)
+    rows = np.array([n == split for n in names])
+    if not rows.any():
+        raise usage(f"{where} has no split '{split}'", f"it has: {', '.join(sorted(set(names)))}")
+    return rows
+
+
+def no_split(where: str, split: str) -> VgmError:
+    return usage(f"{where} has no splits", f"an array `split` of texts such as '{split}' gives an .npz some")
 
 
 # -- procedural ------------------------------------------------------------------------------------------------------

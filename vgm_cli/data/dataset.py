@@ -45,7 +45,7 @@ class Contents:
 
     kind: folder, zip, tar, npz, procedural, latent-cache, latents-folder; of latents, size and channels are theirs.
     root: what `open_dataset` opens it by again. others: files that are no pictures, by suffix. remarks: sentences on
-    what was assumed or left out.
+    what was assumed or left out. columns: channels of further pictures that are read with each image, by name.
     """
 
     size: int
@@ -60,14 +60,23 @@ class Contents:
     labels: np.ndarray | None = None
     others: dict[str, int] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
+    columns: dict[str, int] = field(default_factory=dict)
 
 
 class Dataset:
     """Images of a source, cropped to one size. Map-style: `item(i)`, `gather(indices)`, `pixels(indices)`."""
 
-    def __init__(self, source: Source, size: int | None = None, channels: int | None = None, crop: str = "adm") -> None:
+    def __init__(
+        self,
+        source: Source,
+        size: int | None = None,
+        channels: int | None = None,
+        crop: str = "adm",
+        columns: Sequence[str] = (),
+    ) -> None:
         self.source, self.crop = source, check_crop(crop)
         self.memory: Tensor | None = None  # (N, C, H, W) uint8
+        self.beside: dict[str, Tensor] = {}  # pictures of the columns, like memory
         self.reasons: dict[str, str] = {}  # why pictures were left out
         self.late = 0  # unreadable pictures met after opening
         if channels not in (None, 1, 3):
@@ -90,17 +99,21 @@ class Dataset:
                 "colour pictures are turned grey" if found_channels == 3 else "grey pictures get three equal channels"
             )
             remarks.append(f"{source.root}: {turned}")
+        self.columns = {name: self._look_beside(name, skipped, remarks) for name in columns}
         small = len(self.rows) <= VERIFY and len(self.rows) * self.channels * self.size**2 <= MEMORY
         if small and source.pixels() is None:
             self._decode_all(skipped)
         elif small and crop != "random":
             self._take_array()
+        if self.memory is not None:
+            self._decode_beside()
         labels = None if source.labels is None else source.labels[self.rows]
         names = list(source.class_names)
         total = 0 if source.labels is None else max(len(names), int(source.labels.max(initial=-1)) + 1)
         self.facts = Contents(
             self.size, self.channels, total, names + [str(i) for i in range(len(names), total)], len(self.rows),
             source.kind, source.root, source.captioned, skipped, labels, dict(source.others.most_common()), remarks,
+            self.columns,
         )  # fmt: skip
 
     # -- opening ----------------------------------------------------------------------------------------------------
@@ -129,6 +142,39 @@ class Dataset:
         if len(sides) > 1 or next(iter(sides)) != (size, size):
             size = max(size // 8 * 8, min(size, 8))
         return size, 1 if all(grey for *_, grey in good) else 3
+
+    def _look_beside(self, column: str, skipped: list[str], remarks: list[str]) -> int:
+        """Channels of a column's pictures; images without one are left out, of small sets also those whose picture has
+        no readable header."""
+        if column not in self.source.columns:
+            known = f"it has {', '.join(self.source.columns)}; " if self.source.columns else ""
+            where = f"NAME.{column}.png beside NAME.png, a folder {column}/ of the same names, or an array of an .npz"
+            raise usage(f"{self.source.root} has no '{column}' beside its images", f"{known}{where}")
+        with_one = np.array([self.source.has(column, int(r)) for r in self.rows])
+        if not with_one.all():
+            gone = [self.source.names[r] for r in self.rows[~with_one]]
+            remarks.append(
+                f"{self.source.root}: {counted(len(gone), 'image')} without '{column}' left out: {some(gone)}"
+            )
+            self.rows = self.rows[with_one]
+        n = len(self.rows)
+        every = n <= VERIFY and self.source.pixels() is None
+        wanted = np.arange(n) if every else np.unique(np.linspace(0, n - 1, min(n, SAMPLE)).astype(int))
+        rows = self.rows[wanted if self.source.pixels() is None else wanted[:1]]
+        found = parallel(lambda r: self._try(lambda i: self.source.beside(column, i).mode, int(r)), rows)
+        if every:
+            self._leave_out([isinstance(m, Unreadable) for m in found], skipped, found)
+        if not len(self.rows):
+            raise VgmError(f"no image of {self.source.root} has a readable '{column}'", code=FAILED)
+        return 1 if all(m == "L" for m in found if isinstance(m, str)) else 3
+
+    def _decode_beside(self) -> None:
+        """Every column's pictures, beside the images in memory."""
+        import torch
+
+        for column in self.columns:
+            pictures = parallel(lambda r, c=column: self._picture(c, int(r)), self.rows)
+            self.beside[column] = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
 
     def _decode_all(self, skipped: list[str]) -> None:
         """Every image through its crop; kept unless the crop differs each time."""
@@ -199,6 +245,16 @@ class Dataset:
             raise usage(f"{name} is {shape}, not {self.size}×{self.size}", "crop=adm makes all images one size")
         return a[..., None] if a.ndim == 2 else a
 
+    def _picture(self, column: str, row: int, rng: random.Random | None = None) -> np.ndarray:
+        """What lies beside a source image -> uint8 (H, W, C), cut as the image is."""
+        image = self.source.beside(column, row).convert("L" if self.columns[column] == 1 else "RGB")
+        a = np.asarray(crop_to(image, self.size, "resize" if self.crop == "none" else self.crop, rng))
+        return a[..., None] if a.ndim == 2 else a
+
+    def _pictures(self, row: int, seed: int | None = None) -> list[np.ndarray]:
+        """Those of every column. seed: of the windows of crop=random."""
+        return [self._picture(c, row, None if seed is None else random.Random(seed)) for c in self.columns]
+
     def __len__(self) -> int:
         return len(self.rows)
 
@@ -230,14 +286,24 @@ class Dataset:
 
         An image that cannot be read is replaced by the next one that can, and named in `facts.skipped`.
         """
+        return self._whole(i, rng)[0]
+
+    def _whole(
+        self, i: int, rng: random.Random | None = None, seed: int | None = None
+    ) -> tuple[Item, list[np.ndarray]]:
+        """An item and the pictures of every column, in their order. seed: of rng, to cut the pictures as the image."""
         n = len(self)
         if not -n <= i < n:
             raise IndexError(f"item {i} of {n}")
         for k in range(min(n, GIVE_UP)):
-            found = self.readable((i + k) % n, rng)
+            at = (i + k) % n
+            found = self.readable(at, rng)
             if not isinstance(found, Unreadable):
-                return found
-            self.skip(self.name((i + k) % n))
+                beside = self._try(lambda row: self._pictures(row, seed), int(self.rows[at]))
+                if not isinstance(beside, Unreadable):
+                    return found, beside
+                rng = rng if seed is None else random.Random(seed)
+            self.skip(self.name(at))
         raise VgmError(
             f"{self.source.root}: {min(n, GIVE_UP)} images in a row cannot be read", f"from {self.name(i)} on"
         )
@@ -257,7 +323,8 @@ class Dataset:
     def gather(
         self, index: Iterable[int], flip: Any = None, seeds: Sequence[int] | None = None, labels: bool = True
     ) -> dict[str, Any]:
-        """Items as one batch: "x" uint8 (B, C, H, W), "label" int64 (B,) if labelled, "text" if captioned.
+        """Items as one batch: "x" uint8 (B, C, H, W), "label" int64 (B,) if labelled, "text" if captioned, and every
+        column's pictures under its name, like x.
 
         flip: bool (B,), which to mirror. seeds: one per item, for crop=random.
         """
@@ -267,18 +334,22 @@ class Dataset:
         batch: dict[str, Any] = {}
         if self.memory is not None:
             batch["x"] = self.memory[at]
+            batch |= {column: pictures[at] for column, pictures in self.beside.items()}
             y = None if self.facts.labels is None else self.facts.labels[at.numpy()]
             texts = [self.caption(i) for i in at.tolist()] if self.facts.captions else None
         else:
-            items = [self.item(i, random.Random(seeds[k]) if seeds else None) for k, i in enumerate(at.tolist())]
-            shape = (0, self.size, self.size, self.channels)
-            pixels = np.stack([x for x, _, _ in items]) if items else np.empty(shape, np.uint8)
-            batch["x"] = torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+            each = [(i, seeds[k] if seeds else None) for k, i in enumerate(at.tolist())]
+            whole = [self._whole(i, None if s is None else random.Random(s), s) for i, s in each]
+            items = [item for item, _ in whole]
+            batch["x"] = stacked([x for x, _, _ in items], self.size, self.channels)
+            for k, (column, channels) in enumerate(self.columns.items()):
+                batch[column] = stacked([pictures[k] for _, pictures in whole], self.size, channels)
             y = None if self.facts.labels is None else np.array([label for _, label, _ in items], np.int64)
             texts = [text for *_, text in items] if self.facts.captions else None
         if flip is not None:
             mask = torch.as_tensor(flip)
-            batch["x"][mask] = batch["x"][mask].flip(-1)
+            for key in ("x", *self.columns):
+                batch[key][mask] = batch[key][mask].flip(-1)
         if labels and y is not None:
             batch["label"] = torch.from_numpy(y)
         if texts is not None:
@@ -311,6 +382,14 @@ class Dataset:
         return {"root": f.root, "kind": f.kind, "count": f.count, "image_size": f.size, "image_channels": f.channels,
                 "crop": self.crop, "captions": f.captions, "class_names": f.class_names,
                 "skipped": len(f.skipped)}  # fmt: skip
+
+
+def stacked(pictures: Sequence[np.ndarray], size: int, channels: int) -> Tensor:
+    """uint8 (H, W, C) each, perhaps none -> (B, C, H, W)."""
+    import torch
+
+    pixels = np.stack(pictures) if len(pictures) else np.empty((0, size, size, channels), np.uint8)
+    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
 
 
 def to_float(x: Tensor) -> Tensor:

@@ -1,4 +1,4 @@
-"""Image folders, and zips of them: labels from class sub-folders or dataset.json, captions, splits.
+"""Image folders, and zips of them (zips.py): labels from class sub-folders or dataset.json, captions, splits.
 
 Class sub-folders in sorted order are the classes; images beside them make the set unlabelled, as in a flat folder.
 train/ val/ test/ folders are splits; classes are counted over all of them, so that their numbers agree. The EDM and
@@ -12,22 +12,22 @@ An image is what its suffix says, and a file of an unknown suffix whose content 
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
-import struct
-import zipfile
-import zlib
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from vgm_cli.data.decode import SUFFIXES, File, Unreadable, read_header
+from PIL import Image
+
+from vgm_cli.data import columns
+from vgm_cli.data.decode import SUFFIXES, File, Unreadable, load_image, read_header
 from vgm_cli.data.source import Source, class_indices, no_label, usage
 from vgm_cli.data.texts import LABEL, Names, Row, decode, is_table, key, parse_json, read_table
 from vgm_cli.errors import FAILED, VgmError
-from vgm_cli.limits import check_member
 from vgm_cli.ui import counted, some
 
 SPLITS = {"train": "train", "training": "train", "val": "val", "valid": "val", "validation": "val", "dev": "val",
@@ -62,17 +62,31 @@ def tops(names: Iterable[str]) -> set[str]:
 class Files(Source):
     """Named files below one root. entries: {relative name: bytes}, hidden files left out."""
 
-    def arrange(self, entries: dict[str, int], split: str | None, label_key: str | None, base: str = "") -> None:
-        """Choose the split, list its images, find labels and captions. base: a prefix of every image to leave off."""
-        everything = [n for n in sorted(entries) if n.startswith(base) and self.is_picture(n)]
+    def arrange(
+        self,
+        entries: dict[str, int],
+        split: str | None,
+        label_key: str | None,
+        base: str = "",
+        wanted: Sequence[str] = (),
+    ) -> None:
+        """Choose the split, list its images, find labels, captions and the wanted columns. base: a prefix of every
+        image to leave off."""
+        pictures = [n for n in sorted(entries) if n.startswith((base, "../")) and self.is_picture(n)]
+        self.by_name, self.named = Names(pictures), {}
+        rows = self.metadata(sorted(filter(is_table, entries), key=lambda n: (n.count("/"), n)))
+        self.further, beside = columns.beside(pictures, wanted, self.named)
+        self.columns = sorted(self.further)
+        everything = [n for n in pictures if n not in beside]
+        left = tops(n[len(base) :] for n in everything)
+        if beside and len(left) == 1 and not left & {"", *SPLITS} and f"{base}dataset.json" not in entries:
+            base += f"{left.pop()}/"  # images/ beside lineart/ is no class
         chosen, others = choose_split([n[len(base) :] for n in everything], split, self.root)
         prefix = base + chosen
         self.full = [n for n in everything if n.startswith(prefix)]
         self.skipped = sorted(n for n in self.skipped if n.startswith(prefix))
         self.names = [n[len(prefix) :] for n in self.full]
         self.sizes = [entries[n] for n in self.full]
-        self.by_name = Names(everything)
-        rows = self.metadata(sorted(filter(is_table, entries), key=lambda n: (n.count("/"), n)))
         self.texts = {n: t for n, row in rows.items() if (t := row.text) is not None}
         self.sidecars = {
             n: t
@@ -92,7 +106,7 @@ class Files(Source):
         self.captioned = bool(self.sidecars) or any(n in self.texts for n in self.full)
         if self.captioned:
             self.check_captions()
-        known, stems = {*everything, *filter(is_table, entries), listing}, {n.rpartition(".")[0] for n in everything}
+        known, stems = {*pictures, *filter(is_table, entries), listing}, {n.rpartition(".")[0] for n in everything}
         for n in entries:
             suffix = PurePosixPath(n).suffix.lower()
             if n not in known and not (suffix in SIDECARS and n.rpartition(".")[0] in stems):
@@ -190,7 +204,11 @@ class Files(Source):
         for table in tables:
             where = f"{table} in {self.root}"
             found = read_table(table, self.text(table), where)
-            images = self.by_name.match([r.file for r in found], table.rpartition("/")[0])
+            folder = table.rpartition("/")[0]
+            images = self.by_name.match([r.file for r in found], folder)
+            match = partial(self.by_name.match, folder=folder)
+            for column, pairs in columns.named_in(found, images, match).items():
+                self.named.setdefault(column, {}).update(pairs)
             self.say_lost([r.file for r, image in zip(found, images) if image is None], len(found), where)
             met: dict[str, Row] = {}
             for row, image in zip(found, images):
@@ -232,6 +250,15 @@ class Files(Source):
     def read(self, i: int) -> bytes:
         return self.get(self.full[i])
 
+    def has(self, column: str, i: int) -> bool:
+        return self.full[i] in self.further.get(column, {})
+
+    def beside(self, column: str, i: int) -> Image.Image:
+        return load_image(self.open(self.further[column][self.full[i]]))
+
+    def digest_beside(self, column: str, i: int) -> bytes:
+        return hashlib.blake2b(self.get(self.further[column][self.full[i]]), digest_size=16).digest()
+
     def get(self, name: str) -> bytes:
         """The content of one file."""
         raise NotImplementedError
@@ -266,22 +293,29 @@ class Folder(Files):
 
     kind = "folder"
 
-    def __init__(self, path: Path, split: str | None = None, label_key: str | None = None) -> None:
+    def __init__(
+        self, path: Path, split: str | None = None, label_key: str | None = None, wanted: Sequence[str] = ()
+    ) -> None:
         super().__init__(str(path.absolute()))
         self.path = path
-        self.arrange(dict(self.walk()), split, label_key)
+        entries = dict(self.walk(path))
+        for column in wanted:  # images/ is named, lineart/ lies beside it
+            inside = any(f"/{column}/" in f"/{n}" or f".{column}." in n for n in entries)
+            if not inside and (path.absolute().parent / column).is_dir():
+                entries |= {f"../{column}/{n}": size for n, size in self.walk(path.absolute().parent / column)}
+        self.arrange(entries, split, label_key, "", wanted)
 
-    def walk(self) -> Iterator[tuple[str, int]]:
-        """(relative name, bytes) of every file. Linked folders are followed; only a link back up is cut, so that what
-        is found doesn't depend on the order in which the file system lists it."""
-        pending: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(self.path),))]
+    def walk(self, root: Path) -> Iterator[tuple[str, int]]:
+        """(relative name, bytes) of every file below a folder. Linked folders are followed; only a link back up is cut,
+        so that what is found doesn't depend on the order in which the file system lists it."""
+        pending: list[tuple[str, tuple[str, ...]]] = [("", (os.path.realpath(root),))]
         met: Counter[str] = Counter()
         while pending:
             prefix, above = pending.pop()
             met[above[-1]] += 1
             if met[above[-1]] > LOOPS:
                 raise VgmError(f"{self.root}: links lead to {above[-1]} again and again", "remove them", FAILED)
-            with os.scandir(self.path / prefix) as entries:
+            with os.scandir(root / prefix) as entries:
                 for e in entries:
                     if hidden(e.name):
                         continue
@@ -307,83 +341,7 @@ class Folder(Files):
         self.remarks.append(f"{self.root}: {counted(len(gone), 'picture')} made of others left out: {some(gone)}")
 
     def get(self, name: str) -> bytes:
-        return (self.path / name).read_bytes()
+        return (self.path.absolute() / name).read_bytes()
 
     def open(self, name: str) -> File:
-        return self.path / name
-
-
-class Zip(Files):
-    """A zip of PNGs in EDM's layout, or of an image folder; folders around everything are left off."""
-
-    kind = "zip"
-    checksums = True
-
-    def __init__(self, path: Path, split: str | None = None, label_key: str | None = None) -> None:
-        super().__init__(str(path.absolute()))
-        self.path, self.files = path, [str(path)]
-        self.members: dict[str, zipfile.ZipInfo] = {}
-        twice = 0
-        try:
-            with zipfile.ZipFile(path) as z:
-                for m in z.infolist():
-                    name = member_name(m)
-                    if name and not name.endswith("/") and not hidden(name):
-                        twice += name in self.members
-                        self.members[name] = m
-        except (zipfile.BadZipFile, OSError) as e:
-            raise VgmError(f"{path} is not a readable zip file: {e}", "was the copy complete?", FAILED) from e
-        if twice:
-            self.remarks.append(
-                f"{self.root}: {counted(twice, 'name')} stand in it twice; the last file of a name counts"
-            )
-        if any(m.flag_bits & 1 for m in self.members.values()):
-            raise VgmError(f"{path} is encrypted", "unpack it with its password and name the folder", FAILED)
-        if any(m.compress_type not in (zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED) for m in self.members.values()):
-            raise VgmError(f"{path} uses a rare compression", "write it stored (zip -0) or deflated", FAILED)
-        base, images = "", [n for n in self.members if is_image(n)]
-        while base + "dataset.json" not in self.members and len(tops(n[len(base) :] for n in images)) == 1:
-            top = next(iter(tops(n[len(base) :] for n in images)))
-            if not top or top.lower() in SPLITS:
-                break
-            base += top + "/"
-        self.arrange({n: m.file_size for n, m in self.members.items()}, split, label_key, base)
-
-    def get(self, name: str) -> bytes:
-        """Read straight from the file, sharing no handle, so that threads and forked workers need no lock."""
-        member = self.members[name]
-        try:
-            check_member(member, str(self.path))
-        except VgmError as e:
-            raise OSError(e.message) from e
-        with open(self.path, "rb") as f:
-            f.seek(data_offset(f, member))
-            raw = f.read(min(member.compress_size, os.path.getsize(self.path)))
-        stored = member.compress_type == zipfile.ZIP_STORED
-        content = raw if stored else zlib.decompressobj(-15).decompress(raw, member.file_size + 1)
-        if zlib.crc32(content) != member.CRC:
-            raise OSError(f"{name} is damaged (checksum)")
-        return content
-
-    def digest(self, i: int) -> bytes:
-        return self.members[self.full[i]].CRC.to_bytes(4, "big")
-
-
-def member_name(member: zipfile.ZipInfo) -> str:
-    """A zip member's relative name: some writers use backslashes, a leading "./", or UTF-8 without saying so."""
-    name = member.orig_filename.partition("\0")[0]
-    if not member.flag_bits & 0x800:
-        try:
-            name = name.encode("cp437").decode("utf-8")
-        except UnicodeError:
-            pass
-    name = name.replace("\\", "/")
-    tail = "/" if name.endswith("/") else ""
-    return "/".join(p for p in name.split("/") if p not in ("", ".", "..")) + tail
-
-
-def data_offset(f: io.BufferedReader, member: zipfile.ZipInfo) -> int:
-    """Where a member's bytes begin: behind the 30 fixed bytes of its local header, its name and its extra field."""
-    f.seek(member.header_offset)
-    name, extra = struct.unpack("<26xHH", f.read(30))
-    return member.header_offset + 30 + name + extra
+        return self.path.absolute() / name

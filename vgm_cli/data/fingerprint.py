@@ -1,6 +1,7 @@
 """Is it the same data? One string per set, and its comparison.
 
-"v2:COUNT-HASH". Of images: names, byte sizes, labels, class names, captions and contents. Archives hold checksums of
+"v2:COUNT-HASH". Of images: names, byte sizes, labels, class names, captions and contents, also of the pictures beside
+them that are read. Archives hold checksums of
 every content; other sets are read whole up to WHOLE bytes and MANY files, and SOME evenly spaced images beyond.
 """
 
@@ -49,10 +50,13 @@ def of_images(dataset: Any) -> str:
             parts.append(digest if isinstance(digest, bytes) else b"unreadable")
         if row in looked and facts.captions:
             parts.append(plain(dataset._try(source.caption, row)))
+        for column in dataset.columns if row in looked else ():
+            found = dataset._try(lambda r, c=column: source.digest_beside(c, r), row)
+            parts.append(found if isinstance(found, bytes) else b"unreadable")
         return b"\0".join(parts)
 
-    h = hasher(f"{dataset.size} {dataset.channels} {dataset.crop} {source.stamp}", *facts.class_names)
-    read = parallel if facts.captions or not source.checksums else map
+    h = hasher(f"{dataset.size} {dataset.channels} {dataset.crop} {source.stamp}", *facts.class_names, *dataset.columns)
+    read = parallel if facts.captions or dataset.columns or not source.checksums else map
     for row, digest in zip(rows, read(content, rows)):
         h.update(plain(f"{source.names[row]}\0{source.sizes[row]}\0{known.get(row, '')}\0") + digest + b"\n")
     return written(len(rows), h)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -15,6 +15,7 @@ from vgm_cli import atomic
 from vgm_cli.data import fingerprint
 from vgm_cli.data.dataset import to_float
 from vgm_cli.data.latents import (
+    BESIDE,
     FORMAT,
     INDEX,
     OTHER,
@@ -44,6 +45,7 @@ def build_cache(
     hflip: bool = False,
     device: torch.device | str = "cpu",
     dtype: str | None = None,
+    keeps_images: bool = False,
     batch: int = 64,
     shard_bytes: int = SHARD,
     overwrite: bool = False,
@@ -51,7 +53,8 @@ def build_cache(
     """Encode every image (with hflip its mirror image too) into a cache; what is there already is kept.
 
     dtype: a name of DTYPES to store floating-point moments in, None as the codec gives them. A build that was cut off
-    goes on at its first missing shard. overwrite: a cache in the folder, whole or not, is removed first.
+    goes on at its first missing shard. keeps_images: the images themselves are stored too, as the column `image`.
+    overwrite: a cache in the folder, whole or not, is removed first.
 
     Raises VgmError when the folder holds another codec's cache, other images', one of another dtype or without mirrored
     images, or none.
@@ -67,6 +70,7 @@ def build_cache(
         if hflip and not latents.mirrored:
             hint = f"{OTHER}; or data.hflip=false"
             raise VgmError(f"the latent cache {folder} holds no mirrored images", hint, USAGE)
+        check_columns(latents, dataset.columns, keeps_images)
         return latents
     if dataset.crop == "random":
         hint = "data.cache_latents=false, or data.crop=adm"
@@ -76,7 +80,7 @@ def build_cache(
             remove_cache(folder)
     elif folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir()):
         raise VgmError(f"{folder} holds other files", "name a new or empty folder for the latent cache", USAGE)
-    build = _Build(dataset, codec, torch.device(device), hflip, DTYPES[dtype] if dtype else None, batch)
+    build = _Build(dataset, codec, torch.device(device), hflip, DTYPES[dtype] if dtype else None, batch, keeps_images)
     return build.run(folder, codec_hash, fingerprint, shard_bytes)
 
 
@@ -88,10 +92,17 @@ def remove_cache(folder: Path) -> None:
 
 class _Build:
     def __init__(
-        self, dataset: Any, codec: Any, device: torch.device, hflip: bool, dtype: torch.dtype | None, batch: int
+        self,
+        dataset: Any,
+        codec: Any,
+        device: torch.device,
+        hflip: bool,
+        dtype: torch.dtype | None,
+        batch: int,
+        keeps_images: bool,
     ) -> None:
         self.dataset, self.codec, self.device = dataset, codec, device
-        self.hflip, self.dtype, self.batch = hflip, dtype, batch
+        self.hflip, self.dtype, self.batch, self.keeps_images = hflip, dtype, batch, keeps_images
 
     def run(self, folder: Path, codec_hash: str, fingerprint: str, shard_bytes: int) -> Latents:
         n = len(self.dataset)
@@ -105,6 +116,8 @@ class _Build:
             "mirrored": self.hflip,
             "rows": per_shard,
         }
+        columns = [*self.dataset.columns, *["image"] * self.keeps_images]
+        identity |= {"columns": columns} if columns else {}
         names = [f"latents-{i:05d}-of-{total:05d}.safetensors" for i in range(total)]
         for path in shard_files(folder):
             if path.name not in names or json.loads(read_shard(path).metadata.get("identity", "{}")) != identity:
@@ -170,6 +183,10 @@ class _Build:
             found.setdefault("moments", []).append(moments.cpu())
             if self.hflip:
                 found.setdefault("moments_flip", []).append(self.encode(x.flip(-1)).cpu())
+            for column in self.dataset.columns:
+                found.setdefault(BESIDE + column, []).append(images[column])
+            if self.keeps_images:
+                found.setdefault(f"{BESIDE}image", []).append(images["x"])
             if "label" in images:
                 found.setdefault("labels", []).append(images["label"])
             texts += images.get("text", [])
@@ -180,6 +197,14 @@ class _Build:
         if self.dataset.facts.captions:
             metadata["captions"] = atomic.dump_json(texts)
         atomic.save_safetensors({k: torch.cat(v).contiguous() for k, v in found.items()}, path, metadata)
+
+
+def check_columns(latents: Latents, columns: Iterable[str], images: bool) -> None:
+    """VgmError: a cache lacks a column that is wanted, or the images themselves."""
+    missing = [c for c in (*columns, *["image"] * images) if c not in latents.facts.columns]
+    if missing:
+        message = f"the latent cache {latents.folder} was built without '{missing[0]}'"
+        raise VgmError(message, f"{OTHER}; or data.cache_latents=false", USAGE)
 
 
 def open_cache(folder: str | Path, codec_hash: str, wanted: str) -> Latents:

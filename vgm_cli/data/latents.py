@@ -1,9 +1,10 @@
 """Latents instead of images: a cache of what a frozen codec makes of a set, and folders of latents made elsewhere.
 
-A cache is a folder of safetensors shards (`moments`, `moments_flip` of the mirrored images, `labels`; captions in the
-header) and latents.json, written last: without it the cache is half built and never taken for whole. It is tied to the
-codec by hash and to the images by fingerprint. LightningDiT's layout (hustvl/LightningDiT@2725fed, datasets/img_latent_
-dataset.py) is read too: shards of `latents`, `latents_flip`, `labels`, the latents already drawn from the posterior.
+A cache is a folder of safetensors shards (`moments`, `moments_flip` of the mirrored images, `labels`, `beside.NAME` of
+the columns that were read; captions in the header) and latents.json, written last: without it the cache is half built
+and never taken for whole. It is tied to the codec by hash and to the images by fingerprint. LightningDiT's layout
+(hustvl/LightningDiT@2725fed, datasets/img_latent_dataset.py) is read too: shards of `latents`, `latents_flip`,
+`labels`, the latents already drawn from the posterior.
 
 Shards are memory-mapped: a batch reads its own rows and nothing else, whatever the size of the cache.
 """
@@ -11,7 +12,7 @@ Shards are memory-mapped: a batch reads its own rows and nothing else, whatever 
 from __future__ import annotations
 
 import json
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import cached_property
 from pathlib import Path
@@ -31,6 +32,7 @@ from vgm_cli.errors import FAILED, USAGE, VgmError
 OTHER = "choose another folder, or build it again: `vgm data encode … --overwrite`"
 INDEX = "latents.json"
 FORMAT, VERSION = "vgm-latents", 1
+BESIDE = "beside."  # of a tensor's name: the pictures of the column that follows
 PROBE = 512  # pixels per side of an image that any codec takes
 SAMPLE = 10_000  # latents whose statistics speak for a foreign folder, as LightningDiT takes them
 NARROW = -30.0  # log-variance of a posterior without width: where codecs clamp
@@ -39,8 +41,8 @@ NARROW = -30.0  # log-variance of a posterior without width: where codecs clamp
 class MemoryLatents:
     """Latents held in memory, drawn by `Batches` like a data set.
 
-    moments: (N, …) of any dtype; flipped: those of the mirrored images; labels: (N,); captions: N texts. Any but the
-    first may be None.
+    moments: (N, …) of any dtype; flipped: those of the mirrored images; labels: (N,); captions: N texts; beside: uint8
+    (N, C, H, W) pictures of every column. Any but the first may be None.
     """
 
     crop = "none"
@@ -51,8 +53,10 @@ class MemoryLatents:
         flipped: Tensor | None = None,
         labels: np.ndarray | None = None,
         captions: list[str] | None = None,
+        beside: Mapping[str, Tensor] | None = None,
     ) -> None:
-        for what, found in (("mirrored latents", flipped), ("labels", labels), ("captions", captions)):
+        own = (("mirrored latents", flipped), ("labels", labels), ("captions", captions))
+        for what, found in (*own, *(beside or {}).items()):
             if found is not None and len(found) != len(moments):
                 raise VgmError(f"{len(moments)} latents but {len(found)} {what}", code=FAILED)
         self.memory: Tensor | None = moments
@@ -60,9 +64,11 @@ class MemoryLatents:
         classes = 0 if labels is None else int(labels.max(initial=-1)) + 1
         names = [str(i) for i in range(classes)]
         size, channels = sides(tuple(moments.shape[1:]))
+        self.beside = dict(beside or {})
         self.facts = Contents(
             size, channels, classes, names, len(moments), "latent-cache", "memory", captions is not None, labels=labels
         )
+        self.facts.columns = {name: pictures.shape[1] for name, pictures in self.beside.items()}
 
     def __len__(self) -> int:
         return self.facts.count
@@ -76,18 +82,26 @@ class MemoryLatents:
         assert source is not None
         return source[index]
 
+    def pictures(self, column: str, index: Tensor) -> Tensor:
+        """uint8 (B, C, H, W) of a column."""
+        return self.beside[column][index]
+
     def gather(
         self, index: Iterable[int], flip: Any = None, seeds: Sequence[int] | None = None, labels: bool = True
     ) -> dict[str, Any]:
-        """Items as one batch: "moments" (B, …) as stored, "label" int64 (B,) if labelled, "text" if captioned.
+        """Items as one batch: "moments" (B, …) as stored, "label" int64 (B,) if labelled, "text" if captioned, and
+        every column's pictures uint8 (B, C, H, W) under its name.
 
         flip: bool (B,), which to take mirrored. seeds are for crops; there are none here.
         """
         at = index if isinstance(index, Tensor) else torch.tensor(list(index), dtype=torch.long)
         batch: dict[str, Any] = {"moments": self.rows(at)}
+        batch |= {column: self.pictures(column, at) for column in self.facts.columns}
         if flip is not None and bool(np.asarray(flip).any()):
             mask = torch.as_tensor(np.asarray(flip))
             batch["moments"][mask] = self.rows(at[mask], mirror=True)
+            for column in self.facts.columns:
+                batch[column][mask] = batch[column][mask].flip(-1)
         if labels and self.facts.labels is not None:
             batch["label"] = torch.from_numpy(self.facts.labels[at.numpy()].astype(np.int64))
         if self.captions is not None:
@@ -210,6 +224,8 @@ class Latents(MemoryLatents):
         texts = [json.loads(s.metadata["captions"]) for s in shards if "captions" in s.metadata]
         self.captions = [t for part in texts for t in part] if len(texts) == len(shards) else None
         self.memory, self.flipped = None, None
+        stored = [k.removeprefix(BESIDE) for k in first.shapes if k.startswith(BESIDE)]
+        columns = {c: first.shapes[BESIDE + c][1] for c in stored if all(BESIDE + c in s.shapes for s in shards)}
         classes = max(data.get("num_classes", 0), 0 if labels is None else int(labels.max(initial=-1)) + 1)
         size, channels = sides(tuple(self.index.get("latent_shape", self.shape)))
         self.facts = Contents(
@@ -224,6 +240,7 @@ class Latents(MemoryLatents):
             list(data.get("skipped", [])),
             labels,
             remarks=remarks,
+            columns=columns,
         )
 
     @property
@@ -275,9 +292,16 @@ class Latents(MemoryLatents):
         return self.opened[shard, key]
 
     def rows(self, index: Tensor, mirror: bool = False) -> Tensor:
-        key = self.mirror_key if mirror else self.key
+        return self.of_shards(index, self.mirror_key if mirror else self.key)
+
+    def pictures(self, column: str, index: Tensor) -> Tensor:
+        return self.of_shards(index, BESIDE + column)
+
+    def of_shards(self, index: Tensor, key: str) -> Tensor:
+        """Rows of a tensor that lies in parts, whatever shards they are in."""
         owner = torch.from_numpy(np.searchsorted(self.starts, index.numpy(), side="right") - 1)
-        out = torch.empty((len(index), *self.shape), dtype=self.tensor(0, key).dtype)
+        first = self.tensor(0, key)
+        out = torch.empty((len(index), *first.shape[1:]), dtype=first.dtype)
         for shard in owner.unique().tolist():
             mine = owner == shard
             out[mine] = self.tensor(shard, key)[index[mine] - int(self.starts[shard])]

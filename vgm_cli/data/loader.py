@@ -32,7 +32,8 @@ class Batches:
     """Endless batches for one process, from batch `start` on.
 
     A batch is {"x": float32 (B, C, H, W) in [-1, 1]} of a set of images or {"moments": (B, …)} of a set of latents, and
-    has "index": int64 (B,), "label": int64 (B,) where the set has labels, and "text": list of B where it has captions.
+    has "index": int64 (B,), "label": int64 (B,) where the set has labels, "text": list of B where it has captions, and
+    every column that is read with the images, like x.
     """
 
     def __init__(
@@ -101,8 +102,9 @@ class Batches:
             out = {k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
         else:
             out = self.travel(batch, self.stream)
-        if "x" in out and out["x"].dtype == torch.uint8:
-            out["x"] = to_float(out["x"])
+        for key in ("x", *self.dataset.facts.columns):
+            if key in out and out[key].dtype == torch.uint8:
+                out[key] = to_float(out[key])
         return out
 
     def travel(self, batch: Batch, stream: torch.cuda.Stream) -> Batch:

@@ -1,4 +1,5 @@
-"""What every reader gives: names, byte sizes, labels, captions, and images by position. Torch-free."""
+"""What every reader gives: names, byte sizes, labels, captions, and images by position, with the pictures that lie
+beside them. Torch-free."""
 
 from __future__ import annotations
 
@@ -24,7 +25,8 @@ class Source:
     names: one per image, relative, "/"-separated. sizes: bytes of each. labels: (N,) int64 or None. captioned: whether
     `caption` has something to say. skipped: names left out at opening. others: files that are no pictures, by suffix.
     remarks: sentences on what was assumed or left out. no_labels: why labels is None, for the error. stamp: a checksum
-    of the contents, where one is to be had for nothing. files: the archives that the set is read from.
+    of the contents, where one is to be had for nothing. files: the archives that the set is read from. columns: names
+    of further pictures that images have beside them, such as line art or a mask.
     """
 
     kind = ""
@@ -40,6 +42,7 @@ class Source:
         self.others: Counter[str] = Counter()
         self.remarks: list[str] = []
         self.files: list[str] = []
+        self.columns: list[str] = []
         self.no_labels = "class sub-folders give labels"
         self.stamp = ""
 
@@ -64,6 +67,18 @@ class Source:
 
     def caption(self, i: int) -> str | None:
         return None
+
+    def has(self, column: str, i: int) -> bool:
+        """Whether image i has a picture of this column beside it."""
+        raise NotImplementedError
+
+    def beside(self, column: str, i: int) -> Image.Image:
+        """That picture, "L" or "RGB". Raises Unreadable."""
+        raise NotImplementedError
+
+    def digest_beside(self, column: str, i: int) -> bytes:
+        """A checksum of its content; nothing where `stamp` has it."""
+        raise NotImplementedError
 
     checksums = False  # whether `digest` costs no reading
 

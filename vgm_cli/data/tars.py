@@ -4,19 +4,23 @@ Where names hold dots themselves (img.0001.png, img.0002.png; v1.5-a.jpg, v1.5-a
 sample of several pictures and none has the short name, they share the name before the last dot.
 
 Fields: jpg/jpeg/png/webp… the image, cls the class (number or name), txt the caption, json {"label", "text" or
-"caption"}.
+"caption"}; x.mask.png beside x.png is the column `mask`.
 Local shards are indexed once by offset, so every sample is at hand in any order without unpacking.
 """
 
 from __future__ import annotations
 
+import hashlib
 import io
 import re
 import tarfile
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from vgm_cli.data.decode import SUFFIXES, Unreadable, read_header
+from PIL import Image
+
+from vgm_cli.data.decode import SUFFIXES, Unreadable, load_image, read_header
 from vgm_cli.data.files import LOOKED_AT, NO_PICTURES, hidden, is_image
 from vgm_cli.data.source import Source, class_indices, no_label
 from vgm_cli.data.texts import Row, decode, key, parse_json
@@ -29,6 +33,7 @@ Sample = dict[str, Span]  # by field
 
 
 SHARDS = 100_000  # files that one pattern may name
+BESIDE = "beside "  # a field of a sample: a picture of the column whose name follows
 
 
 def expand_braces(pattern: str) -> list[str]:
@@ -58,14 +63,15 @@ def expand_first(pattern: str) -> list[str]:
 def samples_of(name: str, fields: dict[str, Span], pictures: list[str]) -> tuple[list[tuple[str, Sample]], list[str]]:
     """The files that share `name` up to its first dot -> ([(name, {field: span}) of each sample], pictures not used).
 
-    The picture is field "image": x.png of x, with x.mask.png beside it not used; where there is no x.png, every
-    picture x.….png is a sample of its own, with the fields of its name, and those of x.
+    The picture is field "image": x.png of x, with x.mask.png beside it as the field "beside mask"; where there is no
+    x.png, every picture x.….png is a sample of its own, with the fields of its name, and those of x.
     """
     parts = {f: f.rpartition(".") for f in fields}  # (more of the name, dot, suffix)
     shared = {f: span for f, span in fields.items() if not parts[f][0] and f not in pictures}
     plain = next((f for f in pictures if not parts[f][0]), None)
     if plain is not None:
-        return [(name, {**shared, "image": fields[plain]})], [f"{name}.{f}" for f in pictures if f != plain]
+        beside = {f"{BESIDE}{parts[f][0]}": fields[f] for f in pictures if parts[f][0]}
+        return [(name, {**shared, **beside, "image": fields[plain]})], [f"{name}.{f}" for f in pictures if f != plain]
     found: dict[str, Sample] = {}
     further = []
     for f in pictures:
@@ -87,7 +93,9 @@ class Tar(Source):
 
     kind = "tar"
 
-    def __init__(self, shards: list[Path], root: str, label_key: str | None = None) -> None:
+    def __init__(
+        self, shards: list[Path], root: str, label_key: str | None = None, columns: Sequence[str] = ()
+    ) -> None:
         super().__init__(root)
         self.shards = shards
         missing = [p for p in shards if not p.is_file()]
@@ -99,6 +107,9 @@ class Tar(Source):
         self.guessed: list[str] = []
         for number, shard in enumerate(shards):
             self.index(number, shard)
+        found = {f.removeprefix(BESIDE) for s in self.samples for f in s if f.startswith(BESIDE)}
+        self.columns = sorted(found)
+        self.further = [n for n in self.further if n.rpartition(".")[0].rpartition(".")[2] not in columns]
         if self.further:
             shown = some(self.further)
             self.remarks.append(f"{root}: {counted(len(self.further), 'further picture')} of samples not used: {shown}")
@@ -198,6 +209,15 @@ class Tar(Source):
         if "txt" in self.samples[i]:
             return self.text(self.samples[i]["txt"], f"the text of {self.names[i]}").strip()
         return Row("", self.json_of(i)).text
+
+    def has(self, column: str, i: int) -> bool:
+        return BESIDE + column in self.samples[i]
+
+    def beside(self, column: str, i: int) -> Image.Image:
+        return load_image(io.BytesIO(self.get(self.samples[i][BESIDE + column])))
+
+    def digest_beside(self, column: str, i: int) -> bytes:
+        return hashlib.blake2b(self.get(self.samples[i][BESIDE + column]), digest_size=16).digest()
 
     def text(self, span: Span, where: str) -> str:
         return decode(self.get(span), where, self.guessed)
