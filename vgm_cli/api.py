@@ -14,9 +14,11 @@ import torch
 from torch import Tensor, nn
 
 from vgm_cli import random
+from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.offers import (  # noqa: F401  # the contract is imported from here
     Checkpointing,
     CompletesImages,
+    Condition,
     DropsClasses,
     HasClasses,
     HasExample,
@@ -30,6 +32,7 @@ from vgm_cli.offers import (  # noqa: F401  # the contract is imported from here
     LearnsVariance,
     Movable,
     NullCondition,
+    ReadsPictures,
     Repeats,
     RestorationMethod,
     SeveralCodebooks,
@@ -153,9 +156,16 @@ class Request:
     images: Tensor | None = None  # (M, *shape) to start from, as the model sees them; the same for every batch
     mask: Tensor | None = None  # (N, 1, H, W) bool of pixels, true where an image is kept
     codec: Any = None  # makes images of the result, for samplers that look into it; None: pixels
+    asked: dict[str, Sequence[Any]] = field(default_factory=dict)  # N items by column: classes, texts, pictures
 
     def __post_init__(self) -> None:
         self.index = self.index or list(range(len(self.generators)))
+
+    def classes(self) -> Tensor:
+        """The class of every item, (N,) int64, for a classifier that guides. VgmError: none is asked for."""
+        if "label" not in self.asked:
+            raise VgmError("a classifier guides towards a class, this network has none", "classifier=null", USAGE)
+        return torch.as_tensor(self.asked["label"], dtype=torch.long, device=self.device)
 
     def __len__(self) -> int:
         return len(self.generators)
@@ -285,38 +295,6 @@ def complete(thing: Any, base: type) -> Any:
             value = types.MethodType(value, thing) if isinstance(value, types.FunctionType) else value
             object.__setattr__(thing, name, value)  # a frozen dataclass is completed, too
     return thing
-
-
-class Condition(Protocol):
-    """One thing that a network is told besides x and t: a class, a text, a picture.
-
-    The host reads its items from the data (or from the command line), turns them into keywords of the network, and
-    drops some rows of them while training; objectives find the keywords in batch["cond"], samplers in Request.cond.
-
-    column: of the data: label, text, image, hint or mask; the command line's --label is for a condition on labels,
-    --prompt for one on texts, --hint for one on pictures. choices: every item, where they are few: sampled in turn
-    where the user asks for none. A condition that is an nn.Module encodes on the device, each distinct item once; one
-    with parameters is trained as a role of its name where the recipe says `train: true`.
-    """
-
-    column: str
-    choices: Sequence[Any]
-
-    def parse(self, words: Sequence[str]) -> list[Any]:
-        """What the user typed -> items. VgmError: a word that is none."""
-        ...
-
-    def encode(self, items: Sequence[Any], device: torch.device) -> dict[str, Tensor]:
-        """Items -> keywords of the network: {"y": (B,)}, {"context": (B, L, C)}, {"hint": (B, C, H, W)}."""
-        ...
-
-    def null(self, n: int, device: torch.device) -> dict[str, Tensor]:
-        """The keywords without a condition, n rows; {} where the network itself has them (NullCondition)."""
-        ...
-
-    def example(self, n: int, device: torch.device) -> dict[str, Tensor]:
-        """Keywords of the right shapes without an item, to count and time a network with."""
-        ...
 
 
 @runtime_checkable

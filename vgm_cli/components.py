@@ -78,6 +78,20 @@ CONDITIONS = (
     ),
     Component(
         kind="condition",
+        name="hint",
+        target="vgm_cli.nets.hints:Hint",
+        from_data={"size": "image_size"},
+        summary="a picture to follow: of a column of the data, or what an operator makes of the image",
+    ),
+    Component(
+        kind="condition",
+        name="mask",
+        target="vgm_cli.nets.hints:Mask",
+        from_data={"size": "image_size", "image_channels": "image_channels"},
+        summary="what is known of an image, of networks that complete it",
+    ),
+    Component(
+        kind="condition",
         name="words",
         target="vgm_cli.nets.text:WordEncoder",
         summary="a text as learned vectors of its words, trained with the network",

@@ -5,20 +5,27 @@ sampler, as it does the codec.
 
 Each entry is a component of the kind `condition` (by its key where it has no `name`), which turns items of one column
 of the data, or what the user typed, into keywords of the network. dropout: share of rows that see no condition while
-training. train: its weights are trained, as a role. column: another column of the data than its own.
+training. train: its weights are trained, as a role. weights: the file that they are read from, a run's or its own.
+column: another column of the data than its own. items: what is asked for where there is no data and nobody types,
+words as on the command line.
 """
 
 from __future__ import annotations
 
+import hashlib
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from vgm_cli.api import Batch, Condition, NullCondition, Step
+from vgm_cli import limits
+from vgm_cli.api import Batch, Condition, NullCondition, ReadsPictures, Step, generators, seed_of
+from vgm_cli.data.dataset import to_float
+from vgm_cli.data.decode import image_files
 from vgm_cli.errors import USAGE, VgmError, unknown
 from vgm_cli.ranges import Fraction, Whole, fit
 from vgm_cli.recipe import HOST_KEYS
@@ -26,6 +33,10 @@ from vgm_cli.registry import load_target, registry, signature
 
 CACHED = 2**30  # bytes of features of a frozen encoder that are kept
 OPTIONS = {"label": "--label", "text": "--prompt"}  # on the command line; of all other columns: --hint
+ASK = {
+    "label": ("this network is told a class", "--label 3,7"),
+    "text": ("this model draws what a text says", '--prompt "a red circle", or --prompts FILE'),
+}
 
 
 def unconditional(network: Any, cond: Mapping[str, Tensor], null: Mapping[str, Tensor] | None = None) -> dict[str, Any]:
@@ -73,27 +84,86 @@ class ClassLabel:
         return {"y": torch.zeros(n, dtype=torch.long, device=device)}
 
 
+class Picture:
+    """A picture as an item: pixels (C, H, W) of a condition's own range; equal to others of the same pixels."""
+
+    def __init__(self, pixels: Tensor):
+        self.pixels = pixels.detach().cpu()
+        self.key = hashlib.blake2b(self.pixels.contiguous().numpy().tobytes(), digest_size=16).digest()
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Picture) and self.key == other.key
+
+    def __hash__(self) -> int:
+        return hash(self.key)
+
+
+class InTurn(Sequence[Any]):
+    """Items at these places, one after the other and from the first again, each made when it is looked at."""
+
+    def __init__(self, items: Sequence[Any], places: Iterable[int]):
+        self.items, self.places = items, list(places)
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, at: Any) -> Any:
+        if isinstance(at, slice):
+            return [self.items[p % len(self.items)] for p in self.places[at]]
+        return self.items[self.places[at] % len(self.items)]
+
+
 # -- those of a recipe or of a checkpoint ------------------------------------------------------------------------------
 
 
 @dataclass
 class Part:
-    """One condition by its name. component: its description, for a checkpoint's header."""
+    """One condition by its name."""
 
     name: str
     condition: Condition
     column: str
     dropout: float = 0.0
     trained: bool = False
-    component: Mapping[str, Any] | None = None
+    weights: str | None = None  # the file that its encoder is read from; a checkpoint then keeps it, too
+    component: Mapping[str, Any] | None = None  # its description, for a checkpoint's header
+    given: Sequence[Any] = ()  # what is asked for where the user asks for nothing; else the condition's choices
 
-    def in_turn(self, places: Iterable[int], items: Sequence[Any] = ()) -> list[Any]:
-        """The items (without any, all that there are) one after the other, at these places of an endless row."""
-        items = items or self.condition.choices
+    @property
+    def items(self) -> Sequence[Any]:
+        """What is asked for, one after the other, where the user asks for nothing."""
+        return self.given if len(self.given) else self.condition.choices
+
+    def in_turn(self, places: Iterable[int], items: Sequence[Any] = ()) -> Sequence[Any]:
+        """The items (without any, its own) one after the other, at these places of an endless row. VgmError: there are
+        none."""
+        items = items if len(items) else self.items
         if not len(items):
-            says = {"text": ("this model draws what a text says", '--prompt "a red circle", or --prompts FILE')}
-            raise VgmError(*says.get(self.condition.column, ("this model follows a picture", "--hint IMAGE")), USAGE)
-        return [items[i % len(items)] for i in places]
+            raise VgmError(*ASK.get(self.condition.column, ("this model follows a picture", "--hint IMAGE")), USAGE)
+        rows = InTurn(items, places)
+        return rows[:] if isinstance(items, list | tuple | range) else rows
+
+    def in_batch(self, batch: Mapping[str, Any], seeds: Callable[[int], Iterable[int]]) -> Any:
+        """Its items of a batch of the data's columns. seeds: one for each of n rows. VgmError: a column is missing."""
+        condition = self.condition
+        if not isinstance(condition, ReadsPictures):
+            if self.column not in batch:
+                raise missing_column(self, self.column)
+            return batch[self.column]
+        if missing := [c for c in condition.reads if c not in batch]:
+            raise missing_column(self, missing[0])
+        n = len(batch[condition.reads[0]])
+        drawn = generators(seeds(n) if condition.draws else range(n))
+        return condition.items_of({c: batch[c] for c in condition.reads}, drawn)
+
+    def of_data(self, batch: Mapping[str, Any], rows: Iterable[int]) -> Any:
+        """Its items of rows of a data set, as `gather` gives them; None where a column is not there."""
+        columns = {"image": batch["x"], **batch} if "x" in batch else batch
+        reads = self.condition.reads if isinstance(self.condition, ReadsPictures) else (self.column,)
+        if any(c not in columns for c in reads):
+            return None
+        pictures = {k: to_float(v) for k, v in columns.items() if isinstance(v, Tensor) and v.dtype == torch.uint8}
+        return self.in_batch({**columns, **pictures}, lambda n: [seed_of("item", self.name, row) for row in rows])
 
     @property
     def option(self) -> str:
@@ -115,8 +185,10 @@ class Conditions:
 
     @property
     def networks(self) -> dict[str, nn.Module]:
-        """The encoders that are trained, by role."""
-        return {n: p.condition for n, p in self.parts.items() if p.trained and isinstance(p.condition, nn.Module)}
+        """The encoders that a checkpoint keeps, by role: those that are trained, and those that were read from a
+        file."""
+        kept = {n: p.condition for n, p in self.parts.items() if p.trained or p.weights}
+        return {n: c for n, c in kept.items() if isinstance(c, nn.Module)}
 
     def components(self) -> dict[str, Any]:
         """{name: node} for a checkpoint's header."""
@@ -127,9 +199,17 @@ class Conditions:
             if isinstance(part.condition, nn.Module):
                 part.condition.to(device)
 
-    def of_column(self, *columns: str) -> Part | None:
-        """The first condition on a kind of items."""
-        return next((p for p in self.parts.values() if p.condition.column in columns), None)
+    def of_column(self, column: str) -> Part | None:
+        """The first condition on labels, or on texts."""
+        return next((p for p in self.parts.values() if p.condition.column == column), None)
+
+    def of_pictures(self) -> list[Part]:
+        """The conditions on pictures."""
+        return [p for p in self.parts.values() if isinstance(p.condition, ReadsPictures)]
+
+    def asked(self, items: Mapping[str, Sequence[Any]]) -> dict[str, Sequence[Any]]:
+        """{name: items} by column, as a request has them."""
+        return {self.parts[name].condition.column: own for name, own in items.items()}
 
     # -- items to keywords
 
@@ -144,6 +224,11 @@ class Conditions:
         """Keywords of one condition; a frozen encoder sees each distinct item once."""
         if part.trained or not isinstance(part.condition, nn.Module):
             return part.condition.encode(items, device)
+        if isinstance(items, Tensor) and items.ndim > 1:
+            if isinstance(part.condition, ReadsPictures) and part.condition.draws:  # no picture comes twice
+                with torch.no_grad():
+                    return part.condition.encode(items, device)
+            items = [Picture(row) for row in items]
         rows = {i: self.features.get((part.name, i)) for i in items}
         new = [i for i, found in rows.items() if found is None]
         if new:
@@ -189,15 +274,29 @@ class Conditions:
         if parts or not trained:
             out["cond"], out["null"] = dict(batch.get("cond", {})), dict(batch.get("null", {}))
         for part in parts:
-            if part.column not in batch:
-                raise missing_column(part)
-            own = self.encoded(part, batch[part.column], step.device)
-            null = part.condition.null(1, step.device)
-            if part.dropout > 0 and (null or isinstance(self.network, NullCondition)):
-                own = self.drop(part, own, null, step)
-            out["cond"] |= own
-            out["null"] |= null
+
+            def seeds(n: int, name: str = part.name) -> list[int]:
+                return [seed_of(step.seed, step.index, f"{name} operator", i) for i in step.rows(n)[0]]
+
+            self.tell(out, part, self.encoded(part, part.in_batch(batch, seeds), step.device), step)
         return out
+
+    def known(self, batch: Batch, cond: Mapping[str, Tensor], step: Step) -> Batch:
+        """The batch with keywords that are known already, such as those of a teacher's pairs, as `apply` gives them."""
+        out = {**batch, "cond": {}, "null": {}}
+        for part in self.parts.values():
+            own = {k: cond[k] for k in part.condition.example(1, torch.device("meta")) if k in cond}
+            if own:
+                self.tell(out, part, own, step)
+        return out
+
+    def tell(self, batch: Batch, part: Part, own: dict[str, Tensor], step: Step) -> None:
+        """Put one condition's keywords into a batch, some rows dropped, and what stands for none."""
+        null = part.condition.null(1, step.device)
+        if part.dropout > 0 and (null or isinstance(self.network, NullCondition)):
+            own = self.drop(part, own, null, step)
+        batch["cond"] |= own
+        batch["null"] |= null
 
     def drop(self, part: Part, own: dict[str, Tensor], null: dict[str, Tensor], step: Step) -> dict[str, Tensor]:
         """Some rows of one condition without it: a function of the step, the same whatever process they are on."""
@@ -217,10 +316,10 @@ class Conditions:
                     raise VgmError(message, f"conditions.{part.name}.dropout=0; {e.hint}", USAGE) from e
 
 
-def missing_column(part: Part) -> VgmError:
+def missing_column(part: Part, column: str) -> VgmError:
     hint = {"text": "captions come from .txt files beside the images, metadata.jsonl, …", "label": "class sub-folders"}
-    message = f"conditions.{part.name} reads '{part.column}', which the data does not have"
-    return VgmError(message, hint.get(part.column, f"docs/data.md says where {part.column} comes from"), USAGE)
+    message = f"conditions.{part.name} reads '{column}', which the data does not have"
+    return VgmError(message, hint.get(column, f"docs/data.md says where {column} comes from"), USAGE)
 
 
 def settings(node: Mapping[str, Any], where: str) -> dict[str, Any]:
@@ -228,12 +327,13 @@ def settings(node: Mapping[str, Any], where: str) -> dict[str, Any]:
     return {
         "dropout": fit(node.get("dropout") or 0.0, Fraction, f"{where}.dropout"),
         "trained": fit(node.get("train", False), bool, f"{where}.train"),
+        "weights": fit(node.get("weights"), str | None, f"{where}.weights"),
     }
 
 
-def build_parts(nodes: Mapping[str, Any], facts: Mapping[str, Any]) -> list[Part]:
+def build_parts(nodes: Mapping[str, Any], facts: Mapping[str, Any], codec: Any = None) -> list[Part]:
     """The conditions of a recipe's or a header's `conditions:`, open keywords filled from the facts of the data. One on
-    labels is left out where there are no classes."""
+    labels is left out where there are no classes. codec: the frozen one that the model's samples are behind."""
     parts = []
     for name, node in nodes.items():
         if node is None:
@@ -244,11 +344,40 @@ def build_parts(nodes: Mapping[str, Any], facts: Mapping[str, Any]) -> list[Part
         for keyword, fact in component.from_data.items():
             if kwargs.get(keyword) is None and keyword in params and facts.get(fact) is not None:
                 kwargs[keyword] = facts[fact]
-        condition: Condition = registry().build("condition", {"name": component.name, **kwargs})
+        if "column" in params and node.get("column"):
+            kwargs["column"] = node["column"]
+        if "channels" in params and kwargs.get("channels") is None:
+            column = node.get("column") or component.name
+            channels = (facts.get("columns") or {}).get(column) or facts.get("image_channels")
+            kwargs |= {"channels": channels} if channels else {}
+        condition: Condition = registry().build("condition", {"name": component.name, **kwargs}, codec=codec)
         if condition.column == "label" and not facts.get("num_classes"):
             continue
         described = {"name": component.name, **{k: v for k, v in kwargs.items() if k not in component.from_data}}
-        described |= {k: node[k] for k in ("train", "column", "weights") if k in node}
-        column = node.get("column") or condition.column
-        parts.append(Part(name, condition, column, component=described, **settings(node, f"conditions.{name}")))
+        said = settings(node, f"conditions.{name}")
+        described |= {"train": True} if said["trained"] or said["weights"] else {}  # its weights lie beside the file
+        described |= {"column": node["column"]} if node.get("column") else {}
+        part = Part(name, condition, node.get("column") or condition.column, component=described, **said)
+        part.given = condition.parse(words_of(node["items"], name)) if node.get("items") else ()
+        parts.append(part)
     return parts
+
+
+def words_of(items: Any, name: str) -> list[str]:
+    """What a recipe says is asked for: a list, the lines of a .txt file, a picture or a folder of them, or one text."""
+    if isinstance(items, str) and items.endswith(".txt"):
+        items = lines_of(Path(items), f"conditions.{name}.items")
+    elif isinstance(items, str):
+        items = list(map(str, image_files(items))) if Path(items).exists() else [items]
+    return fit(items, list[str], f"conditions.{name}.items")
+
+
+def lines_of(file: Path, option: str) -> list[str]:
+    """The lines of a text file that are not empty. VgmError: there is none."""
+    try:
+        found = [line.strip() for line in limits.read_text(file, code=USAGE).splitlines() if line.strip()]
+    except (OSError, UnicodeDecodeError) as e:
+        raise VgmError(f"{option} {file} cannot be read: {e}", "a text file, one prompt a line", USAGE) from e
+    if not found:
+        raise VgmError(f"{option} {file} is empty", "one prompt a line", USAGE)
+    return found

@@ -46,6 +46,7 @@ def fields() -> dict[str, dict[str, Any]]:
         **{f"data.{k}": count for k in ("num_classes", "vocab_size", "count")},
         "data.sample_shape": list[Annotated[int, Field(gt=0)]] | None,
         "data.class_names": list[str] | None,
+        "data.columns": dict[str, Literal[1, 3]] | None,
         "data.root": text,
         "step": Annotated[int, Field(ge=0)],
         "images": Annotated[int, Field(ge=0)],

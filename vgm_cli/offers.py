@@ -1,4 +1,5 @@
-"""What a network, view, sampler, metric or reward may offer besides its call; a part of the contract, see `api`.
+"""What a network is told, and what a network, view, sampler, metric or reward may offer besides its call; a part of the
+contract, see `api`.
 
 Each is a protocol and asked for with isinstance, never by the name of an attribute; what does not offer it simply lacks
 the names.
@@ -141,6 +142,57 @@ class HasParts(Protocol):
     """A reward that is a sum. parts: what each term gave in the latest call, unweighted, {name: (B,)}."""
 
     parts: Mapping[str, Tensor]
+
+
+class Condition(Protocol):
+    """One thing that a network is told besides x and t: a class, a text, a picture.
+
+    The host reads its items from the data (or from the command line), turns them into keywords of the network, and
+    drops some rows of them while training; objectives find the keywords in batch["cond"], samplers in Request.cond.
+
+    column: of the data: label, text, or one of pictures (`ReadsPictures`); the command line's --label is for a
+    condition on labels, --prompt for one on texts, --hint for one on pictures. choices: every item, where they are few:
+    sampled in turn where the user asks for none. A constructor may ask for `column`, as the recipe says it, for
+    `channels`, those of its pictures, and for the recipe's frozen `codec`. A condition that is an nn.Module encodes on
+    the device, each distinct item once; one with parameters is trained as a role of its name where the recipe says
+    `train: true`.
+    """
+
+    column: str
+    choices: Sequence[Any]
+
+    def parse(self, words: Sequence[str]) -> list[Any]:
+        """What the user typed -> items. VgmError: a word that is none."""
+        ...
+
+    def encode(self, items: Sequence[Any], device: torch.device) -> dict[str, Tensor]:
+        """Items -> keywords of the network: {"y": (B,)}, {"context": (B, L, C)}, {"hint": (B, C, H, W)}."""
+        ...
+
+    def null(self, n: int, device: torch.device) -> dict[str, Tensor]:
+        """The keywords without a condition, n rows; {} where the network itself has them (NullCondition)."""
+        ...
+
+    def example(self, n: int, device: torch.device) -> dict[str, Tensor]:
+        """Keywords of the right shapes without an item, to count and time a network with."""
+        ...
+
+
+@runtime_checkable
+class ReadsPictures(Protocol):
+    """A condition whose items are pictures: they come from columns of the data, or are made of the images.
+
+    reads: the columns that an item is made of; `image` is the image that is trained on. draws: whether `items_of` makes
+    something else of the same pictures each time.
+    """
+
+    reads: Sequence[str]
+    draws: bool
+
+    def items_of(self, columns: Mapping[str, Tensor], drawn: Sequence[torch.Generator]) -> Tensor:
+        """Pictures (B, C, H, W) in [-1, 1] of every column that it reads -> items (B, ...), as encode takes them.
+        drawn: a generator for each row, where `draws` says that something is drawn."""
+        ...
 
 
 class TokenDecoder(Protocol):

@@ -370,7 +370,8 @@ def check_components(recipe: Recipe) -> None:
         component, kwargs = registry().config(kind, node)
         target = load_target(component.target, component.name)
         params = signature(target).parameters
-        facts = {k: 1 for k in component.from_data if k in params and k not in kwargs}
+        filled = (*component.from_data, *(("channels",) if kind == "condition" else ()))
+        facts = {k: 1 for k in filled if k in params and k not in kwargs}
         bind(target, kwargs, {**injected, **facts}, where=f"{where} '{component.name}'")
 
 
@@ -378,7 +379,7 @@ def check_components(recipe: Recipe) -> None:
 ROLE_KEYS = ("kind", "weights", "partial", *CHECKPOINT)
 HOST_KEYS: dict[str, tuple[str, ...]] = {
     "codec": ("weights", "fallback", "output"),
-    "conditions": ("dropout", "train", "column", "weights"),
+    "conditions": ("dropout", "train", "column", "weights", "items"),
     "roles": ROLE_KEYS,
     "model": ("weights", "partial"),
 }

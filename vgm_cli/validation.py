@@ -167,6 +167,6 @@ def build_on_meta(recipe: Recipe, facts: Facts, planned: PlannedCodec | None = N
 
     with on_meta():
         codec = {"codec": planned.codec} if planned else {}
-        built = build.build_objective(recipe, facts, {**codec, **build.plan_roles(recipe, facts)})
+        built = build.build_objective(recipe, facts, {**codec, **build.plan_roles(recipe, facts, codec.get("codec"))})
     optim.check(recipe, built.networks, built.objective.phases())
     return built

@@ -2,7 +2,7 @@
 
 Official code: yifan123/flow_grpo@ac4c86e (CPS, Flow-GRPO-Fast: @54809b5 and later). The flow's ODE becomes an SDE with
 the same marginals, so that each denoising step is a Gaussian policy; images of one prompt are compared with each other.
-Prompts are the model's classes here; networks trained on other paths are asked at equal noise level.
+Prompts are the model's classes, or texts where it reads some; networks of other paths are asked at equal noise level.
 Deviations: one optimizer step is one backward over its images and steps (objective.chunk bounds the memory, not
 accumulation); the average of the weights is updated once per roll-out; a roll-out without any advantage trains on the
 KL term alone.

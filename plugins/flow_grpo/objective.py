@@ -132,7 +132,7 @@ class FlowGRPO(ObjectiveBase):
 
     def items(self, asked: Part, group: Tensor) -> Any:
         """Prompts by number: classes as they are, others as a list."""
-        choices = asked.condition.choices
+        choices = asked.items
         return group if isinstance(choices, range) else [choices[i] for i in group.tolist()]
 
     # -- the policy ---------------------------------------------------------------------------------------------------
@@ -182,7 +182,7 @@ class FlowGRPO(ObjectiveBase):
             raise VgmError("groups are compared within one batch, which cannot be accumulated", hint, USAGE)
         self.model.eval()  # the policy is what is sampled: no dropout
         n, shape, device = len(batch["x"]), batch["x"].shape[1:], batch["x"].device
-        prompts = len(self.asked.condition.choices) if self.asked is not None else 0
+        prompts = len(self.asked.items) if self.asked is not None else 0
         seed = seed_of(step.seed, "classes", step.index)
         groups = k_repeat(max(prompts, 1), n, self.group_size, step.world, step.rank, seed)
         group = groups.to(device) if prompts else None

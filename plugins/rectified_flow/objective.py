@@ -123,7 +123,8 @@ class Reflow(RectifiedFlow):
         if pair_folder is not None:
             self.pairs = read_pairs(Path(pair_folder))
         elif pairs is not None:
-            self.pairs = Pairs([Part(pairs["z"] * noise_scale, pairs["x"], pairs.get("y"))])
+            cond = {k: v for k, v in pairs.items() if k not in ("z", "x")}
+            self.pairs = Pairs([Part(pairs["z"] * noise_scale, pairs["x"], cond)])
         self.networks = {"model": model}
         if perceptual is not None:
             self.networks["perceptual"] = perceptual.requires_grad_(False)
@@ -140,14 +141,14 @@ class Reflow(RectifiedFlow):
         if self.pairs is None:
             z0 = step.randn(x.shape, "noise") * self.noise_scale
             return [{**batch, "z0": z0, "x": self.generate(z0, batch.get("cond", {}), batch.get("null"))}]
-        z0, x1, y = self.pairs.take(step.on_cpu().randint(len(self.pairs), len(x), "pair"))
+        z0, x1, cond = self.pairs.take(step.on_cpu().randint(len(self.pairs), len(x), "pair"))
         if x1.shape[1:] != x.shape[1:]:
             raise VgmError(f"the pairs are {tuple(x1.shape[1:])}, the data {tuple(x.shape[1:])}", code=USAGE)
         pair = {"z0": send(z0, x.device), "x": send(x1, x.device)}
-        if y is None:
+        if not cond:
             return [pair]
-        items = {**pair, "label": send(y, x.device)}
-        return [self.conditions.apply(items, step) if self.conditions else {**items, "cond": {"y": items["label"]}}]
+        cond = {k: send(v, x.device) for k, v in cond.items()}
+        return [self.conditions.known(pair, cond, step) if self.conditions else {**pair, "cond": cond}]
 
     @torch.no_grad()
     def generate(self, z0: Tensor, cond: Mapping[str, Tensor], null: dict[str, Tensor] | None = None) -> Tensor:

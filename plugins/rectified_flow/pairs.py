@@ -6,7 +6,7 @@ for conditional flows. They are read as memory maps: a million pairs of 32 pixel
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import NamedTuple
 
@@ -20,11 +20,11 @@ Array = Tensor | np.ndarray
 
 
 class Part(NamedTuple):
-    """z0, z1: (N, ...), y: (N,) or None."""
+    """z0, z1: (N, ...); cond: keywords of the network that they were made with, N rows each."""
 
     z0: Array
     z1: Array
-    y: Array | None
+    cond: Mapping[str, Array]
 
 
 class Pairs:
@@ -37,17 +37,18 @@ class Pairs:
     def __len__(self) -> int:
         return int(self.ends[-1])
 
-    def take(self, rows: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        """rows (B,) -> z0, z1 (B, ...), y (B,) or None, on the CPU."""
+    def take(self, rows: Tensor) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
+        """rows (B,) -> z0, z1 (B, ...) and the keywords that all parts have, on the CPU."""
         numbers = rows.cpu().numpy()
         parts = np.searchsorted(self.ends, numbers, side="right")
         inside = numbers - np.concatenate([[0], self.ends])[parts]
 
-        def gather(key: str) -> Tensor:
-            return torch.stack([torch.as_tensor(getattr(self.parts[p], key)[int(i)]) for p, i in zip(parts, inside)])
+        def gather(arrays: Sequence[Array]) -> Tensor:
+            return torch.stack([torch.as_tensor(arrays[p][int(i)]) for p, i in zip(parts, inside)])
 
-        y = None if any(p.y is None for p in self.parts) else gather("y").long()
-        return gather("z0").float(), gather("z1").float(), y
+        keys = set.intersection(*(set(p.cond) for p in self.parts))
+        cond = {k: gather([p.cond[k] for p in self.parts]) for k in sorted(keys)}
+        return gather([p.z0 for p in self.parts]).float(), gather([p.z1 for p in self.parts]).float(), cond
 
 
 def read_pairs(folder: Path) -> Pairs:
@@ -69,4 +70,4 @@ def read_part(folder: Path) -> Part:
         raise VgmError(f"the pairs in {folder} cannot be read: {str(e).splitlines()[0]}", code=FAILED) from e
     if z0.shape != z1.shape or (y is not None and y.shape != z0.shape[:1]):
         raise VgmError(f"z0, z1 and y of {folder} do not belong together", code=FAILED)
-    return Part(z0, z1, y)
+    return Part(z0, z1, {} if y is None else {"y": y.astype(np.int64)})

@@ -531,7 +531,7 @@ def test_classifier_guidance_shifts_the_score(path, prediction, time):
     view = toy_view(path, prediction, time)
     classifier = lambda x, t: torch.stack([x.flatten(1).sum(1), -x.flatten(1).sum(1)], dim=1)
     x, y, t = 0.1 * torch.randn(2, 1, 2, 2), torch.tensor([0, 1]), at(view.path, 0.5)
-    guided = guidance.ClassifierGuidance(view, classifier, 1.5).predict(x, t, "score", y=y)
+    guided = guidance.ClassifierGuidance(view, classifier, y, 1.5).predict(x, t, "score", y=y)
     sums = x.flatten(1).sum(1)
     gradient = torch.where(y == 0, 2 * torch.sigmoid(-2 * sums), -2 * torch.sigmoid(2 * sums)).view(-1, 1, 1, 1)
     want = view.predict(x, t, "score", y=y) + 1.5 * gradient

@@ -93,6 +93,70 @@ def test_inspect_and_convert(run: Path, vgm, tmp_path: Path) -> None:
     assert {k: after.get(k) for k in before if k in after} == {k: v for k, v in before.items() if k in after}
 
 
+TOLD = """
+paper: sit
+model: {name: sit, patch_size: 8, hidden_size: 16, depth: 1, num_heads: 2, context_dim: 8}
+conditions: {text: {name: words, words: [a, red, circle], width: 8, train: true, dropout: 0.1}}
+objective: {name: flow-matching}
+sampler: {name: euler, steps: 3}
+guidance_scale: 1.5
+data: {path: shapes}
+train: {ema: [0.9]}
+"""
+
+
+@pytest.fixture(scope="module")
+def text_run(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A run of a network that reads texts, with the encoder that was trained beside it."""
+    from vgm_cli import recipe as recipes
+    from vgm_cli.engine.train.loop import train
+
+    folder = tmp_path_factory.mktemp("texts")
+    (folder / "recipe.yaml").write_text(TOLD)
+    train(recipes.load(str(folder / "recipe.yaml"), None, SMALL), folder / "run", quiet_end=True)
+    return folder / "run"
+
+
+def test_a_text_model_is_sampled_measured_and_restores(text_run: Path, vgm, tmp_path: Path) -> None:
+    ok(vgm("sample", text_run, "-n", 2, "--prompt", "a red circle", "--out", "x.npz"))
+    measured = json.loads(ok(vgm("evaluate", text_run, "-n", 6, "--metrics", "straightness:steps=2", "--json")))
+    assert measured[0]["n"] == 6 and measured[0]["conditions"] == "shapes"
+    words = ("--model", text_run, "--input", "shapes", "-n", 2, "--steps", 3)
+    images = []
+    for k, prompt in enumerate(("a red circle", "a red")):
+        ok(vgm("restore", *words, "--prompt", prompt, "--out", f"restored{k}"))
+        record = json.loads((tmp_path / f"restored{k}/results.json").read_text())
+        assert record["prompts"] == [prompt]
+        images.append(sorted((tmp_path / f"restored{k}/restored").glob("*.png"))[0].read_bytes())
+    assert images[0] != images[1]
+    ok(vgm("restore", *words, "--out", "none"))
+    code, _, err = vgm("restore", *words, "--label", "3", "--out", "never")
+    assert code == 2 and "--prompt" in err
+
+
+@pytest.mark.parametrize("method", ["dmd", "rectified-flow"])
+def test_a_text_model_is_distilled(text_run: Path, vgm, tmp_path: Path, method: str) -> None:
+    """The student keeps the teacher's encoder as it was, and needs the teacher's run no more."""
+    from safetensors.torch import load_file
+
+    ok(vgm("distill", method, "--teacher", text_run, *SMALL, "pairs.count=8", "pairs.steps=2", "--out", "student"))
+    encoders = [load_file(r / "checkpoints/step-00000002/text.safetensors") for r in (text_run, Path("student"))]
+    assert encoders[0].keys() == encoders[1].keys()
+    assert all((encoders[0][k] == encoders[1][k]).all() for k in encoders[0])
+    ok(vgm("sample", "student", "-n", 2, "--prompt", "a red circle", "--out", "x.npz"))
+    ok(vgm("distill", "--resume", "--out", "student"))
+
+
+def test_a_text_model_is_tuned(text_run: Path, vgm, tmp_path: Path) -> None:
+    own = ["objective.group_size=4", "objective.steps=4", "objective.window=1", "objective.window_range=[0,2]"]
+    tune = ("finetune-rl", "flow-grpo", "--model", text_run, "--reward", "brightness", *SMALL, *own)
+    ok(vgm(*tune, "--prompt", "a red circle", "--prompt", "a circle", "--out", "tuned"))
+    ok(vgm("sample", "tuned", "-n", 2, "--prompt", "a red circle", "--out", "x.npz"))
+    code, _, err = vgm(*tune, "--prompt", "a mauve circle", "--out", "never")
+    assert code == 2 and "mauve" in err
+    assert "12 captions of shapes" in vgm(*tune, "--out", "captions")[2]
+
+
 def listed(vgm) -> dict[tuple[str, str], dict]:
     return {(r["network"], r["training"]): r for r in json.loads(ok(vgm("matrix", "--json")))}
 

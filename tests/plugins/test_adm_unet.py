@@ -203,6 +203,7 @@ def guided_by_a_classifier(case: GoldenCase) -> None:
     )
     # the official loop draws at every step, the last draw is never used; DDIM without eta uses none
     request = Drawn([case.inputs["xT"], *case.inputs["step_noise"]], {"y": case.inputs["y"]})
+    request.asked = {"label": case.inputs["y"]}
     with torch.no_grad():
         samples = sampler(view, request)
     assert_close(samples, case.outputs["samples"], 1e-4, "samples")

@@ -428,8 +428,8 @@ def test_pairs_stored_by_the_official_code(tmp_path: Path) -> None:
     first, second = write_folder(tmp_path / "pairs" / "0", 5), write_folder(tmp_path / "pairs" / "1", 3)
     pairs = read_pairs(tmp_path / "pairs")
     assert len(pairs) == 8
-    z0, z1, y = pairs.take(torch.tensor([7, 0, 4, 5]))
-    assert y is None
+    z0, z1, cond = pairs.take(torch.tensor([7, 0, 4, 5]))
+    assert cond == {}
     for k, got in enumerate((z0, z1)):
         want = np.stack([second[k][2], first[k][0], first[k][4], second[k][0]])
         assert np.array_equal(got.numpy(), want)
@@ -439,7 +439,7 @@ def test_pairs_stored_by_the_official_code(tmp_path: Path) -> None:
     with pytest.raises(VgmError, match="the data"):
         objective.experience({"x": torch.zeros(2, 1, 4, 4)}, Step(0))
     write_folder(tmp_path / "labelled" / "7", 4, labels=True)
-    assert read_pairs(tmp_path / "labelled").take(torch.tensor([3, 1]))[2].tolist() == [3, 1]
+    assert read_pairs(tmp_path / "labelled").take(torch.tensor([3, 1]))[2]["y"].tolist() == [3, 1]
     with pytest.raises(VgmError, match="holds no pairs"):
         read_pairs(tmp_path / "empty")
     np.save(tmp_path / "labelled" / "7" / "z0.npy", np.zeros((2, 1, 8, 8), np.float32))

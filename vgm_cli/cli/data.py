@@ -14,7 +14,9 @@ from vgm_cli.ui import Progress, counted, some, ui
 
 SHOWN = 12  # classes and skipped files listed before "and N more"
 
-Where = Annotated[str, typer.Argument(help="A folder, .zip, .tar, .npz, latents, or a shipped set: mnist5k, shapes.")]
+Where = Annotated[
+    str, typer.Argument(help="A folder, .zip, .tar, .npz, latents, or a shipped set: mnist5k, openmoji, shapes.")
+]
 Size = Annotated[int | None, typer.Option(help="Pixels per side. Default: as found.", min=1)]
 Channels = Annotated[int | None, typer.Option(help="1 or 3. Default: as found.")]
 Crop = Annotated[str, typer.Option(help="adm | center | resize | none")]
@@ -75,6 +77,8 @@ def info(
     else:
         ui.data(f"  classes      none{': ' + facts['unlabelled'] if facts['unlabelled'] else ''}")
     ui.data(f"  captions     {'such as ' + repr(facts['caption']) if facts['captions'] else 'none'}")
+    if facts["columns"]:
+        ui.data(f"  columns      {', '.join(facts['columns'])}: pictures beside the images, for conditions")
     if facts["skipped"]:
         ui.data(f"  left out     {len(facts['skipped'])} unreadable: {some(facts['skipped'], SHOWN)}")
     if facts["others"]:
@@ -107,6 +111,8 @@ def described(dataset: Any) -> dict[str, Any]:
         "unlabelled": "",
         "captions": f.captions,
         "caption": None,
+        "columns": sorted(f.columns) if not hasattr(dataset, "source") else dataset.source.columns,
+        "class_names": f.class_names,
         "skipped": f.skipped,
         "others": f.others,
         "remarks": f.remarks,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from pathlib import Path
 from typing import Annotated
 
 import typer
@@ -44,6 +45,11 @@ def finetune_rl(
             autocompletion=complete.rewards,
         ),
     ] = None,
+    prompt: Annotated[
+        list[str] | None,
+        typer.Option(help="A text to draw, of a model that reads some. Default: the captions of its data."),
+    ] = None,
+    prompts: Annotated[Path | None, typer.Option(metavar="FILE", help="Texts, one a line.")] = None,
     weights: Annotated[
         str | None, typer.Option(help="Of the model: raw, or an average: ema-0.9999. Default: the first average.")
     ] = None,
@@ -63,9 +69,12 @@ def finetune_rl(
 
         vgm finetune-rl flow-grpo --model RUN --reward mymodule:score objective.lora={rank: 8}
 
+        vgm finetune-rl flow-grpo --model TEXT_RUN --reward clip-score --prompts prompts.txt
+
     Next: vgm sample RUN
     """
     from vgm_cli import recipe as recipes
+    from vgm_cli.conditioning import lines_of
     from vgm_cli.engine.finetune_rl import run as engine
     from vgm_cli.errors import USAGE, VgmError
 
@@ -74,7 +83,8 @@ def finetune_rl(
     if method is None:
         resolved = options.stored(assignments)
     else:
-        resolved = engine.load(method, options.recipe, assignments, model, weights, reward or [])
+        asked = [*(prompt or []), *(lines_of(prompts, "--prompts") if prompts is not None else [])]
+        resolved = engine.load(method, options.recipe, assignments, model, weights, reward or [], asked)
     if resolved.start() is None and not options.asks_only:
         raise VgmError("reinforcement learning needs a model", f"vgm finetune-rl {method} --model RUN", USAGE)
     options.run(engine.run, resolved)

@@ -83,6 +83,12 @@ def restore(
     label: Annotated[
         str, typer.Option(help="Classes (3,7), or data for the input's own. Default: no class where the model can.")
     ] = "",
+    prompt: Annotated[
+        list[str] | None, typer.Option(help="A text, of a model that reads one; several are taken in turn.")
+    ] = None,
+    hint: Annotated[
+        list[str] | None, typer.Option(metavar="IMG|DIR", help="A picture to follow, of a model that takes one.")
+    ] = None,
     steps: Annotated[int | None, typer.Option(help="Steps of the method. Default: its own.", min=1)] = None,
     tries: Annotated[
         int, typer.Option(help="Walks per image; the one that fits the measurement best is kept.", min=1)
@@ -159,6 +165,8 @@ def restore(
             n=n,
             split=split,
             label=label,
+            prompts=prompt or [],
+            hints=hint or [],
             seed=seed,
             steps=steps,
             tries=tries,

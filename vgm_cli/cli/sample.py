@@ -40,7 +40,8 @@ def sample(
     hint: Annotated[
         list[str] | None,
         typer.Option(
-            metavar="IMG|DIR", help="A picture to follow, of a model that takes one; of a folder all in turn."
+            metavar="IMG|DIR",
+            help="A picture to follow, of a model that takes one; a folder: all in turn; NAME=IMG: one of several.",
         ),
     ] = None,
     sampler: Annotated[
@@ -94,6 +95,8 @@ def sample(
 
         vgm sample RUN -n 8 --accept 0.05                   # the best of 20 each, by a classifier
 
+        vgm sample RUN --hint lineart.png -n 4
+
         vgm sample RUN -n 50000 --out FOLDER --nproc 8     # interrupted? the same command goes on
 
     Next: vgm evaluate RUN, vgm rerun sample.png
@@ -102,12 +105,13 @@ def sample(
 
     if relaunched(nproc):
         return
+    from vgm_cli.conditioning import lines_of
     from vgm_cli.engine import processes
     from vgm_cli.engine.run_files import newest
     from vgm_cli.engine.sample import loop as generate
     from vgm_cli.engine.sample import output
     from vgm_cli.engine.sample import trace as tracing
-    from vgm_cli.engine.sample.setup import named, open_model, plan_for, prompts_in, warn_of_ignored
+    from vgm_cli.engine.sample.setup import named, open_model, plan_for, warn_of_ignored
     from vgm_cli.errors import INTERRUPTED, USAGE, VgmError
     from vgm_cli.images import save_png
     from vgm_cli.recipe import allow_typed
@@ -127,7 +131,7 @@ def sample(
         loaded,
         n=n or 64,
         label=label,
-        prompts=[*(prompt or []), *(prompts_in(prompts) if prompts is not None else [])],
+        prompts=[*(prompt or []), *(lines_of(prompts, "--prompts") if prompts is not None else [])],
         negative=negative,
         hints=hint or [],
         sampler=sampler,

@@ -15,6 +15,7 @@ import random
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
+from functools import partial
 from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
@@ -173,7 +174,7 @@ class Dataset:
         import torch
 
         for column in self.columns:
-            pictures = parallel(lambda r, c=column: self._picture(c, int(r)), self.rows)
+            pictures = parallel(partial(self._picture, column), self.rows)
             self.beside[column] = torch.from_numpy(np.stack(pictures)).permute(0, 3, 1, 2).contiguous()
 
     def _decode_all(self, skipped: list[str]) -> None:

@@ -145,6 +145,18 @@ def load_image(file: File) -> Image.Image:
         raise Unreadable(why(e)) from e
 
 
+def load_masked(file: File) -> tuple[Image.Image, Image.Image | None]:
+    """A decoded image on white, and how opaque it is, "L"; None of a file that knows no transparency. Raises
+    Unreadable."""
+    image = load_image(file)
+    with open_image(file) as opened:
+        if opened.mode not in ("LA", "La", "PA", "RGBA", "RGBa") and "transparency" not in opened.info:
+            return image, None
+        if _orientation(opened) != 1:
+            opened = ImageOps.exif_transpose(opened)
+        return image, opened.convert("RGBA").getchannel("A")
+
+
 def why(e: Exception) -> str:
     if isinstance(e, Image.DecompressionBombError):
         return f"more than {max_pixels():,} pixels, which VGM_MAX_PIXELS allows"

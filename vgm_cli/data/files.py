@@ -73,7 +73,8 @@ class Files(Source):
         """Choose the split, list its images, find labels, captions and the wanted columns. base: a prefix of every
         image to leave off."""
         pictures = [n for n in sorted(entries) if n.startswith((base, "../")) and self.is_picture(n)]
-        self.by_name, self.named = Names(pictures), {}
+        self.by_name = Names(pictures)
+        self.named: dict[str, columns.Pairs] = {}
         rows = self.metadata(sorted(filter(is_table, entries), key=lambda n: (n.count("/"), n)))
         self.further, beside = columns.beside(pictures, wanted, self.named)
         self.columns = sorted(self.further)

@@ -177,20 +177,20 @@ class Autoguidance(Guided):
 class ClassifierGuidance(Guided):
     """Adds scale * d/dx log p(y | x_t) to the score (Dhariwal & Nichol 2021, 2105.05233).
 
-    classifier(x_t, t) gives logits (B, classes) and is told the network's own time; cond["y"] names the class.
+    classifier(x_t, t) gives logits (B, classes) and is told the network's own time. y: (B,), the class of every item.
     VgmError: a prediction that cannot be converted.
     """
 
-    def __init__(self, inner: Denoiser, classifier: Callable[[Tensor, Tensor], Tensor], scale: float = 1.0):
+    def __init__(self, inner: Denoiser, classifier: Callable[[Tensor, Tensor], Tensor], y: Tensor, scale: float = 1.0):
         super().__init__(inner)
         if inner.prediction not in KINDS:
             raise VgmError(f"classifier guidance does not read {inner.prediction}", "a network of eps or x0", USAGE)
-        self.classifier, self.scale = classifier, scale
+        self.classifier, self.y, self.scale = classifier, y, scale
 
     def raw(self, x_t: Tensor, t: Time, **cond: Any) -> Tensor:
         output = self.inner_raw(x_t, t, **cond)
         times = self.batch_time(x_t, t)
-        gradient = classifier_gradient(self.classifier, cond["y"])(x_t, self.time_argument(times))
+        gradient = classifier_gradient(self.classifier, self.y)(x_t, self.time_argument(times))
         _, per_score = affine("score", self.prediction, self.path, times, self.sigma_data)
         sign = -1.0 if self.prediction == "velocity" and self.time == "reversed" else 1.0
         pred, rest = self.split(output, x_t)

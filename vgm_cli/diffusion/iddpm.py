@@ -148,7 +148,7 @@ class DDPMSampler:
         cfg_channels: int | None = None,  # leading channels that guidance applies to, None for all (3 in DiT's numbers)
         sampler: Literal["ddpm", "ddim"] = "ddpm",  # ancestral steps, or DDIM's
         eta: NonNegative = 0.0,  # DDIM's share of noise
-        classifier: Any = None,  # RUN of a classifier of noisy images, (x, t) -> logits, towards request.cond["y"]
+        classifier: Any = None,  # RUN of a classifier of noisy images, (x, t) -> logits, towards the class asked for
         classifier_scale: NonNegative = 1.0,  # 1: exactly its gradient
     ):
         self.steps, self.clip_denoised, self.variance, self.cfg_channels = steps, clip_denoised, variance, cfg_channels
@@ -188,7 +188,7 @@ class DDPMSampler:
 
         cond_fn = None
         if self.classifier is not None:
-            cond_fn = classifier_gradient(self.classifier, cond["y"], self.classifier_scale)
+            cond_fn = classifier_gradient(self.classifier, request.classes(), self.classifier_scale)
         x = request.randn()
         if self.sampler == "ddim" and request.images is not None:  # encoded to the noise that gives them again
             rows = torch.tensor(request.index, device=x.device) % len(request.images)

@@ -4,20 +4,21 @@ from __future__ import annotations
 
 import json
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import nn
 
-from vgm_cli.api import HasClasses, Phase
-from vgm_cli.conditioning import Conditions, build_parts
+from vgm_cli.api import Phase
+from vgm_cli.conditioning import Conditions
 from vgm_cli.data import open_dataset
 from vgm_cli.data.latents import Latents
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine.budget import building
-from vgm_cli.engine.facts import Facts, declared_facts, facts_of
+from vgm_cli.engine.conditions import beside, conditions_for
+from vgm_cli.engine.facts import Facts, declared_facts, facts_of, labelled
 from vgm_cli.engine.initial import initialise
 from vgm_cli.engine.parts import freeze, leave_out
 from vgm_cli.engine.tokens import as_output
@@ -46,21 +47,12 @@ def build_component(kind: str, node: Mapping[str, Any], facts: Facts, **roles: A
         return registry().build(kind, {"name": described["name"], **described["kwargs"]}, **roles), described
 
 
-def labelled(recipe: Recipe, dataset: Any) -> bool:
-    """Whether the labels of the data are used: where it has them, unless data.labels or the conditions say
-    otherwise."""
-    wanted = recipe.node("data").labels
-    if wanted is None:
-        names = [node.get("name", k) for k, node in (recipe.config.get("conditions") or {}).items() if node is not None]
-        wanted = "class" in names and bool(dataset.facts.num_classes)
-    return bool(wanted)
-
-
 def facts_behind(facts: Facts, codec: Any, dataset: Any = None) -> Facts:
     """Facts of the data behind a codec; a set of latents knows the size of its images, or its codec does."""
     if isinstance(dataset, Latents):
         channels, size, _ = dataset.image_shape_for(codec)
-        facts = Facts.of_pixels(size, channels, num_classes=facts.num_classes, class_names=facts.class_names)
+        known = {k: getattr(facts, k) for k in ("num_classes", "class_names", "columns")}
+        facts = Facts.of_pixels(size, channels, **known)
     return facts.after(codec)
 
 
@@ -166,6 +158,13 @@ def find_codec(node: Mapping[str, Any], facts: Facts, images: torch.Tensor, trai
     return None
 
 
+def open_images(recipe: Recipe) -> Any:
+    """The recipe's data set, with the columns that its conditions read."""
+    data, columns = recipe.node("data"), beside(recipe.config.get("conditions"))
+    how = {"size": data.size, "channels": data.channels, "crop": data.crop, "split": data.split}
+    return open_dataset(data.path, **how, columns=columns)
+
+
 def plan_facts(recipe: Recipe) -> tuple[Facts, int | None, PlannedCodec | None]:
     """Facts from the data when it is there, else from the recipe, then through the codec's shapes; the number of
     images; the codec."""
@@ -175,7 +174,7 @@ def plan_facts(recipe: Recipe) -> tuple[Facts, int | None, PlannedCodec | None]:
     dataset: Any = None
     try:
         if data.path:
-            dataset = open_dataset(data.path, size=data.size, channels=data.channels, crop=data.crop, split=data.split)
+            dataset = open_images(recipe)
             facts, count = facts_of(dataset, labelled(recipe, dataset)), len(dataset)
     except VgmError as e:
         if data.size is None:
@@ -186,12 +185,15 @@ def plan_facts(recipe: Recipe) -> tuple[Facts, int | None, PlannedCodec | None]:
     return (planned.facts if planned else facts), count, planned
 
 
-def plan_roles(recipe: Recipe, facts: Facts) -> dict[str, Any]:
+def plan_roles(recipe: Recipe, facts: Facts, codec: Any = None) -> dict[str, Any]:
     """Stand-ins for the roles that a verb would make before training: here two empty ODE pairs of a teacher."""
+    roles = [role for role, node in recipe.roles().items() if node.get("kind") == PAIRS]
+    if not roles:
+        return {}
     x = torch.zeros(2, *facts.sample_shape)
-    conditions = Conditions(build_parts(recipe.config.get("conditions") or {}, asdict(facts)))
+    conditions = conditions_for(recipe.config.get("conditions") or {}, facts, None, codec)
     pairs = {"z": x, "x": x, **conditions.example(2, x.device)["cond"]}
-    return {role: pairs for role, node in recipe.roles().items() if node.get("kind") == PAIRS}
+    return dict.fromkeys(roles, pairs)
 
 
 # -- networks and objective ------------------------------------------------------------------------------------------
@@ -210,7 +212,7 @@ class Built:
 
     def phases(self) -> list[Phase]:
         """The objective's; encoders of conditions are trained by those that train the network."""
-        more = tuple(self.conditions.networks)
+        more = tuple(n for n in self.conditions.networks if self.conditions.parts[n].trained)
         return [replace(p, trains=(*p.trains, *more)) if "model" in p.roles else p for p in self.objective.phases()]
 
     def check_parts(self) -> None:
@@ -237,10 +239,7 @@ def build_objective(recipe: Recipe, facts: Facts, given: Mapping[str, Any] | Non
     roles = Roles(recipe, facts, given)
     views = {role: roles.view(role) for role in ("model", *recipe.roles()) if role not in given and roles.has(role)}
     model = roles.networks.get("model", given.get("model"))
-    conditions = Conditions(build_parts(recipe.config.get("conditions") or {}, asdict(facts)), model)
-    if isinstance(model, HasClasses) and not model.num_classes:
-        conditions.parts = {n: p for n, p in conditions.parts.items() if p.condition.column != "label"}
-    conditions.check()
+    conditions = conditions_for(recipe.config.get("conditions") or {}, facts, model, given.get("codec"))
     given["conditions"] = conditions
     objective = registry().build("objective", recipe.config["objective"], **views, **given)
     wanted = sampler_parameters(recipe) & roles.references.keys()

@@ -226,17 +226,19 @@ def load(
     model.eval().requires_grad_(False).to(device)
     if dtype is not None:
         model.to(dtype)
-    views, conditions = {r: p.view for r, p in parts.items()}, load_conditions(header, path, model, device)
+    views, conditions = {r: p.view for r, p in parts.items()}, load_conditions(header, path, model, device, codec)
     return Loaded(model, build_view(model, header.view), codec, header, path, views, conditions)
 
 
-def load_conditions(header: Header, path: Path, model: nn.Module, device: torch.device | str = "cpu") -> Conditions:
+def load_conditions(
+    header: Header, path: Path, model: nn.Module, device: torch.device | str = "cpu", codec: Any = None
+) -> Conditions:
     """What the network is told, as its header says. An encoder that was trained with it lies in a file beside it."""
     nodes = header.conditions
     if nodes is None:
         nodes = renamed.conditions_of(header.component, header.recipe)
     foreign.tell_files(nodes, path)
-    conditions = Conditions(build_parts(nodes, header.data), model)
+    conditions = Conditions(build_parts(nodes, header.data, codec), model)
     for name, encoder in conditions.networks.items():
         file = path.parent / f"{name}.safetensors"
         if not file.is_file():

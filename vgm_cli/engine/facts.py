@@ -8,6 +8,7 @@ from typing import Any
 from vgm_cli.api import PyramidTokenizer
 from vgm_cli.engine.tokens import TokenCodec
 from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.recipe import Recipe
 from vgm_cli.settings import Data
 
 
@@ -24,6 +25,7 @@ class Facts:
     vocab_size: int = 0  # ids are in [0, vocab_size); 0: the model sees no tokens
     grid: tuple[int, ...] = ()  # shape of an image's tokens, (h, w) or (L,)
     scales: tuple[tuple[int, int], ...] = ()  # (h, w) of every grid of a pyramid of tokens, coarse to fine
+    columns: dict[str, int] = field(default_factory=dict)  # channels of the pictures that are read with the images
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -35,9 +37,9 @@ class Facts:
         return (self.image_channels, self.image_size, self.image_size)
 
     @classmethod
-    def of_pixels(cls, size: int, channels: int, **classes: Any) -> Facts:
-        """Facts of images that the model sees directly. classes: num_classes, class_names."""
-        return cls(image_size=size, image_channels=channels, size=size, channels=channels, **classes)
+    def of_pixels(cls, size: int, channels: int, **further: Any) -> Facts:
+        """Facts of images that the model sees directly. further: num_classes, class_names, columns."""
+        return cls(image_size=size, image_channels=channels, size=size, channels=channels, **further)
 
     def after(self, codec: Any) -> Facts:
         """Facts of the same data behind a codec, from the shapes of its latents or tokens."""
@@ -73,4 +75,15 @@ def declared_facts(data: Data) -> Facts:
 def facts_of(dataset: Any, labelled: bool) -> Facts:
     held = dataset.facts
     classes = (held.num_classes or 0) if labelled else 0
-    return Facts.of_pixels(held.size, held.channels, num_classes=classes, class_names=list(held.class_names or []))
+    names = list(held.class_names or [])
+    return Facts.of_pixels(held.size, held.channels, num_classes=classes, class_names=names, columns=dict(held.columns))
+
+
+def labelled(recipe: Recipe, dataset: Any) -> bool:
+    """Whether the labels of the data are used: where it has them, unless data.labels or the conditions say
+    otherwise."""
+    wanted = recipe.node("data").labels
+    if wanted is None:
+        names = [node.get("name", k) for k, node in (recipe.config.get("conditions") or {}).items() if node is not None]
+        wanted = "class" in names and bool(dataset.facts.num_classes)
+    return bool(wanted)

@@ -194,7 +194,9 @@ class BitsPerDim(MetricBase):
             image = x = batch["x"].to(subject.device)
             if subject.codec is not None:
                 x = encode(subject.codec, x, gens)
-            items = {name: batch[p.column] for name, p in subject.conditions.parts.items() if p.column in batch}
+            items = {
+                name: own for name, p in subject.conditions.parts.items() if (own := p.of_data(batch, part)) is not None
+            }
             nats, kind = ask(x, gens, subject.conditions.encode(items, subject.device))
             found = [(nats.double().cpu(), x[0].numel())]
             if decoder is not None and not x.is_floating_point():

@@ -24,7 +24,7 @@ from torch import Tensor, nn
 
 from vgm_cli import recipe as recipes
 from vgm_cli.api import Batch, HasClasses, HasExample, NullCondition, Request, Step, generators, seed_of
-from vgm_cli.conditioning import Conditions
+from vgm_cli.conditioning import Conditions, build_parts
 from vgm_cli.engine import build
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine.train.optim import trained
@@ -52,11 +52,13 @@ class ModelSuite:
     """A denoising network `forward(x, t, y=None, ...)` by its recipe node.
 
     model: the node, with every keyword that the host would fill in from the data. shape: (C, H, W) of one sample.
-    rtol: tolerance of comparisons between batch sizes, relative to the largest output.
+    conditions: nodes of what the network is told, as in a recipe; None: the class, where it has classes. rtol:
+    tolerance of comparisons between batch sizes, relative to the largest output.
     """
 
     model: ClassVar[Mapping[str, Any]]
     shape: ClassVar[tuple[int, int, int]]
+    conditions: ClassVar[Mapping[str, Any] | None] = None
     rtol: ClassVar[float] = 1e-4
 
     def build(self, seed: int = 0) -> nn.Module:
@@ -66,11 +68,27 @@ class ModelSuite:
         return network.eval()
 
     def inputs(self, network: nn.Module, n: int = 3) -> tuple[Tensor, Tensor, dict[str, Tensor]]:
-        """x: (n, C, H, W), t: (n,) inside (0, 1), cond: labels where the network has classes."""
+        """x: (n, C, H, W), t: (n,) inside (0, 1), cond: what it is told, in another way for every row."""
         g = torch.Generator().manual_seed(1)
         x, t = torch.randn(n, *self.shape, generator=g), torch.linspace(0.2, 0.8, n)
-        classes = network.num_classes if isinstance(network, HasClasses) else 0
-        return x, t, {"y": torch.arange(n) % classes} if classes else {}
+        return x, t, self.told(network, range(n))
+
+    def told(self, network: nn.Module, items: Sequence[int]) -> dict[str, Tensor]:
+        """Keywords of the network's conditions for items by number; of conditions without choices, example values and
+        noise."""
+        facts = {"image_size": self.shape[-1], "image_channels": self.shape[0]}
+        facts["num_classes"] = network.num_classes if isinstance(network, HasClasses) else 0
+        conditions = Conditions(build_parts({"class": {}} if self.conditions is None else self.conditions, facts))
+        cond: dict[str, Tensor] = {}
+        for name, part in conditions.parts.items():
+            if len(part.items):
+                cond |= conditions.encode({name: part.in_turn(items)}, torch.device("cpu"))
+                continue
+            noise = [torch.Generator().manual_seed(i) for i in items]
+            for k, v in part.condition.example(len(items), torch.device("cpu")).items():
+                drawn = torch.stack([torch.randn(v.shape[1:], generator=g) for g in noise])
+                cond[k] = v + drawn if v.is_floating_point() else v
+        return cond
 
     def test_builds_without_memory(self) -> None:
         """On the meta device, with the tensors that a real one has: what validate, --plan and loading rely on."""
@@ -129,9 +147,10 @@ class ModelSuite:
         x, t, cond = self.inputs(network)
         out = tensor_of(network(x, t, **cond))
         assert not torch.equal(out, tensor_of(network(x, t.flip(0), **cond))), "t is not used"
-        if cond:
-            other = {"y": (cond["y"] + 1) % int(network.num_classes)}  # type: ignore[arg-type]
-            assert not torch.equal(out, tensor_of(network(x, t, **other))), "y is not used"
+        other = self.told(network, range(1, len(x) + 1))
+        for k in cond:
+            if not torch.equal(cond[k], other[k]):
+                assert not torch.equal(out, tensor_of(network(x, t, **{**cond, k: other[k]}))), f"{k} is not used"
 
     @torch.no_grad()
     def test_state_dict_round_trip(self) -> None:
@@ -147,10 +166,11 @@ class ModelSuite:
         network = self.build()
         x, t, cond = self.inputs(network)
         if not cond or not isinstance(network, NullCondition):
-            pytest.skip("the network takes no labels or cannot drop them")
+            pytest.skip("the network is told nothing or cannot drop it")
         null = network.null_condition(cond)
         assert {k: v.shape for k, v in null.items()} == {k: v.shape for k, v in cond.items()}
-        assert torch.equal(cond["y"], self.inputs(network)[2]["y"]), "null_condition changed its argument"
+        before = self.inputs(network)[2]
+        assert all(torch.equal(v, before[k]) for k, v in cond.items()), "null_condition changed its argument"
         assert not torch.equal(tensor_of(network(x, t, **null)), tensor_of(network(x, t, **cond)))
 
 
@@ -191,9 +211,10 @@ class ObjectiveSuite(_OnRecipe):
             batch["tokens"] = torch.randint(facts.vocab_size, (n, *facts.sample_shape), generator=g)
         else:
             batch["x"] = torch.randn(n, *facts.sample_shape, generator=g).clamp(-1, 1)
-        if facts.num_classes:
-            batch["label"] = torch.arange(n) % facts.num_classes
-        return conditions.apply(batch, Step(0))
+        given = {k: p.in_turn(range(n)) for k, p in conditions.parts.items() if len(p.items)}
+        cond = {**conditions.example(n, torch.device("cpu"))["cond"], **conditions.encode(given, torch.device("cpu"))}
+        batch |= {k: torch.as_tensor(v) for k, v in conditions.asked(given).items() if k == "label"}
+        return conditions.known(batch, cond, Step(0))
 
     def test_loss_is_finite_and_a_function_of_the_step(self) -> None:
         _, made, facts = self.built()
@@ -290,6 +311,7 @@ class SamplerSuite(_OnRecipe):
             generators=generators(seed_of("sample", 0, i) for i in items),
             cond=cond,
             null=made.conditions.null(torch.device("cpu")),
+            asked=made.conditions.asked(asked),
             steps=self.steps,
             guidance_scale=r.config.get("guidance_scale") if cond else None,
         )

@@ -28,7 +28,7 @@ class GaussianSampler(ABC):
     steps: Steps = 50
     cfg_channels: int | None = None  # leading channels that classifier-free guidance applies to; None: all
     guidance_rescale: Fraction = 0.0  # see Guidance.rescale
-    classifier: Any = None  # RUN of a classifier of noisy images: guides towards request.cond["y"]
+    classifier: Any = None  # RUN of a classifier of noisy images: guides towards the class asked for
     classifier_scale: NonNegative = 1.0  # 1: exactly the classifier's gradient
     autoguidance: Any = None  # RUN of a worse version of the network, to be guided away from
     autoguidance_scale: NonNegative = 2.0  # 1: the network itself
@@ -53,9 +53,7 @@ class GaussianSampler(ABC):
             own = self.cfg_channels, interval, self.guidance_rescale
             view = ClassifierFreeGuidance(view, scale, *own, null=request.null)
         if self.classifier is not None:
-            if "y" not in request.cond:
-                raise VgmError("a classifier guides towards a class, this network has none", "classifier=null", USAGE)
-            view = ClassifierGuidance(view, self.classifier, self.classifier_scale)
+            view = ClassifierGuidance(view, self.classifier, request.classes(), self.classifier_scale)
         if self.autoguidance is not None:
             if not isinstance(self.autoguidance, Denoiser):
                 hint = "autoguidance=RUN of a smaller network, or of a shorter training"

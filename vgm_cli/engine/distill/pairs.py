@@ -19,9 +19,11 @@ from torch import Tensor
 from vgm_cli import atomic
 from vgm_cli import recipe as recipes
 from vgm_cli.api import Request, generators, seed_of
+from vgm_cli.conditioning import Conditions, words_of
 from vgm_cli.diffusion.denoiser import Denoiser
+from vgm_cli.engine import build, processes
 from vgm_cli.engine import checkpoint as ckpt
-from vgm_cli.engine import processes
+from vgm_cli.engine.conditions import give_of_data
 from vgm_cli.recipe import Recipe
 from vgm_cli.registry import registry
 from vgm_cli.settings import Pairs
@@ -51,6 +53,10 @@ def pairs_of(recipe: Recipe, node: Mapping[str, Any]) -> dict[str, Tensor]:
     guidance = recipe.config["objective"].get("guidance_scale") or 1.0
     made = {"teacher": teacher["sha256"], "view": teacher["view"], "sampler": settings.sampler, "steps": settings.steps}
     made |= {"guidance_scale": guidance, "seed": settings.seed}
+    nodes = {k: n for k, n in (recipe.config.get("conditions") or {}).items() if n and n.get("name", k) != "class"}
+    data = build.open_images(recipe) if any(not n.get("items") for n in nodes.values()) else None
+    if nodes:
+        made["items"] = {name: n.get("items") or data.fingerprint() for name, n in nodes.items()}  # type: ignore[union-attr]
     key = hashlib.sha256(json.dumps(made, sort_keys=True).encode()).hexdigest()[:16]
     folder = cache_folder(settings.cache) / key
     files = [folder / f"{first:08d}.safetensors" for first in range(0, settings.count, SHARD)]
@@ -60,6 +66,7 @@ def pairs_of(recipe: Recipe, node: Mapping[str, Any]) -> dict[str, Tensor]:
         atomic.write_json(folder / "settings.json", made)
         ui.info(f"{len(missing) * SHARD} pairs of the teacher into {folder}")
         loaded = ckpt.load(teacher["run"], device=processes.pick_device())
+        ask_for(loaded.conditions, nodes, data, settings.seed)
         view = ckpt.build_view(loaded.model, {"name": "denoiser", **teacher["view"]})
         with Progress("pairs", len(missing) * SHARD) as progress:
             for done, file in enumerate(missing):
@@ -68,6 +75,17 @@ def pairs_of(recipe: Recipe, node: Mapping[str, Any]) -> dict[str, Tensor]:
                 progress.update((done + 1) * SHARD)
     shards = [ckpt.read_tensors(f)[0] for f in files]
     return {k: torch.cat([s[k] for s in shards])[: settings.count] for k in shards[0]}
+
+
+def ask_for(conditions: Conditions, nodes: Mapping[str, Any], data: Any, seed: int) -> None:
+    """What the teacher is told of each pair: the recipe's `items` in turn, else those of the data in an order of its
+    own, so that few pairs are of many kinds."""
+    for name, part in conditions.parts.items():
+        if items := nodes.get(name, {}).get("items"):
+            part.given = part.condition.parse(words_of(items, name))
+    if data is not None:
+        order = torch.randperm(len(data), generator=torch.Generator().manual_seed(seed_of("items", seed)))
+        give_of_data(conditions, data, order.tolist())
 
 
 @torch.no_grad()

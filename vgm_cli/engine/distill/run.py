@@ -111,6 +111,7 @@ def start_from(role: str, config: dict[str, Any], origins: dict[str, str], path:
         weights = ref.asset or str(file.resolve())
         codec = {"name": ckpt.read_header(file).component["name"], "weights": weights}
         replace(config, origins, "codec", codec, role)
+    adopt_conditions(role, config, origins, header, path)
     of_recipe = {k: v for k, v in (config.get("data") or {}).items() if v is not None}
     of_file = {k: v for k, v in (header.recipe.get("data") or {}).items() if v is not None and k in IMAGES}
     if "path" in of_file and of_recipe.get("path") in SHIPPED:
@@ -124,6 +125,23 @@ def start_from(role: str, config: dict[str, Any], origins: dict[str, str], path:
     if "guidance_scale" in parameters and "guidance_scale" not in objective:
         objective["guidance_scale"] = guidance
         origins["objective.guidance_scale"] = role
+
+
+def adopt_conditions(
+    role: str, config: dict[str, Any], origins: dict[str, str], header: ckpt.Header, path: Path
+) -> None:
+    """Give a recipe the conditions of the network at `path`, where it is told more than classes; an encoder that was
+    trained with it stays as it is."""
+    known = header.conditions or {}
+    if all(node.get("name", name) == "class" for name, node in known.items()):
+        return
+    said = config.get("conditions") or {}
+    nodes = {}
+    for name, node in known.items():
+        own = {k: v for k, v in node.items() if k != "train"}
+        own |= {"weights": str((path.parent / f"{name}.safetensors").resolve())} if node.get("train") else {}
+        nodes[name] = own | (said.get(name) or {})
+    replace(config, origins, "conditions", nodes, role)
 
 
 def replace(

@@ -18,6 +18,7 @@ from vgm_cli.data import SHIPPED, Dataset, open_dataset
 from vgm_cli.data.decode import File, Unreadable, open_image
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine import processes
+from vgm_cli.engine.conditions import beside, give_of_data
 from vgm_cli.engine.run_files import newest
 from vgm_cli.engine.sample import loop as generate
 from vgm_cli.engine.sample.output import JOB
@@ -93,6 +94,12 @@ def open_target(target: str, options: Options, protocol: Protocol, sampled: bool
     )
     shape = data["image_size"], data["image_channels"]
     found = Target("model", *shape, device, None, protocol.uint8, data, facts, subject)
+    where = items_from(loaded, options, path)
+    if where is not None:
+        facts["conditions"] = where
+        dataset = open_data(where, *shape, options.split, beside(loaded.conditions.components()))
+        n = options.n or protocol.n
+        give_of_data(loaded.conditions, dataset, [i * len(dataset) // n for i in range(n)])
     if sampled:
         plan = plan_for(
             loaded,
@@ -110,6 +117,16 @@ def open_target(target: str, options: Options, protocol: Protocol, sampled: bool
         found.facts |= {k: v for k, v in plan.settings(device).items() if k != "asked"}
         found.facts["precision"] = plan.precision
     return found
+
+
+def items_from(loaded: ckpt.Loaded, options: Options, path: Path) -> str | None:
+    """The data that tells a model what to draw, where it is no choice of a few such as classes: the reference, or what
+    it was trained on."""
+    if all(len(part.items) for part in loaded.conditions.parts.values()):
+        return None
+    if options.reference is not None and not holds_statistics(Path(options.reference)):
+        return options.reference
+    return trained_on(loaded.header.data, path)
 
 
 def is_model(target: str) -> bool:
@@ -272,13 +289,15 @@ def trained_on(data: dict[str, Any], model: Path | str) -> str:
     return where
 
 
-def open_data(where: str, size: int | None, channels: int | None, split: str | None = None) -> Any:
+def open_data(
+    where: str, size: int | None, channels: int | None, split: str | None = None, columns: Sequence[str] = ()
+) -> Any:
     """Images at a size; says so when they had another. VgmError: no data set, such as a run with its previews."""
     if (Path(where) / "checkpoints").is_dir():
         raise VgmError(
             f"{where} is a run, not data", "name the images: a folder, .zip, .tar, .npz or statistics", USAGE
         )
-    dataset = open_dataset(where, size=size, channels=channels, split=split, without=by_product)
+    dataset = open_dataset(where, size=size, channels=channels, split=split, columns=columns, without=by_product)
     if not isinstance(dataset, Dataset):
         raise VgmError(f"{where} holds latents; images are compared", "give the images themselves", USAGE)
     found = dataset.source.header(int(dataset.rows[0]))[:2]

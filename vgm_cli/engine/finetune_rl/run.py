@@ -18,19 +18,23 @@ from vgm_cli import atomic
 from vgm_cli import recipe as recipes
 from vgm_cli.api import Batch, Step
 from vgm_cli.conditioning import Conditions
+from vgm_cli.data import open_dataset
 from vgm_cli.engine import build
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine.build import Facts
+from vgm_cli.engine.conditions import conditions_for
 from vgm_cli.engine.distill import run as distill
 from vgm_cli.engine.run import Run
 from vgm_cli.engine.train import loop as trainer
 from vgm_cli.errors import USAGE, VgmError, unknown
 from vgm_cli.recipe import Recipe
-from vgm_cli.registry import registry
+from vgm_cli.registry import load_target, registry
+from vgm_cli.ui import ui
 from vgm_cli.yaml_text import parse_yaml
 
 VERB = "finetune-rl"
 REFERENCE = recipes.STARTS[VERB]
+PROMPTS = 1000  # captions of the data that are asked for where nobody names any
 
 
 def methods() -> list[str]:
@@ -45,9 +49,10 @@ def load(
     model: str | None = None,
     weights: str | None = None,
     rewards: Sequence[str] = (),
+    prompts: Sequence[str] = (),
 ) -> Recipe:
     """The resolved recipe of `vgm finetune-rl METHOD --model MODEL --reward NAME=WEIGHT KEY=VALUE…`; without a model,
-    with its stand-in.
+    with its stand-in. prompts: what a model that reads texts is asked for.
 
     VgmError: no such method, a recipe without a reward to learn from, a model that is no diffusion or flow network.
     """
@@ -66,6 +71,8 @@ def load(
         distill.replace(config, origins, "roles.reward", node, "command line")
     if model is not None:
         start_from(config, origins, ckpt.resolve(model, weights))
+    if prompts:
+        ask_for(config, origins, prompts)
     resolved = build.settle(recipes.finish(config, origins, name, rest))
     if origins.get("guidance_scale") not in ("command line", "environment"):  # sampled as it was trained
         config["guidance_scale"] = config["objective"].get("guidance_scale", config.get("guidance_scale"))
@@ -121,6 +128,51 @@ def start_from(config: dict[str, Any], origins: dict[str, str], path: Path) -> N
         config["objective"]["guidance_scale"] = None
 
 
+def ask_for(config: dict[str, Any], origins: dict[str, str], prompts: Sequence[str]) -> None:
+    """Put prompts into the condition of a recipe that reads texts. VgmError: it has none."""
+    nodes = config.get("conditions") or {}
+    targets = {k: n.get("name", k) for k, n in nodes.items()}
+    name = next((k for k, n in targets.items() if column_of(n) == "text"), None)
+    if name is None:
+        raise VgmError(
+            "--prompt is a text, which this model does not read", "--label is not needed: classes are drawn", USAGE
+        )
+    nodes[name]["items"] = list(prompts)
+    origins[f"conditions.{name}.items"] = "command line"
+
+
+def column_of(condition: str) -> str:
+    return str(load_target(registry().find("condition", condition).target).column)
+
+
+def given_items(recipe: Recipe, facts: Facts) -> None:
+    """Let the captions of the data be the texts that are asked for, where the recipe names none. VgmError: there are
+    none, or too many to be named."""
+    with torch.device("meta"):
+        parts = conditions_for(recipe.config.get("conditions") or {}, facts).parts
+    for name, part in parts.items():
+        if len(part.items):
+            continue
+        if part.column != "text":
+            raise VgmError(f"conditions.{name} is told pictures, which finetune-rl does not ask for", code=USAGE)
+        found = captions(recipe)
+        if not found:
+            part.in_turn([0])  # says what is missing
+        if len(found) > PROMPTS:
+            raise VgmError(f"the data has {len(found):,} captions", "--prompts FILE says which are asked for", USAGE)
+        recipe.config["conditions"][name]["items"] = found
+        ui.info(f"prompts: the {len(found)} captions of {recipe.node('data').path}")
+
+
+def captions(recipe: Recipe) -> list[str]:
+    """The captions of the data that the model was trained on, each once; none where it is not here."""
+    try:
+        data = open_dataset(recipe.node("data").path, split=recipe.node("data").split, quiet=True)
+    except VgmError:
+        return []
+    return list(dict.fromkeys(t for i in range(len(data)) if (t := data.caption(i)))) if data.facts.captions else []
+
+
 def run(
     recipe: Recipe,
     out: Path | None = None,
@@ -137,6 +189,7 @@ def run(
     path = ckpt.resolve(start)
     header = ckpt.read_header(path)
     codec = ckpt.load_codec(header, path)
+    given_items(recipe, facts_of(header, path))
 
     def feed(recipe: Recipe, run: Run, accelerator: Any, size: int) -> ClassFeed:
         reference = None
@@ -185,7 +238,7 @@ class ClassFeed:
     codec: Any
     codec_ref: ckpt.Reference | None
     device: torch.device
-    dataset: None = None
+    dataset: None = None  # so that conditions have nothing to read: the objective asks for what it wants
     count: int = field(init=False, default=0)
 
     def __post_init__(self) -> None:

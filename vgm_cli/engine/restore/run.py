@@ -44,23 +44,38 @@ def image_shape(loaded: Loaded) -> tuple[int, int, int]:
     return shape[0], shape[1], shape[2]
 
 
-def labels_for(loaded: Loaded, wanted: str, n: int, data: Sequence[int] | None) -> list[int] | None:
-    """One label per item; None for the null class or an unconditional network.
+def given_for(
+    loaded: Loaded,
+    n: int,
+    label: str = "",
+    prompts: Sequence[str] = (),
+    hints: Sequence[str] = (),
+    data: Sequence[int] | None = None,
+) -> dict[str, Sequence[Any]]:
+    """{condition: an item for each of n images}; conditions that are left out are no condition, where the network has
+    one.
 
-    wanted: "" for the null class where the network has one, "data", or classes. VgmError: no such labels.
+    label: "data" for those of the input, or classes. VgmError: no such conditions, or one is missing.
     """
-    if wanted not in ("", "data"):
-        ((name, words),) = words_for(loaded.conditions, wanted).items()
-        part = loaded.conditions.parts[name]
-        return part.in_turn(range(n), part.condition.parse(words))
-    known = loaded.conditions.of_column("label")
-    classes = 0 if known is None else len(known.condition.choices)
-    if not classes:
-        if wanted:
-            raise VgmError("this network is unconditional, it takes no labels", code=USAGE)
-        return None
-    if wanted == "" and null_condition(loaded, 1) is not None:
-        return None
+    conditions = loaded.conditions
+    words = words_for(conditions, "" if label == "data" else label, prompts, hints)
+    parts = [conditions.parts[name] for name in words]
+    given = {p.name: p.in_turn(range(n), p.condition.parse(words[p.name])) for p in parts}
+    known = conditions.of_column("label")
+    if known is None and label == "data":
+        raise VgmError("this network is unconditional, it takes no labels", code=USAGE)
+    nothing = null_condition(loaded, 1) is not None
+    if known is not None and known.name not in given and (label or not nothing):
+        given[known.name] = labels_of(data, len(known.condition.choices), label)
+    if not nothing:
+        for part in conditions.parts.values():
+            if part.name not in given:
+                part.in_turn(range(n))  # says what is missing
+    return given
+
+
+def labels_of(data: Sequence[int] | None, classes: int, wanted: str) -> list[int]:
+    """The input's own labels. VgmError: it has none that fit."""
     if data is None or max(data, default=0) >= classes:
         raise VgmError(
             "this network needs labels, and the input has none that fit" if not wanted else "the input has no labels",
@@ -87,7 +102,7 @@ def restore(
     inputs: Inputs,
     settings: Settings,
     *,
-    labels: Sequence[int] | None,
+    given: Mapping[str, Sequence[Any]],
     seed: int = 0,
     steps: int | None = None,
     tries: int = 1,
@@ -96,8 +111,8 @@ def restore(
     device: torch.device | str = "cpu",
     progress: Any = None,
 ) -> Restored:
-    """Degrade where that is asked, and restore. tries: walks per image; what fits the measurement best is kept. blend:
-    of a method that completes images, see images.blended."""
+    """Degrade where that is asked, and restore. given: {condition: an item for each image}. tries: walks per image;
+    what fits the measurement best is kept. blend: of a method that completes images, see images.blended."""
     device = torch.device(device)
     method = build_method(loaded, settings.method, str(loaded.path))
     shape = image_shape(loaded)
@@ -114,7 +129,8 @@ def restore(
                 y = settings.noise(operator(inputs.truth[start:stop].to(device)), drawn)
             else:
                 y = inputs.measured[start:stop].to(device)
-        given = knowledge(loaded, method, operator, y, inputs.whole(start, stop))
+        known = knowledge(loaded, method, operator, y, inputs.whole(start, stop))
+        items = {name: own[start:stop] for name, own in given.items()}
         best: dict[str, Any] = {}
         for k in range(tries):
             done = start * tries + k * (stop - start)
@@ -122,14 +138,15 @@ def restore(
             request = Request(
                 shape=sample_shape,
                 generators=generators(seed_of("restore", seed, i, k) for i in range(start, stop)),
-                cond=condition(loaded, labels, start, stop, device),
+                cond=condition(loaded, items, stop - start, device),
+                asked=loaded.conditions.asked(items),
                 null=loaded.conditions.null(device),
                 steps=steps,
                 guidance_scale=settings.guidance_scale,
                 device=device,
                 callback=callback,
                 codec=loaded.codec,
-                **given,
+                **known,
             )
             with torch.no_grad():
                 x = method(loaded.view, request)
@@ -190,14 +207,10 @@ def check_completion(operator: Operator) -> None:
         raise VgmError("this method keeps pixels as they are, it removes no noise", "--noise none", USAGE)
 
 
-def condition(
-    loaded: Loaded, labels: Sequence[int] | None, start: int, stop: int, device: torch.device
-) -> dict[str, Tensor]:
-    conditions = loaded.conditions
-    part = conditions.of_column("label")
-    given = {} if part is None or not labels else {part.name: labels[start:stop]}
-    null = null_condition(loaded, stop - start) if conditions.parts.keys() - given.keys() else None
-    return (null or {}) | conditions.encode(given, device)
+def condition(loaded: Loaded, items: Mapping[str, Sequence[Any]], n: int, device: torch.device) -> dict[str, Tensor]:
+    """Keywords of n images: of these items, and no condition for whatever is left out."""
+    null = null_condition(loaded, n) if loaded.conditions.parts.keys() - items.keys() else None
+    return (null or {}) | loaded.conditions.encode(items, device)
 
 
 def keep_best(best: dict[str, Any], x: Tensor, residual: Tensor, info: Mapping[str, Any]) -> None:
@@ -224,6 +237,8 @@ def run(
     n: int | None = None,
     split: str | None = None,
     label: str = "",
+    prompts: Sequence[str] = (),
+    hints: Sequence[str] = (),
     seed: int = 0,
     steps: int | None = None,
     tries: int = 1,
@@ -265,13 +280,15 @@ def run(
             if len(known) != len(inputs):
                 raise VgmError(f"{truth} has {len(known)} images, {source} has {len(inputs)}", code=USAGE)
             inputs.truth, inputs.labels = known.truth, known.labels
-    labels = labels_for(loaded, label, len(inputs), inputs.labels)
+    given = given_for(loaded, len(inputs), label, prompts, hints, inputs.labels)
+    part = loaded.conditions.of_column("label")
+    labels = None if part is None or part.name not in given else list(given[part.name])
     with Progress("restoring", len(inputs) * tries, every=10) as progress:
         done = restore(
             loaded,
             inputs,
             settings,
-            labels=labels,
+            given=given,
             seed=seed,
             steps=steps,
             tries=tries,
@@ -297,6 +314,8 @@ def run(
         "n": len(inputs),
         "seed": seed,
         "labels": labels,
+        **({"prompts": list(prompts)} if prompts else {}),
+        **({"hints": list(hints)} if hints else {}),
         "nfe": done.info["nfe"],
         "notes": done.info["notes"],
         "seconds": round(time.perf_counter() - began, 2),

@@ -37,7 +37,7 @@ class Plan:
 
     n: int  # number of items
     seed: int = 0  # item i draws from a stream of (seed, i)
-    given: dict[str, list[Any]] = field(default_factory=dict)  # {condition: one item for each image}
+    given: dict[str, Sequence[Any]] = field(default_factory=dict)  # {condition: one item for each image}
     labels: list[int] = field(default_factory=list)  # the classes among them; empty where there are none
     words: dict[str, list[str]] = field(default_factory=dict)  # {condition: what the user typed}, for the records
     negative: dict[str, list[str]] = field(default_factory=dict)  # what to be guided away from, as typed
@@ -69,7 +69,7 @@ class Plan:
     def period(self) -> int:
         """The number of items after which labels repeat, by which grids arrange them; n where they do not repeat, 0
         without labels."""
-        rows = list(zip(*self.given.values()))
+        rows = list(zip(*self.given.values()))  # items are compared: a picture by its pixels
         return next((k for k in range(1, self.n) if rows[k:] == rows[:-k]), self.n) if rows else 0
 
     def asked(self) -> dict[str, Any]:
@@ -116,7 +116,7 @@ class Watched(Request):
 
 def items_for(
     conditions: Conditions, n: int, items: Mapping[str, Sequence[Any]] | None = None, table: Any = None
-) -> dict[str, list[Any]]:
+) -> dict[str, Sequence[Any]]:
     """{condition: an item for each of n images}: the given items in turn, or all that there are. table: a sampler whose
     images make one: an item for each of its columns, or of its rows where it says so.
 
@@ -128,10 +128,10 @@ def items_for(
     return {name: part.in_turn(places, (items or {}).get(name, ())) for name, part in conditions.parts.items()}
 
 
-def labels_in(conditions: Conditions, given: Mapping[str, list[Any]]) -> list[int]:
+def labels_in(conditions: Conditions, given: Mapping[str, Sequence[Any]]) -> list[int]:
     """The classes among the items of `items_for`; [] where there are none."""
     part = conditions.of_column("label")
-    return given[part.name] if part is not None else []
+    return list(given[part.name]) if part is not None else []
 
 
 def sampler_node(
@@ -182,7 +182,8 @@ def stream(
     for start in range(first, last, plan.batch_size):
         stop = min(start + plan.batch_size, last)
         at = torch.device(device)
-        cond = loaded.conditions.encode({name: own[start:stop] for name, own in plan.given.items()}, at)
+        items = {name: own[start:stop] for name, own in plan.given.items()}
+        cond = loaded.conditions.encode(items, at)
         count = plan.judge.candidates if plan.judge else 1
         best: tuple[Tensor, Tensor] | None = None
         for k in range(count):
@@ -200,6 +201,7 @@ def stream(
                 index=list(range(start, stop)),
                 images=plan.images,
                 codec=loaded.codec,
+                asked=loaded.conditions.asked(items),
             )
             before = [g.get_state() for g in request.generators[:1]]
             x = made(loaded, plan, sampler, request)

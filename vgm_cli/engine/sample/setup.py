@@ -8,7 +8,7 @@ from typing import Any
 
 import torch
 
-from vgm_cli import foreign, limits
+from vgm_cli import foreign
 from vgm_cli.api import TakesSteps
 from vgm_cli.conditioning import Conditions, build_parts
 from vgm_cli.data.decode import image_files
@@ -62,7 +62,6 @@ def plan_for(
     prompts: Sequence[str] = (),
     negative: str | None = None,
     hints: Sequence[str] = (),
-    items: Mapping[str, Sequence[Any]] | None = None,
     sampler: str | None = None,
     steps: int | None = None,
     guidance_scale: float | None = None,
@@ -75,8 +74,7 @@ def plan_for(
     accept: float | None = None,
     judge: str = "confidence",
 ) -> Plan:
-    """Command-line options on top of the recipe that the checkpoint carries. items: {condition: items} of conditions
-    that no option asks for."""
+    """Command-line options on top of the recipe that the checkpoint carries."""
     recipe = loaded.header.recipe
     own = {}
     for text in overrides:
@@ -116,7 +114,7 @@ def plan_for(
     wanted = {name: loaded.conditions.parts[name].condition.parse(own) for name, own in words.items()}
     device = next(loaded.model.parameters()).device
     table = build_sampler(node, device)
-    given = items_for(loaded.conditions, n, {**(items or {}), **wanted}, table)
+    given = items_for(loaded.conditions, n, wanted, table)
     plan = Plan(
         n=n,
         seed=seed,
@@ -148,7 +146,7 @@ def warn_of_ignored(info: Mapping[str, Any], plan: Plan) -> None:
     for text in info.get("notes", ()):
         ui.warn(text)
     for name in info.get("ignored", ()):
-        why = "" if plan.given or not name.startswith("guidance") else ": this network has no classes"
+        why = "" if plan.given or not name.startswith("guidance") else ": this network has no conditions"
         option = "input" if name == "images" else name.replace("_", "-")
         ui.warn(f"--{option} has no effect on the sampler {plan.sampler['name']}{why}")
 
@@ -159,21 +157,40 @@ def words_for(
     """{condition: words} of the options --label, --prompt and --hint. VgmError: the network has no such condition."""
     out: dict[str, list[str]] = {}
     labels = [w.strip() for w in label.split(",") if w.strip()]
-    for option, columns, own in (
-        ("--label", ("label",), labels),
-        ("--prompt", ("text",), list(prompts)),
-        ("--hint", ("hint", "image", "mask"), [str(p) for h in hints for p in image_files(h)]),
-    ):
+    for option, column, own in (("--label", "label", labels), ("--prompt", "text", list(prompts))):
         if not own:
             continue
-        part = conditions.of_column(*columns)
+        part = conditions.of_column(column)
         if part is None:
-            there = " and ".join(p.option for p in conditions.parts.values())
-            says = {"--label": "this network is unconditional, it takes no labels"}
-            message = says[option] if option in says and not there else f"this network takes no {option}"
-            raise VgmError(message, f"it takes {there}" if there else "", USAGE)
+            raise not_taken(conditions, option)
         out[part.name] = own
+    for hint in hints:
+        name, files = hint_of(conditions, hint)
+        out[name] = [*out.get(name, ()), *files]
     return out
+
+
+def not_taken(conditions: Conditions, option: str) -> VgmError:
+    there = " and ".join(dict.fromkeys(p.option for p in conditions.parts.values()))
+    says = {"--label": "this network is unconditional, it takes no labels"}
+    message = says[option] if option in says and not there else f"this network takes no {option}"
+    return VgmError(message, f"it takes {there}" if there else "", USAGE)
+
+
+def hint_of(conditions: Conditions, hint: str) -> tuple[str, list[str]]:
+    """(condition, files) of one --hint: a picture or a folder of them; NAME=PICTURE where the network takes several.
+    VgmError: it takes none, or it is not said which is meant."""
+    parts = conditions.of_pictures()
+    if not parts:
+        raise not_taken(conditions, "--hint")
+    names = [p.name for p in parts]
+    name, equals, path = hint.partition("=")
+    if not equals or name not in names:
+        name, path = names[0], hint
+        if len(parts) > 1:
+            hint = " ".join(f"--hint {n}=…" for n in names)
+            raise VgmError(f"this network takes {len(parts)} pictures: {', '.join(names)}", hint, USAGE)
+    return name, [str(p) for p in image_files(path)]
 
 
 def negative_for(conditions: Conditions, negative: str | None) -> dict[str, list[str]]:
@@ -184,17 +201,6 @@ def negative_for(conditions: Conditions, negative: str | None) -> dict[str, list
     if part is None:
         raise VgmError("--negative is a text, which this network does not read", code=USAGE)
     return {part.name: part.condition.parse([negative])}
-
-
-def prompts_in(file: Path) -> list[str]:
-    """The lines of a text file that are not empty. VgmError: there is none."""
-    try:
-        found = [line.strip() for line in limits.read_text(file, code=USAGE).splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as e:
-        raise VgmError(f"--prompts {file} cannot be read: {e}", "a text file, one prompt a line", USAGE) from e
-    if not found:
-        raise VgmError(f"--prompts {file} is empty", "one prompt a line", USAGE)
-    return found
 
 
 def adopt_conditions(
@@ -215,7 +221,7 @@ def adopt_conditions(
         if name not in nodes or not option:
             raise unknown("condition", name, nodes)
         nodes[name][option] = value
-        part = next(p for p in build_parts({name: nodes[name]}, loaded.header.data))
+        part = next(p for p in build_parts({name: nodes[name]}, loaded.header.data, loaded.codec))
         part.trained = False
         loaded.conditions.parts[name] = part
         loaded.conditions.to(next(loaded.model.parameters()).device)

@@ -6,7 +6,7 @@ the fly. Posterior noise is drawn at every step, so caching moments changes noth
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,7 +16,6 @@ from torch import Tensor
 
 from vgm_cli.api import Batch, Step
 from vgm_cli.conditioning import Conditions
-from vgm_cli.data import open_dataset
 from vgm_cli.data.dataset import Dataset, to_float
 from vgm_cli.data.latent_cache import build_cache, open_cache
 from vgm_cli.data.latents import Latents, MemoryLatents, to_model
@@ -24,6 +23,7 @@ from vgm_cli.data.loader import Batches
 from vgm_cli.engine import build
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine.build import Facts
+from vgm_cli.engine.conditions import OfData, columns_of
 from vgm_cli.engine.run import Run
 from vgm_cli.engine.train.codec_stage import train_codec
 from vgm_cli.errors import USAGE, VgmError
@@ -47,6 +47,7 @@ class Feed:
     world: int  # number of processes
     size: int  # rows of a micro-batch, B
     device: torch.device
+    keeps_images: bool = False  # batches have the images as "image", too, for conditions that are made of them
     codec: Any = None  # frozen; None: the model sees pixels
     codec_ref: ckpt.Reference | None = None  # which file the codec is, for checkpoints
     cache: Any = None  # moments (N, 2c, h, w) or tokens (N, *grid), read instead of the images
@@ -88,13 +89,11 @@ class Feed:
             )
         )
 
-    def items(self, conditions: Conditions, n: int) -> dict[str, list[Any]]:
-        """{condition: n items spread over the data}, of conditions that are not a choice of a few."""
-        columns = {name: part.column for name, part in conditions.parts.items() if not len(part.condition.choices)}
-        if not columns:
-            return {}
-        found = self.dataset.gather([i * self.count // n for i in range(n)])
-        return {name: list(found[column]) for name, column in columns.items() if column in found}
+    def items(self, conditions: Conditions, n: int) -> dict[str, Sequence[Any]]:
+        """{condition: n items spread over the data}, of conditions that have none by themselves."""
+        source = self.dataset if self.cache is None or hasattr(self.dataset, "source") else self.cache
+        rows = [i * self.count // n for i in range(n)]
+        return {name: OfData(source, p, rows) for name, p in conditions.parts.items() if not len(p.items)}
 
     def first(self, n: int, shared: int | None = None) -> Batch:
         """The first n rows of this process, or with `shared`, the first so many rows of the whole order on every
@@ -105,9 +104,12 @@ class Feed:
         """A batch as the objective receives it, on the device.
 
         "x": (B, C, H, W) in [-1, 1], or "moments", become latents "x": (B, c, h, w), drawn from the posterior with this
-        step's noise, or "tokens": (B, *grid) int64. Without a codec, the batch stays as it is.
+        step's noise, or "tokens": (B, *grid) int64. Without a codec, the batch stays as it is. What conditions read
+        stays in pixels.
         """
         out = {k: v.to(self.device, non_blocking=True) if isinstance(v, Tensor) else v for k, v in batch.items()}
+        if self.keeps_images and "x" in out:
+            out["image"] = out["x"]
         if self.codec is None:
             return out
         with torch.no_grad():
@@ -131,7 +133,7 @@ def open_images(recipe: Recipe) -> tuple[Any, bool]:
     data = recipe.node("data")
     if not data.path:
         raise VgmError(f"{recipe.name} names no data", NO_DATA_HINT, USAGE)
-    dataset = open_dataset(data.path, size=data.size, channels=data.channels, crop=data.crop, split=data.split)
+    dataset = build.open_images(recipe)
     labelled = build.labelled(recipe, dataset)
     if labelled and not dataset.facts.num_classes:
         raise VgmError(
@@ -175,6 +177,7 @@ def open_feed(
         world=accelerator.num_processes,
         size=micro_size,
         device=accelerator.device,
+        keeps_images="image" in columns_of(recipe.config.get("conditions")),
     )
     node = recipe.config.get("codec")
     if isinstance(dataset, Latents):
@@ -257,7 +260,8 @@ def add_codec(
     folder = None if wish in ("auto", True) else Path(str(wish))
     fingerprint = feed.dataset.fingerprint()
     if folder is not None and accelerator.is_main_process:
-        build_cache(feed.dataset, feed.codec, folder, key, hflip=feed.data.hflip, device=feed.device)
+        how: dict[str, Any] = {"hflip": feed.data.hflip, "keeps_images": feed.keeps_images, "device": feed.device}
+        build_cache(feed.dataset, feed.codec, folder, key, **how)
     accelerator.wait_for_everyone()
     if folder is not None:
         feed.cache = open_cache(folder, key, fingerprint)
@@ -269,6 +273,7 @@ def encode_in_memory(feed: Feed) -> MemoryLatents:
     """Encode every image of a small set, and with data.hflip every mirror image, and keep the moments in memory."""
     batch = 256
     parts: dict[str, list[Any]] = {"moments": [], "flipped": [], "label": [], "text": []}
+    beside: dict[str, list[Tensor]] = {c: [] for c in (*feed.dataset.columns, *["image"] * feed.keeps_images)}
     with torch.no_grad():
         for first in range(0, feed.count, batch):
             images = feed.dataset.gather(range(first, min(first + batch, feed.count)))
@@ -276,6 +281,8 @@ def encode_in_memory(feed: Feed) -> MemoryLatents:
             parts["moments"].append(feed.codec.encode(x).cpu())
             if feed.data.hflip:
                 parts["flipped"].append(feed.codec.encode(x.flip(-1)).cpu())
+            for column, pictures in beside.items():
+                pictures.append(images["x" if column == "image" else column])
             parts["text"] += images.get("text", [])
             parts["label"] += [images["label"]] if "label" in images else []
     return MemoryLatents(
@@ -283,4 +290,5 @@ def encode_in_memory(feed: Feed) -> MemoryLatents:
         torch.cat(parts["flipped"]) if parts["flipped"] else None,
         torch.cat(parts["label"]).numpy() if parts["label"] else None,
         parts["text"] or None,
+        {column: torch.cat(pictures) for column, pictures in beside.items()},
     )

@@ -254,7 +254,7 @@ def time_steps(
     n = max(2, min(share, int(affordable / max(flops_image, 1))))
     ui.info(f"timing {recipe.name} with {n} images on {device.type}, at most about {TIMED_SECONDS:.0f} s …")
     codec = {"codec": planned.codec} if planned else {}
-    built = build.build_objective(recipe, facts, {**codec, **build.plan_roles(recipe, facts)})
+    built = build.build_objective(recipe, facts, {**codec, **build.plan_roles(recipe, facts, codec.get("codec"))})
     for network in built.networks.values():
         network.to(device)
     step = Step(index=0, device=device)

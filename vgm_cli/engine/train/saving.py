@@ -48,7 +48,7 @@ def header(t: Trainer, role: str = "model", weights: str = "raw") -> ckpt.Header
 def save(t: Trainer, done: int, seconds: float) -> None:
     """One complete checkpoint; it gets its name only when every byte is on disk."""
     main = t.acc.is_main_process
-    states = {r: sharding.gather(t.networks[r].state_dict(), main) for r in {"model", *t.trained}}
+    states = {r: sharding.gather(t.networks[r].state_dict(), main) for r in {"model", *t.kept}}
     averages = {a.name: sharding.gather(a.state_dict(), main) for a in t.averages}
     tensors: dict[str, Tensor] = {}
     for name, optimizing in t.optimizers.items():
@@ -84,7 +84,7 @@ def write(
     for name, state in averages.items():
         own.weights = name
         tensors |= save_weights(t, temp, name, state, own)
-    for role in t.trained:
+    for role in t.kept:
         if role != "model":
             other = header(t, role)
             other.step, other.extra = done, identity

@@ -189,6 +189,7 @@ class Trainer:
         ckpt.check_view(self.objective.view())
         self.phases: list[Phase] = built.phases()
         self.trained = sorted({role for phase in self.phases for role in phase.roles})
+        self.kept = sorted({*self.trained, *self.conditions.networks})  # with files of their own
         self._place(micro_size)
         self._choose_kernels()
         roots = self._wrap()
@@ -298,7 +299,8 @@ class Trainer:
     def to_model(self, batch: Batch, step: Step) -> Batch:
         """On the device, latents drawn from the posterior of a frozen codec, then conditions; those whose encoders are
         trained are left to the root."""
-        return self.conditions.apply(self.feed.to_model(batch, step), step)
+        out = self.feed.to_model(batch, step)
+        return out if self.feed.dataset is None else self.conditions.apply(out, step)
 
     def begin_step(self, step: Step) -> None:
         """Set the learning rates and weight decays that the recipe and the objective want at this step."""

@@ -1,0 +1,113 @@
+"""Conditions at work: the columns of the data that they read, their weights, and items of the data for whoever asks for
+none."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from vgm_cli.api import HasClasses, ReadsPictures
+from vgm_cli.conditioning import Conditions, Part, Picture, build_parts, missing_column
+from vgm_cli.engine import checkpoint as ckpt
+from vgm_cli.engine.facts import Facts
+from vgm_cli.errors import USAGE, VgmError
+
+ANY = {"image_size": 8, "image_channels": 3, "num_classes": 1}  # facts, where only names are asked for
+
+
+def columns_of(nodes: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """Names of the columns of pictures that a recipe's conditions read; `image` is the image itself."""
+    plain = {name: {k: v for k, v in n.items() if k != "items"} for name, n in (nodes or {}).items() if n is not None}
+    with torch.device("meta"):
+        conditions = Conditions(build_parts(plain, ANY))
+    reads = [c for p in conditions.of_pictures() if isinstance(p.condition, ReadsPictures) for c in p.condition.reads]
+    return tuple(dict.fromkeys(reads))
+
+
+def beside(nodes: Mapping[str, Any] | None) -> tuple[str, ...]:
+    """Those of them that lie beside the images."""
+    return tuple(c for c in columns_of(nodes) if c != "image")
+
+
+def conditions_for(nodes: Mapping[str, Any], facts: Facts, model: Any = None, codec: Any = None) -> Conditions:
+    """The conditions of a recipe, for its network; encoders whose weights lie in a file have these. VgmError: a
+    condition is to be dropped and nothing says what no condition is, a file is missing or is another encoder's."""
+    conditions = Conditions(build_parts(nodes, asdict(facts), codec), model)
+    if isinstance(model, HasClasses) and not model.num_classes:
+        conditions.parts = {n: p for n, p in conditions.parts.items() if p.condition.column != "label"}
+    conditions.check()
+    for name, part in conditions.parts.items():
+        if part.weights and isinstance(part.condition, nn.Module):
+            read_encoder(part.condition, weights_file(part.weights, name), name)
+            part.condition.requires_grad_(part.trained)
+    return conditions
+
+
+def weights_file(weights: str, name: str) -> Path:
+    """The file of an encoder's weights: itself, or the one beside a run's network. VgmError: there is none."""
+    path = ckpt.resolve(weights)
+    file = path if path.stem == name else path.parent / f"{name}.safetensors"
+    if not file.is_file():
+        raise VgmError(f"conditions.{name}: {weights} has no {file.name}", f"conditions.{name}.weights=FILE", USAGE)
+    return file
+
+
+def read_encoder(encoder: nn.Module, file: Path, name: str) -> None:
+    """Weights into an encoder; on the meta device there is nowhere to put them."""
+    if any(p.is_meta for p in encoder.parameters()):
+        return
+    tensors, _ = ckpt.read_tensors(file)
+    ckpt.check_fit(encoder, tensors, file, name)
+    ckpt.refuse_non_finite(tensors, file)
+    encoder.load_state_dict(tensors)
+
+
+# -- items of the data -------------------------------------------------------------------------------------------------
+
+
+class OfData(Sequence[Any]):
+    """The items that one condition would have of these rows of a data set, read when they are looked at."""
+
+    def __init__(self, dataset: Any, part: Part, rows: Sequence[int]):
+        self.dataset, self.part, self.rows = dataset, part, rows
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def __getitem__(self, at: Any) -> Any:
+        return self.read(self.rows[at]) if isinstance(at, slice) else self.read([self.rows[at]])[0]
+
+    def read(self, rows: Sequence[int]) -> list[Any]:
+        items = self.part.of_data(self.dataset.gather(rows), rows)
+        if items is None:
+            raise missing_column(self.part, self.part.column)
+        if isinstance(self.part.condition, ReadsPictures):
+            return [Picture(x) for x in items]
+        return items.tolist() if isinstance(items, torch.Tensor) else list(items)
+
+
+def give_of_data(conditions: Conditions, dataset: Any, rows: Sequence[int]) -> None:
+    """Let conditions that are no choice of a few ask for what these rows of the data have, where their recipe says
+    nothing, and the labels go with them. VgmError: the data lacks a column."""
+    open_ones = [p for p in conditions.parts.values() if not len(p.items)]
+    for part in open_ones:
+        check_column(part, dataset)
+        part.given = OfData(dataset, part, rows)
+    label = conditions.of_column("label")
+    if open_ones and label is not None and dataset.facts.labels is not None:
+        label.given = OfData(dataset, label, rows)
+
+
+def check_column(part: Part, dataset: Any) -> None:
+    """VgmError: the data has no column of a condition."""
+    f = dataset.facts
+    there = {*f.columns, *(["text"] if f.captions else []), *(["label"] if f.labels is not None else [])}
+    there |= {"image"} if hasattr(dataset, "source") else set()
+    reads = part.condition.reads if isinstance(part.condition, ReadsPictures) else (part.column,)
+    if missing := [c for c in reads if c not in there]:
+        raise missing_column(part, missing[0])
