@@ -18,6 +18,7 @@ from vgm_cli.conditioning import ClassLabel, Conditions, Part, unconditional
 from vgm_cli.data.arrays import COLOURS, SHAPES
 from vgm_cli.errors import VgmError
 from vgm_cli.nets.text import WordEncoder
+from vgm_cli.registry import registry
 
 WORDS = ["a", *COLOURS, *SHAPES]
 Vgm = Callable[..., tuple[int, str, str]]
@@ -80,6 +81,23 @@ def test_words_are_read_by_the_word() -> None:
     for wrong, told in (("a mauve circle", "mauve"), ("a red red circle", "4 words")):
         with pytest.raises(VgmError, match=told):
             encoder.parse([wrong])
+
+
+def test_a_header_names_no_file_of_another_folder(tmp_path: Path) -> None:
+    from vgm_cli.engine import checkpoint as ckpt
+
+    component = {
+        "kind": "model",
+        "name": "sit",
+        "kwargs": {"hidden_size": 8, "depth": 1, "num_heads": 2, "input_size": 4},
+    }
+    header = ckpt.Header(component=component, conditions={"../text": {"name": "words", "words": ["a"], "train": True}})
+    with torch.device("meta"):
+        network = registry().build("model", {"name": "sit", **component["kwargs"]})
+    state = {k: torch.zeros(v.shape) for k, v in network.state_dict().items()}
+    ckpt.save_network(tmp_path / "x.safetensors", state, header)
+    with pytest.raises(VgmError, match="no name of a condition"):
+        ckpt.load(tmp_path / "x.safetensors")
 
 
 OLD = {

@@ -95,6 +95,18 @@ def test_pictures_beside_images_are_a_column(tmp_path: Path, layout: str) -> Non
     assert data.fingerprint() != open_dataset(path, quiet=True, **how).fingerprint()
 
 
+@pytest.mark.parametrize("kind", ["zip", "tar", "npz"])
+def test_packed_columns_and_captions_are_read_again(tmp_path: Path, vgm: Vgm, kind: str) -> None:
+    path, _ = pairs(tmp_path / "set", "suffix")
+    code, _, err = vgm("data", "pack", path, f"packed.{kind}", "--column", "lineart")
+    assert code == 0, err
+    before, after = (
+        open_dataset(p, columns=["lineart"], quiet=True).gather(range(4)) for p in (path, f"packed.{kind}")
+    )
+    assert torch.equal(before["x"], after["x"]) and torch.equal(before["lineart"], after["lineart"])
+    assert before["text"] == after["text"] and len(open_dataset(f"packed.{kind}", quiet=True)) == 4
+
+
 def test_an_array_of_splits_divides_an_npz(tmp_path: Path) -> None:
     path, _ = pairs(tmp_path / "set", "npz")
     assert len(open_dataset(path, split="train")) == 3 and len(open_dataset(path, split="test")) == 1
@@ -243,6 +255,8 @@ def test_line_art_from_training_to_pictures(vgm: Vgm, tmp_path: Path, recipe: An
         assert code == 0, err
     code, _, err = vgm(*own, "rerun", "y.png", "--out", "again.png")
     assert code == 0, err
+    code, out, err = vgm(*own, "evaluate", "whole", "-n", 6, "--metrics", "straightness:steps=2", "--json")
+    assert code == 0 and json.loads(out)[0]["conditions"] == "openmoji", err
     picture(9, (50, 40)).save("odd.png")
     code, _, err = vgm(*own, "sample", "whole", "-n", 1, "--hint", "odd.png", "--out", "o.png")
     assert code == 0 and "50×40" in err

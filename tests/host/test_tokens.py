@@ -223,6 +223,28 @@ def test_a_pyramid_trains_and_samples(vgm: Vgm, plugin: Path, tmp_path: Path) ->
     assert one.shape == (3, 28, 28, 1) and (one == three).all() and not (one[0] == one[1]).all()
 
 
+def test_a_picture_of_tokens_depends_on_its_label_and_number_alone(
+    vgm: Vgm, tiny_dataset: Path, tmp_path: Path
+) -> None:
+    """Whatever other labels are asked for, and however many are sampled at once."""
+    small = ("model.dim=32", "model.n_layer=1", "model.n_head=2", "train.steps=2", "train.batch_size=8",
+             "train.preview_n=0", "train.precision=fp32")  # fmt: skip
+    codec = {"name": "vqgan", "weights": "mnist-tokenizer", "output": "tokens"}
+    data = (f"data.path={tiny_dataset}", f"codec={json.dumps(codec)}")
+    code, _, err = vgm("train", "llamagen", *small, *data, "--out", "run")
+    assert code == 0, err
+
+    def drawn(*words: object) -> np.ndarray:
+        code, _, err = vgm("sample", "run", "-n", 4, *words, "--out", "x.npz", "--overwrite")
+        assert code == 0, err
+        return np.load("x.npz")["arr_0"].copy()
+
+    both = drawn("--label", "0,1")
+    assert (both == drawn("--label", "0,1", "--batch-size", 1)).all()
+    assert (both[::2] == drawn("--label", "0")[::2]).all() and (both[1::2] == drawn("--label", "1")[1::2]).all()
+    assert not (both[1] == drawn("--label", "0")[1]).all()
+
+
 @torch.no_grad()
 def test_sampling_sees_what_training_saw(vgm: Vgm, plugin: Path) -> None:
     """The cached logits of every grid are those of the whole sequence under the block-causal mask."""

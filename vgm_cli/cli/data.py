@@ -22,6 +22,9 @@ Channels = Annotated[int | None, typer.Option(help="1 or 3. Default: as found.")
 Crop = Annotated[str, typer.Option(help="adm | center | resize | none")]
 Split = Annotated[str | None, typer.Option(help="train, val or test, where the set has them.")]
 Overwrite = Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")]
+Columns = Annotated[
+    list[str] | None, typer.Option("--column", help="Pictures beside the images, by name; several times for several.")
+]
 LabelKey = Annotated[str | None, typer.Option(help="Column, array or JSON key that holds the labels.")]
 
 
@@ -111,7 +114,7 @@ def described(dataset: Any) -> dict[str, Any]:
         "unlabelled": "",
         "captions": f.captions,
         "caption": None,
-        "columns": sorted(f.columns) if not hasattr(dataset, "source") else dataset.source.columns,
+        "columns": dataset.source.columns if isinstance(dataset, Dataset) else sorted(f.columns),
         "class_names": f.class_names,
         "skipped": f.skipped,
         "others": f.others,
@@ -151,6 +154,7 @@ def pack(
     crop: Crop = "adm",
     split: Split = None,
     label_key: LabelKey = None,
+    columns: Columns = None,
     overwrite: Overwrite = False,
 ) -> None:
     """Crop a set once and store it as one file: EDM's .zip, ADM's .npz or a webdataset .tar.
@@ -171,7 +175,8 @@ def pack(
     check_target(target, overwrite)
     if crop == "random":
         raise VgmError("random crops differ each time: a packed set has one", "--crop adm", USAGE)
-    dataset = opened(source, size=size, channels=channels, crop=crop, split=split, label_key=label_key)
+    how: dict[str, Any] = {"size": size, "channels": channels, "crop": crop, "split": split, "label_key": label_key}
+    dataset = opened(source, **how, columns=columns or ())
     f = dataset.facts
     known = len(f.skipped)
     with Progress("packing", f.count) as progress:
@@ -212,6 +217,7 @@ def encode(
     crop: Crop = "adm",
     split: Split = None,
     label_key: LabelKey = None,
+    columns: Columns = None,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Build a cache that is there again.")] = False,
 ) -> None:
     """Encode every image once for a frozen codec, into a folder that training reads (data.cache_latents=FOLDER).
@@ -226,6 +232,8 @@ def encode(
 
         vgm data encode photos/ --codec VQGAN_RUN --tokens --out cache/
 
+        vgm data encode photos/ --codec KL_RUN --column lineart --out cache/   # image: the pictures themselves
+
     Next: vgm train dit data.path=PATH data.cache_latents=cache/
     """
     from vgm_cli.data import Dataset, tell_skipped
@@ -236,13 +244,14 @@ def encode(
         raise unknown("dtype", dtype, DTYPES)
     device = device_for()
     network, digest = open_codec(codec, device, tokens)
-    dataset = opened(path, size=size, channels=channels, crop=crop, split=split, label_key=label_key)
+    beside = [c for c in columns or () if c != "image"]
+    read: dict[str, Any] = {"size": size, "channels": channels, "crop": crop, "split": split, "label_key": label_key}
+    dataset = opened(path, **read, columns=beside)
     if not isinstance(dataset, Dataset):
         raise VgmError(f"{path} holds latents already", "name the images", USAGE)
     known = len(dataset.facts.skipped)
-    latents = build_cache(
-        dataset, network, out, digest, hflip=hflip, device=device, dtype=dtype, batch=batch_size, overwrite=overwrite
-    )
+    how: dict[str, Any] = {"hflip": hflip, "dtype": dtype, "keeps_images": "image" in (columns or ())}
+    latents = build_cache(dataset, network, out, digest, device=device, batch=batch_size, overwrite=overwrite, **how)
     facts = described(latents)
     ui.document({"out": str(out), **facts})
     ui.data(str(out))

@@ -237,6 +237,9 @@ def load_conditions(
     nodes = header.conditions
     if nodes is None:
         nodes = renamed.conditions_of(header.component, header.recipe)
+    if odd := [name for name in nodes if not re.fullmatch(r"[\w-]+", name)]:
+        raise VgmError(f"{path}: {short(odd[0])} is no name of a condition", code=FAILED)
+    nodes = {k: {key: v for key, v in node.items() if key not in ("items", "weights")} for k, node in nodes.items()}
     foreign.tell_files(nodes, path)
     conditions = Conditions(build_parts(nodes, header.data, codec), model)
     for name, encoder in conditions.networks.items():

@@ -13,6 +13,7 @@ from torch import nn
 
 from vgm_cli.api import HasClasses, ReadsPictures
 from vgm_cli.conditioning import Conditions, Part, Picture, build_parts, missing_column
+from vgm_cli.data import Dataset
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine.facts import Facts
 from vgm_cli.errors import USAGE, VgmError
@@ -107,7 +108,7 @@ def check_column(part: Part, dataset: Any) -> None:
     """VgmError: the data has no column of a condition."""
     f = dataset.facts
     there = {*f.columns, *(["text"] if f.captions else []), *(["label"] if f.labels is not None else [])}
-    there |= {"image"} if hasattr(dataset, "source") else set()
+    there |= {"image"} if isinstance(dataset, Dataset) else set()
     reads = part.condition.reads if isinstance(part.condition, ReadsPictures) else (part.column,)
     if missing := [c for c in reads if c not in there]:
         raise missing_column(part, missing[0])

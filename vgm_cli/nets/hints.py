@@ -41,8 +41,7 @@ class FromPictures:
     def operate(self, x: Tensor, drawn: Sequence[torch.Generator]) -> Operator:
         """The operator bound to these pictures (B, C, H, W)."""
         assert self.operator is not None
-        with torch.device("cpu"):  # shapes are asked for where networks are built without memory
-            return self.operator.bind(tuple(x.shape[1:]), drawn)
+        return self.operator.bind(tuple(x.shape[1:]), drawn)
 
     def draw_seeds(self, n: int) -> list[torch.Generator]:
         return generators(seed_of("given picture", i) for i in range(n))
@@ -118,8 +117,9 @@ class Hint(FromPictures):
     @cached_property
     def picture_shape(self) -> tuple[int, int, int]:
         """(C, H, W) of a hint in pixels."""
-        x = torch.zeros(1, self.channels, self.size, self.size, device="cpu")
-        c, h, w = self.items_of({self.column: x}, self.draw_seeds(1)).shape[1:]
+        with torch.device("cpu"):  # also where networks are built without memory
+            x = torch.zeros(1, self.channels, self.size, self.size)
+            c, h, w = self.items_of({self.column: x}, self.draw_seeds(1)).shape[1:]
         return c, h, w
 
     @property

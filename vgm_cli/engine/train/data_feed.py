@@ -91,7 +91,7 @@ class Feed:
 
     def items(self, conditions: Conditions, n: int) -> dict[str, Sequence[Any]]:
         """{condition: n items spread over the data}, of conditions that have none by themselves."""
-        source = self.dataset if self.cache is None or hasattr(self.dataset, "source") else self.cache
+        source = self.dataset if self.cache is None or isinstance(self.dataset, Dataset) else self.cache
         rows = [i * self.count // n for i in range(n)]
         return {name: OfData(source, p, rows) for name, p in conditions.parts.items() if not len(p.items)}
 
