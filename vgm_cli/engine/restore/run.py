@@ -153,7 +153,7 @@ def restore(
                 x = loaded.codec.decode(x.float() if x.is_floating_point() else x) if loaded.codec is not None else x
                 x = x.float()
                 if blend is not None:
-                    made = request.info.get("made", ~given["mask"][:, 0])
+                    made = request.info.get("made", ~known["mask"][:, 0])
                     x = blended(x, inputs.whole(start, stop).to(x), made, blend)
                 refuse_non_finite(x, start, f"a gentler {settings.method['name']}, or weights that are finite")
                 residual = (y - operator(x)).flatten(1).norm(dim=1)
