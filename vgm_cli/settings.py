@@ -43,7 +43,7 @@ TORCH_OPTIMIZERS = ("adamw", "adam", "sgd", "rmsprop", "adagrad", "adamax", "rad
 class Data:
     """`data:` where the images come from. size, channels and num_classes are read off the data when it is there."""
 
-    path: str | None = None  # folder, .zip, .tar, .npz or a shipped set (mnist5k, shapes); nothing trains without
+    path: str | None = None  # folder, .zip, .tar, .npz or a shipped set (`vgm ls datasets`); nothing trains without
     size: Side | None = None  # pixels per side; null: as found
     channels: Literal[1, 3] | None = None  # null: as found
     num_classes: Whole | None = None  # used only where there is no data to count (--plan)
@@ -51,7 +51,7 @@ class Data:
     crop: Literal["adm", "center", "random", "resize", "none"] = "adm"  # adm: the centre as ADM and DiT cut it
     hflip: bool = False  # random horizontal flips
     labels: bool | None = None  # null: use labels where the data has them
-    split: str | None = None  # train | val | test where the set has them; shipped sets: test is every tenth image
+    split: str | None = None  # train | val | test where the set has them; shipped sets have train and test
     workers: Annotated[int, Ge(0), Le(1024)] = 0  # loader processes for sets that do not fit in memory
     cache_latents: Text | bool = "auto"  # latents of a frozen codec: auto (memory if small), a folder, or false
 

@@ -235,7 +235,7 @@ def test_a_picture_of_tokens_depends_on_its_label_and_number_alone(
     assert code == 0, err
 
     def drawn(*words: object) -> np.ndarray:
-        code, _, err = vgm("sample", "run", "-n", 4, *words, "--out", "x.npz", "--overwrite")
+        code, _, err = vgm("sample", "run", "-n", 4, "--guidance-scale", 40, *words, "--out", "x.npz", "--overwrite")
         assert code == 0, err
         return np.load("x.npz")["arr_0"].copy()
 
