@@ -227,7 +227,7 @@ def test_a_picture_of_tokens_depends_on_its_label_and_number_alone(
     vgm: Vgm, tiny_dataset: Path, tmp_path: Path
 ) -> None:
     """Whatever other labels are asked for, and however many are sampled at once."""
-    small = ("model.dim=32", "model.n_layer=1", "model.n_head=2", "train.steps=2", "train.batch_size=8",
+    small = ("model.dim=32", "model.n_layer=1", "model.n_head=2", "train.steps=6", "train.batch_size=8", "optimizer.lr=0.05", "optimizer.warmup=0",
              "train.preview_n=0", "train.precision=fp32")  # fmt: skip
     codec = {"name": "vqgan", "weights": "mnist-tokenizer", "output": "tokens"}
     data = (f"data.path={tiny_dataset}", f"codec={json.dumps(codec)}")
