@@ -90,7 +90,9 @@ def official(case: GoldenCase) -> bool:
 def training_forward(case: GoldenCase) -> None:
     model = load(case, training=True).train()
     ids, y, order, out = case.inputs["idx"], case.inputs["cond"], case.inputs["token_order"], case.outputs
-    dropped = torch.where(case.inputs["force_drop_ids"].bool(), model.null_condition({"y": y})["y"], y)
+    dropped = y
+    if "in/force_drop_ids" in case:
+        dropped = torch.where(case.inputs["force_drop_ids"].bool(), model.null_condition({"y": y})["y"], y)
     raster = torch.arange(ids.shape[1]).expand_as(ids)
     cases = {"": (y, order), "_dropped": (dropped, order), "raster_": (y, raster), "eval_": (y, order)}
     assert_close(model.table(torch.device("cpu")), out["freqs_cis"], 1e-6, "freqs_cis")
@@ -147,8 +149,9 @@ def training_steps(case: GoldenCase) -> None:
     assert case.inputs["idx"].shape[:2] == (run["steps"], run["batch"])
     assert f"out/step{run['steps'] - 1}.loss" in case and f"out/step{run['steps']}.loss" not in case
     share = case.config[OFFICIAL].get("class_dropout_prob", 0.1)
-    null = model.null_condition({"y": case.inputs["cond"]})["y"]
-    labels = torch.where(case.inputs["drop_u"] < share, null, case.inputs["cond"])
+    labels = case.inputs["cond"]
+    if share:
+        labels = torch.where(case.inputs["drop_u"] < share, model.null_condition({"y": labels})["y"], labels)
     for k, (ids, y, order) in enumerate(zip(case.inputs["idx"], labels, case.inputs["token_order"])):
         optimizing.begin(k, {})
         assert math.isclose(adam.param_groups[0]["lr"], float(out[f"step{k}.lr"]), rel_tol=1e-9, abs_tol=1e-15)
@@ -238,7 +241,8 @@ def extrapolation(case: GoldenCase) -> None:
         (steps, scale), spatial = read_call(case, name, call), tuple(call.get("spatial_cfg_scales", (1.0, 1.0)))
         masked = int(small * call.get("spatial_masking_ratio", 0.5))
         blanked = torch.zeros(len(y), small, dtype=torch.bool)
-        blanked.scatter_(1, case.inputs["spatial_perm"][:, :masked], True)
+        if "in/spatial_perm" in case:
+            blanked.scatter_(1, case.inputs["spatial_perm"][:, :masked], True)
         seen, boundary = Seen(), call.get("ntk_boundary", 2)
         counts = passes(small, steps), passes(large, steps, small)[:-1]  # the official loop ends before the last pass
         ids = enlarge(model, y, order, counts, (GREEDY, GREEDY), scale, spatial, blanked, boundary=boundary, watch=seen)
