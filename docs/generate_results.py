@@ -52,6 +52,9 @@ RUNS = [  # the longest first, those that others wait for before all
     Run("consistency", "train consistency"),
     Run("meanflow", "train meanflow"),
     Run("meanflow-finetune", "distill meanflow --recipe mnist-finetune --teacher {dir}/sit", after="sit"),
+    Run("scm-distilled", "distill scm --recipe mnist-scd --teacher {dir}/sit", after="sit"),
+    Run("scm-from-data", "distill scm --recipe mnist-sct --teacher {dir}/sit", after="sit"),
+    Run("scm", "train scm"),
     Run("dit", "train dit", bits="bits-per-dim:n=50"),
     Run("lightningdit", "train lightningdit", bits="bits-per-dim:n=50"),
     Run("vavae", "train lightningdit --recipe mnist-vavae", "fid,psnr", sampled=False),
@@ -199,7 +202,7 @@ def students(rows: dict[str, dict[str, Any]]) -> str:
     """Teachers and what was distilled from them."""
     cells = []
     for teacher, names in {
-        "sit": ("dmd", "consistency-distilled", "meanflow-finetune"),
+        "sit": ("dmd", "consistency-distilled", "meanflow-finetune", "scm-distilled", "scm-from-data"),
         "rectified-flow": ("rectified-flow-2", "rectified-flow-1"),
     }.items():
         for name in (teacher, *names):

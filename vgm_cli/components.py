@@ -39,6 +39,15 @@ NETWORKS = (
     ),
     Component(
         kind="model",
+        name="song-unet",
+        target="vgm_cli.nets.song_unet:SongUNet",
+        presets={"cifar10": {"img_resolution": 32, "in_channels": 3}},
+        from_data={"img_resolution": "size", "in_channels": "channels", "num_classes": "num_classes"},
+        summary="EDM's DDPM++, the U-Net of CIFAR-10",
+        denoiser=True,
+    ),
+    Component(
+        kind="model",
         name="lpips",
         target="vgm_cli.losses.lpips:LPIPS",
         summary="perceptual distance; VGG and heads by path",

@@ -48,7 +48,7 @@ def vgm_components() -> Iterable[Component | Paper]:
         Component(
             kind="model",
             name="meanflow-unet",
-            target="vgm_plugins.meanflow.unet:SongUNet",
+            target="vgm_plugins.meanflow.model:MeanFlowUNet",
             presets="vgm_plugins.meanflow.presets:UNETS",
             from_data={"img_resolution": "size", "in_channels": "channels"},
             summary="DDPM++ as in EDM, told two times and how its image was augmented",

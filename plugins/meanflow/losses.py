@@ -12,7 +12,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from vgm_cli.diffusion.jvp import SameDraws, total_derivative
+from vgm_cli.diffusion.jvp import total_derivative
 from vgm_cli.nn.shapes import expand
 
 Velocity = Callable[..., Tensor]
@@ -83,22 +83,11 @@ def average_velocity(
             u = velocity(*here, **own)
             parts.append((u, torch.zeros_like(u)))
             continue
-        parts.append(derivative(lambda z, t, r, own=own: velocity(z, t, r, **own), here, v[at], joint))
+        tangents = (v[at], torch.ones_like(here[1]), torch.zeros_like(here[2]))
+        parts.append(total_derivative(lambda z, t, r, own=own: velocity(z, t, r, **own), here, tangents, joint=joint))
     back = torch.cat([same, differ]).argsort().to(z.device)
     u, du = (torch.cat(column)[back] for column in zip(*parts))
     return u, du.detach()
-
-
-def derivative(f: Velocity, at: tuple[Tensor, Tensor, Tensor], v: Tensor, joint: bool) -> tuple[Tensor, Tensor]:
-    """(f, df/dt) at (z, t, r) in the direction (v, 1, 0)."""
-    tangents = (v, torch.ones_like(at[1]), torch.zeros_like(at[2]))
-    if joint:
-        return total_derivative(f, at, tangents)
-    replay = SameDraws(at[0].device)
-    with replay, torch.no_grad():
-        _, du = total_derivative(f, at, tangents)
-    with replay:
-        return f(*at), du
 
 
 def target_of(v: Tensor, du: Tensor, t: Tensor, r: Tensor) -> Tensor:

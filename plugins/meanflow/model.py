@@ -1,17 +1,20 @@
-"""MeanFlow's transformer: DiT (vgm_cli/nets/dit.py) that is told two times and gives an average velocity.
+"""MeanFlow's networks, told two times, which give an average velocity: DiT (vgm_cli/nets/dit.py) and EDM's DDPM++
+(vgm_cli/nets/song_unet.py).
 
-Gsunshine/meanflow@d70cb55 models/models_dit.py and zhuyu-cs/MeanFlow@04d183c sit.py, which are the same function.
+Gsunshine/meanflow@d70cb55 models/models_dit.py and zhuyu-cs/MeanFlow@04d183c sit.py, which are the same function;
+Gsunshine/py-meanflow@1f6d72d meanflow/models/unet.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 from torch import Tensor
 
 from vgm_cli.nets.dit import DiT
-from vgm_cli.ranges import Depth, Positive, Side, Whole, Width
+from vgm_cli.nets.song_unet import SongUNet
+from vgm_cli.ranges import Depth, Positive, Rate, Side, Whole, Width
 
 
 class MeanFlowDiT(DiT):
@@ -48,3 +51,42 @@ class MeanFlowDiT(DiT):
     @staticmethod
     def example(config: Mapping[str, Any]) -> dict[str, Tensor]:
         return DiT.example({**config, "second_time": True})
+
+
+class MeanFlowUNet(SongUNet):
+    """u(x, t, s = t - r, augment): the same average velocity on CIFAR-10, told how its image was augmented."""
+
+    def __init__(
+        self,
+        img_resolution: Side = 32,  # side of x
+        in_channels: Width = 3,  # channels of x
+        out_channels: Width | None = None,  # None: as many
+        augment_dim: Whole = 0,  # numbers that say how an image was augmented; 0: it is not told
+        model_channels: Width = 128,  # width that the multipliers are of
+        channel_mult: Sequence[int] = (2, 2, 2),  # of every level, each half the size of the one before
+        channel_mult_emb: Width = 4,  # of the embedding
+        num_blocks: Depth = 4,  # residual blocks of a level
+        attn_resolutions: Sequence[int] = (16,),  # sides at which attention follows a block
+        dropout: Rate = 0.2,  # inside blocks
+        channel_mult_noise: Width = 2,  # of each time's waves
+        resample_filter: Sequence[int] = (1, 3, 3, 1),  # taps of the filter of every change of size
+    ):
+        super().__init__(
+            img_resolution,
+            in_channels,
+            out_channels,
+            augment_dim,
+            model_channels,
+            channel_mult,
+            channel_mult_emb,
+            num_blocks,
+            attn_resolutions,
+            dropout,
+            channel_mult_noise,
+            resample_filter,
+            second_time=True,
+        )
+
+    @staticmethod
+    def example(config: Mapping[str, Any]) -> dict[str, Tensor]:
+        return SongUNet.example({**config, "second_time": True})

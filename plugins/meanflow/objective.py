@@ -21,6 +21,8 @@ from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.diffusion.flow_map import FlowMap
 from vgm_cli.diffusion.objectives import target_of as path_target
 from vgm_cli.errors import USAGE, VgmError, unknown
+from vgm_cli.nets.song_unet import SongUNet
+from vgm_cli.nn.copying import copy_and_tell
 from vgm_cli.nn.shapes import expand
 from vgm_cli.ranges import Fraction, NonNegative, Positive, fit
 
@@ -35,7 +37,6 @@ from .losses import (
     summed,
     target_of,
 )
-from .unet import SongUNet
 
 
 class MeanFlow(ObjectiveBase):
@@ -82,7 +83,7 @@ class MeanFlow(ObjectiveBase):
             if teacher.prediction != "velocity" or path is not None:
                 raise VgmError("the teacher must predict velocities, on its own path", "objective.path=null", USAGE)
             assert isinstance(teacher.network, nn.Module)
-            start_from(model, teacher.network)
+            copy_and_tell(teacher.network, model)
             config = teacher.config()
         self.flow = FlowMap(model, config, second_time="difference", guided=self.guided)
         self.draws, self.order = times, order
@@ -206,20 +207,3 @@ def pipe_of(config: Mapping[str, float] | None, model: nn.Module) -> AugmentPipe
         hint = f"model.name=meanflow-unet model.augment_dim={pipe.labels}"
         raise VgmError(f"the augmentation gives {pipe.labels} labels, the network is told {wanted}", hint, USAGE)
     return pipe
-
-
-SECOND, LAST = "r_embedder.", "r_embedder.mlp.2."
-
-
-@torch.no_grad()
-def start_from(model: nn.Module, teacher: nn.Module) -> None:
-    """Copy the teacher into a network that is it with a second time embedder, whose last layer becomes 0: at first the
-    average velocity is the teacher's at t, whatever r is. VgmError: it is another network."""
-    want, have = model.state_dict(), teacher.state_dict()
-    own = {k: v for k, v in want.items() if k.startswith(SECOND)}
-    if {k: v.shape for k, v in have.items()} != {k: v.shape for k, v in want.items() if k not in own}:
-        hint = "model={name: teacher, second_time: true, weights: null}"
-        raise VgmError("the network is not the teacher's with a second time", hint, USAGE)
-    if any(p.is_meta for p in model.parameters()):
-        return
-    model.load_state_dict({**have, **{k: torch.zeros_like(v) if k.startswith(LAST) else v for k, v in own.items()}})

@@ -16,6 +16,7 @@ from torch import Tensor, nn
 
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.nn.example import label, noise
+from vgm_cli.nn.norm import pixel_norm  # noqa: F401  # its networks take all their layers from here
 from vgm_cli.nn.precision import full_precision
 
 # name: (function, gain that keeps the variance)
@@ -39,11 +40,6 @@ def bias_act(
     if gain != 1:
         x = x * gain
     return x if clamp is None else x.clamp(-clamp, clamp)
-
-
-def pixel_norm(x: Tensor) -> Tensor:
-    """x / sqrt(mean over channels of x^2): (B, C, ...) -> (B, C, ...)."""
-    return x * (x.square().mean(1, keepdim=True) + 1e-8).rsqrt()
 
 
 def one_hot(y: Tensor | None, classes: int) -> Tensor:

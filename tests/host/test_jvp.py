@@ -27,6 +27,15 @@ NETWORKS = {
     "meanflow-unet": yaml.safe_load(
         "{img_resolution: 8, in_channels: 2, model_channels: 16, channel_mult: [1, 2], num_blocks: 1, attn_resolutions: [4]}"
     ),
+    "song-unet": yaml.safe_load(
+        "{img_resolution: 8, in_channels: 2, model_channels: 16, channel_mult: [1, 2], num_blocks: 1, num_classes: 3, "
+        "attn_resolutions: [4], modulation: double-norm}"
+    ),
+    "edm2": yaml.safe_load(
+        "{img_resolution: 8, in_channels: 2, model_channels: 16, channel_mult: [1, 2], num_blocks: 1, num_classes: 3, "
+        "attn_resolutions: [4], channels_per_head: 8, time_embedding: positional, modulation: double-norm}"
+    ),
+    "scm-unet": yaml.safe_load("{in_channels: 2, base_dim: 16, dim_mults: [2], time_embedding_dim: 32}"),
     "vdm": yaml.safe_load("{in_channels: 2, n_embd: 32, n_layer: 1, norm_groups: 8, fourier: false}"),
     "adm-unet": yaml.safe_load(
         "{image_size: 8, in_channels: 2, model_channels: 32, num_res_blocks: 1, channel_mult: [1, 2], num_classes: 3, "

@@ -15,11 +15,10 @@ from torch import Tensor, nn
 from vgm_plugins.meanflow.augment import AugmentPipe
 from vgm_plugins.meanflow.checkpoints import FLAX, TORCH, UNET, flax
 from vgm_plugins.meanflow.losses import adaptive, average_velocity, guided_velocity, pairs_of_times, summed, target_of
-from vgm_plugins.meanflow.model import MeanFlowDiT
+from vgm_plugins.meanflow.model import MeanFlowDiT, MeanFlowUNet
 from vgm_plugins.meanflow.objective import MeanFlow
 from vgm_plugins.meanflow.presets import TRANSFORMERS
 from vgm_plugins.meanflow.sampler import MeanFlowSampler
-from vgm_plugins.meanflow.unet import SongUNet
 
 from vgm_cli.api import Request, Step, generators
 from vgm_cli.diffusion.flow_map import FlowMap
@@ -73,10 +72,10 @@ def by_formula(rank: int, name: str, shape: list[int]) -> Tensor:
     return torch.from_numpy(r.reshape(shape)).float()
 
 
-def unet(case: GoldenCase) -> SongUNet:
+def unet(case: GoldenCase) -> MeanFlowUNet:
     case.ignore("net.dropout", why="eval mode")
     config, keys = dict(case.config["net"]), dict(case.config["keys"])
-    model = SongUNet(**config)
+    model = MeanFlowUNet(**config)
     state = model.state_dict()
     assert keys.keys() == {k for k in state if "resample_filter" not in k}
     state |= {k: by_formula(i, k, keys[k]) for i, k in enumerate(sorted(keys))}

@@ -20,6 +20,7 @@ def total_derivative(
     tangents: Sequence[Tensor],
     *,
     step: float | None = None,
+    joint: bool = True,
 ) -> tuple[Tensor, Tensor]:
     """(f(primals), sum_i df/dprimal_i tangent_i), both shaped like f's value and differentiable in f's parameters.
 
@@ -27,12 +28,20 @@ def total_derivative(
     by the caller. Where f draws (dropout), every evaluation sees the same draws.
     step: None is forward mode; a number is the central difference (f(p + step v) - f(p - step v)) / (2 step), two more
     evaluations, for networks with operators that have no forward mode (FSDP shards, fused attention).
+    joint: False takes the derivative by itself and without a gradient, and the value by a plain evaluation after it,
+    in the caller's precision: one evaluation more, but the backward pass keeps the activations of the value alone.
     Call the bare network: wrapping a compiled one in forward mode breaks its graph, compile the caller instead (DiT and
     SiT compile so; networks with group norms do not, torch cannot trace the forward derivative of group_norm).
     """
     primals = tuple(p.to(torch.promote_types(p.dtype, torch.float32)) for p in primals)
     tangents = tuple(v.to(p) for p, v in zip(primals, tangents, strict=True))
     device = primals[0].device
+    if not joint:
+        replay = SameDraws(device)
+        with replay, torch.no_grad():
+            _, derivative = total_derivative(function, primals, tangents, step=step)
+        with replay:
+            return function(*primals), derivative
     with torch.autocast(device.type, enabled=False):
         if step is None:
             with sdpa_kernel(SDPBackend.MATH):

@@ -1,4 +1,4 @@
-"""Trainable copies of a trained network, or of a part of it."""
+"""Trainable copies of a trained network, or of a part of it, or of one that is told less."""
 
 from __future__ import annotations
 
@@ -25,3 +25,25 @@ def copy_weights(source: nn.Module, target: nn.Module, prefix: str = "") -> None
             raise VgmError(f"a copy of {type(source).__name__} cannot start: {prefix}{name} is {there}", code=USAGE)
         if not value.is_meta:
             tensor.copy_(value)
+
+
+LAST_OF_SECOND = ("r_embedder.mlp.2.",)  # of DiT: at 0 the second number changes nothing
+
+
+@torch.no_grad()
+def copy_and_tell(source: nn.Module, target: nn.Module) -> None:
+    """Give `target`, which is `source` told a second number (`second_time`), its values: at first it is the same
+    function whatever it is told. Networks that do not begin so by themselves have their second embedder's last layer
+    set to 0. On the meta device names and shapes are checked. VgmError: it is another network."""
+    want, have = target.state_dict(), source.state_dict()
+    own = want.keys() - have.keys()
+    if not have.keys() <= want.keys() or any(have[k].shape != want[k].shape for k in have):
+        hint = "model={name: teacher, second_time: true, weights: null}"
+        raise VgmError("the network is not the teacher's with a second time", hint, USAGE)
+    if any(p.is_meta for p in target.parameters()):
+        return
+    for name, tensor in want.items():
+        if name in have:
+            tensor.copy_(have[name])
+        elif name in own and name.startswith(LAST_OF_SECOND):
+            tensor.zero_()

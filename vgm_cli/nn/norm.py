@@ -1,4 +1,5 @@
-"""Normalisations. RMSNorm: Zhang & Sennrich 2019 (arXiv 1910.07467), as Llama has it."""
+"""Normalisations. RMSNorm: Zhang & Sennrich 2019 (arXiv 1910.07467), as Llama has it. Pixel norm: Karras et al. 2018
+(1710.10196). Adaptive double normalisation: Lu & Song 2025 (2410.11081), sec. 4.1."""
 
 from __future__ import annotations
 
@@ -17,3 +18,15 @@ class RMSNorm(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x) * self.weight
+
+
+def pixel_norm(x: Tensor, eps: float = 1e-8) -> Tensor:
+    """x / sqrt(mean over channels of x^2 + eps): (B, C, ...) -> (B, C, ...)."""
+    return x * (x.square().mean(1, keepdim=True) + eps).rsqrt()
+
+
+def double_norm(x: Tensor, scale: Tensor, shift: Tensor) -> Tensor:
+    """Normalised maps x (B, C, H, W) times the pixel norm of scale (B, C), plus that of shift (B, C): what a condition
+    does to x is bounded whatever its layer gives, so that derivatives by the time are, too."""
+    scale, shift = (pixel_norm(v).to(x.dtype)[:, :, None, None] for v in (scale, shift))
+    return x * scale + shift
