@@ -1,6 +1,6 @@
-"""sCM: Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models. Lu & Song, ICLR 2025 (2410.11081).
+"""sCM: Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models. Lu & Song, ICLR 2025.
 
-There is no official code. Checked against NVlabs/FastGen@34f30e8f, xandergos/sCM-mnist@2d285393, NVlabs/edm2 and
+arXiv 2410.11081; there is no official code. Checked against NVlabs/FastGen@34f30e8f, xandergos/sCM-mnist@2d285393, NVlabs/edm2 and
 diffusers' SCMScheduler; where they differ from the paper they are options: docs/papers/scm.md.
 """
 

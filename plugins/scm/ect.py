@@ -111,7 +111,7 @@ class ECT(ObjectiveBase):
         config = teacher.config() if teacher is not None else {"path": "edm", "prediction": "F", "time": "edm"}
         plain = Denoiser.from_config(model, {**config, **((view or {}) if teacher is None else {})})
         boundary = boundary_of(plain.prediction)
-        ends = {"sigma_min": sigma_min, "sigma_max": sigma_max} if boundary == "skip" else {}
+        ends: dict[str, Any] = {"sigma_min": sigma_min, "sigma_max": sigma_max} if boundary == "skip" else {}
         self.student = FlowMap(
             model, plain, boundary, **ends, guided=self.distill and guidance_scale not in (None, 1.0)
         )

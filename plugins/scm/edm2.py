@@ -18,6 +18,7 @@ from torch import Tensor, nn
 
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.nn.example import images
+from vgm_cli.nn.features import places
 from vgm_cli.nn.norm import double_norm
 from vgm_cli.nn.sdpa import sdpa
 from vgm_cli.ranges import Depth, Fraction, Positive, Rate, Side, Whole, Width
@@ -51,6 +52,9 @@ def mp_cat(a: Tensor, b: Tensor, t: float = 0.5) -> Tensor:
 class MPFourier(nn.Module):
     """(N,) -> (N, width): cosines of fixed random frequencies, drawn once with deviation `bandwidth`."""
 
+    freqs: Tensor
+    phases: Tensor
+
     def __init__(self, width: int, bandwidth: float = 1.0):
         super().__init__()
         self.register_buffer("freqs", 2 * math.pi * torch.randn(width) * bandwidth)
@@ -65,11 +69,11 @@ class MPPositional(nn.Module):
 
     def __init__(self, width: int):
         super().__init__()
-        self.half = width // 2
+        self.waves = width // 2
 
     def forward(self, t: Tensor) -> Tensor:
-        k = torch.arange(self.half, dtype=torch.float32, device=t.device)
-        angles = t.float()[:, None] * 10000 ** (-k / self.half)
+        k = torch.arange(self.waves, dtype=torch.float32, device=t.device)
+        angles = t.float()[:, None] * 10000 ** (-k / self.waves)
         return torch.cat([angles.cos(), angles.sin()], dim=1) * math.sqrt(2)
 
 
@@ -208,7 +212,7 @@ class EDM2UNet(nn.Module):
             for i in range(num_blocks):
                 self.enc[f"{side}x{side}_block{i}"] = block(ch, width, "enc", side, None, side in attn_resolutions)
                 ch = width
-        skips = [int(layer.out_channels) for layer in self.enc.values()]
+        skips: list[Any] = [layer.out_channels for layer in self.enc.values()]
         self.dec = nn.ModuleDict()
         for level, width in reversed(list(enumerate(widths))):
             side = img_resolution >> level
@@ -257,6 +261,37 @@ class EDM2UNet(nn.Module):
             raise VgmError("the network is told one number, not two", "model.second_time=true", USAGE)
         return mp_silu(emb)
 
+    def blocks(self) -> list[tuple[str, Any]]:
+        """(name, layer) of all that lies between x and the last convolution."""
+        named = [(f"enc.{name}", layer) for name, layer in self.enc.items()]
+        return named + [(f"dec.{name}", layer) for name, layer in self.dec.items()]
+
+    @property
+    def middle(self) -> str:
+        return f"enc.{list(self.enc)[-1]}"
+
+    def features(
+        self, x: Tensor, t: Tensor, layers: Sequence[str], y: Tensor | None = None, s: Tensor | None = None
+    ) -> list[Tensor]:
+        """Maps (N, C, h, w) behind the blocks that are named "enc.8x8_block0" or "dec.8x8_up"; see api.HasFeatures."""
+        at = places(layers, [name for name, _ in self.blocks()])
+        found = self.run(x, self.embed(t, y, s), max(at, default=-1) + 1)
+        return [found[i] for i in at]
+
+    def run(self, x: Tensor, emb: Tensor, many: int | None = None) -> list[Tensor]:
+        """What each of the first `many` blocks gives: maps (N, C, h, w)."""
+        h = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
+        skips: list[Tensor] = []
+        found: list[Tensor] = []
+        for i, (_, layer) in enumerate(self.blocks()[:many]):
+            if i >= len(self.enc) and h.shape[1] != layer.in_channels:
+                h = mp_cat(h, skips.pop(), self.concat_balance)
+            h = layer(h, emb) if isinstance(layer, Block) else layer(h)
+            found.append(h)
+            if i < len(self.enc):
+                skips.append(h)
+        return found
+
     @staticmethod
     def example(config: Mapping[str, Any]) -> dict[str, Tensor]:
         given = images(config["in_channels"], config["img_resolution"], config["num_classes"])
@@ -267,14 +302,5 @@ class EDM2UNet(nn.Module):
         second number, None for 0. Gives (N, C, H, W)."""
         if self.training and self.forces_weights:
             self.normalise_weights()
-        emb = self.embed(t, y, s)
-        h = torch.cat([x, torch.ones_like(x[:, :1])], dim=1)
-        skips: list[Tensor] = []
-        for layer in self.enc.values():
-            h = layer(h, emb) if isinstance(layer, Block) else layer(h)
-            skips.append(h)
-        for layer in self.dec.values():
-            if h.shape[1] != layer.in_channels:
-                h = mp_cat(h, skips.pop(), self.concat_balance)
-            h = layer(h, emb)
+        h = self.run(x, self.embed(t, y, s))[-1]
         return self.out_conv(h, gain=self.out_gain)  # type: ignore[no-any-return]

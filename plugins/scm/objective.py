@@ -40,13 +40,13 @@ class OnTrigFlow(ObjectiveBase):
 
     def __init__(
         self,
-        model: nn.Module,
-        view: Denoiser,  # the trained network
-        sigma_data: float,
-        P_mean: float,
-        P_std: float,
-        weight: Literal["learned", "none"],
-        decay_after: int | None,
+        model: nn.Module,  # the network that is trained
+        view: Denoiser,  # the same, as it is asked
+        sigma_data: float,  # deviation of the data
+        P_mean: float,  # mean of the logarithm of the noise level
+        P_std: float,  # its deviation
+        weight: Literal["learned", "none"],  # the adaptive weight e^w
+        decay_after: int | None,  # step from which the learning rate falls as 1 / sqrt; None: it does not
     ):
         self.model, self.student = model, view
         self.networks: dict[str, nn.Module] = {"model": model}

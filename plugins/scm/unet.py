@@ -17,12 +17,15 @@ from torch import Tensor, nn
 
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.nn.example import images
+from vgm_cli.nn.features import places
 from vgm_cli.nn.norm import pixel_norm
 from vgm_cli.ranges import Width
 
 
 class Waves(nn.Module):
     """(N,) times -> (N, width): sines, then cosines."""
+
+    freqs: Tensor
 
     def __init__(self, width: int):
         super().__init__()
@@ -156,19 +159,36 @@ class ShuffleUNet(nn.Module):
     def reset_log_variance(self) -> None:
         self.logvar_linear.reset_parameters()
 
+    @property
+    def middle(self) -> str:
+        return "mid_block"
+
+    def features(self, x: Tensor, t: Tensor, layers: Sequence[str]) -> list[Tensor]:
+        """Maps (N, C, h, w) behind "encoder_blocks.0", "mid_block" or "decoder_blocks.0"; see api.HasFeatures."""
+        down = [f"encoder_blocks.{i}" for i in range(len(self.encoder_blocks))]
+        up = [f"decoder_blocks.{i}" for i in range(len(self.decoder_blocks))]
+        at, found = places(layers, [*down, "mid_block", *up]), self.run(x, t)
+        return [found[i] for i in at]
+
     @staticmethod
     def example(config: Mapping[str, Any]) -> dict[str, Tensor]:
         return images(config["in_channels"], 4 * 2 ** len(config["dim_mults"]))
 
-    def forward(self, x: Tensor, t: Tensor) -> Tensor:
-        """x: (N, C, H, W); t: (N,). Gives (N, out_channels, H, W)."""
+    def run(self, x: Tensor, t: Tensor) -> list[Tensor]:
+        """What each of the blocks gives, in their order: maps (N, C, h, w)."""
         emb = self.time_embedding(t)
         x = self.init_conv(x)
         skips: list[Tensor] = []
+        found: list[Tensor] = []
         for block in self.encoder_blocks:
             x, across = block(x, emb)
             skips.append(across)
-        x = self.mid_block(x)
+            found.append(x)
+        found.append(self.mid_block(x))
         for block in self.decoder_blocks:
-            x = block(x, skips.pop(), emb)
-        return self.final_conv(x)  # type: ignore[no-any-return]
+            found.append(block(found[-1], skips.pop(), emb))
+        return found
+
+    def forward(self, x: Tensor, t: Tensor) -> Tensor:
+        """x: (N, C, H, W); t: (N,). Gives (N, out_channels, H, W)."""
+        return self.final_conv(self.run(x, t)[-1])  # type: ignore[no-any-return]

@@ -31,9 +31,9 @@ class Head(nn.Module):
         self.linear = nn.Linear(width, 1)
         nn.init.zeros_(self.linear.weight)
         nn.init.zeros_(self.linear.bias)
-        self.half = width // 2
+        self.waves = width // 2
 
     def forward(self, t: Tensor) -> Tensor:
-        k = torch.arange(self.half, dtype=torch.float32, device=t.device)
-        angles = t.float()[:, None] * torch.exp(k * (math.log(10) / (self.half - 1)))  # frequencies 1 to 10
+        k = torch.arange(self.waves, dtype=torch.float32, device=t.device)
+        angles = t.float()[:, None] * torch.exp(k * (math.log(10) / (self.waves - 1)))  # frequencies 1 to 10
         return self.linear(torch.cat([angles.cos(), angles.sin()], dim=1).to(self.linear.weight.dtype))[:, 0]
