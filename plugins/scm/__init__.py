@@ -1,7 +1,7 @@
 """sCM: Simplifying, Stabilizing and Scaling Continuous-Time Consistency Models. Lu & Song, ICLR 2025.
 
-arXiv 2410.11081; there is no official code. Checked against NVlabs/FastGen@34f30e8f, xandergos/sCM-mnist@2d285393, NVlabs/edm2 and
-diffusers' SCMScheduler; where they differ from the paper they are options: docs/papers/scm.md.
+arXiv 2410.11081; there is no official code. Checked against NVlabs/FastGen@34f30e8f, xandergos/sCM-mnist@2d285393,
+NVlabs/edm2 and diffusers' SCMScheduler; where they differ from the paper they are options: docs/papers/scm.md.
 """
 
 from __future__ import annotations
