@@ -31,14 +31,14 @@ class Gaussian(NamedTuple):
 class Start(NamedTuple):
     """What a pass through a block begins with, besides the tokens."""
 
-    prefix: Tensor | None = None  # (B, L, channels): embedded condition tokens before the first token
+    condition: Tensor | None = None  # (B, L, txt_dim): tokens of a condition before the first token
     table: Tensor | None = None  # (L + T, head_dim / 2, 2): rotations of all positions, the condition's first
-    added: Tensor | None = None  # (B or 1, T, channels): added to the embedded tokens, in the block's own order
+    y: Tensor | None = None  # (B,): classes, of a block that adds them to its tokens
 
     @property
     def length(self) -> int:
         """L, the condition's tokens."""
-        return 0 if self.prefix is None else self.prefix.shape[1]
+        return 0 if self.condition is None else self.condition.shape[1]
 
 
 class FlowBlock(Transformer):
@@ -73,6 +73,14 @@ class FlowBlock(Transformer):
         """The start token of n rows, (n, 1, D)."""
         return None if self.sos_embed is None else self.sos_embed.float().expand(n, -1, -1)
 
+    def embed(self, inputs: Tensor, start: Start, at: int) -> Tensor:
+        """Inputs (B, n, D), of which the first is number `at`, to the transformer's width."""
+        return self.proj_in(inputs)
+
+    def prefix(self, start: Start) -> Tensor | None:
+        """The condition's tokens in the transformer's width, (B, L, channels)."""
+        return None if self.proj_txt is None or start.condition is None else self.proj_txt(start.condition)
+
     def predict(
         self, inputs: Tensor, start: Start, cache: KVCache | None = None, temperature: float | Tensor = 1.0
     ) -> Tensor:
@@ -80,11 +88,9 @@ class FlowBlock(Transformer):
         (`begin`), they follow the tokens in it; without one they are the first, behind the condition."""
         n = inputs.shape[1]
         at = 0 if cache is None else cache.filled - start.length
-        h = self.proj_in(inputs)
-        if start.added is not None:
-            h = h + start.added[:, at : at + n]
-        if cache is None and start.prefix is not None:
-            h = torch.cat([start.prefix.type_as(h), h], dim=1)
+        h = self.embed(inputs, start, at)
+        if cache is None and (prefix := self.prefix(start)) is not None:
+            h = torch.cat([prefix.type_as(h), h], dim=1)
         end = start.length + at + n
         table = None if start.table is None else start.table[end - h.shape[1] : end]
         out = self.proj_out(self.run(h, table, cache, temperature)[:, -n:])
@@ -93,9 +99,9 @@ class FlowBlock(Transformer):
     def begin(self, start: Start, batch: int, tokens: int, temperature: float | Tensor = 1.0) -> KVCache:
         """A cache for so many tokens that has seen the condition."""
         cache = self.new_cache(batch, start.length + tokens)
-        if start.prefix is not None:
+        if (prefix := self.prefix(start)) is not None:
             table = None if start.table is None else start.table[: start.length]
-            self.run(start.prefix, table, cache, temperature)
+            self.run(prefix, table, cache, temperature)
         return cache
 
     def gaussian(self, out: Tensor) -> Gaussian:

@@ -164,8 +164,8 @@ class Denoiser(Transformer):
     def forward(self, x: Tensor, start: Start) -> Tensor:
         """Tokens (B, T, D) -> (B, T, D)."""
         h = self.proj_in(x)
-        if start.prefix is not None:
-            h = torch.cat([start.prefix.type_as(h), h], dim=1)
+        if self.proj_txt is not None and start.condition is not None:
+            h = torch.cat([self.proj_txt(start.condition).type_as(h), h], dim=1)
         return self.proj_out(self.run(h, start.table)[:, -x.shape[1] :])
 
 
@@ -305,9 +305,9 @@ class STARFlow(Flow):
 
     def start(self, block: FlowBlock | Denoiser, shape: Sequence[int], tokens: Tensor | None) -> Start:
         """What a pass through one block begins with."""
-        prefix = None if block.proj_txt is None or tokens is None else block.proj_txt(tokens)
-        length = 0 if prefix is None else prefix.shape[1]
-        return Start(prefix, self.table(self.grid(shape), length, block.shape.head_dim))
+        own = None if block.proj_txt is None else tokens
+        length = 0 if own is None else own.shape[1]
+        return Start(own, self.table(self.grid(shape), length, block.shape.head_dim))
 
     # -- forward
 
@@ -385,7 +385,7 @@ class TARFlow(Flow):
     def starts(self, shape: Sequence[int], n: int, cond: Mapping[str, Tensor]) -> list[Start]:
         if tuple(shape) != self.sample_shape:
             raise VgmError(f"this TARFlow was built for {self.sample_shape}, not {tuple(shape)}", code=USAGE)
-        return [block.start(cond.get("y"), n) for block in self.blocks]  # type: ignore[operator]
+        return [Start(y=cond.get("y"))] * len(self.blocks)
 
     def variance(self) -> Tensor | float:
         return 1.0 if self.nvp else self.var
@@ -420,11 +420,11 @@ class PlacedBlock(FlowBlock):
         self.pos_embed = nn.Parameter(torch.randn(tokens, shape.channels) * 1e-2)
         self.class_embed = nn.Parameter(torch.randn(num_classes, 1, shape.channels) * 1e-2) if num_classes else None
 
-    def start(self, y: Tensor | None, n: int) -> Start:
-        """y: (n,) classes, -1 for none; None: none at all."""
-        added = self.order(self.pos_embed[None])
-        if self.class_embed is not None:
-            mean = self.class_embed.mean(0, keepdim=True)
-            table = torch.cat([self.class_embed, mean])  # -1 is the last row
-            added = added + (mean if y is None else table[y])
-        return Start(added=added)
+    def embed(self, inputs: Tensor, start: Start, at: int) -> Tensor:
+        places = torch.arange(at, at + inputs.shape[1], device=inputs.device)
+        h = self.proj_in(inputs) + self.pos_embed[len(self.pos_embed) - 1 - places if self.flip else places]
+        if self.class_embed is None:
+            return h
+        mean = self.class_embed.mean(0, keepdim=True)
+        table = torch.cat([self.class_embed, mean])  # -1 is the last row
+        return h + (mean if start.y is None else table[start.y])
