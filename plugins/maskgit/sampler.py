@@ -69,7 +69,7 @@ class ParallelSampler(ABC):
 
     completes = True
     steps: int
-    margin = 1
+    margin = 0
     grid: tuple[int, int] | None = None
     ramp: Ramp = "constant"
     guidance_scale: float = 1.0
@@ -176,7 +176,7 @@ class MaskGITSampler(ParallelSampler):
         top_k: Whole = 0,  # draw among so many likeliest codes; 0: all
         guidance_scale: NonNegative = 1.0,  # where the request names none; 1 is no guidance
         ramp: Ramp = "linear",  # guidance grows from none at the first step, or is the same at all
-        margin: Whole = 1,  # codes around a hole that are made anew, too
+        margin: Whole = 0,  # codes around a hole that are made anew, too; the demo's is 1
         grid: tuple[Count, Count] | None = None,  # rows and columns of codes, larger than the model's
     ):
         check_schedule(schedule)
@@ -216,7 +216,7 @@ class HaltonConfidenceSampler(ParallelSampler):
         rewrite_known: bool = False,  # as in the release: what is known, given or not, is drawn anew at every step
         guidance_scale: NonNegative = 4.0,  # where the request names none; 1 is no guidance
         ramp: Ramp = "linear",  # guidance grows from none at the first step, or is the same at all
-        margin: Whole = 1,  # codes around a hole that are made anew, too
+        margin: Whole = 0,  # codes around a hole that are made anew, too; the demo's is 1
         grid: tuple[Count, Count] | None = None,  # rows and columns of codes, larger than the model's
     ):
         check_schedule(schedule)
@@ -251,7 +251,7 @@ class HaltonSampler(ParallelSampler):
         roll: bool = False,  # every image begins elsewhere in the order
         guidance_scale: NonNegative = 3.0,  # where the request names none; 1 is no guidance
         ramp: Ramp = "constant",  # guidance is the same at all steps, or grows from none
-        margin: Whole = 1,  # codes around a hole that are made anew, too
+        margin: Whole = 0,  # codes around a hole that are made anew, too; the demo's is 1
         grid: tuple[Count, Count] | None = None,  # rows and columns of codes, larger than the model's
     ):
         self.steps, self.warmup, self.top_k, self.roll = steps, warmup, top_k, roll

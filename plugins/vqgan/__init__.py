@@ -3,7 +3,7 @@
 Official code: CompVis/taming-transformers@3ba01b2 (MIT). The first stage and its objective are the host's, shared with
 LDM and LlamaGen: vgm_cli/nets/first_stage.py, vgm_cli/nn/quantize.py, vgm_cli/losses/first_stage.py.
 Deviations: see model.py, sampler.py, objective.py; tokens of the Gumbel model are its most likely codes, without noise;
-classifier rejection is not part of sampling; depth, segmentation and box conditions come as ids, not as images.
+depth, segmentation and box conditions come as ids, not as images.
 """
 
 from __future__ import annotations
