@@ -33,7 +33,7 @@ CONFIDENCE: dict[str, dict[str, Any]] = {
     "imagenet256": {"steps": 8},
     "imagenet512": {"steps": 12},
     "demo": {"steps": 16},
-    "demo-edit": {"steps": 12, "start": 2, "margin": 1},
+    "demo-edit": {"steps": 12, "start": 2, "grow": 1},
 }
 HALTON_CONFIDENCE: dict[str, dict[str, Any]] = {
     "release": {"steps": 12, "guidance_scale": 4.0, "rewrite_known": True},

@@ -62,14 +62,14 @@ def windows(grid: tuple[int, int], window: tuple[int, int]) -> list[tuple[int, i
 class ParallelSampler(ABC):
     """What the three samplers share: guidance, what is given, larger grids.
 
-    As restoration methods they complete images: codes that lie `margin` or fewer places from a pixel that is made anew
-    are made anew, all others stay, bit for bit. With `grid`, larger than the model's, a picture is written window by
+    As restoration methods they complete images: codes of which a pixel is made anew are made anew, and those `grow` or
+    fewer places from them; all others stay, bit for bit. With `grid`, larger than the model's, a picture is written window by
     window, the middle first, each half given by those before; `vgm sample --input` puts the codes of an image there.
     """
 
     completes = True
     steps: int
-    margin = 0
+    grow = 0
     grid: tuple[int, int] | None = None
     ramp: Ramp = "constant"
     guidance_scale: float = 1.0
@@ -119,7 +119,7 @@ class ParallelSampler(ABC):
             return ids
         if (height, width) != grid:
             raise VgmError("a mask is for the model's own grid", "vgm sample --input enlarges images", USAGE)
-        kept = kept_codes(request.mask, grid, self.margin)
+        kept = kept_codes(request.mask, grid, self.grow)
         request.info["made"] = ~kept
         return torch.where(kept, images, ids)
 
@@ -176,7 +176,7 @@ class MaskGITSampler(ParallelSampler):
         top_k: Whole = 0,  # draw among so many likeliest codes; 0: all
         guidance_scale: NonNegative = 1.0,  # where the request names none; 1 is no guidance
         ramp: Ramp = "linear",  # guidance grows from none at the first step, or is the same at all
-        margin: Whole = 0,  # codes around a hole that are made anew, too; the demo's is 1
+        grow: Whole = 0,  # codes around a hole that are made anew, too; the demo's is 1
         grid: tuple[Count, Count] | None = None,  # rows and columns of codes, larger than the model's
     ):
         check_schedule(schedule)
@@ -184,7 +184,7 @@ class MaskGITSampler(ParallelSampler):
             raise VgmError(f"start={start} is behind the last of steps={steps}", code=USAGE)
         self.steps, self.start, self.schedule, self.choice_temperature = steps, start, schedule, choice_temperature
         self.temperature, self.top_k, self.guidance_scale, self.ramp = temperature, top_k, guidance_scale, ramp
-        self.margin, self.grid = margin, grid
+        self.grow, self.grid = grow, grid
 
     def passes(self, steps: int) -> int:
         if self.start >= steps:
@@ -216,13 +216,13 @@ class HaltonConfidenceSampler(ParallelSampler):
         rewrite_known: bool = False,  # as in the release: what is known, given or not, is drawn anew at every step
         guidance_scale: NonNegative = 4.0,  # where the request names none; 1 is no guidance
         ramp: Ramp = "linear",  # guidance grows from none at the first step, or is the same at all
-        margin: Whole = 0,  # codes around a hole that are made anew, too; the demo's is 1
+        grow: Whole = 0,  # codes around a hole that are made anew, too; the demo's is 1
         grid: tuple[Count, Count] | None = None,  # rows and columns of codes, larger than the model's
     ):
         check_schedule(schedule)
         self.steps, self.schedule, self.noise, self.choice_temperature = steps, schedule, noise, choice_temperature
         self.inverse_temperature, self.rewrite_known = inverse_temperature, rewrite_known
-        self.guidance_scale, self.ramp, self.margin, self.grid = guidance_scale, ramp, margin, grid
+        self.guidance_scale, self.ramp, self.grow, self.grid = guidance_scale, ramp, grow, grid
 
     def decoder(self, model: MaskedTransformer, request: Request, steps: int) -> Decode:
         pick = drawn_by(uniform(request, steps, model.positions))
@@ -251,12 +251,12 @@ class HaltonSampler(ParallelSampler):
         roll: bool = False,  # every image begins elsewhere in the order
         guidance_scale: NonNegative = 3.0,  # where the request names none; 1 is no guidance
         ramp: Ramp = "constant",  # guidance is the same at all steps, or grows from none
-        margin: Whole = 0,  # codes around a hole that are made anew, too; the demo's is 1
+        grow: Whole = 0,  # codes around a hole that are made anew, too; the demo's is 1
         grid: tuple[Count, Count] | None = None,  # rows and columns of codes, larger than the model's
     ):
         self.steps, self.warmup, self.top_k, self.roll = steps, warmup, top_k, roll
         self.temperatures = (temperature_first, temperature_last, temperature_power)
-        self.guidance_scale, self.ramp, self.margin, self.grid = guidance_scale, ramp, margin, grid
+        self.guidance_scale, self.ramp, self.grow, self.grid = guidance_scale, ramp, grow, grid
 
     def factors(self, steps: int) -> Tensor:
         """(steps,): what logits are multiplied by."""

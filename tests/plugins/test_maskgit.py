@@ -497,15 +497,15 @@ def test_every_sampler_fills_the_grid_and_keeps_what_is_given(name: str, which: 
     mask[:2, :, :, 8:] = False  # the right half
     mask[2, :, 5, 5] = False  # one pixel
     images = torch.randint(12, (4, 3, 4), generator=torch.Generator().manual_seed(1))
-    for margin in (0, 1):
-        sampler.margin = margin
-        kept = kept_codes(mask, (3, 4), margin)
+    for grow in (0, 1):
+        sampler.grow = grow
+        kept = kept_codes(mask, (3, 4), grow)
         runs = [sampler(model, request(4, seed, images=images, mask=mask)) for seed in (0, 4, 8)]
         for found in runs:
             assert torch.equal(found[kept], images[kept]) and torch.equal(found[3], images[3])
             assert 0 <= found.min() and found.max() < 12
         assert any(not torch.equal(a[0], runs[0][0]) for a in runs[1:])
-    sampler.margin = 0
+    sampler.grow = 0
     assert sampler.accepts(model, object()) is None and sampler.accepts(model, None) is not None
 
 
@@ -515,7 +515,7 @@ def test_the_release_rewrites_what_is_known() -> None:
     images = torch.randint(12, (3, 3, 4), generator=torch.Generator().manual_seed(1))
     mask = torch.ones(3, 1, 3, 4, dtype=torch.bool)
     mask[:, :, 0, 0] = False
-    own, release = (HaltonConfidenceSampler(steps=4, margin=0, rewrite_known=flag) for flag in (False, True))
+    own, release = (HaltonConfidenceSampler(steps=4, rewrite_known=flag) for flag in (False, True))
     kept = mask[:, 0]
     assert torch.equal(own(model, request(3, images=images, mask=mask))[kept], images[kept])
     assert not torch.equal(release(model, request(3, images=images, mask=mask))[kept], images[kept])
@@ -696,7 +696,7 @@ def test_images_are_completed_edited_and_blended(vgm: Cli, run: Path, tmp_path: 
     given = ("restore", "--model", run, "--input", "mnist5k", "-n", 3, "--mask", "right")
     codec = load(str(run)).codec
     truth = None
-    for method, *more in (["maskgit", "start=1", "margin=1"], ["halton-confidence"], ["halton"]):
+    for method, *more in (["maskgit", "start=1", "grow=1"], ["halton-confidence"], ["halton"]):
         code, out, err = vgm(*given, "--method", method, *more, "--label", "7", "--out", tmp_path / method, "--json")
         assert code == 0, err
         result = json.loads(out)
