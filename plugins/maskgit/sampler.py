@@ -63,8 +63,9 @@ class ParallelSampler(ABC):
     """What the three samplers share: guidance, what is given, larger grids.
 
     As restoration methods they complete images: codes of which a pixel is made anew are made anew, and those `grow` or
-    fewer places from them; all others stay, bit for bit. With `grid`, larger than the model's, a picture is written window by
-    window, the middle first, each half given by those before; `vgm sample --input` puts the codes of an image there.
+    fewer places from them; all others stay, bit for bit. With `grid`, larger than the model's, a picture is written
+    window by window, the middle first, each half given by those before; `vgm sample --input` puts the codes of an image
+    there.
     """
 
     completes = True
