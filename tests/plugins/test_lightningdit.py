@@ -82,7 +82,9 @@ def forward(case: GoldenCase) -> None:
     model, given = network(case), case.inputs
     with torch.no_grad():
         x, c = model.embed(given["x"], given["t"], given["y"])
-        assert_close(model.blocks[0](x, c, model.rotations()), case.outputs["block0"], 1e-5, "block0")
+        assert_close(
+            model.blocks[0](x, c, model.feat_rope and model.feat_rope()), case.outputs["block0"], 1e-5, "block0"
+        )
         assert_close(model(given["x"], given["t"], given["y"]), case.outputs["out"], 1e-5, "out")
     built = model.state_dict()
     fresh = SiT(**{"learn_sigma": False} | {k.removeprefix("use_"): v for k, v in case.config["model"].items()})
@@ -441,7 +443,7 @@ def test_rotations_see_differences_of_places_alone() -> None:
 
     g = torch.Generator().manual_seed(0)
     q, k = torch.randn(2, 1, 1, 1, 16, generator=g)
-    table = Rotations(4, 16).table()
+    table = Rotations(4, 16)()
     turned = [apply_rope(v.expand(1, 16, 1, 16), table)[0, :, 0] for v in (q, k)]
     scores = turned[0] @ turned[1].T  # (16, 16)
     torch.testing.assert_close(scores[0, 5], scores[5, 10])  # one row and one column on
@@ -461,7 +463,7 @@ def test_released_files_are_converted(vgm, tmp_path: Path, monkeypatch: pytest.M
     torch.save({"mean": mean.view(1, 2, 1, 1), "std": std.view(1, 2, 1, 1)}, "latents_stats.pt")
     code, out, err = vgm("convert", "vavae.pt", "plain.safetensors", "--verify")
     assert code == 0 and "stats=latents_stats.pt" in err and "va-vae" in out, err
-    code, _, err = vgm("convert", "vavae.pt", "vavae.safetensors", "stats=latents_stats.pt", "--verify")
+    code, _, err = vgm("convert", "vavae.pt", "vavae.safetensors", "stats=latents_stats.pt")
     assert code == 0 and "stats=" not in err, err
     code, _, err = vgm("convert", "plain.safetensors", "again.safetensors", "stats=latents_stats.pt")
     assert code == 0, err
@@ -544,6 +546,7 @@ class TestTraining(suites.ObjectiveSuite):
 
 class TestTokenizer(suites.ObjectiveSuite):
     recipe = "lightningdit/mnist-vavae"
+    test_resume_is_bit_exact = None  # of first stages, see LDM's tests
     overrides = (
         "model={name: va-vae, ch: 8, ch_mult: [1, 1, 1], num_res_blocks: 1, attn_type: none, norm_groups: 4, "
         "z_channels: 2, embed_dim: 2, feature_dim: 64}",

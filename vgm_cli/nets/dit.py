@@ -4,8 +4,7 @@ Same function and parameter names as facebookresearch/DiT@ed81ce2 models.py. Dev
 dropped by the host, never by a draw inside forward; y may be None (unconditional); guidance is the host's, so
 there is no forward_with_cfg. `SiT` below is the same network with the variance half of its output thrown away. With
 second_time it is told a second number beside t, as networks that jump from one time to another are (MeanFlow,
-2505.13447). swiglu, rope, rmsnorm, qknorm and wo_shift are LightningDiT's options (2501.01423;
-hustvl/LightningDiT@2725fed models/lightningdit.py), each off in DiT.
+2505.13447). swiglu, rope, rmsnorm, qknorm and wo_shift are LightningDiT's (2501.01423; hustvl/LightningDiT@2725fed).
 """
 
 from __future__ import annotations
@@ -42,10 +41,18 @@ def sincos_2d(dim: int, height: int, width: int) -> np.ndarray:
     return np.concatenate([sincos_1d(dim // 2, columns.ravel()), sincos_1d(dim // 2, rows.ravel())], axis=1)
 
 
-def modulate(x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
-    """x: (N, T, D); shift, scale: (N, D); without a shift x is scaled alone."""
-    scaled = x * (1 + scale[:, None])
-    return scaled if shift is None else scaled + shift[:, None]
+def modulate(x: Tensor, shift: Tensor | None, scale: Tensor, weight: Tensor | None = None) -> Tensor:
+    """x weight (1 + scale) + shift. x: (N, T, D); shift, scale: (N, D), no shift is 0; weight: (D,), None is 1."""
+    gain = 1 + scale if weight is None else (1 + scale) * weight
+    x = x * gain[:, None]
+    return x if shift is None else x + shift[:, None]
+
+
+def modulated(norm: nn.Module, x: Tensor, shift: Tensor | None, scale: Tensor) -> Tensor:
+    """modulate(norm(x), shift, scale); RMSNorm's weights multiply the scale, which has fewer numbers than x."""
+    if isinstance(norm, RMSNorm):
+        return modulate(norm.unit(x), shift, scale, norm.weight)
+    return modulate(norm(x), shift, scale)
 
 
 def token_norm(width: int, rmsnorm: bool) -> nn.Module:
@@ -95,9 +102,8 @@ class LabelEmbedder(nn.Module):
 
 
 class Rotations(nn.Module):
-    """Rotary positions of a grid x grid of tokens: the first half of a head's channels turns with the row, the second
-    with the column. The buffers freqs_cos and freqs_sin (T, head_dim), each value twice, are in official checkpoints.
-    """
+    """Rotary positions of a square grid of tokens: half of a head's channels turns with the row, half with the column.
+    Official checkpoints hold the buffers freqs_cos and freqs_sin (T, head_dim), each value twice."""
 
     freqs_cos: Tensor
     freqs_sin: Tensor
@@ -108,7 +114,7 @@ class Rotations(nn.Module):
         self.register_buffer("freqs_cos", angles.cos())
         self.register_buffer("freqs_sin", angles.sin())
 
-    def table(self) -> Tensor:
+    def forward(self) -> Tensor:
         """What apply_rope takes: (T, head_dim / 2, 2)."""
         return torch.stack([self.freqs_cos[:, ::2], self.freqs_sin[:, ::2]], dim=-1)
 
@@ -124,12 +130,11 @@ class Attention(nn.Module):
         self.num_heads, self.qknorm = num_heads, qknorm
         self.qkv = nn.Linear(dim, 3 * dim)
         if qknorm:
-            width = dim // num_heads
-            self.q_norm, self.k_norm = (RMSNorm(width, 1e-6) if rmsnorm else nn.LayerNorm(width) for _ in "qk")
+            head = dim // num_heads
+            self.q_norm, self.k_norm = (RMSNorm(head, 1e-6) if rmsnorm else nn.LayerNorm(head) for _ in "qk")
         self.proj = nn.Linear(dim, dim)
 
     def forward(self, x: Tensor, rope: Tensor | None = None) -> Tensor:
-        """x: (N, T, D); rope: Rotations.table()."""
         N, T, D = x.shape
         q, k, v = self.qkv(x).view(N, T, 3, self.num_heads, -1).unbind(2)  # 3 x (N, T, heads, D/heads)
         if self.qknorm:
@@ -186,19 +191,18 @@ class DiTBlock(nn.Module):
         self.attn = Attention(hidden_size, num_heads, qknorm, rmsnorm)
         width = swiglu_width(hidden_size, mlp_ratio) if swiglu else int(hidden_size * mlp_ratio)
         self.mlp = SwiGLU(hidden_size, width) if swiglu else Mlp(hidden_size, width)
-        self.shifts = not wo_shift
-        modulations = 6 if self.shifts else 4
-        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, modulations * hidden_size))
+        self.parts = 4 if wo_shift else 6
+        self.adaLN_modulation = nn.Sequential(nn.SiLU(), nn.Linear(hidden_size, self.parts * hidden_size))
+
+    def modulations(self, c: Tensor) -> Sequence[Any]:
+        found = self.adaLN_modulation(c).chunk(self.parts, dim=1)
+        return found if self.parts == 6 else (None, *found[:2], None, *found[2:])
 
     def forward(self, x: Tensor, c: Tensor, rope: Tensor | None = None) -> Tensor:
-        """x: (N, T, D); c: (N, D); rope: Rotations.table()."""
-        shift_a = shift_m = None
-        if self.shifts:
-            shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.adaLN_modulation(c).chunk(6, dim=1)  # 6 x (N, D)
-        else:
-            scale_a, gate_a, scale_m, gate_m = self.adaLN_modulation(c).chunk(4, dim=1)
-        x = x + gate_a[:, None] * self.attn(modulate(self.norm1(x), shift_a, scale_a), rope)
-        return x + gate_m[:, None] * self.mlp(modulate(self.norm2(x), shift_m, scale_m))
+        """x: (N, T, D); c: (N, D); rope: what Rotations gives."""
+        shift_a, scale_a, gate_a, shift_m, scale_m, gate_m = self.modulations(c)  # 6 x (N, D)
+        x = x + gate_a[:, None] * self.attn(modulated(self.norm1, x, shift_a, scale_a), rope)
+        return x + gate_m[:, None] * self.mlp(modulated(self.norm2, x, shift_m, scale_m))
 
 
 class FinalLayer(nn.Module):
@@ -210,7 +214,7 @@ class FinalLayer(nn.Module):
 
     def forward(self, x: Tensor, c: Tensor) -> Tensor:
         shift, scale = self.adaLN_modulation(c).chunk(2, dim=1)
-        return self.linear(modulate(self.norm_final(x), shift, scale))
+        return self.linear(modulated(self.norm_final, x, shift, scale))
 
 
 class DiT(nn.Module):
@@ -333,10 +337,6 @@ class DiT(nn.Module):
             return checkpoint(block, x, c, rope, use_reentrant=False)
         return block(x, c, rope)
 
-    def rotations(self) -> Tensor | None:
-        """What blocks turn queries and keys by, see apply_rope."""
-        return None if self.feat_rope is None else self.feat_rope.table()
-
     @property
     def middle(self) -> str:
         return f"blocks.{len(self.blocks) // 2}"
@@ -353,7 +353,7 @@ class DiT(nn.Module):
         """Tokens (N, T, D) behind the blocks that are named "blocks.3"; see api.HasFeatures."""
         at = places(layers, [f"blocks.{i}" for i in range(len(self.blocks))])
         x, c = self.embed(x, t, y, context, s)
-        rope, found = self.rotations(), []
+        rope, found = self.feat_rope() if self.feat_rope else None, []
         for block in self.blocks[: max(at, default=-1) + 1]:
             x = self.run(block, x, c, rope)
             found.append(x)
@@ -376,7 +376,7 @@ class DiT(nn.Module):
         text; s: (N,) the second time of a network that has one, None for 0. Gives (N, C or 2C, H, W). VgmError: x has
         another size than the positions."""
         x, c = self.embed(x, t, y, context, s)
-        rope = self.rotations()
+        rope = self.feat_rope() if self.feat_rope else None
         for block in self.blocks:
             x = self.run(block, x, c, rope)  # (N, T, D)
         return self.unpatchify(self.final_layer(x, c))  # (N, C or 2C, H, W)

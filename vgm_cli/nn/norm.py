@@ -16,8 +16,12 @@ class RMSNorm(nn.Module):
         self.eps = eps
         self.weight = nn.Parameter(torch.ones(dim))
 
+    def unit(self, x: Tensor) -> Tensor:
+        """x / rms(x), without the weight."""
+        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x)
+
     def forward(self, x: Tensor) -> Tensor:
-        return F.rms_norm(x.float(), x.shape[-1:], eps=self.eps).type_as(x) * self.weight
+        return self.unit(x) * self.weight
 
 
 def pixel_norm(x: Tensor, eps: float = 1e-8) -> Tensor:
