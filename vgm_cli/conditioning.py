@@ -7,7 +7,7 @@ Each entry is a component of the kind `condition` (by its key where it has no `n
 of the data, or what the user typed, into keywords of the network. dropout: share of rows that see no condition while
 training. train: its weights are trained, as a role. weights: the file that they are read from, a run's or its own.
 column: another column of the data than its own. items: what is asked for where there is no data and nobody types,
-words as on the command line.
+words as on the command line. guided: whether guidance leads away from it, too; of a picture false unless it is said.
 """
 
 from __future__ import annotations
@@ -128,6 +128,7 @@ class Part:
     weights: str | None = None  # the file that its encoder is read from; a checkpoint then keeps it, too
     component: Mapping[str, Any] | None = None  # its description, for a checkpoint's header
     given: Sequence[Any] = ()  # what is asked for where the user asks for nothing; else the condition's choices
+    guided: bool = True  # no condition, in guidance's other half, is without this one, too
 
     @property
     def items(self) -> Sequence[Any]:
@@ -201,7 +202,11 @@ class Conditions:
 
     def of_column(self, column: str) -> Part | None:
         """The first condition on labels, or on texts."""
-        return next((p for p in self.parts.values() if p.condition.column == column), None)
+        return next(iter(self.on(column)), None)
+
+    def on(self, column: str) -> list[Part]:
+        """All conditions on labels, or on texts, of which two encoders may read the same."""
+        return [p for p in self.parts.values() if p.condition.column == column]
 
     def of_pictures(self) -> list[Part]:
         """The conditions on pictures."""
@@ -248,13 +253,17 @@ class Conditions:
             _, old = self.features.popitem(last=False)
             self.bytes -= sum(v.nbytes for v in old.values())
 
-    def null(self, device: torch.device, instead: Mapping[str, Sequence[Any]] | None = None) -> dict[str, Tensor]:
+    def null(
+        self, device: torch.device, instead: Mapping[str, Sequence[Any]] | None = None, guided: bool = True
+    ) -> dict[str, Tensor]:
         """What the conditions themselves know of no condition, one row. instead: {name: an item that takes its place},
-        a text to be guided away from."""
+        a text to be guided away from. guided: only of those that guidance leads away from."""
         out: dict[str, Tensor] = {}
         for name, part in self.parts.items():
-            given = (instead or {}).get(name)
-            out |= self.encoded(part, given, device) if given else part.condition.null(1, device)
+            if given := (instead or {}).get(name):
+                out |= self.encoded(part, given, device)
+            elif part.guided or not guided:
+                out |= part.condition.null(1, device)
         return out
 
     def example(self, n: int, device: torch.device) -> Batch:
@@ -296,7 +305,7 @@ class Conditions:
         if part.dropout > 0 and (null or isinstance(self.network, NullCondition)):
             own = self.drop(part, own, null, step)
         batch["cond"] |= own
-        batch["null"] |= null
+        batch["null"] |= null if part.guided else {}
 
     def drop(self, part: Part, own: dict[str, Tensor], null: dict[str, Tensor], step: Step) -> dict[str, Tensor]:
         """Some rows of one condition without it: a function of the step, the same whatever process they are on."""
@@ -356,7 +365,9 @@ def build_parts(nodes: Mapping[str, Any], facts: Mapping[str, Any], codec: Any =
         described = {"name": component.name, **{k: v for k, v in kwargs.items() if k not in component.from_data}}
         said = settings(node, f"conditions.{name}")
         described |= {"train": True} if said["trained"] or said["weights"] else {}  # its weights lie beside the file
-        described |= {"column": node["column"]} if node.get("column") else {}
+        described |= {k: node[k] for k in ("column", "guided") if node.get(k) is not None}
+        guided = fit(node.get("guided"), bool | None, f"conditions.{name}.guided")
+        said["guided"] = not isinstance(condition, ReadsPictures) if guided is None else guided
         part = Part(name, condition, node.get("column") or condition.column, component=described, **said)
         part.given = condition.parse(words_of(node["items"], name)) if node.get("items") else ()
         parts.append(part)

@@ -379,7 +379,7 @@ def check_components(recipe: Recipe) -> None:
 ROLE_KEYS = ("kind", "weights", "partial", *CHECKPOINT)
 HOST_KEYS: dict[str, tuple[str, ...]] = {
     "codec": ("weights", "fallback", "output"),
-    "conditions": ("dropout", "train", "column", "weights", "items"),
+    "conditions": ("dropout", "train", "column", "weights", "items", "guided"),
     "roles": ROLE_KEYS,
     "model": ("weights", "partial"),
 }

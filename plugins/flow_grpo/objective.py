@@ -128,7 +128,8 @@ class FlowGRPO(ObjectiveBase):
         """Keywords of the network for prompts by number (B,)."""
         if group is None or self.asked is None:
             return {}
-        return self.conditions.encode({self.asked.name: self.items(self.asked, group)}, group.device)
+        parts = self.conditions.on(self.asked.condition.column)
+        return self.conditions.encode({p.name: self.items(self.asked, group) for p in parts}, group.device)
 
     def items(self, asked: Part, group: Tensor) -> Any:
         """Prompts by number: classes as they are, others as a list."""

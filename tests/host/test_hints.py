@@ -34,7 +34,7 @@ data: {path: %s}
 optimizer: {lr: 1.0e-3}
 train: {steps: 4, batch_size: 8, precision: fp32, save_every: 2, preview_n: 2, ema: []}
 """
-LINEART = "hint: {column: lineart, invert: true, dropout: 0.5}"
+LINEART = "hint: {column: lineart, invert: true, dropout: 0.5, guided: true}"
 
 
 def picture(grey: int, size: tuple[int, int] = (8, 8)) -> Image.Image:
@@ -161,6 +161,15 @@ def test_a_hint_of_a_column() -> None:
     assert e.value.code == 2
 
 
+def test_guidance_keeps_pictures_unless_they_say_so() -> None:
+    for guided, there in ((None, set()), (False, set()), (True, {"hint"})):
+        conditions = made(column="lineart", dropout=0.5, **({} if guided is None else {"guided": guided}))
+        assert set(conditions.null(torch.device("cpu"))) == there
+        assert set(conditions.null(torch.device("cpu"), guided=False)) == {"hint"}
+        batch = conditions.apply({"lineart": torch.ones(16, 1, 8, 8)}, Step(0))
+        assert set(batch["null"]) == there and not batch["cond"]["hint"].all(), "dropped all the same"
+
+
 def test_a_hint_that_an_operator_makes() -> None:
     """What is drawn depends on the row and the step alone, wherever it is computed."""
     conditions = made(name="hint", operator={"name": "inpainting", "mask": "random"}, low=-1)
@@ -186,7 +195,7 @@ def test_masks_hide_a_part_of_the_image() -> None:
     drawn = Conditions(build_parts({"mask": {"operator": {"name": "inpainting", "mask": "random"}}}, FACTS))
     cond = drawn.apply({"image": x}, Step(0))["cond"]
     assert torch.equal(cond["masked"], x * cond["mask"]) and not torch.equal(cond["mask"][0], cond["mask"][1])
-    assert drawn.null(torch.device("cpu"))["mask"].abs().sum() == 0
+    assert drawn.null(torch.device("cpu"), guided=False)["mask"].abs().sum() == 0
     with pytest.raises(VgmError, match="hides no pixels"):
         Conditions(build_parts({"mask": {"operator": {"name": "jpeg"}}}, FACTS)).apply({"image": x}, Step(0))
 
@@ -257,6 +266,14 @@ def test_line_art_from_training_to_pictures(vgm: Vgm, tmp_path: Path, recipe: An
     assert code == 0, err
     code, out, err = vgm(*own, "evaluate", "whole", "-n", 6, "--metrics", "straightness:steps=2", "--json")
     assert code == 0 and json.loads(out)[0]["conditions"] == "openmoji", err
+    small = ("train.steps=2", "train.batch_size=8", "train.preview_n=0", "train.save_every=2", "train.precision=fp32")
+    pairs = ("pairs.count=8", "pairs.steps=2", "--out", "student")
+    code, _, err = vgm(*own, "distill", "rectified-flow", "--teacher", "whole", *small, *pairs)
+    assert code == 0, err
+    code, _, err = vgm(*own, "sample", "student", "-n", 2, "--hint", lines, "--out", "s.png")
+    assert code == 0, err
+    code, _, err = vgm(*own, "finetune-rl", "flow-grpo", "--model", "whole", "--reward", "brightness", *small)
+    assert code == 2 and "told pictures" in err
     picture(9, (50, 40)).save("odd.png")
     code, _, err = vgm(*own, "sample", "whole", "-n", 1, "--hint", "odd.png", "--out", "o.png")
     assert code == 0 and "50×40" in err
@@ -284,7 +301,7 @@ def test_masks_and_hints_behind_a_codec(vgm: Vgm, tmp_path: Path, tiny_dataset: 
     for cache in ("auto", "cache", "cache", "false"):
         code, _, err = vgm(
             *own, "train", "hinted.yaml", f"model.hint_channels={channels + 1}", f"data.cache_latents={cache}",
-            "train.steps=2", "--out", f"run-{cache}", "--overwrite",
+            "train.steps=2", "guidance_scale=1", "--out", f"run-{cache}", "--overwrite",
         )  # fmt: skip
         assert code == 0, err
     states = [load_file(f"run-{c}/checkpoints/step-00000002/model.safetensors") for c in ("auto", "cache", "false")]

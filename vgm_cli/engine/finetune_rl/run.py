@@ -132,13 +132,14 @@ def ask_for(config: dict[str, Any], origins: dict[str, str], prompts: Sequence[s
     """Put prompts into the condition of a recipe that reads texts. VgmError: it has none."""
     nodes = config.get("conditions") or {}
     targets = {k: n.get("name", k) for k, n in nodes.items()}
-    name = next((k for k, n in targets.items() if column_of(n) == "text"), None)
-    if name is None:
+    names = [k for k, n in targets.items() if column_of(n) == "text"]
+    if not names:
         raise VgmError(
             "--prompt is a text, which this model does not read", "--label is not needed: classes are drawn", USAGE
         )
-    nodes[name]["items"] = list(prompts)
-    origins[f"conditions.{name}.items"] = "command line"
+    for name in names:
+        nodes[name]["items"] = list(prompts)
+        origins[f"conditions.{name}.items"] = "command line"
 
 
 def column_of(condition: str) -> str:

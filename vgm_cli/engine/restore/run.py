@@ -89,7 +89,7 @@ def null_condition(loaded: Loaded, n: int) -> dict[str, Tensor] | None:
     """The keywords of no condition, where the network has them."""
     device, conditions = next(loaded.model.parameters()).device, loaded.conditions
     try:
-        return unconditional(loaded.model, conditions.example(n, device)["cond"], conditions.null(device))
+        return unconditional(loaded.model, conditions.example(n, device)["cond"], conditions.null(device, guided=False))
     except VgmError:
         return None
 

@@ -44,7 +44,7 @@ def default_target(loaded: Loaded, plan: Plan, device: torch.device) -> Path:
     chosen = plan.labels[: plan.period()]
     if chosen and chosen != list(range(loaded.header.data.get("num_classes") or 0))[: plan.n]:
         parts += ["label" + "-".join(map(str, chosen[:8])) + ("-and-more" if len(chosen) > 8 else "")]
-    said = "-".join(words[0] for words in plan.words.values())
+    said = "-".join(dict.fromkeys(words[0] for words in plan.words.values()))
     parts += [re.sub(r"[^\w]+", "-", said).strip("-")[:40]] if said else []
     return free_name((run / "samples" if run else Path.cwd()) / ("-".join(parts) + ".png"))
 

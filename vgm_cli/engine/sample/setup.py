@@ -160,10 +160,9 @@ def words_for(
     for option, column, own in (("--label", "label", labels), ("--prompt", "text", list(prompts))):
         if not own:
             continue
-        part = conditions.of_column(column)
-        if part is None:
+        if not (parts := conditions.on(column)):
             raise not_taken(conditions, option)
-        out[part.name] = own
+        out |= {part.name: own for part in parts}
     for hint in hints:
         name, files = hint_of(conditions, hint)
         out[name] = [*out.get(name, ()), *files]
@@ -197,10 +196,9 @@ def negative_for(conditions: Conditions, negative: str | None) -> dict[str, list
     """{condition: a text to be guided away from}. VgmError: the network reads no texts, or not this one."""
     if negative is None:
         return {}
-    part = conditions.of_column("text")
-    if part is None:
+    if not (parts := conditions.on("text")):
         raise VgmError("--negative is a text, which this network does not read", code=USAGE)
-    return {part.name: part.condition.parse([negative])}
+    return {part.name: part.condition.parse([negative]) for part in parts}
 
 
 def adopt_conditions(
