@@ -101,7 +101,7 @@ def give_of_data(conditions: Conditions, dataset: Any, rows: Sequence[int]) -> N
         part.given = OfData(dataset, part, rows)
     label = conditions.of_column("label")
     if open_ones and label is not None and dataset.facts.labels is not None:
-        label.given = OfData(dataset, label, rows)
+        label.given = [int(dataset.facts.labels[row]) for row in rows]
 
 
 def check_column(part: Part, dataset: Any) -> None:
