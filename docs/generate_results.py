@@ -83,7 +83,7 @@ RUNS = [  # the longest first, those that others wait for before all
     Run("maskgit", "train maskgit"),
     Run("maskgit-halton", "train maskgit sampler=halton"),
     Run("var-tokenizer", "train var --recipe mnist-tokenizer", "fid,psnr", sampled=False),
-    Run("var", "train var --codec {dir}/var-tokenizer", after="var-tokenizer"),
+    Run("var", "train var --codec {dir}/var-tokenizer", after="var-tokenizer", bits="bits-per-dim:n=500"),
     Run("vqgan", "train vqgan", "fid,psnr", sampled=False),
     Run("vqgan-prior", "train vqgan --recipe mnist-prior", bits="bits-per-dim:n=500"),
     Run("vqvae", "train vqvae", "fid,psnr", sampled=False),

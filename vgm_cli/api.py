@@ -352,7 +352,8 @@ class PyramidTokenizer(Tokenizer, Protocol):
     """A tokenizer of several grids from coarse to fine, each of which adds what the coarser ones left out (VAR).
 
     The ids of an image are those of all grids one after the other: token_shape is (L,), L the positions of all grids.
-    What the grids add up to are the features (B, C, h, w), of the last grid's size, from which the image is decoded.
+    What the grids add up to are the features (B, C, h, w), of the last grid's size, from which the image is decoded:
+    samplers may return them, or show them step by step, in the place of ids.
     Models are built from the facts scales, vocab_size and channels (C). vgm_cli.ar.pyramid goes over the scales.
     """
 

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from vgm_cli.ar.pyramid import sizes
+from vgm_cli.ar.pyramid import sizes, teacher_inputs
+from vgm_cli.ar.sampling import token_log_probs
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.nets.llama import DropPath
 from vgm_cli.nn.attention import block_causal, causal_attention
@@ -142,6 +143,7 @@ class VAR(nn.Module):
     """
 
     repeated = ("blocks",)
+    latent_likelihood = True  # of codes, see vgm_cli/metrics/likelihood.py
     lvl_1L: Tensor
 
     def __init__(
@@ -275,3 +277,16 @@ class VAR(nn.Module):
         if cache is not None:
             cache.advance(end - past)
         return self.head(self.head_nm(h, c)).float()
+
+    # -- likelihood
+
+    @torch.no_grad()
+    def log_likelihood(
+        self, x: Tensor, generators: list[torch.Generator], y: Tensor | None = None, codec: Any = None
+    ) -> tuple[Tensor, str]:
+        """x: (B, L) int64 codes -> nats of all of them (B,), exact; the contract of vgm_cli/metrics/likelihood.py."""
+        if codec is None:
+            raise VgmError("VAR's codes have no likelihood without the tokenizer that it sees with", code=USAGE)
+        logits = self(teacher_inputs(codec, x, self.scales), self.labels(y, len(x), x.device))
+        given = "given the class" if y is not None else "given the null class"
+        return token_log_probs(logits, x).sum(1), f"exact, of the codes {given}"

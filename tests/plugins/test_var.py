@@ -586,6 +586,11 @@ def test_every_position_weighs_the_same() -> None:
     sizes = (1, 4, 16, 49)
     mean = sum(n * logs[f"loss_{p}x{p}"] for n, p in zip(sizes, (1, 2, 4, 7))) / 70
     torch.testing.assert_close(loss, mean)
+    nats, kind = model.log_likelihood(ids, generators(range(3)), y, codec=TokenCodec(tokenizer))
+    torch.testing.assert_close(nats.mean() / -70, loss)
+    assert kind == "exact, of the codes given the class"
+    with pytest.raises(VgmError, match="without the tokenizer"):
+        model.log_likelihood(ids, generators(range(3)))
     right = sum(n * logs[f"accuracy_{p}x{p}"] for n, p in zip(sizes, (1, 2, 4, 7))) / 70
     torch.testing.assert_close(logs["accuracy"], right)
 
@@ -641,6 +646,11 @@ def test_from_pixels_to_an_edited_image(tmp_run: Path, tiny_dataset: Path, vgm: 
     assert {f"loss_{p}x{p}" for p in (1, 2, 4, 7)} <= row.keys()
     own = ckpt.read_header(ckpt.resolve(run)).component["kwargs"]
     assert own["scales"] == [[p, p] for p in (1, 2, 4, 7)] and (own["vocab_size"], own["channels"]) == (16, 4)
+    code, out, err = vgm("evaluate", run, "--metrics", "bits-per-dim", "-n", 4, "--json")
+    assert code == 0, err
+    assert json.loads(out)[0]["metric"] == "bits-per-latent-dim" and json.loads(out)[0]["value"] == pytest.approx(
+        4, 0.2
+    )
     code, _, err = vgm("sample", run, "-n", 2, "--label", 1, "--trace", "--out", tmp_run / "a.png")
     assert code == 0, err
     with Image.open(tmp_run / "a-trace.png") as film:

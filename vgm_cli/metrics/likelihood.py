@@ -15,7 +15,8 @@ whatever the objective's `view()` names) and calls, if it is there,
 A conditional model may add a keyword `y: Tensor | None = None` ((B,) int64 labels); it is passed where the data has
 labels and the checkpoint was trained with them. A latent-variable model may add `samples: int = ...` (posterior draws;
 1 is the ELBO), which `bits-per-dim:samples=N` sets, and `estimator: str = ...` where it knows several, which
-`bits-per-dim:estimator=NAME` sets. bits per dimension = -nats / (C H W ln 2).
+`bits-per-dim:estimator=NAME` sets. A model that needs the codec of its tokens to see with (a pyramid's) may add
+`codec: Any = None`, which is passed. bits per dimension = -nats / (C H W ln 2).
 
 Rules. The model dequantises itself. With data scaled to z = a x + b and a density p(z) of (x + u) scaled the same way,
 u ~ U(0, 1) (or U(-1/2, 1/2)): nats = log p(z) + C H W log a, a lower bound in expectation (Theis et al.,
@@ -224,6 +225,7 @@ class BitsPerDim(MetricBase):
                 raise VgmError("this model sees latents of a codec, so it has no likelihood of pixels", code=USAGE)
             takes = signature(own).parameters
             more = {k: coerce(v, takes[k], "bits-per-dim") for k, v in self.asked.items() if k in takes}
+            more |= {"codec": subject.codec} if "codec" in takes else {}
             if "estimator" in self.asked and "estimator" not in takes:
                 raise VgmError("this model knows one estimate of its likelihood", "leave estimator away", USAGE)
             return lambda x, gens, cond: own(x, gens, **{k: v for k, v in cond.items() if k in takes}, **more)
