@@ -2,8 +2,8 @@
 
 Official code: FoundationVision/VAR@78b9539 trainer.py, train.py (progressive training); the tokenizer's trainer was not
 released, only its loss of codes (models/quant.py): the rest is VQGAN's, vgm_cli/losses/first_stage.py.
-Deviations: the first stage of progressive training may be the first scale; `truncation`, `feature_weight` and
-`restart_every` are ours.
+Deviations: the first stage of progressive training may be the first scale; `truncation`, `feature_weight`,
+`place_after` and `restart_every` are ours.
 """
 
 from __future__ import annotations
@@ -160,6 +160,9 @@ class TokenizerObjective(AutoencoderObjective):
         place_codes: bool = False,  # start the codes on features of the first batch
         feature_weight: NonNegative = 0.0,  # of the features' mean square, which nothing else bounds
         truncation: Fraction = 0.0,  # share of steps that decode the first few scales only, so that they say something
+        place_after: tuple[
+            Whole, ...
+        ] = (),  # steps after which all codes move there again: features change fast at first
         restart_every: Whole = 0,  # codes unused for about so many steps move onto what is left of features; 0: never
     ):
         super().__init__(
@@ -176,7 +179,8 @@ class TokenizerObjective(AutoencoderObjective):
             adaptive=adaptive,
             place_codes=place_codes,
         )
-        self.feature_weight, self.truncation, self.restart_every = feature_weight, truncation, restart_every
+        self.feature_weight, self.truncation = feature_weight, truncation
+        self.place_after, self.restart_every = set(place_after), restart_every
         self.recent = None  # usage is counted by scale, in the model
         self.latest: Tensor | None = None
         self.feature_size = torch.zeros(())
@@ -190,7 +194,7 @@ class TokenizerObjective(AutoencoderObjective):
     def reconstruct(self, x: Tensor, step: Step, draw: str) -> tuple[Tensor, Tensor, Tensor | None]:
         features = self.model.moments(x)
         codes, loss, ids = self.model.quantize(features, keep=self.kept(step))
-        self.latest = features.detach() if self.restart_every else None
+        self.latest = features.detach()
         size = features.float().square().mean()
         self.feature_size = size.detach().sqrt()
         return self.model.reconstruct(codes).float(), loss.float() + self.feature_weight * size, ids
@@ -206,10 +210,12 @@ class TokenizerObjective(AutoencoderObjective):
 
     @torch.no_grad()
     def after_step(self, step: Step) -> None:
-        every, quantize = self.restart_every, self.model.quantize
-        if not every or (step.index + 1) % every or self.latest is None:
+        every, quantize, done = self.restart_every, self.model.quantize, step.index + 1
+        if self.latest is None:
             return
-        unused = (1 - quantize.DECAY) * quantize.DECAY**every  # what one choice has faded to
-        draws = torch.rand(quantize.codebook_size, generator=step.generator("restart")).to(self.latest.device)
-        dead = quantize.ema_vocab_hit_SV.sum(0) < unused
-        quantize.restart(dead, self.latest, draws)
+        if done in self.place_after:
+            quantize.place(self.latest)
+        elif every and done % every == 0:
+            unused = (1 - quantize.DECAY) * quantize.DECAY**every  # what one choice has faded to
+            draws = torch.rand(quantize.codebook_size, generator=step.generator("restart")).to(self.latest.device)
+            quantize.restart(quantize.ema_vocab_hit_SV.sum(0) < unused, self.latest, draws)

@@ -447,6 +447,10 @@ def test_codes_move_onto_what_is_left() -> None:
     assert torch.equal(same, ~unused)
     assert logs["perplexity_1x1"] >= 1 and logs["perplexity_7x7"] > logs["perplexity_1x1"]
     assert logs["usage_4x4"] == (quantize.ema_vocab_hit_SV[2] > 0).float().mean()
+    again = TokenizerObjective(tokenizer, place_after=(1,))
+    again.loss("autoencoder", {"x": x}, Step(0))
+    again.after_step(Step(0))
+    assert (quantize.embedding.weight != before).any(1).all(), "all codes moved"
     assert {objective.kept(Step(i)) for i in range(40)} == {None, 1, 2, 3}
 
 

@@ -53,7 +53,8 @@ def block_causal(sizes: Sequence[int], device: torch.device | str = "cpu") -> Te
     """The mask (L, L) bool, L the sum of the sizes, of blocks one after the other: a position sees its own block and
     all before it. Its rows and columns of the first blocks are the mask of those alone, so that a forward with a cache
     takes the rows of the new positions and the columns up to their last."""
-    block = torch.arange(len(sizes), device=device).repeat_interleave(torch.tensor(sizes, device=device))
+    repeats = torch.tensor(sizes, device=device)
+    block = torch.arange(len(sizes), device=device).repeat_interleave(repeats, output_size=sum(sizes))
     return block[:, None] >= block
 
 
