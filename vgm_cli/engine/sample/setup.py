@@ -38,10 +38,14 @@ def open_model(
     loaded = ckpt.load(model, weights, device)
     if weights is not None and weights != loaded.header.weights:
         ui.warn(f"--weights {weights} has no effect: {loaded.path} holds {loaded.header.weights}")
-    if loaded.header.is_codec:
+    refuse_codec(loaded.header, model)
+    return loaded, device
+
+
+def refuse_codec(header: ckpt.Header, model: object) -> None:
+    if header.is_codec:
         hint = f"train a model on its latents or codes (--codec {model}), or measure it: vgm evaluate {model}"
         raise VgmError(f"{model} is a codec: it reconstructs, it does not generate", hint, USAGE)
-    return loaded, device
 
 
 def precision_of(loaded: ckpt.Loaded, asked: str = "auto") -> str:
