@@ -181,10 +181,10 @@ class DiTBlock(nn.Module):
         hidden_size: int,  # width D
         num_heads: int,  # attention heads
         mlp_ratio: float,  # hidden width of the MLP over D
-        swiglu: bool = False,  # these as DiT's keywords
-        rmsnorm: bool = False,
-        qknorm: bool = False,
-        wo_shift: bool = False,
+        swiglu: bool = False,  # a gated MLP
+        rmsnorm: bool = False,  # norms without mean
+        qknorm: bool = False,  # queries and keys are normed
+        wo_shift: bool = False,  # the condition scales and gates, and does not shift
     ):
         super().__init__()
         self.norm1, self.norm2 = token_norm(hidden_size, rmsnorm), token_norm(hidden_size, rmsnorm)
