@@ -83,6 +83,13 @@ def test_words_are_read_by_the_word() -> None:
             encoder.parse([wrong])
 
 
+def test_an_encoder_is_trained_or_read_from_a_file(vgm: Vgm) -> None:
+    code, _, err = vgm("validate", "sit/text", "conditions.text.train=false")
+    assert code == 2 and "nothing trains" in err
+    code, _, err = vgm("validate", "sit/text", "conditions.text.weights=nowhere")
+    assert code == 2 and "nowhere" in err
+
+
 def test_a_header_names_no_file_of_another_folder(tmp_path: Path) -> None:
     from vgm_cli.engine import checkpoint as ckpt
 

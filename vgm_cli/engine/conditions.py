@@ -37,15 +37,21 @@ def beside(nodes: Mapping[str, Any] | None) -> tuple[str, ...]:
 
 def conditions_for(nodes: Mapping[str, Any], facts: Facts, model: Any = None, codec: Any = None) -> Conditions:
     """The conditions of a recipe, for its network; encoders whose weights lie in a file have these. VgmError: a
-    condition is to be dropped and nothing says what no condition is, a file is missing or is another encoder's."""
+    condition is to be dropped and nothing says what no condition is, a file is missing or is another encoder's, an
+    encoder would stay as it was drawn."""
     conditions = Conditions(build_parts(nodes, asdict(facts), codec), model)
     if isinstance(model, HasClasses) and not model.num_classes:
         conditions.parts = {n: p for n, p in conditions.parts.items() if p.condition.column != "label"}
     conditions.check()
     for name, part in conditions.parts.items():
-        if part.weights and isinstance(part.condition, nn.Module):
+        if not isinstance(part.condition, nn.Module):
+            continue
+        if part.weights:
             read_encoder(part.condition, weights_file(part.weights, name), name)
             part.condition.requires_grad_(part.trained)
+        elif not part.trained and any(p.requires_grad for p in part.condition.parameters()):
+            hint = f"conditions.{name}.train=true, or conditions.{name}.weights=RUN|FILE"
+            raise VgmError(f"conditions.{name} has weights that nothing trains and no file holds", hint, USAGE)
     return conditions
 
 
