@@ -53,7 +53,8 @@ class Published:
     """What a paper fixes and no tensor of its checkpoints says.
 
     header(config): parts of engine/checkpoint.Header: "view" (how a sampler sees the network), "recipe" (paper,
-    sampler, guidance_scale), "data" (sample_shape, num_classes, ...). With them a converted file can be sampled from.
+    sampler, guidance_scale), "data" (sample_shape, num_classes, ...), "conditions" (what the network is told, by name).
+    With them a converted file can be sampled from.
     assumes(state, config): {keyword: sentence}, a remark for every keyword that `config` or `header` takes from the
     paper for this state. If the user gives the keyword, the remark is left out.
     """

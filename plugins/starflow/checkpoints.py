@@ -217,10 +217,12 @@ def assumes(state: State, config: Mapping[str, Any]) -> dict[str, str]:
 
 
 def header(config: Mapping[str, Any]) -> dict[str, Any]:
-    """Behind Stable Diffusion's VAE, with the guidance of the official configuration (cfg 2.5)."""
+    """Behind Stable Diffusion's VAE, with the guidance of the official configuration (cfg 2.5); texts by T5."""
     size, channels = config["img_size"], config["in_channels"]
     guided = config.get("num_classes") or config.get("txt_size")
+    text = {"name": "starflow-t5", "tokens": config.get("txt_size"), "width": config.get("txt_dim")}
     return {
+        **({"conditions": {"text": text}} if config.get("txt_size") else {}),
         "recipe": {
             "paper": "starflow",
             "sampler": {"name": "starflow"},

@@ -758,6 +758,24 @@ def test_a_text_is_obeyed_by_its_tokens(vgm: Vgm, tmp_path: Path, monkeypatch: A
     assert code == 0, err
 
 
+def test_a_published_text_model_is_asked_by_prompts(vgm: Vgm, tmp_path: Path, monkeypatch: Any) -> None:
+    """Deprecated buffers tell the grid, the text's length and the heads; they are left out. T5 is the user's."""
+    monkeypatch.chdir(tmp_path)
+    model = twin("3B-text", in_channels=4)
+    theirs = dict(model.state_dict())
+    mask, rope = torch.ones(12, 12).tril(), torch.zeros(12, 20)
+    theirs |= {f"blocks.{i}.attn_mask": mask.clone() for i in range(2)} | {"var": torch.ones(9, 4)}
+    theirs |= {f"feat_rope.freqs_{k}": rope.clone() for k in ("cos", "sin")}
+    torch.save(theirs, "official.pth")
+    code, _, err = vgm("convert", "official.pth", "ours.safetensors", "--verify")
+    assert code == 0 and "softplus scales" in err, err
+    code, out, err = vgm("inspect", "ours.safetensors", "--json")
+    kwargs = json.loads(out)["component"]["kwargs"]
+    assert (kwargs["img_size"], kwargs["txt_size"], kwargs["txt_dim"], kwargs["head_dim"]) == (3, 3, 6, 20)
+    code, _, err = vgm("sample", "ours.safetensors", "-n", 1, "--prompt", "a car", "--out", "x.npz")
+    assert code == 4 and "conditions.text.path" in err, err
+
+
 def test_a_decoder_learns_to_see_through_noise(vgm: Vgm, tmp_path: Path, monkeypatch: Any) -> None:
     """Only the decoder's half changes; the running means of the discriminator are kept with the run."""
     from vgm_cli.engine.checkpoint import read_tensors
