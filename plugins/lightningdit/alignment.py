@@ -6,7 +6,7 @@ Deviation: latents and features must have the same grid (officially another grid
 
 from __future__ import annotations
 
-from typing import Literal
+from typing import Literal, Protocol, runtime_checkable
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,20 @@ from vgm_cli.api import Step
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.losses.adversarial import DiscLoss, GenLoss, adaptive_weight
 from vgm_cli.losses.first_stage import AutoencoderObjective, Logs, Reduction
-from vgm_cli.nets.autoencoder_kl import AutoencoderKL
 from vgm_cli.nets.first_stage import DiagonalGaussian
 from vgm_cli.ranges import NonNegative, Whole
+
+
+@runtime_checkable
+class Comparable(Protocol):
+    """A KL autoencoder with a projection. feature_dim: width of the features that it is for; 0: it has none."""
+
+    feature_dim: int
+    reverse_proj: bool
+
+    def compared(self, z: Tensor, features: Tensor) -> tuple[Tensor, Tensor]:
+        """Latents (B, c, h, w) and features (B, feature_dim, h, w), with equal channels."""
+        ...
 
 
 def similarities(z: Tensor) -> Tensor:
@@ -88,9 +99,9 @@ class AlignedAutoencoder(AutoencoderObjective):
             logvar=logvar,
             reduction=reduction,
         )
-        if isinstance(model, AutoencoderKL) and not model.feature_dim:
-            hint = "model.feature_dim=1024, the width of DINOv2's"
-            raise VgmError("the autoencoder has no projection between latents and features", hint, USAGE)
+        if not (isinstance(model, Comparable) and model.feature_dim):
+            hint = "model.name=va-vae model.feature_dim=1024, the width of DINOv2's"
+            raise VgmError("the first stage has no projection between latents and features", hint, USAGE)
         self.networks = {**self.networks, "foundation": foundation}
         self.foundation = foundation
         if adaptive_vf:  # two gradients are taken before the loss's own
