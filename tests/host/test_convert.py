@@ -51,6 +51,7 @@ NARROW = {"channel_base": 64, "channel_max": 12}
 PRIOR = {"vocab_size": 16, "n_layer": 2, "n_head": 1, "n_embd": 64, "condition": "class", "num_classes": 1000}
 FLOW = {"in_channels": 4, "img_size": 4, "channels": 64, "layers_per_block": (1, 2)}
 TAR = {"in_channels": 3, "img_size": 6, "patch_size": 2, "channels": 64, "num_blocks": 2, "layers_per_block": 1}
+NCSN = {"image_size": 32, "nf": 16, "ch_mult": (1, 2), "num_res_blocks": 1}
 WIDTHS = (6, 6, 6, 6, 4, 4, 3, 2, 2)
 MASKED = {"vocab_size": 20, "grid": (4, 4), "num_classes": 3}
 VQVAE = {"channels": 8, "residual_channels": 4, "embed_dim": 4, "n_embed": 6}
@@ -92,8 +93,12 @@ TINY: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "meanflow-flax": (DIT | {"input_size": 32, "patch_size": 8}, ("num_heads=2",)),
     "meanflow-unet": (SONG, ()),
     "randar": (GPT, ()),
-    "rectified-flow": ({"image_size": 32, "nf": 16, "ch_mult": (1, 2), "num_res_blocks": 1, "fir": True}, ()),
+    "rectified-flow": (NCSN | {"fir": True}, ()),
     "scm-mnist": ({"base_dim": 8, "dim_mults": (1, 2), "time_embedding_dim": 16}, ()),
+    "score-sde": (NCSN | {"fir": True, "embedding_type": "fourier", "scale_by_sigma": True, "centered": False}, ()),
+    "score-sde-classifier": ({"blocks_per_group": 2, "channel_multiplier": 1, "num_classes": 4}, ()),
+    "score-sde-subvp": (NCSN, ()),
+    "score-sde-vp-discrete": (NCSN, ()),
     "sit": (DIT, ("num_heads=2",)),
     "starflow": (FLOW | {"num_classes": 4, "denoiser_layers": 1}, ("img_size=4",)),
     "stylegan": (STYLE | {"mapping_width": 8, "fmap_base": 64, "fmap_max": 12}, ()),

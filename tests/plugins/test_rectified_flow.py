@@ -193,6 +193,9 @@ def test_golden(golden_case: GoldenCase) -> None:
 # -- networks and checkpoints ----------------------------------------------------------------------------------------
 
 SIZES = {  # the official code's
+    "ddpm-cifar10": 35_218_947,
+    "ddpm-cifar10-ve": 35_218_947,
+    "ddpm-256": 111_569_923,
     "ddpmpp-cifar10": 61_804_419,
     "ddpmpp-cifar10-deep": 106_632_579,
     "ncsnpp-cifar10": 62_758_915,

@@ -59,6 +59,9 @@ def info(
     crop: Crop = "adm",
     split: Split = None,
     label_key: LabelKey = None,
+    distances: Annotated[
+        bool, typer.Option("--distances", help="Also how far images are apart in [0, 1]: sigma_max of VE networks.")
+    ] = False,
 ) -> None:
     """Say what training would see: images, sizes, classes, captions, and what is left out.
 
@@ -72,6 +75,8 @@ def info(
     """
     dataset = opened(path, size=size, channels=channels, crop=crop, split=split, label_key=label_key, quiet=True)
     facts = described(dataset)
+    if distances:
+        facts["distances"] = apart(dataset)
     ui.document(facts)
     ui.data(f"{facts['root']}: {headline(facts)}")
     if facts["classes"]:
@@ -90,6 +95,9 @@ def info(
     for key in ("codec", "mirrored", "mean", "std"):
         if key in facts:
             ui.data(f"  {key:<12} {facts[key]}")
+    if distances:
+        far = facts["distances"]
+        ui.data(f"  distances    {far['median']:.4g} (median), {far['largest']:.4g} (largest) in {far['n']} images")
     ui.data(f"  fingerprint  {facts['fingerprint']}")
     for remark in facts["remarks"]:
         ui.warn(remark)
@@ -134,6 +142,25 @@ def described(dataset: Any) -> dict[str, Any]:
         mean, std = dataset.statistics
         facts |= {"mean": [round(v, 4) for v in mean.tolist()], "std": [round(v, 4) for v in std.tolist()]}
     return facts
+
+
+FAR = 1000  # images whose distances are measured
+
+
+def apart(dataset: Any) -> dict[str, float]:
+    """Euclidean distances between pairs of images in [0, 1], of images spread evenly over the set. VgmError: latents,
+    or fewer than two images."""
+    import torch
+
+    from vgm_cli.errors import USAGE, VgmError
+
+    count = len(dataset)
+    if not hasattr(dataset, "source") or count < 2:
+        raise VgmError("distances are those of at least two images", "a set of images", USAGE)
+    n = min(count, FAR)
+    x = torch.stack([dataset.pixels([i * count // n])[0].flatten() for i in range(n)]).add(1).div(2)
+    found = torch.pdist(x)
+    return {"n": n, "median": float(found.median()), "largest": float(found.max())}
 
 
 def headline(facts: dict[str, Any]) -> str:

@@ -21,8 +21,9 @@ from vgm_cli.nn.shapes import each, expand
 
 Prediction = Literal["x0", "eps", "score", "v", "velocity", "F", "trig"]
 KINDS: tuple[str, ...] = get_args(Prediction)
-TIMES = ("unit", "reversed", "index", "sigma", "log-sigma", "edm", "logsnr")
+TIMES = ("unit", "reversed", "ladder", "index", "sigma", "log-sigma", "edm", "logsnr")
 SCALES = ("none", "edm", "ve", "vp")
+OF_UNIT = {"eps": 1.0, "score": 0.5, "x0": 2.0, "velocity": 2.0}  # by which [-1, 1] stretches a prediction on [0, 1]
 Network = Callable[..., Tensor]
 
 # -- conversions -----------------------------------------------------------------------------------------------------
@@ -134,10 +135,14 @@ class Denoiser:
         learned_sigma: bool = False,  # it gives a second half of channels about the variance, see `split`
         variance: str | None = None,  # how that half is to be read, by samplers that use it
         sigma_data: float | None = None,  # deviation of the data in "F" and "trig"; None: the path's
+        data_range: str = "centered",  # "unit": the network works on images in [0, 1], see below
     ):
-        # time: "unit" host t | "reversed" 1 - t, and a velocity is the derivative in that time, -u | "index" of a
+        # time: "unit" host t | "reversed" 1 - t, and a velocity is the derivative in that time, -u | "ladder" the
+        # nearest entry, 0 being the noisiest, of time_scale + 1 levels, (1 - t) time_scale rounded | "index" of a
         # discrete path, 0..steps - 1 | "logsnr" | of s = sigma / alpha: "sigma" s, "log-sigma" ln s, "edm" ln(s) / 4
         # input_scale: "none" z | "ve" z / alpha | "vp" z / sqrt(alpha^2 + sigma^2) | "edm" c_in z / alpha
+        # data_range: the path is that of images in [-1, 1]; the network is fed (z + alpha) / 2, whose noise is half as
+        # large, is told half of s, and its prediction is of that
         self.network, self.path = network, make_path(path)
         if prediction not in (*KINDS, "x_prev"):
             raise unknown("prediction", prediction, (*KINDS, "x_prev"))
@@ -151,6 +156,13 @@ class Denoiser:
         self.input_scale = input_scale or ("edm" if prediction in ("F", "trig") else "none")
         self.learned_sigma, self.variance = learned_sigma, variance
         self.sigma_data = self.path.sigma_data if sigma_data is None else sigma_data
+        if data_range not in ("centered", "unit"):
+            raise unknown("data range", data_range, ("centered", "unit"))
+        self.data_range = data_range
+        plain = prediction in OF_UNIT and self.input_scale == "none" and not isinstance(self.path, DiscreteVPPath)
+        if data_range == "unit" and not plain:
+            text = "data_range=unit is for networks of continuous paths that predict eps, score, x0 or velocity"
+            raise VgmError(text, "data_range=centered", USAGE)
         self.nfe = 0
         self.asked_at: Tensor | None = None  # times (B,) of the latest evaluation
 
@@ -158,7 +170,7 @@ class Denoiser:
     def from_config(cls, network: Network, config: Mapping[str, Any]) -> Denoiser:
         """The inverse of config(). VgmError: unknown key."""
         options = {k: v for k, v in config.items() if k not in ("name", "path", "prediction")}
-        known = ("time", "time_scale", "input_scale", "learned_sigma", "variance", "sigma_data")
+        known = ("time", "time_scale", "input_scale", "learned_sigma", "variance", "sigma_data", "data_range")
         for key in options:
             if key not in known:
                 raise unknown("key", key, known, "denoiser")
@@ -174,6 +186,7 @@ class Denoiser:
             "learned_sigma": (self.learned_sigma, False),
             "variance": (self.variance, None),
             "sigma_data": (self.sigma_data, self.path.sigma_data),
+            "data_range": (self.data_range, "centered"),
         }
         return config | {k: value for k, (value, default) in optional.items() if value != default}
 
@@ -186,6 +199,7 @@ class Denoiser:
             "learned_sigma": self.learned_sigma,
             "variance": self.variance,
             "sigma_data": self.sigma_data,
+            "data_range": self.data_range,
         }
 
     # the network's side
@@ -197,13 +211,15 @@ class Denoiser:
             own = t
         elif self.time == "reversed":
             own = 1 - t
+        elif self.time == "ladder":
+            return ((1 - t) * self.time_scale).round().float()
         elif self.time == "index":
             assert isinstance(self.path, DiscreteVPPath)
             own = self.path.timestep(t)
         elif self.time == "logsnr":
             own = self.path.logsnr(t)
         else:
-            own = self.path.ve_sigma(t)
+            own = self.path.ve_sigma(t) / (2 if self.data_range == "unit" else 1)
             if self.time != "sigma":
                 own = own.log() / (4 if self.time == "edm" else 1)
         return (own * self.time_scale).float()
@@ -211,7 +227,7 @@ class Denoiser:
     def input_of(self, x_t: Tensor, t: Tensor) -> Tensor:
         """What the network is fed at x_t (B, ...), t (B,) float64."""
         if self.input_scale == "none":
-            return x_t
+            return self.in_range(x_t, t)
         alpha, sigma = self.path.alpha(t), self.path.sigma(t)
         if self.input_scale == "ve":
             scale = 1 / alpha
@@ -220,6 +236,23 @@ class Denoiser:
         else:
             scale = 1 / (sigma**2 + (alpha * self.sigma_data) ** 2).sqrt()
         return (expand(scale, x_t) * x_t).to(x_t.dtype)
+
+    def in_range(self, x_t: Tensor, t: Tensor) -> Tensor:
+        """x_t (B, ...) in the range of the network's images, t (B,) float64."""
+        return x_t if self.data_range == "centered" else (x_t + expand(self.path.alpha(t), x_t).to(x_t.dtype)) / 2
+
+    def from_range(self, pred: Tensor, t: Tensor) -> Tensor:
+        """A prediction (B, ...) of the network's, as one on images in [-1, 1]; t (B,) float64."""
+        return pred if self.data_range == "centered" else pred * OF_UNIT[self.prediction] + self._offset(pred, t)
+
+    def to_range(self, pred: Tensor, t: Tensor) -> Tensor:
+        """The inverse of from_range."""
+        return pred if self.data_range == "centered" else (pred - self._offset(pred, t)) / OF_UNIT[self.prediction]
+
+    def _offset(self, pred: Tensor, t: Tensor) -> Tensor | float:
+        if self.prediction == "velocity":
+            return -expand(self.path.alpha_prime(t), pred).to(pred.dtype)
+        return -1.0 if self.prediction == "x0" else 0.0
 
     def batch_time(self, x: Tensor, t: Time) -> Tensor:
         """t as a float64 tensor (B,) beside x (B, ...)."""
@@ -253,6 +286,7 @@ class Denoiser:
             pred = -pred
         elif kind == "x_prev":
             pred, kind = self._x0_from_x_prev(pred, x_t, t), "x0"
+        pred = self.from_range(pred, t)
         return convert(pred, x_t, t, self.path, kind, to, self.sigma_data)
 
     def predict(self, x_t: Tensor, t: Time, to: str = "x0", **cond: Any) -> Tensor:

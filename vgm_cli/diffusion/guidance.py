@@ -15,9 +15,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from vgm_cli.api import NullCondition
+from vgm_cli.api import HasClasses, NullCondition
 from vgm_cli.conditioning import unconditional
-from vgm_cli.diffusion.denoiser import KINDS, Denoiser, affine
+from vgm_cli.diffusion.denoiser import KINDS, OF_UNIT, Denoiser, affine
 from vgm_cli.diffusion.path import Time
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.nn.shapes import each, expand
@@ -167,6 +167,7 @@ class Autoguidance(Guided):
         strong, rest = self.split(self.inner_raw(x_t, t, **cond), x_t)
         if self.guidance.active(times):
             weak = self.weak.predict_beside(self.path, x_t, times, self.prediction, **cond)
+            weak = self.to_range(weak, times)
             if self.prediction == "velocity" and self.time == "reversed":
                 weak = -weak
             self.nfe += 1
@@ -177,8 +178,8 @@ class Autoguidance(Guided):
 class ClassifierGuidance(Guided):
     """Adds scale * d/dx log p(y | x_t) to the score (Dhariwal & Nichol 2021, 2105.05233).
 
-    classifier(x_t, t) gives logits (B, classes) and is told the network's own time. y: (B,), the class of every item.
-    VgmError: a prediction that cannot be converted.
+    classifier(x_t, t) gives logits (B, classes), is told the network's own time and sees images in the network's range.
+    y: (B,), the class of every item. VgmError: a prediction that cannot be converted.
     """
 
     def __init__(self, inner: Denoiser, classifier: Callable[[Tensor, Tensor], Tensor], y: Tensor, scale: float = 1.0):
@@ -188,14 +189,25 @@ class ClassifierGuidance(Guided):
         self.classifier, self.y, self.scale = classifier, y, scale
 
     def raw(self, x_t: Tensor, t: Time, **cond: Any) -> Tensor:
-        output = self.inner_raw(x_t, t, **cond)
+        told = {k: v for k, v in cond.items() if k != "y" or tells_classes(self.network)}
+        output = self.inner_raw(x_t, t, **told)
         times = self.batch_time(x_t, t)
-        gradient = classifier_gradient(self.classifier, self.y)(x_t, self.time_argument(times))
+
+        def seen(x: Tensor, t: Tensor) -> Tensor:
+            return self.classifier(self.in_range(x, times), t)
+
+        gradient = classifier_gradient(seen, self.y)(x_t, self.time_argument(times))
         _, per_score = affine("score", self.prediction, self.path, times, self.sigma_data)
         sign = -1.0 if self.prediction == "velocity" and self.time == "reversed" else 1.0
         pred, rest = self.split(output, x_t)
-        pred = pred + (sign * self.scale * expand(per_score, x_t)).to(pred.dtype) * gradient
+        slope = sign * self.scale / (1.0 if self.data_range == "centered" else OF_UNIT[self.prediction])
+        pred = pred + (slope * expand(per_score, x_t)).to(pred.dtype) * gradient
         return pred if rest is None else torch.cat([pred, rest], dim=1)
+
+
+def tells_classes(network: Any) -> bool:
+    """Whether a network is told labels: those that do not say it are given what they are asked with."""
+    return not isinstance(network, HasClasses) or bool(network.num_classes)
 
 
 def classifier_gradient(

@@ -53,6 +53,7 @@ from vgm_cli.errors import USAGE, VgmError, unknown
 from vgm_cli.metrics.base import MetricBase, Subject, Value
 from vgm_cli.ranges import Count, Positive, Steps
 from vgm_cli.registry import coerce, signature
+from vgm_cli.ui import ui
 
 METHODS = ("dopri5", "elbo", "vlb")
 IMAGES = 256  # measured where -n does not say
@@ -75,17 +76,19 @@ def denoiser_likelihood(
     rtol: float = 1e-5,
     atol: float = 1e-5,
     probes: int | None = 1,
+    dequantised: bool = True,
     **cond: Any,
 ) -> tuple[Tensor, str]:
     """Likelihood of a Denoiser by its probability-flow ODE: (nats (B,), the method in words).
 
     x: uint8 (B, C, H, W), or float latents (B, c, h, w). probes: Hutchinson probes to average, each a run of the ODE;
-    None: the exact trace, one gradient per dimension and evaluation, for small images only.
+    None: the exact trace, one gradient per dimension and evaluation, for small images only. dequantised: as of
+    BitsPerDim.
     """
     shape = x.shape[1:]
     discrete = x.dtype == torch.uint8
-    z = x.float()
-    if discrete:
+    z = x.float() / LEVELS - 1 if discrete else x.float()
+    if discrete and dequantised:
         z = dequantise(x, torch.stack([torch.rand(shape, generator=g) for g in generators]).to(x.device))
     total = torch.zeros(len(x), dtype=torch.float64, device=x.device)
     for _ in range(probes or 1):
@@ -98,7 +101,8 @@ def denoiser_likelihood(
         nats = nats - z[0].numel() * float(np.log(LEVELS))
     trace = "exact trace" if probes is None else f"{probes} Hutchinson probe{'s' * (probes > 1)}"
     solver = f"{method} rtol {rtol:g} atol {atol:g}" if method == "dopri5" else f"{method} {steps} steps"
-    return nats, f"ODE, {solver}, {trace}" + (", uniform dequantisation" if discrete else "")
+    noise = "uniform dequantisation" if dequantised else "a density at 8-bit values, NOT dequantised"
+    return nats, f"ODE, {solver}, {trace}" + (f", {noise}" if discrete else "")
 
 
 def bound_likelihood(view: Denoiser, x: Tensor, generators: list[torch.Generator], **cond: Any) -> tuple[Tensor, str]:
@@ -159,12 +163,16 @@ class BitsPerDim(MetricBase):
         atol: Positive = 1e-5,  # absolute tolerance of dopri5
         samples: Count | None = None,  # posterior draws of latent-variable models; None: the model's own number
         estimator: str | None = None,  # which estimator, of models that know several
+        passes: Count = 1,  # over the images, each with its own draws; the mean is given
+        dequantised: bool = True,  # of the ODE: false is no likelihood of pixels and may be negative, with a warning
     ):
         if method not in (*METHODS, *ODE):
             raise unknown("method", method, (*METHODS, *ODE))
         if probes < 0:
             raise VgmError(f"bits-per-dim:probes={probes}: 0 is the exact trace", code=USAGE)
-        self.n = n
+        if not dequantised:
+            ui.warn("dequantised=false measures a density at 8-bit values: no figure to compare with others")
+        self.n, self.passes = n, passes
         self.asked = {k: v for k, v in (("samples", samples), ("estimator", estimator)) if v is not None}
         self.ode: dict[str, Any] = {
             "probes": probes or None,
@@ -172,6 +180,7 @@ class BitsPerDim(MetricBase):
             "steps": steps,
             "rtol": rtol,
             "atol": atol,
+            "dequantised": dequantised,
         }
 
     def __call__(self, subject: Subject, seed: int) -> list[Value]:
@@ -198,7 +207,9 @@ class BitsPerDim(MetricBase):
             items = {
                 name: own for name, p in subject.conditions.parts.items() if (own := p.of_data(batch, part)) is not None
             }
-            nats, kind = ask(x, gens, subject.conditions.encode(items, subject.device))
+            cond = subject.conditions.encode(items, subject.device)
+            asked = [ask(x, gens, cond) for _ in range(self.passes)]
+            nats, kind = torch.stack([n for n, _ in asked]).mean(0), asked[0][1]
             found = [(nats.double().cpu(), x[0].numel())]
             if decoder is not None and not x.is_floating_point():
                 found.append((decoder.pixel_log_likelihood(image, x).double().cpu(), image[0].numel()))

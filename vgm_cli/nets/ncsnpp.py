@@ -1,6 +1,7 @@
-"""NCSN++ and DDPM++: the U-Nets of score-based models and rectified flows.
+"""NCSN++, DDPM++ and DDPM: the U-Nets of score-based models and rectified flows.
 
-Song et al. 2021 (arXiv 2011.13456), app. H. Official code: yang-song/score_sde_pytorch@cb1f359 models/ncsnpp.py and
+Song et al. 2021 (arXiv 2011.13456), app. H. Official code: yang-song/score_sde_pytorch@cb1f359 models/ncsnpp.py,
+models/ddpm.py (resblock_type=ddpm, skip_rescale=false, norm_groups=32: the same layers in the same order) and
 gnobitab/RectifiedFlow@5a1fd4d ImageGeneration/models/ncsnpp.py. Parameter names are the official ones: a flat list
 `all_modules` walked in the order of its construction.
 Deviations: attention is fused; progressive="residual" works with a FIR filter (officially it cannot run); the table of
@@ -83,6 +84,7 @@ class NCSNpp(nn.Module):
         num_classes: Whole | None = 0,  # 0 or None is unconditional
         null_class: bool = False,  # the label table has one more row, for "no class"
         patch_size: Width = 1,  # squares of so many pixels become channels; 1: none
+        norm_groups: Width | None = None,  # of every normalisation, the widths divide by it; None: see group_norm
     ):
         super().__init__()
         ordered(sigma_min, sigma_max, "sigma_min, sigma_max")
@@ -108,7 +110,10 @@ class NCSNpp(nn.Module):
         self.sigmas: Tensor
         self.register_buffer("sigmas", ladder.exp().float())
 
+        if norm_groups and any(nf * m % norm_groups for m in ch_mult):
+            raise VgmError(f"{norm_groups} groups do not divide every width", f"nf a multiple of {norm_groups}", USAGE)
         self._dropout, self._init_scale, self._with_conv = dropout, init_scale, resamp_with_conv
+        self._groups = norm_groups
         self._taps = tuple(fir_kernel) if fir else None
         self._temb = 4 * nf if conditional else None
         self.all_modules = nn.ModuleList(
@@ -160,10 +165,10 @@ class NCSNpp(nn.Module):
             if side in self.attn_sides:
                 yield self._attention(ch)
             if self.progressive == "output_skip":
-                yield group_norm(ch)
+                yield group_norm(ch, self._groups)
                 yield conv3x3(ch, image, self._init_scale)
             elif self.progressive == "residual" and level == self.levels - 1:
-                yield group_norm(ch)
+                yield group_norm(ch, self._groups)
                 yield conv3x3(ch, ch)
                 pyramid = ch
             elif self.progressive == "residual":
@@ -173,15 +178,15 @@ class NCSNpp(nn.Module):
                 yield self._resize(ch, up=True)
                 side *= 2
         if self.progressive != "output_skip":
-            yield group_norm(ch)
+            yield group_norm(ch, self._groups)
             yield conv3x3(ch, image, self._init_scale)
 
     def _res(self, in_ch: int, out_ch: int, resample: Resample | None = None) -> ResBlock:
         options = (self._temb, self.act, self._dropout, self._init_scale, self.skip_rescale, self.biggan, resample)
-        return ResBlock(in_ch, out_ch, *options)
+        return ResBlock(in_ch, out_ch, *options, self._groups)
 
     def _attention(self, channels: int) -> Attention:
-        return Attention(channels, self._init_scale, self.skip_rescale)
+        return Attention(channels, self._init_scale, self.skip_rescale, self._groups)
 
     def _resize(self, channels: int, up: bool) -> nn.Module:
         if self.biggan:

@@ -7,12 +7,12 @@ noise levels, is float64 there and float32 here.
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from typing import Any
 
 from torch import Tensor
 
-from vgm_cli.convert_api import Layout
+from vgm_cli.convert_api import Layout, Published
 
 State = Mapping[str, Tensor]
 
@@ -77,7 +77,8 @@ def start_of_decoder(layers: list[dict[str, Tensor]], kinds: list[str], stem: in
 
 def config_from(state: State) -> dict[str, Any]:
     """Constructor keywords. What shapes do not tell follows the published networks: attention is at 16 pixels; those
-    with Fourier features or an image pyramid resample by a filter, those with Fourier features divide by sigma or t."""
+    with Fourier features or an image pyramid resample by a filter, those with Fourier features divide by sigma or t;
+    those with DDPM's blocks are the DDPM."""
     layers = layers_of(state)
     ddpm = not any("Conv_2.weight" in layer for layer in layers)
     kinds = [kind(layer, ddpm) for layer in layers]
@@ -102,6 +103,8 @@ def config_from(state: State) -> dict[str, Any]:
         "num_res_blocks": len(residual[0]),
         "attn_resolutions": [size // 2**n for n in attends],
         "resblock_type": "ddpm" if ddpm else "biggan",
+        "skip_rescale": not ddpm,
+        "norm_groups": 32 if ddpm and nf % 32 == 0 else None,
         "fir": fourier or skip or pyramid,
         "progressive": "output_skip" if kinds[decoder:].count("norm") > 1 else "none",
         "progressive_input": "input_skip" if skip else "residual" if pyramid else "none",
@@ -116,8 +119,15 @@ def config_from(state: State) -> dict[str, Any]:
     return config
 
 
-def converter(name: str, summary: str) -> Layout:
-    """The layout under a paper's name: score-based models and rectified flows share it."""
+def converter(
+    name: str,
+    summary: str,
+    config: Callable[[State], dict[str, Any]] = config_from,
+    recognise: Callable[[Iterable[str]], bool] = recognise,
+    published: Published = Published(),  # noqa: B008, frozen
+) -> Layout:
+    """The layout under a paper's name: score-based models and rectified flows share it, and no tensor says whose a file
+    is. config, recognise, published: where the paper's own networks tell more."""
     return Layout(
         name=name,
         component="ncsnpp",
@@ -125,5 +135,6 @@ def converter(name: str, summary: str) -> Layout:
         recognise=recognise,
         to_ours=to_ours,
         from_ours=from_ours,
-        config=config_from,
+        config=config,
+        published=published,
     )

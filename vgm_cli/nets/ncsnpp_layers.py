@@ -40,11 +40,12 @@ def conv1x1(in_ch: int, out_ch: int) -> nn.Conv2d:
     return initialised(nn.Conv2d(in_ch, out_ch, 1))
 
 
-def group_norm(channels: int) -> nn.GroupNorm:
-    """32 groups, fewer where a group would be narrower than 4 channels or they do not divide."""
-    groups = min(channels // 4, 32)
-    while channels % groups:
-        groups -= 1
+def group_norm(channels: int, groups: int | None = None) -> nn.GroupNorm:
+    """So many groups; None: 32, fewer where a group would be narrower than 4 channels or they do not divide."""
+    if groups is None:
+        groups = min(channels // 4, 32)
+        while channels % groups:
+            groups -= 1
     return nn.GroupNorm(groups, channels, eps=1e-6)
 
 
@@ -141,9 +142,9 @@ class Combine(nn.Module):
 class Attention(nn.Module):
     """One head over all positions, with a residual: (B, C, H, W) -> (B, C, H, W)."""
 
-    def __init__(self, channels: int, scale: float, rescale: bool):
+    def __init__(self, channels: int, scale: float, rescale: bool, groups: int | None = None):
         super().__init__()
-        self.GroupNorm_0 = group_norm(channels)
+        self.GroupNorm_0 = group_norm(channels, groups)
         self.NIN_0, self.NIN_1, self.NIN_2 = (NIN(channels, channels) for _ in range(3))
         self.NIN_3 = NIN(channels, channels, scale)
         self.rescale = rescale
@@ -175,14 +176,15 @@ class ResBlock(nn.Module):
         rescale: bool,  # the sum of the two branches is divided by sqrt(2)
         biggan: bool,  # the shortcut is a convolution; false (DDPM): a linear map
         resample: Resample | None = None,  # change of size after the first activation, of biggan
+        groups: int | None = None,  # of the normalisations, see group_norm
     ):
         super().__init__()
         self.act, self.rescale, self.out_ch, self.resample = act, rescale, out_ch, resample
-        self.GroupNorm_0 = group_norm(in_ch)
+        self.GroupNorm_0 = group_norm(in_ch, groups)
         self.Conv_0 = conv3x3(in_ch, out_ch)
         if temb_dim is not None:
             self.Dense_0 = initialised(nn.Linear(temb_dim, out_ch))
-        self.GroupNorm_1 = group_norm(out_ch)
+        self.GroupNorm_1 = group_norm(out_ch, groups)
         self.Dropout_0 = nn.Dropout(dropout)
         self.Conv_1 = conv3x3(out_ch, out_ch, scale)
         if biggan and (in_ch != out_ch or resample):

@@ -1,4 +1,4 @@
-"""Published configurations of NCSN++ and DDPM++ as constructor keywords. Torch-free.
+"""Published configurations of NCSN++, DDPM++ and DDPM as constructor keywords. Torch-free.
 
 Sources: yang-song/score_sde_pytorch@cb1f359 configs/ and gnobitab/RectifiedFlow@5a1fd4d ImageGeneration/configs/.
 Names say the network and its data; "rf-" ones were trained as rectified flows. Data are in [-1, 1] where `centered` is
@@ -25,7 +25,12 @@ LARGE |= {"ch_mult": [1, 1, 2, 2, 2, 2, 2], "sigma_max": 378}
 HUGE: Config = PYRAMID | {"image_size": 1024, "in_channels": 3, "num_classes": 0, "nf": 16, "num_res_blocks": 1}
 HUGE |= {"ch_mult": [1, 2, 4, 8, 16, 32, 32, 32], "sigma_max": 1348}
 
+DDPM: Config = DDPMPP | {"num_res_blocks": 2, "resblock_type": "ddpm", "skip_rescale": False, "norm_groups": 32}
+
 PRESETS: dict[str, Config] = {
+    "ddpm-cifar10": DDPM,
+    "ddpm-cifar10-ve": DDPM | VE,
+    "ddpm-256": DDPM | {"image_size": 256, "ch_mult": [1, 1, 2, 2, 4, 4], "dropout": 0.0},
     "ddpmpp-cifar10": DDPMPP,
     "ddpmpp-cifar10-deep": DDPMPP | DEEP,
     "ncsnpp-cifar10": NCSNPP | VE | {"embedding_type": "fourier"},

@@ -175,11 +175,12 @@ class VEPath(Path):
 
     name = "ve"
 
-    def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0):
-        self.sigma_min, self.sigma_max = sigma_min, sigma_max
+    def __init__(self, sigma_min: float = 0.01, sigma_max: float = 50.0, t_min: float = 0.0):
+        self.sigma_min, self.sigma_max, self.t_min = sigma_min, sigma_max, t_min
 
     def options(self) -> dict[str, Any]:
-        return {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max}
+        named = {"sigma_min": self.sigma_min, "sigma_max": self.sigma_max}
+        return {**named, "t_min": self.t_min} if self.t_min else named
 
     def alpha(self, t: Time) -> Tensor:
         return torch.ones_like(as_time(t))

@@ -18,7 +18,7 @@ from vgm_cli.engine.sample import loop as generate
 from vgm_cli.engine.sample.accept import Judge
 from vgm_cli.engine.sample.loop import Plan
 from vgm_cli.engine.sample.output import free_name, pictures, write_grid
-from vgm_cli.engine.sample.setup import adopt_conditions, given_images, open_model
+from vgm_cli.engine.sample.setup import adopt_classes, adopt_conditions, given_images, open_model
 from vgm_cli.errors import FAILED, USAGE, VgmError
 from vgm_cli.images import Layout, read_png_metadata, save_png
 from vgm_cli.registry import registry
@@ -77,6 +77,7 @@ def rerun(image: Path, out: Path | None, device_name: str | None = None, overwri
     told, words = loaded.conditions, s.get("words") or {}
     foreign.tell_files([words, s.get("conditions")], image)
     adopt_conditions(loaded, dict(s.get("conditions") or {}), ())
+    adopt_classes(loaded, generate.build_sampler(s["sampler"], device, loaded.roles))
     items = {name: told.parts[name].condition.parse(own) for name, own in words.items() if name in told.parts}
     if (part := told.of_column("label")) is not None and s["labels"]:
         items[part.name] = part.condition.parse(list(map(str, s["labels"])))

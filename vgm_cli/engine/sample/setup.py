@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from vgm_cli import foreign
-from vgm_cli.api import TakesSteps
-from vgm_cli.conditioning import Conditions, build_parts
+from vgm_cli.api import HasClasses, TakesSteps
+from vgm_cli.conditioning import ClassLabel, Conditions, Part, build_parts
 from vgm_cli.data.decode import image_files
+from vgm_cli.diffusion.samplers import GaussianSampler
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine.environment import bf16_supported
 from vgm_cli.engine.processes import keep_memory, pick_device
@@ -95,6 +96,9 @@ def plan_for(
     n = fit(n, Images, "-n")
     node = sampler_node(recipe, sampler, own)
     check_sampler(node)
+    device = next(loaded.model.parameters()).device
+    table = build_sampler(node, device)
+    adopt_classes(loaded, table)
     words = words_for(loaded.conditions, label, prompts, hints)
     away = negative_for(loaded.conditions, negative)
     interval = None
@@ -116,8 +120,6 @@ def plan_for(
         "negative": negative,
     }
     wanted = {name: loaded.conditions.parts[name].condition.parse(own) for name, own in words.items()}
-    device = next(loaded.model.parameters()).device
-    table = build_sampler(node, device)
     given = items_for(loaded.conditions, n, wanted, table)
     plan = Plan(
         n=n,
@@ -228,6 +230,13 @@ def adopt_conditions(
         loaded.conditions.parts[name] = part
         loaded.conditions.to(next(loaded.model.parameters()).device)
     return prompts, anew
+
+
+def adopt_classes(loaded: ckpt.Loaded, sampler: Any) -> None:
+    """Images of a network without classes are told some all the same where a classifier guides the sampler: its own."""
+    guide = sampler.classifier if isinstance(sampler, GaussianSampler) else None
+    if isinstance(guide, HasClasses) and loaded.conditions.of_column("label") is None:
+        loaded.conditions.parts["class"] = Part("class", ClassLabel(guide.num_classes), "label")
 
 
 def named(loaded: ckpt.Loaded, model: str) -> str:
