@@ -627,8 +627,8 @@ def test_every_pair_reaches_the_data(kind: Any, predictor: Any, corrector: Any) 
     if predictor == "none" and corrector == "none":
         pytest.skip("nothing moves")
     sde = SDE(kind=kind, sigma_max=10.0)
-    each = 6 if predictor == "none" else 1
-    sampler = ScoreSDESampler(steps=60, predictor=predictor, corrector=corrector, corrector_steps=each, snr=0.16)
+    steps, each = (100, 5) if predictor == "none" else (60, 1)
+    sampler = ScoreSDESampler(steps=steps, predictor=predictor, corrector=corrector, corrector_steps=each, snr=0.16)
     request = Request(shape=(1, 8, 8), generators=generators(range(4)))
     if kind == "subvp" and predictor == "ancestral":
         with pytest.raises(VgmError, match="no ancestral steps"):
