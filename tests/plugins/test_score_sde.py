@@ -735,6 +735,11 @@ def test_layouts_say_how_a_network_is_looked_at(tmp_path: Path, vgm: Any) -> Non
     fourier = PLAIN.from_ours(tiny(**VE).state_dict())
     assert PLAIN.recognise(fourier) and not SUBVP.recognise(fourier) and not DISCRETE.recognise(fourier)
     assert PLAIN.published.header({**told, **VE})["view"]["time"] == "sigma"
+    own = tiny(**VE, image_size=32, nf=16, attn_resolutions=(16,), in_channels=3, fir=True)
+    state = PLAIN.from_ours(own.state_dict())
+    again = NCSNpp(**PLAIN.config(state))
+    again.load_state_dict(PLAIN.to_ours(state))
+    assert not again.centered and again.scale_by_sigma
 
 
 SHRUNK = ("model.nf=8", "model.ch_mult=[1, 1]", "model.attn_resolutions=[]")
