@@ -21,7 +21,6 @@ from vgm_cli.diffusion.samplers import GaussianSampler, report
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.operators.base import Operator
 from vgm_cli.ranges import Blocks, Positive, Steps
-from vgm_cli.ui import ui
 
 from .predictors import Corrector, Norm, Pair, Predictor, scaled, walk
 from .process import Process
@@ -58,7 +57,8 @@ class ScoreSDESampler(GaussianSampler):
 
     def solve(self, model: Denoiser, request: Request, steps: int) -> Tensor:
         process = Process.of(model, steps, request.cond)
-        warn_of_noise(self.denoise)
+        if not self.denoise:
+            request.info["notes"] = [NOISY]
         x, mean = walk(
             process.sde,
             process.score,
@@ -76,9 +76,7 @@ class ScoreSDESampler(GaussianSampler):
         return process.images(mean if self.denoise else x)
 
 
-def warn_of_noise(denoise: bool) -> None:
-    if not denoise:
-        ui.warn("denoise=false leaves the last step's noise in the images: no eye sees it, but FID does")
+NOISY = "denoise=false leaves the last step's noise in the images: no eye sees it, but FID does"
 
 
 @dataclass(kw_only=True)
@@ -161,7 +159,8 @@ class ScoreSDERestorer:
         check(operator)
         before, steps = view.nfe, request.steps or self.steps
         process = Process.of(view, steps, request.cond)
-        warn_of_noise(self.denoise)
+        if not self.denoise:
+            request.info["notes"] = [NOISY]
         known, seen = Known(process, operator, y), []
 
         def impose(x: Tensor, t: Tensor) -> Pair:
