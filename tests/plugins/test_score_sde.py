@@ -427,7 +427,7 @@ def class_conditional(case: GoldenCase) -> None:
         return 0.1 * (x.flatten(1) @ weight.T) / (1 + sigma[:, None])
 
     sampler = ScoreSDESampler(**settings_of(case), classifier=told, classifier_scale=1.0)
-    request = Drawn(draws_of(case), case.inputs["draws_randn"][0], cond={"y": case.inputs["labels"]})
+    request = Drawn(draws_of(case), case.inputs["draws_randn"][0], asked={"label": case.inputs["labels"].tolist()})
     got = sampler(view(Unconditional(), sde, unit=True), request)
     assert_close((got + 1) / 2, case.outputs["x"], 1e-5, "samples")
 
