@@ -759,3 +759,17 @@ def test_steps_become_a_film(vgm: Cli, run: Path, tmp_path: Path) -> None:
 class TestSampling(suites.SamplerSuite):
     recipe: ClassVar[str] = "maskgit/mnist"
     overrides: ClassVar[tuple[str, ...]] = ("model.hidden_dim=32", "model.depth=1", "model.heads=2", "sampler.steps=3")
+
+
+def test_a_training_checkpoint_of_the_halton_release(vgm: Cli, tmp_path: Path) -> None:
+    """As its trainer saves it, under the words of DDP and torch.compile; what it says is enough to sample with."""
+    model = tiny(grid=(4, 4), heads=1)
+    state = {f"module._orig_mod.{k}": v for k, v in ck.HALTON.from_ours(model.state_dict()).items()}
+    more = {"iter": 3, "global_epoch": 1, "optimizer_state_dict": {"state": {}, "param_groups": []}}
+    torch.save({**more, "model_state_dict": state}, tmp_path / "ImageNet_64_mine.pth")
+    code, out, err = vgm("convert", tmp_path / "ImageNet_64_mine.pth", tmp_path / "m.safetensors", "--verify", "--json")
+    assert code == 0, err
+    assert json.loads(out)["from"] == "halton-maskgit"
+    loaded = load(str(tmp_path / "m.safetensors"))
+    assert loaded.header.recipe["sampler"]["name"] == "halton" and loaded.header.data["image_size"] == 64
+    assert same(dict(loaded.model.state_dict()), dict(model.state_dict()))
