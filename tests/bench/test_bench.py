@@ -359,8 +359,9 @@ def test_llamagen_sampling() -> None:
 @pytest.mark.parametrize(("side", "codes", "images", "least"), [(16, 1024, 1, 3.0), (7, 256, 64, 0.0)])
 def test_maskgit_sampling(side: int, codes: int, images: int, least: float) -> None:
     """The same tokens, width and depth, no guidance, as in MaskGIT's paper: 8 passes over all codes against LlamaGen's
-    one code at a time. One image waits for 256 passes one after the other; of many images a cache computes an eighth, and only a machine
-    with arithmetic to spare hides that, which two CPU cores do not: the second line is for information."""
+    one code at a time. One image waits for 256 passes one after the other; of many images together a cache computes an
+    eighth, and only a machine with arithmetic to spare hides that, which two CPU cores do not: the second line is for
+    information."""
     torch.manual_seed(0)
     facts = {"grid": (side, side), "vocab_size": codes, "num_classes": 10}
     node = {"name": "halton-maskgit", **facts, "hidden_dim": 256, "depth": 4, "heads": 4}
