@@ -160,9 +160,7 @@ class TokenizerObjective(AutoencoderObjective):
         place_codes: bool = False,  # start the codes on features of the first batch
         feature_weight: NonNegative = 0.0,  # of the features' mean square, which nothing else bounds
         truncation: Fraction = 0.0,  # share of steps that decode the first few scales only, so that they say something
-        place_after: tuple[
-            Whole, ...
-        ] = (),  # steps after which all codes move there again: features change fast at first
+        place_after: tuple[Whole, ...] = (),  # steps after which all codes move there again: features change fast
         restart_every: Whole = 0,  # codes unused for about so many steps move onto what is left of features; 0: never
     ):
         super().__init__(
