@@ -154,7 +154,7 @@ class SCM(OnTrigFlow):
         teacher: Denoiser | None = None,  # distilled, or whose weights training from data starts from; None: from data
         mode: Literal["scd", "sct"] | None = None,  # None: scd with a teacher, sct without
         view: dict[str, Any] | None = None,  # how a network without a teacher is asked; None: on TrigFlow's path
-        sigma_data: Positive | None = None,  # deviation of the data; None: the teacher's, or the path's
+        sigma_data: Positive | None = None,  # deviation of the data; None, or where the network has its own: that
         P_mean: float = -1.0,  # mean of the logarithm of the noise level
         P_std: NonNegative = 1.4,  # its deviation
         warmup: Whole = 10_000,  # steps over which the second part of the tangent grows to its full weight
@@ -187,10 +187,8 @@ class SCM(OnTrigFlow):
             if tells and isinstance(teacher.network, nn.Module):
                 copy_and_tell(teacher.network, model)
         plain = Denoiser.from_config(model, config)
-        deviation = plain.sigma_data if sigma_data is None else sigma_data
-        if plain.prediction in ("F", "trig") and deviation != plain.sigma_data:
-            said = f"this network was made for sigma_data={plain.sigma_data:g}"
-            raise VgmError(said, "objective.sigma_data=null", USAGE)
+        fixed = plain.prediction in ("F", "trig")  # what such a network gives depends on it
+        deviation = plain.sigma_data if fixed or sigma_data is None else sigma_data
         plain = Denoiser.from_config(model, {**config, "sigma_data": deviation})
         boundary = boundary or boundary_of(plain.prediction)
         ends: dict[str, Any] = {"sigma_data": deviation} if boundary == "skip" else {}
@@ -198,8 +196,8 @@ class SCM(OnTrigFlow):
             middle = sum(guidance_range) / 2
             student: FlowMap = GuidedStudent(model, plain, boundary, **ends, scale=middle, scales=guidance_range)
         else:
-            fixed = guidance_scale not in (None, 1.0) and self.mode == "scd"
-            student = FlowMap(model, plain, boundary, **ends, guided=fixed)
+            guided = guidance_scale not in (None, 1.0) and self.mode == "scd"
+            student = FlowMap(model, plain, boundary, **ends, guided=guided)
         super().__init__(model, student, deviation, P_mean, P_std, weight, decay_after)
         self.teacher = teacher if self.mode == "scd" else None
         if self.teacher is not None and isinstance(self.teacher.network, nn.Module):

@@ -61,9 +61,11 @@ def test_sample_and_evaluate(run: Path, vgm, tmp_path: Path) -> None:
     assert {r["metric"] for r in results} >= {"fid", "kid"} and all(r["value"] == r["value"] for r in results)
 
 
-@pytest.mark.parametrize("method", ["dmd", "consistency", "rectified-flow"])
+@pytest.mark.parametrize(
+    "method", ["dmd", "consistency", "rectified-flow", pytest.param("scm", marks=pytest.mark.slow)]
+)
 def test_distill(run: Path, vgm, tmp_path: Path, method: str) -> None:
-    pairs = [] if method == "consistency" else ["pairs.count=8", "pairs.steps=2"]
+    pairs = [] if method in ("consistency", "scm") else ["pairs.count=8", "pairs.steps=2"]
     ok(vgm("distill", method, "--teacher", run, *SMALL, *pairs, "--out", "student"))
     ok(vgm("sample", "student", "-n", 2, "--out", "student.npz"))
 

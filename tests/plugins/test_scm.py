@@ -715,7 +715,6 @@ def test_ects_steps() -> None:
     ("build", "match"),
     [
         (lambda: SCM(Small(), mode="scd"), "needs a teacher"),
-        (lambda: SCM(Small(), view=TRIG, sigma_data=1.0), "made for sigma_data=0.5"),
         (lambda: SCM(Small(), guidance_range=(1.0, 2.0)), "not guided"),
         (lambda: SCM(SiT(8, 4, 2, 32, 1, 2, second_time=True)), "told its guidance scale"),
         (lambda: SCM(Small(), Denoiser(Small(), TRIG["path"], "trig"), guidance_range=(2.0, 1.0)), "wrong way round"),
@@ -835,12 +834,13 @@ class TestSampling(suites.SamplerSuite):
 
 
 def test_from_the_command_line(vgm, tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """From data, from a trained flow, guided with the scale as an input; one and two steps."""
+    """From data by a U-Net, from a trained flow, guided with the scale as an input; one and two steps."""
     monkeypatch.chdir(tmp_path)
     net = "patch_size: 7, hidden_size: 16, depth: 1, num_heads: 2"
     few = (f"data.path={tiny_dataset}", "codec=null", "train.steps=2", "train.batch_size=8", "train.preview_n=0")
     assert vgm("train", "sit", f"model={{name: sit, {net}, learn_sigma: false}}", *few, "--out", "flow")[0] == 0
-    code, _, err = vgm("train", "scm", f"model={{name: sit, {net}, learn_sigma: false}}", *few, "--out", "scratch")
+    unet = ("model={name: scm-unet, base_dim: 8, dim_mults: [2], time_embedding_dim: 16}", "conditions=null")
+    code, _, err = vgm("train", "scm", *unet, *few, "--out", "scratch")
     assert code == 0, err
     record = json.loads(Path("scratch/metrics.jsonl").read_text().splitlines()[-1])
     assert {"tangent", "tangent_max", "derivative", "w_low", "w_mid", "w_high", "error"} <= record.keys()

@@ -203,9 +203,15 @@ class Trainer:
 
     def _place(self, micro_size: int) -> None:
         """Networks and objective on the device, initialised on the first batch, in training or evaluation mode."""
+        asked = self.opts.channels_last
+        if self.objective.forward_mode:  # torch's forward derivative of group norms refuses that order of memory
+            if asked:
+                said = f"{type(self.objective).__name__} takes forward-mode derivatives"
+                raise VgmError(said, "train.channels_last=false", USAGE)
+            asked = False
         for network in self.networks.values():
             network.to(self.device)
-            if channels_last(network, self.opts.channels_last):
+            if channels_last(network, asked):
                 network.to(memory_format=torch.channels_last)  # type: ignore[call-overload]  # torch's stubs lack it
         self.objective.to(self.device)
         self.conditions.to(self.device)
