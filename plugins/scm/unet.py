@@ -129,6 +129,8 @@ class ShuffleUNet(nn.Module):
     """F(x, t) of images of any even size, t in [0, pi / 2]: a Denoiser's network of prediction "trig". It is told no
     class. VgmError: an odd width."""
 
+    num_classes = 0
+
     def __init__(
         self,
         time_embedding_dim: Width = 256,  # width of the embedding

@@ -839,8 +839,8 @@ def test_from_the_command_line(vgm, tiny_dataset: Path, tmp_path: Path, monkeypa
     net = "patch_size: 7, hidden_size: 16, depth: 1, num_heads: 2"
     few = (f"data.path={tiny_dataset}", "codec=null", "train.steps=2", "train.batch_size=8", "train.preview_n=0")
     assert vgm("train", "sit", f"model={{name: sit, {net}, learn_sigma: false}}", *few, "--out", "flow")[0] == 0
-    unet = ("model={name: scm-unet, base_dim: 8, dim_mults: [2], time_embedding_dim: 16}", "conditions=null")
-    code, _, err = vgm("train", "scm", *unet, *few, "--out", "scratch")
+    unet = "model={name: scm-unet, base_dim: 8, dim_mults: [2], time_embedding_dim: 16}"
+    code, _, err = vgm("train", "scm", unet, *few, "--out", "scratch")
     assert code == 0, err
     record = json.loads(Path("scratch/metrics.jsonl").read_text().splitlines()[-1])
     assert {"tangent", "tangent_max", "derivative", "w_low", "w_mid", "w_high", "error"} <= record.keys()
