@@ -39,8 +39,12 @@ class Judge:
         return {"candidates": self.candidates, "judge": self.name}
 
     @torch.no_grad()
-    def better(self, best: tuple[Tensor, Tensor] | None, x: Tensor, batch: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
-        """Images (B, C, H, W) and what the judge says of them (B,): x, or the best so far where that is no worse."""
+    def better(self, best: tuple[Tensor, Tensor] | None, x: Tensor, asked: Mapping[str, Any]) -> tuple[Tensor, Tensor]:
+        """Images (B, C, H, W) and what the judge says of them (B,): x, or the best so far where that is no worse.
+        asked: see api.Request."""
+        batch = dict(asked)
+        if "label" in batch:
+            batch["label"] = torch.as_tensor(batch["label"], device=x.device)
         self.reward.to(x.device)
         said = self.reward(x.float().clamp(-1, 1), batch).to(x.device)
         self.every += float(said.sum())

@@ -207,7 +207,7 @@ def stream(
             x = made(loaded, plan, sampler, request)
             refuse_non_finite(x, start)
             if plan.judge:
-                best = plan.judge.better(best, x, judged(loaded, plan, start, stop, at))
+                best = plan.judge.better(best, x, request.asked)
         if progress is not None:
             progress.update(stop, "")
         if info is not None:
@@ -238,18 +238,6 @@ def made(loaded: Loaded, plan: Plan, sampler: Any, request: Request) -> Tensor:
             raise VgmError(text, "`vgm ls samplers` shows others", USAGE) from e
         x: Tensor = z if loaded.codec is None else loaded.codec.decode(z.float() if z.is_floating_point() else z)
     return x
-
-
-def judged(loaded: Loaded, plan: Plan, start: int, stop: int, device: torch.device) -> dict[str, Any]:
-    """What a judge is told of the items start to stop: their labels and texts, where there are any."""
-    batch: dict[str, Any] = {}
-    for name, items in plan.given.items():
-        column = loaded.conditions.parts[name].condition.column
-        if column == "label":
-            batch["label"] = torch.tensor(items[start:stop], device=device)
-        elif column == "text":
-            batch["text"] = list(items[start:stop])
-    return batch
 
 
 Callback = Callable[[int, int, Tensor, Tensor | None], None]
