@@ -190,6 +190,10 @@ def rotary(case: GoldenCase) -> None:
         axes, latent = int(own["mode"][0]), own["latent_len"]
         assert own.get("is_1d", False) == (axes == 1)
         assert axes == 1 or (axes == 3) == (latent > 0), "a third coordinate exists where there may be a text"
+        if axes == 1:
+            keys = (f"cases[{i}].{k}" for k in ("pt_seq_len", "latent_len", "d"))
+            case.ignore(*keys, why="a plain count knows neither grid nor frames")
+        assert axes != 2 or own["txt"] == own["d"] == 0, "two coordinates are those of one picture"
         places = positions(own["h"], own["w"], own["txt"], own["pt_seq_len"], axes, own["d"])  # type: ignore[arg-type]
         turned = angles(places, own["head_dim"])
         out = {k.partition("/")[2]: v for k, v in case.outputs.items() if k.startswith(f"{i}/")}
@@ -205,6 +209,7 @@ def rotary(case: GoldenCase) -> None:
 @torch.no_grad()
 def learned_denoiser(case: GoldenCase) -> None:
     model, x = starflow(case), case.inputs["x"]
+    case.ignore("use_softplus", "soft_clip", why="they are of the blocks, which are only loaded here")
     case.ignore("_sigma", why="the official step is 0.3 (sigma - 0) / sigma, whatever sigma is")
     cond = condition(model, case.inputs.get("y"))
     predicted = model(x, **cond, denoise=True)
