@@ -122,7 +122,7 @@ class Train:
     precision: Precision = "auto"  # auto: bf16 where the hardware has it
     compile: Literal["auto", "off", "on"] | bool = "auto"  # torch.compile; auto: on a GPU, for long runs
     checkpointing: bool = False  # recompute activations in backward
-    channels_last: bool | None = None  # null: on where convolutions gain from it
+    channels_last: bool | None = None  # null: on where convolutions gain from it and the objective allows it
     clip: Positive | None = None  # gradient-norm limit
     skip: dict[str, Any] | None = None  # {above: NORM, after: STEPS, norm: global|sum}: leave out outlying updates
     ema: list[Decay | dict[AverageKey, NonNegative]] = field(default_factory=lambda: [0.9999])  # several at once

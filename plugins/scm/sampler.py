@@ -91,7 +91,7 @@ class SCMSampler:
             if scale is not None:
                 cond["guidance"] = torch.full((len(request),), float(scale))
         elif scale not in (None, 1.0):
-            hint = "leave --guidance-scale away, or train with objective.guidance_range=[1,2] model.second_time=true"
+            hint = "--guidance-scale 1, or train with objective.guidance_range=[1,2] model.second_time=true"
             raise VgmError("this sampler does not guide: guidance is in a student's weights", hint, USAGE)
         times, before, callback = self.times_for(flow, request.steps or self.steps), flow.nfe, request.callback
         x = consistency_steps(
