@@ -618,14 +618,19 @@ def gaussian(sde: SDE, std: float = 0.5) -> Callable[[Tensor, Tensor], Tensor]:
     return net
 
 
-@pytest.mark.parametrize("kind", ["ve", "vp", "subvp"])
-@pytest.mark.parametrize("predictor", ["reverse-diffusion", "euler-maruyama", "ancestral", "none"])
-@pytest.mark.parametrize("corrector", ["langevin", "ald", "none"])
+PAIRS = [
+    (p, c) for p in ("reverse-diffusion", "euler-maruyama", "ancestral", "none") for c in ("langevin", "ald", "none")
+]
+
+
+@pytest.mark.parametrize(
+    ("kind", "predictor", "corrector"),
+    [(("ve", "vp", "subvp")[(i + i // 3) % 3], *pair) for i, pair in enumerate(PAIRS[:-1])]
+    + [("ve", "reverse-diffusion", "langevin"), ("subvp", "ancestral", "none"), ("vp", "ancestral", "none")],
+)
 def test_every_pair_reaches_the_data(kind: Any, predictor: Any, corrector: Any) -> None:
     """Samples of a perfect network have the deviation of the data, whatever the pair; without a predictor Langevin
-    alone follows the times."""
-    if predictor == "none" and corrector == "none":
-        pytest.skip("nothing moves")
+    alone follows the times. The kinds of SDE take turns."""
     sde = SDE(kind=kind, sigma_max=10.0)
     steps, each = (100, 5) if predictor == "none" else (60, 1)
     sampler = ScoreSDESampler(steps=steps, predictor=predictor, corrector=corrector, corrector_steps=each, snr=0.16)
