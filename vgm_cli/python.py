@@ -106,7 +106,7 @@ class Model:
 
         VgmError: it is a model of pixels and has none.
         """
-        codec = self.network if self.header.is_codec else self.codec
+        codec: Any = self.network if self.header.is_codec else self.codec
         if codec is None:
             raise VgmError(f"{self.path} is a model of pixels: it has no codec", code=USAGE)
         out: Tensor = codec.decode(codec.latents(codec.encode(x.to(self.device))))
