@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Literal
 
 WIDTH, HEIGHT, LEFT, BOTTOM, RIGHT, TOP = 680, 320, 56, 36, 190, 16
-COLOURS = ("#1f6fb4", "#d1662b", "#3d8f4f", "#8a5ab5", "#7a7a7a", "#b8a12f")
+COLOURS = ("#1f6fb4", "#d1662b", "#3d8f4f", "#8a5ab5", "#7a7a7a", "#b8a12f", "#2aa3a3", "#c2468c", "#8b5a2b", "#111111")
 GRID, INK = "#dddddd", "#222222"
 POINTS = 1000  # of a line; more are thinned out evenly
 Curves = Mapping[str, Sequence[tuple[float, float]]]
