@@ -45,6 +45,7 @@ NETWORKS = (
         from_data={"img_resolution": "size", "in_channels": "channels", "num_classes": "num_classes"},
         summary="EDM's DDPM++, the U-Net of CIFAR-10",
         denoiser=True,
+        two_times=True,
     ),
     Component(
         kind="model",

@@ -46,6 +46,8 @@ class Component:
     verbs: commands that offer it (objectives: "train", "distill", "finetune-rl"). summary: one line for `vgm ls`.
     denoiser: of models forward(x, t, **cond), of objectives that train any of these, and of views that show a network
         so: the result is a denoiser, which distill, restore and finetune-rl take (`vgm matrix`).
+    two_times: of models that can be told the end of a jump, too (offers.TwoTimes), and of objectives that train these
+        alone.
     """
 
     kind: str
@@ -56,6 +58,7 @@ class Component:
     verbs: tuple[str, ...] = ()
     summary: str = ""
     denoiser: bool = False
+    two_times: bool = False
 
 
 @dataclass(frozen=True)

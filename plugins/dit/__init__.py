@@ -39,6 +39,7 @@ def vgm_components() -> Iterable[Component | Paper]:
             from_data={"input_size": "size", "in_channels": "channels", "num_classes": "num_classes"},
             summary="diffusion transformer with adaLN-Zero",
             denoiser=True,
+            two_times=True,
         ),
         *(
             Component(kind="converter", name=name, target=f"vgm_plugins.dit.checkpoints:{attr}", summary=summary)

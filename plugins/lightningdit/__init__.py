@@ -48,6 +48,7 @@ def vgm_components() -> Iterable[Component | Paper]:
             from_data={"input_size": "size", "in_channels": "channels", "num_classes": "num_classes"},
             summary="DiT with SwiGLU, RMSNorm and rotary positions",
             denoiser=True,
+            two_times=True,
         ),
         *(Component(kind=kind, name="va-vae", **CODEC) for kind in ("model", "codec")),  # type: ignore[arg-type]
         Component(

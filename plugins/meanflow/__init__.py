@@ -44,6 +44,7 @@ def vgm_components() -> Iterable[Component | Paper]:
             from_data={"input_size": "size", "in_channels": "channels", "num_classes": "num_classes"},
             summary="DiT with a second time embedder, for the average velocity",
             denoiser=True,
+            two_times=True,
         ),
         Component(
             kind="model",
@@ -53,6 +54,7 @@ def vgm_components() -> Iterable[Component | Paper]:
             from_data={"img_resolution": "size", "in_channels": "channels"},
             summary="DDPM++ as in EDM, told two times and how its image was augmented",
             denoiser=True,
+            two_times=True,
         ),
         Component(
             kind="objective",
@@ -62,6 +64,7 @@ def vgm_components() -> Iterable[Component | Paper]:
             verbs=("train", "distill"),
             summary="average velocities by the MeanFlow identity, from scratch or from a flow network",
             denoiser=True,
+            two_times=True,
         ),
         Component(
             kind="sampler",

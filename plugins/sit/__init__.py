@@ -38,6 +38,7 @@ def vgm_components() -> Iterable[Component | Paper]:
             from_data={"input_size": "size", "in_channels": "channels", "num_classes": "num_classes"},
             summary="DiT for t in [0, 1], variance half of the output discarded",
             denoiser=True,
+            two_times=True,
         ),
         Component(
             kind="converter",

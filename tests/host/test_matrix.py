@@ -175,6 +175,8 @@ def test_the_matrix_is_listed(vgm) -> None:
     glow = rows["glow", "glow"]
     assert glow["restore"] == glow["distill"] == [] and "no denoiser" in glow["reason"]
     assert rows["llamagen", "llamagen"]["restore"] == ["llamagen"] and "llamagen" not in rows["dit", "iddpm"]["restore"]
+    assert rows["maskgit", "masked-codes"]["restore"] == ["halton", "halton-confidence", "maskgit"]
+    assert ("dit", "meanflow") in rows and ("adm-unet", "meanflow") not in rows  # which is told one time
     assert "adm-upsampler trains no denoiser" in rows["adm-unet", "adm-upsampler"]["reason"]
     out = ok(vgm("matrix", "sit"))
     assert all(line.startswith("sit") for line in out.splitlines()[1:]) and len(out.splitlines()) > 3
@@ -186,6 +188,13 @@ TINY = NETWORKS | {
     "sit": "{name: sit, patch_size: 7, hidden_size: 32, depth: 1, num_heads: 2, learn_sigma: %s}",
     "ncsnpp": "{name: ncsnpp, nf: 16, ch_mult: [1], num_res_blocks: 1, attn_resolutions: []}",
     "edm-unet": "{name: edm-unet, model_channels: 16, channel_mult: [1], num_blocks: 1}",
+    "lightningdit": "{name: lightningdit, patch_size: 7, hidden_size: 32, depth: 1, num_heads: 2}",
+    "meanflow": "{name: meanflow, patch_size: 7, hidden_size: 32, depth: 1, num_heads: 2}",
+    "meanflow-unet": "{name: meanflow-unet, model_channels: 16, channel_mult: [1], num_blocks: 1, attn_resolutions: []}",
+    "song-unet": "{name: song-unet, model_channels: 16, channel_mult: [1], num_blocks: 1, attn_resolutions: []}",
+    "edm2": "{name: edm2, model_channels: 64, channel_mult: [1], num_blocks: 1, attn_resolutions: []}",
+    "scm-unet": "{name: scm-unet, base_dim: 8, dim_mults: [1, 2], time_embedding_dim: 16}",
+    "vdm": "{name: vdm, n_embd: 32, n_layer: 1}",
 }
 OPTIONS = {"iddpm": ", learn_sigma: false", "gaussian": ", preset: edm", "consistency": ", preset: ict"}
 

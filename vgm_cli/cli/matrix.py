@@ -8,6 +8,7 @@ import typer
 
 from vgm_cli.cli import complete
 from vgm_cli.errors import unknown
+from vgm_cli.hookspecs import Component
 from vgm_cli.registry import registry
 from vgm_cli.ui import ui
 
@@ -77,22 +78,39 @@ def rows() -> list[dict[str, Any]]:
     components = registry().components
     shipped = trained()
     models, trainings = (
-        sorted(c.name for c in components.values() if c.kind == kind and c.denoiser) for kind in ("model", "objective")
+        sorted((c for c in components.values() if c.kind == kind and c.denoiser), key=lambda c: c.name)
+        for kind in ("model", "objective")
     )
-    pairs = [(m, o) for m in models for o in trainings]
+    pairs = [(m.name, o.name) for m in models for o in trainings if m.two_times >= o.two_times]
     denoisers = set(pairs)
     pairs += sorted(p for p in shipped if p not in denoisers)
-    restoring = set(methods_of("restore"))
-    own = {p: sorted(restoring & set(shipped[p].values())) for p in pairs if p not in denoisers}
+    own = own_restorers()
     general = {verb: methods_of(verb) for verb in VERBS}
-    general["restore"] = sorted(restoring - {name for names in own.values() for name in names})
+    general["restore"] = [m for m in general["restore"] if m not in own]
     found = []
     for network, training in pairs:
         made = shipped.get((network, training), {})
-        takes = general if (network, training) in denoisers else {**NONE, "restore": own[network, training]}
+        home = plugin_of(components["objective", training])
+        completes = sorted(m for m, plugin in own.items() if plugin == home and any(made.values()))
+        takes = general if (network, training) in denoisers else {**NONE, "restore": completes}
         reason = "" if (network, training) in denoisers else lacking(network, training)
         found.append({"network": network, "training": training, "recipes": list(made), **takes, "reason": reason})
     return found
+
+
+def plugin_of(component: Component) -> str:
+    """The package that a component lives in: "vgm_plugins.maskgit"."""
+    return ".".join(component.target.partition(":")[0].split(".")[:2])
+
+
+def own_restorers() -> dict[str, str]:
+    """{restoration method: its plugin} of those that are for what the plugin trains, none of which is a denoiser."""
+    found = registry().components.values()
+    training = {plugin_of(c) for c in found if c.kind == "objective"}
+    denoising = {plugin_of(c) for c in found if c.kind in ("model", "objective") and c.denoiser}
+    methods = methods_of("restore")
+    homes = {c.name: plugin_of(c) for c in found if c.kind == "sampler" and c.name in methods}
+    return {name: home for name, home in homes.items() if home in training - denoising}
 
 
 def trained() -> dict[tuple[str, str], dict[str, str]]:
