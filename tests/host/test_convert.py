@@ -389,7 +389,9 @@ def test_averages_without_names(vgm: Call) -> None:
     shadow = [v * 0.5 for k, v in theirs.items() if k not in buffers]
     saved = {"model": {f"module.{k}": v for k, v in theirs.items()}, "ema": {"decay": 0.999, "shadow_params": shadow}}
     torch.save({**saved, "step": 3}, "rf.pth")
-    assert vgm("convert", "rf.pth", "o.safetensors")[0] == 0
+    code, _, err = vgm("convert", "rf.pth", "o.safetensors")
+    assert code == 2 and "--from rectified-flow" in err  # score-sde's tensors have the same names and shapes
+    assert vgm("convert", "rf.pth", "o.safetensors", "--from", "rectified-flow")[0] == 0
     got = load_file("o.safetensors")
     assert all(torch.equal(v, ours[k] if k in buffers else ours[k] * 0.5) for k, v in got.items())
 

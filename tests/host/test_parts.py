@@ -237,8 +237,8 @@ def test_headers_name_registered_components(objective: str) -> None:
     facts = build.declared_facts(recipe.node("data"))
     given: dict[str, Any] = {}
     if recipe.config.get("codec"):
-        given["codec"] = build.meta_codec(recipe.config["codec"], facts)
-        facts = facts.after(given["codec"])
+        planned = build.planned_codec(recipe, facts)
+        given["codec"], facts = planned.codec, planned.facts
     with torch.device("meta"):
         built = build.build_objective(recipe, facts, {**given, **build.plan_roles(recipe, facts)})
     view = built.objective.view()

@@ -28,6 +28,7 @@ from vgm_cli.losses.lpips import LPIPS
 from vgm_cli.nets.autoencoder_kl import AutoencoderKL
 from vgm_cli.nets.discriminators import NLayerDiscriminator
 from vgm_cli.nets.first_stage import DiagonalGaussian, VQModel, tiled
+from vgm_cli.nets.first_stage_checkpoints import PREFIX
 from vgm_cli.nn.quantize import code_usage
 from vgm_cli.registry import registry
 from vgm_cli.testing.golden import GoldenCase, GoldenChecks, assert_close
@@ -395,7 +396,7 @@ def test_official_checkpoint(cls: Any, converter: Layout) -> None:
     model = tiny(cls, resolution=256, ch=32, norm_groups=32, attn_resolutions=(128,))
     weights = model.state_dict()
     noise = {"loss.logvar": torch.zeros(()), "loss.discriminator.main.0.weight": torch.zeros(1), "betas": torch.ones(9)}
-    inside = {**{ck.PREFIX + k: v for k, v in weights.items()}, "model.diffusion_model.out.weight": torch.zeros(2)}
+    inside = {**{PREFIX + k: v for k, v in weights.items()}, "model.diffusion_model.out.weight": torch.zeros(2)}
     measured = {**inside, "scale_factor": torch.tensor(0.7)}
     assert "scale_factor" not in converter.config(inside)
     assert math.isclose(converter.config(measured)["scale_factor"], 0.7, rel_tol=1e-6)
