@@ -46,6 +46,7 @@ class Component:
     verbs: commands that offer it (objectives: "train", "distill", "finetune-rl"). summary: one line for `vgm ls`.
     denoiser: of models forward(x, t, **cond), of objectives that train any of these, and of views that show a network
         so: the result is a denoiser, which distill, restore and finetune-rl take (`vgm matrix`).
+    trains: of such an objective, the models that it trains where these are not any.
     two_times: of models that can be told the end of a jump, too (offers.TwoTimes), and of objectives that train these
         alone.
     """
@@ -58,6 +59,7 @@ class Component:
     verbs: tuple[str, ...] = ()
     summary: str = ""
     denoiser: bool = False
+    trains: tuple[str, ...] = ()
     two_times: bool = False
 
 

@@ -41,7 +41,8 @@ def vgm_components() -> Iterable[Component | Paper]:
             denoiser=True,
         ),
         *(
-            Component(kind=kind, name=name, target=here + at, verbs=verbs, summary=about, denoiser=kind != "sampler")
+            Component(kind=kind, name=name, target=here + at, verbs=verbs, summary=about, denoiser=kind != "sampler",
+                      trains=("vdm",) if at.endswith("VariationalBound") else ())
             for kind, name, at, verbs, about in (
                 ("objective", "elbo-weighted", "objective:WeightedELBO", ("train",),
                  "any weighting of the ELBO, any prediction, adaptive noise schedule"),

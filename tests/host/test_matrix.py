@@ -188,7 +188,7 @@ TINY = NETWORKS | {
     "sit": "{name: sit, patch_size: 7, hidden_size: 32, depth: 1, num_heads: 2, learn_sigma: %s}",
     "ncsnpp": "{name: ncsnpp, nf: 16, ch_mult: [1], num_res_blocks: 1, attn_resolutions: []}",
     "edm-unet": "{name: edm-unet, model_channels: 16, channel_mult: [1], num_blocks: 1}",
-    "lightningdit": "{name: lightningdit, patch_size: 7, hidden_size: 32, depth: 1, num_heads: 2}",
+    "lightningdit": "{name: lightningdit, patch_size: 7, hidden_size: 32, depth: 1, num_heads: 2, learn_sigma: %s}",
     "meanflow": "{name: meanflow, patch_size: 7, hidden_size: 32, depth: 1, num_heads: 2}",
     "meanflow-unet": "{name: meanflow-unet, model_channels: 16, channel_mult: [1], num_blocks: 1, attn_resolutions: []}",
     "song-unet": "{name: song-unet, model_channels: 16, channel_mult: [1], num_blocks: 1, attn_resolutions: []}",
@@ -205,15 +205,27 @@ def test_what_the_matrix_promises_trains_and_is_a_denoiser(vgm, tmp_path: Path) 
     from vgm_cli.engine import checkpoint
     from vgm_cli.engine.distill import run as distill
     from vgm_cli.engine.train.loop import train
+    from vgm_cli.errors import VgmError
 
-    for network, training in (pair for pair, row in listed(vgm).items() if row["distill"]):
+    broken: dict[tuple[str, str], str] = {}
+    promised = {pair for pair, row in listed(vgm).items() if row["distill"]}
+    # sCM reads a second time as the guidance scale, and asks for teachers of several
+    for network, training in sorted(promised - {("meanflow", "scm"), ("meanflow-unet", "scm")}):
         own = TINY[network].replace("%s", "1" if network == "adm-unet" else "false")
+        if training == "meanflow" and not network.startswith("meanflow"):
+            own = own.replace("}", ", second_time: true}")
         sampler = "consistency" if training == "consistency" else "euler"
         file = tmp_path / f"{network}-{training}.yaml"
         file.write_text(
             f"paper: dit\nmodel: {own}\nobjective: {{name: {training}{OPTIONS.get(training, '')}}}\n"
             f"sampler: {{name: {sampler}}}\ndata: {{path: mnist5k}}\n"
         )
-        train(recipes.load(str(file), None, [*SMALL, "train.steps=1"]), tmp_path / file.stem, quiet_end=True)
+        try:
+            train(recipes.load(str(file), None, [*SMALL, "train.steps=1"]), tmp_path / file.stem, quiet_end=True)
+        except VgmError as e:
+            broken[network, training] = e.message
+            continue
         header = checkpoint.read_header(checkpoint.resolve(str(tmp_path / file.stem), None))
-        assert distill.is_denoiser(header.view), f"{network} {training}"
+        if not distill.is_denoiser(header.view):
+            broken[network, training] = "is no denoiser"
+    assert not broken, json.dumps({" ".join(k): v for k, v in broken.items()}, indent=1)

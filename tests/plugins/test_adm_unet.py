@@ -22,7 +22,7 @@ from vgm_plugins.adm_unet.model import EncoderUNetModel, UNetModel
 from vgm_plugins.adm_unet.objective import NoisyClassifier, Upsampling
 from vgm_plugins.adm_unet.presets import CLASSIFIERS, PRESETS
 
-from vgm_cli.api import Step
+from vgm_cli.api import Request, Step
 from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.diffusion.discrete import (
     DiscreteDiffusion,
@@ -165,6 +165,9 @@ class Drawn:
     """A request whose standard normal draws are given."""
 
     guidance_scale, guidance_interval, steps, callback, images = None, None, None, None, None
+    asked: dict[str, Any] = {}
+    device = torch.device("cpu")
+    classes = Request.classes
 
     def __init__(self, draws: list[Tensor], cond: dict[str, Tensor]):
         self.draws, self.cond, self.info = iter(draws), cond, {}

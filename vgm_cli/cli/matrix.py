@@ -81,7 +81,12 @@ def rows() -> list[dict[str, Any]]:
         sorted((c for c in components.values() if c.kind == kind and c.denoiser), key=lambda c: c.name)
         for kind in ("model", "objective")
     )
-    pairs = [(m.name, o.name) for m in models for o in trainings if m.two_times >= o.two_times]
+    pairs = [
+        (m.name, o.name)
+        for m in models
+        for o in trainings
+        if m.two_times >= o.two_times and (not o.trains or m.name in o.trains)
+    ]
     denoisers = set(pairs)
     pairs += sorted(p for p in shipped if p not in denoisers)
     own = own_restorers()
