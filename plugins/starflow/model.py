@@ -8,6 +8,7 @@ A network of either kind models data to which noise of deviation `noise_std` was
 from __future__ import annotations
 
 import math
+from abc import ABC, abstractmethod
 from collections.abc import Mapping, Sequence
 from typing import Any, Literal, NamedTuple
 
@@ -45,7 +46,7 @@ class Encoding(NamedTuple):
         return torch.stack([prior, *self.logdets]).sum((0, 2, 3))
 
 
-class Flow(nn.Module):
+class Flow(nn.Module, ABC):
     """What both families share: patches, blocks, likelihood. Subclasses say what a pass begins with (`starts`)."""
 
     blocks: nn.ModuleList
@@ -75,17 +76,20 @@ class Flow(nn.Module):
 
     # -- for subclasses
 
+    @abstractmethod
     def patchify(self, x: Tensor) -> Tensor:
         """(B, C, H, W) -> tokens (B, T, D)."""
-        raise NotImplementedError
+        ...
 
+    @abstractmethod
     def unpatchify(self, tokens: Tensor, shape: Sequence[int]) -> Tensor:
         """Tokens (B, T, D) -> (B, C, H, W), of which shape ends in H, W."""
-        raise NotImplementedError
+        ...
 
+    @abstractmethod
     def starts(self, shape: Sequence[int], n: int, cond: Mapping[str, Tensor]) -> list[Start]:
         """What a pass of n rows of (C, H, W) begins with in every block. cond: keywords of forward."""
-        raise NotImplementedError
+        ...
 
     def variance(self) -> Tensor | float:
         """Of the prior, (T, D) or a number."""

@@ -15,6 +15,7 @@ from __future__ import annotations
 import hashlib
 import io
 import os
+from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
@@ -260,9 +261,10 @@ class Files(Source):
     def digest_beside(self, column: str, i: int) -> bytes:
         return hashlib.blake2b(self.get(self.further[column][self.full[i]]), digest_size=16).digest()
 
+    @abstractmethod
     def get(self, name: str) -> bytes:
         """The content of one file."""
-        raise NotImplementedError
+        ...
 
     def open(self, name: str) -> File:
         """What a decoder opens."""

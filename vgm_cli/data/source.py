@@ -5,6 +5,7 @@ from __future__ import annotations
 
 import hashlib
 import io
+from abc import ABC, abstractmethod
 from collections import Counter
 from collections.abc import Sequence
 from typing import Any
@@ -19,7 +20,7 @@ from vgm_cli.ui import some
 CLASSES = 1000  # more than these, and more than images, are no class numbers
 
 
-class Source:
+class Source(ABC):
     """A set of images in a fixed order. Subclasses fill the attributes and say how to `read` (or override `image`).
 
     names: one per image, relative, "/"-separated. sizes: bytes of each. labels: (N,) int64 or None. captioned: whether
@@ -49,9 +50,10 @@ class Source:
     def __len__(self) -> int:
         return len(self.names)
 
+    @abstractmethod
     def read(self, i: int) -> bytes:
         """The file's bytes."""
-        raise NotImplementedError
+        ...
 
     def stream(self, i: int) -> File:
         """What a decoder opens: a path if there is one, so that reading a header does not read the whole file."""
@@ -68,17 +70,20 @@ class Source:
     def caption(self, i: int) -> str | None:
         return None
 
+    @abstractmethod
     def has(self, column: str, i: int) -> bool:
         """Whether image i has a picture of this column beside it."""
-        raise NotImplementedError
+        ...
 
+    @abstractmethod
     def beside(self, column: str, i: int) -> Image.Image:
         """That picture, "L" or "RGB". Raises Unreadable."""
-        raise NotImplementedError
+        ...
 
+    @abstractmethod
     def digest_beside(self, column: str, i: int) -> bytes:
         """A checksum of its content; nothing where `stamp` has it."""
-        raise NotImplementedError
+        ...
 
     checksums = False  # whether `digest` costs no reading
 
