@@ -75,9 +75,9 @@ def test_training_changes_weights_and_lowers_the_loss(tiny: Path, tmp_path: Path
     assert sum(losses[-10:]) < 0.8 * sum(losses[:10])
 
 
-def test_two_processes_equal_one(tiny: Path, tmp_path: Path, process: type) -> None:
+def test_two_processes_equal_one(tiny: Path, tmp_path: Path, vgm, process: type) -> None:
     """Gradients, and so weights, do not depend on how many processes share the batch."""
-    one = process("train", tiny, "--out", tmp_path / "one").wait()
+    one = vgm("train", tiny, "--out", tmp_path / "one")
     two = process("train", tiny, "--out", tmp_path / "two", "--nproc", 2).wait()
     assert one[0] == 0, one[2]
     assert two[0] == 0, two[2]
