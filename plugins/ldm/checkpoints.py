@@ -48,8 +48,9 @@ def config_from(state: State) -> dict[str, Any]:
         if own["post_quant_conv.weight"].shape[1] > 64:
             raise VgmError("codes of so many dimensions are VQGAN's", "--from vqgan", USAGE)
         config["n_embed"] = own["quantize.embedding.weight"].shape[0]
-    elif config == {k: v for k, v in KL["kl-f8"].items() if k != "scale_factor"}:
-        config["scale_factor"] = KL["kl-f8"]["scale_factor"]  # Stable Diffusion's VAE
+    for published in KL.values():  # Stable Diffusion's VAE, MAR's
+        if "scale_factor" in published and config == {k: v for k, v in published.items() if k != "scale_factor"}:
+            config["scale_factor"] = published["scale_factor"]
     return config
 
 
@@ -58,7 +59,7 @@ def assumes(state: State, config: Mapping[str, Any]) -> dict[str, str]:
     if "scale_factor" in state:
         return {}
     factor = config.get("scale_factor", 1.0)
-    whose = "Stable Diffusion's; SDXL's is 0.13025" if factor == KL["kl-f8"]["scale_factor"] else "unscaled latents"
+    whose = {0.18215: "Stable Diffusion's; SDXL's is 0.13025", 0.2325: "MAR's"}.get(factor, "unscaled latents")
     found = {"scale_factor": f"scale_factor={factor}, {whose} (scale_factor=X tells otherwise)"}
     if config["attn_resolutions"]:
         found["resolution"] = f"resolution=256, so attention at {', '.join(map(str, config['attn_resolutions']))}"

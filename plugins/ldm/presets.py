@@ -1,6 +1,7 @@
 """Published first stages of latent diffusion, as constructor keywords. Torch-free.
 
-Official files: CompVis/latent-diffusion@a506df5 models/first_stage_models/*/config.yaml.
+Official files: CompVis/latent-diffusion@a506df5 models/first_stage_models/*/config.yaml; kl-f16-mar is kl16.ckpt of
+LTH14/mar@fe470ac models/vae.py.
 """
 
 from __future__ import annotations
@@ -28,6 +29,7 @@ KL = {
     "kl-f8": first_stage((1, 2, 4, 4), 4, scale_factor=0.18215),
     "kl-f16": first_stage((1, 1, 2, 2, 4), 16, attn=(16,)),
     "kl-f32": first_stage((1, 1, 2, 2, 4, 4), 64, attn=(16, 8)),
+    "kl-f16-mar": first_stage((1, 1, 2, 2, 4), 16, attn=(16,), decoder_attn=False, scale_factor=0.2325),
 }
 
 VQ = {

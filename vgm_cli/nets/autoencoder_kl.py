@@ -1,7 +1,8 @@
 """The KL-regularised autoencoder of latent diffusion. Rombach et al., CVPR 2022 (arXiv 2112.10752), sec. 3.1.
 
 Official code: CompVis/latent-diffusion@a506df5 ldm/models/autoencoder.py. Parameter names are the official ones; VA-VAE
-(arXiv 2501.01423; hustvl/LightningDiT@2725fed vavae/ldm/models/autoencoder.py) is the same network with a projection.
+(arXiv 2501.01423; hustvl/LightningDiT@2725fed vavae/ldm/models/autoencoder.py) is the same network with a projection,
+MAR's KL-16 (arXiv 2406.11838; LTH14/mar@fe470ac models/vae.py) the same with less attention in the decoder.
 """
 
 from __future__ import annotations
@@ -42,6 +43,7 @@ class AutoencoderKL(FirstStage):
         tile_overlap: Fraction = 0.25,  # share of a tile that its neighbour covers, too
         feature_dim: Whole = 0,  # width of a foundation model's features, which latents are compared with; 0: none
         reverse_proj: bool = True,  # latents are projected to features; false: features to latents, with a bias
+        decoder_attn: bool = True,  # the decoder's levels have attention where the encoder's have; false: its middle alone
     ):
         shared: dict[str, Any] = {
             "ch": ch,
@@ -55,9 +57,10 @@ class AutoencoderKL(FirstStage):
             "resamp_with_conv": resamp_with_conv,
             "norm_groups": norm_groups,
         }
+        no_attn: dict[str, Any] = {"attn_resolutions": ()}
         super().__init__(
             Encoder(in_channels=in_channels, double_z=True, **shared),
-            Decoder(out_ch=out_ch or in_channels, tanh_out=tanh_out, **shared),
+            Decoder(out_ch=out_ch or in_channels, tanh_out=tanh_out, **shared | ({} if decoder_attn else no_attn)),
             (nn.Conv2d(2 * z_channels, 2 * embed_dim, 1), nn.Conv2d(embed_dim, z_channels, 1)),
             in_channels,
             embed_dim,

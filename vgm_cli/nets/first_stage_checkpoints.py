@@ -64,6 +64,8 @@ def first_stage_config(state: State) -> dict[str, Any]:
         "in_channels": in_channels,
         "out_ch": own["decoder.conv_out.weight"].shape[0],
     }
+    if attended and not any(re.match(r"decoder\.up\.\d+\.attn\.", n) for n in own):
+        config["decoder_attn"] = False
     if "encoder.mid.attn_1.to_qkv.weight" in own:
         config["attn_type"] = "linear"
     elif "encoder.mid.attn_1.q.weight" not in own:
