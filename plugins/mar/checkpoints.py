@@ -81,7 +81,8 @@ def assumes(state: State, config: Mapping[str, Any]) -> dict[str, str]:
     for half in ("encoder", "decoder"):
         width, heads = config[f"{half}_width"], config[f"{half}_heads"]
         if width not in HEADS:
-            found[f"{half}_heads"] = f"{half}_heads={heads}, heads of {width // heads} channels ({half}_heads=N tells otherwise)"
+            remark = f"{half}_heads={heads}, heads of {width // heads} channels"
+            found[f"{half}_heads"] = f"{remark} ({half}_heads=N tells otherwise)"
     channels = config["in_channels"] * config["patch_size"] ** 2
     if channels != 16 or len(state["fake_latent"][0]) not in HEADS:
         remark = f"a token of {channels} numbers is one place of {channels} channels"

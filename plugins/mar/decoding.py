@@ -7,13 +7,14 @@ of an order is generated first.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from typing import Literal
 
 import torch
 from torch import Tensor
 
-from vgm_cli.ar.masking import first_of, mask_rate, still_masked
+from vgm_cli.ar.masking import first_of, still_masked
 
 Ramp = Literal["constant", "linear"]
 Draw = Callable[[Tensor, Tensor, Tensor, int], Tensor]  # tokens, known, chosen, k -> tokens (R, C) of the chosen places
@@ -48,8 +49,8 @@ def by_order(
     for k in range(steps):
         after = torch.zeros_like(masked)
         if k < steps - 1:
-            ratio = torch.tensor((k + 1) / steps, dtype=torch.float64, device=tokens.device)
-            rate = mask_rate(ratio, "cosine", total)
+            # written as officially: where U times it is a whole number, the last bit decides
+            rate = torch.tensor(math.cos(math.pi / 2 * (k + 1) / steps), dtype=torch.float64, device=tokens.device)
             after = first_of(orders, still_masked(total, masked.sum(1), rate)) & masked
         chosen = masked & ~after
         if chosen.any():

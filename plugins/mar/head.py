@@ -7,7 +7,8 @@ vgm_cli/diffusion/discrete: betas of the cosine, a learned variance, the bound i
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections import deque
+from collections.abc import Callable
 from typing import Literal
 
 import torch
@@ -127,10 +128,8 @@ class DiffusionHead(nn.Module):
         if not len(x):
             return x
         model = guided(self.net, z, scale)
-        done: Iterator[tuple[Tensor, Tensor]] = process.sample_loop(model, x, lambda: temperature * noise(), chain, eta)
-        for x, _ in done:
-            pass
-        return x
+        chained = process.sample_loop(model, x, lambda: temperature * noise(), chain, eta)
+        return deque(chained, maxlen=1).pop()[0]
 
 
 def guided(net: Callable[[Tensor, Tensor, Tensor], Tensor], z: Tensor, scale: Tensor | None) -> Network:

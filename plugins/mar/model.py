@@ -100,7 +100,8 @@ class MAR(nn.Module):
         diffusion_steps: Steps = 1000,  # of the head's process
     ):
         super().__init__()
-        for half, width, heads in (("encoder", encoder_width, encoder_heads), ("decoder", decoder_width, decoder_heads)):
+        halves = {"encoder": (encoder_width, encoder_heads), "decoder": (decoder_width, decoder_heads)}
+        for half, (width, heads) in halves.items():
             if width % heads:
                 raise VgmError(f"{half}_width={width} does not divide into {half}_heads={heads}", code=USAGE)
         if input_size % patch_size:
@@ -154,9 +155,10 @@ class MAR(nn.Module):
 
     @staticmethod
     def example(config: Mapping[str, Any]) -> dict[str, Tensor]:
-        n, channels = (config["input_size"] // config["patch_size"]) ** 2, config["in_channels"] * config["patch_size"] ** 2
-        known = (torch.arange(n) % 3 == 0)[None]
-        return {"tokens": noise(1, n, channels), "known": known, **label(config["num_classes"])}
+        patch = config["patch_size"]
+        known = (torch.arange((config["input_size"] // patch) ** 2) % 3 == 0)[None]
+        tokens = noise(*known.shape, config["in_channels"] * patch**2)
+        return {"tokens": tokens, "known": known, **label(config["num_classes"])}
 
     # tokens and classes
 
@@ -194,11 +196,11 @@ class MAR(nn.Module):
     def encode(self, tokens: Tensor, places: Tensor, mask: Tensor | None, y: Tensor | None) -> Tensor:
         """The encoder's output (B, buffer_size + K, encoder_width) of the buffer and of the tokens at `places`, (B, K)
         int64, K known ones of each item. mask: as a block's, where some of the K are padding."""
-        x = self.z_proj(tokens.to(self.z_proj.weight.dtype))
-        buffer = self.class_vectors(y, len(x))[:, None].expand(-1, self.buffer_size, -1)
-        x = self.z_proj_ln(torch.cat([buffer.to(x), x], dim=1) + self.encoder_pos_embed_learned)
-        kept = torch.cat([torch.arange(self.buffer_size, device=x.device).expand(len(x), -1), places + self.buffer_size], 1)
-        x = x.gather(1, kept[..., None].expand(-1, -1, x.shape[-1]))
+        b, positions = self.buffer_size, self.encoder_pos_embed_learned
+        x = tokens.gather(1, places[..., None].expand(-1, -1, self.channels)).to(self.z_proj.weight.dtype)
+        x = self.z_proj(x) + positions[0, b:][places]
+        buffer = self.class_vectors(y, len(x))[:, None] + positions[:, :b]
+        x = self.z_proj_ln(torch.cat([buffer, x], dim=1))
         for block in self.encoder_blocks:
             x = self.run(block, x, mask)
         return self.encoder_norm(x)  # type: ignore[no-any-return]

@@ -1,4 +1,4 @@
-"""MAR's masks against LTH14/mar (golden), and properties of every schedule and choice."""
+"""Properties of every schedule and choice of masks."""
 
 from __future__ import annotations
 
@@ -13,54 +13,11 @@ from vgm_cli.ar.masking import (
     least_confident,
     mask_rate,
     still_masked,
-    truncated_normal_rate,
 )
 from vgm_cli.ar.orders import inverse, order_of, random_orders, rolled
 from vgm_cli.errors import VgmError
-from vgm_cli.testing.golden import GoldenCase, GoldenChecks, assert_close
-
-golden = GoldenChecks("mar", partial="masks")
 
 SCHEDULES = ["cosine", "arccos", "log", "exp", "root", "linear", "square", "cubic", "pow1.5"]
-
-
-def test_golden(golden_case: GoldenCase) -> None:
-    golden.run(golden_case)
-
-
-@golden.check(lambda c: c.kind == "mar_mask_ratio")
-def mask_ratio(case: GoldenCase) -> None:
-    """One rate for a batch, a truncated normal; as many positions, rounded up."""
-    minimum, total = case.config["mask_ratio_min"], case.config["seq_len"]
-    rate = truncated_normal_rate(case.inputs["u"], minimum)
-    assert_close(rate, case.outputs["mask_rate"], 1e-9, "rate")
-    assert torch.equal((total * rate).ceil().long(), case.outputs["num_masked"])
-    u = (torch.arange(10000, dtype=torch.float64) + 0.5) / 10000
-    assert_close(truncated_normal_rate(u, minimum).mean()[None], case.outputs["mean"], 1e-6, "mean")
-
-
-@golden.check(lambda c: c.kind == "mar_sample_tokens")
-def masks_in_sampling(case: GoldenCase) -> None:
-    """How many tokens every iteration leaves masked, how many it draws, and the guidance that follows from it."""
-    config, run, orders = case.config, case.config["_run"], case.inputs["orders"]
-    side = config["img_size"] // config["vae_stride"] // config["patch_size"]
-    total, steps = side * side, run["num_iter"]
-    assert orders.shape[1] == total
-    masked = total
-    for k in range(steps):
-        rate = mask_rate(torch.tensor((k + 1) / steps, dtype=torch.float64), "cosine", total)
-        left = int(still_masked(torch.tensor(total), torch.tensor(masked), rate))
-        if k + 1 < steps:  # in the last iteration all that is left is drawn, whatever this says
-            assert left == int(case.outputs["mask_len"][k])
-            scale = 1 + (run["cfg"] - 1) * (total - left) / total if run["cfg_schedule"] == "linear" else run["cfg"]
-            assert_close(torch.tensor([scale]), case.outputs["cfg_iter"][k : k + 1], 1e-6, "guidance")
-        else:
-            left = 0
-        drawn = first_of(orders, masked) & ~first_of(orders, left)
-        rows = (2 if run["cfg"] != 1 else 1) * int(drawn.sum())
-        assert rows == len(case.outputs[f"z_{k}"])
-        masked = left
-    assert masked == 0
 
 
 # -- properties ----------------------------------------------------------------------------------------------------

@@ -43,7 +43,7 @@ class AutoencoderKL(FirstStage):
         tile_overlap: Fraction = 0.25,  # share of a tile that its neighbour covers, too
         feature_dim: Whole = 0,  # width of a foundation model's features, which latents are compared with; 0: none
         reverse_proj: bool = True,  # latents are projected to features; false: features to latents, with a bias
-        decoder_attn: bool = True,  # the decoder's levels have attention where the encoder's have; false: its middle alone
+        decoder_attn: bool = True,  # the decoder has attention where the encoder has; false: in the middle alone
     ):
         shared: dict[str, Any] = {
             "ch": ch,
@@ -57,10 +57,10 @@ class AutoencoderKL(FirstStage):
             "resamp_with_conv": resamp_with_conv,
             "norm_groups": norm_groups,
         }
-        no_attn: dict[str, Any] = {"attn_resolutions": ()}
+        of_decoder = {**shared, "attn_resolutions": attn_resolutions if decoder_attn else ()}
         super().__init__(
             Encoder(in_channels=in_channels, double_z=True, **shared),
-            Decoder(out_ch=out_ch or in_channels, tanh_out=tanh_out, **shared | ({} if decoder_attn else no_attn)),
+            Decoder(out_ch=out_ch or in_channels, tanh_out=tanh_out, **of_decoder),
             (nn.Conv2d(2 * z_channels, 2 * embed_dim, 1), nn.Conv2d(embed_dim, z_channels, 1)),
             in_channels,
             embed_dim,
