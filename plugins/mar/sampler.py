@@ -59,7 +59,6 @@ class MARSampler:
         steps = request.steps or self.steps
         tokens, unknown = self.given(model, request)
         orders = self.orders(model, request)
-        request.info["nfe"] = 0
 
         def watch(k: int, tokens: Tensor, known: Tensor) -> None:
             if request.callback is not None:
@@ -92,6 +91,7 @@ class MARSampler:
         if y is not None and scale != 1 and model.num_classes:
             null = unconditional(model, request.cond, request.null)["y"]
         process = model.diffloss.respaced(self.diffusion_steps)
+        request.info["nfe"] = 0
 
         def draw(tokens: Tensor, known: Tensor, chosen: Tensor, k: int) -> Tensor:
             request.info["nfe"] += 1 if null is None else 2
