@@ -86,6 +86,7 @@ RUNS = [  # the longest first, those that others wait for before all
     Run("randar", "train randar", bits="bits-per-dim:n=500"),
     Run("maskgit", "train maskgit"),
     Run("maskgit-halton", "train maskgit sampler=halton"),
+    Run("mar", "train mar"),
     Run("var-tokenizer", "train var --recipe mnist-tokenizer", "fid,psnr", sampled=False),
     Run("var", "train var --codec {dir}/var-tokenizer", after="var-tokenizer", bits="bits-per-dim:n=500"),
     Run("vqgan", "train vqgan", "fid,psnr", sampled=False),

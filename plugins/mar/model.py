@@ -35,7 +35,8 @@ class Attention(nn.Module):
 
     def forward(self, x: Tensor, mask: Tensor | None) -> Tensor:
         qkv = self.qkv(x).unflatten(-1, (3, self.heads, -1)).permute(2, 0, 3, 1, 4)  # 3 x (B, heads, T, d)
-        y = attend(*qkv.unbind(0), mask, self.attn_dropout if self.training else 0.0)
+        q, k, v = qkv.unbind(0)
+        y = attend(q, k, v, mask, self.attn_dropout if self.training else 0.0)
         return self.dropout(self.proj(y.transpose(1, 2).flatten(2)))
 
 

@@ -97,7 +97,7 @@ class MARSampler:
             request.info["nfe"] += 1 if null is None else 2
             noise = own_noise(request, chosen.sum(1).tolist(), process.steps, model.channels)
             scales = None
-            if null is None:
+            if y is None or null is None:
                 z = model(tokens, known, y)[chosen]
             else:
                 both = model(tokens.repeat(2, 1, 1), known.repeat(2, 1), torch.cat([y, null]))
