@@ -358,18 +358,6 @@ def test_preset_size(preset: str) -> None:
     assert not ck.CONVERTER.published.assumes(model.state_dict(), read)
 
 
-def test_kl16_is_a_first_stage_of_the_house() -> None:
-    with torch.device("meta"):
-        codec = registry().build("codec", {"name": "autoencoder-kl", "preset": "kl-f16-mar"})
-        layout = registry().find("converter", "autoencoder-kl")
-        assert sum(p.numel() for p in codec.parameters()) == 66_456_019
-        from vgm_cli.weights.layout import find
-
-        read = find(layout.name).config(codec.state_dict())
-    assert read["scale_factor"] == 0.2325 and read["decoder_attn"] is False
-    assert codec.latent_shape((3, 256, 256)) == (16, 16, 16)
-
-
 # -- network -----------------------------------------------------------------------------------------------------------
 
 TINY: dict[str, Any] = {"input_size": 4, "patch_size": 1, "in_channels": 3, "num_classes": 4, "buffer_size": 2,
