@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import argparse
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -566,6 +567,25 @@ def test_images_are_completed(vgm: Cli, run: Path, tmp_path: Path) -> None:
     assert torch.equal(found[..., :3], images[..., :3]) and not torch.equal(found[..., 3:], images[..., 3:])
     code, _, err = vgm(*given, "--method", "dps")
     assert code == 2 and "--method mar" in err and "Traceback" not in err
+
+
+def test_an_official_checkpoint_converts(vgm: Cli, tmp_path: Path) -> None:
+    """The average unless the other weights are asked for, the arguments left out; how tokens are cut is told."""
+    model = tiny(input_size=8, patch_size=2)
+    state = model.state_dict()
+    half = {k: v * 0.5 for k, v in state.items()}
+    saved = {"model": state, "model_ema": half, "epoch": 3, "args": argparse.Namespace(model="mar_base", cfg=2.9)}
+    torch.save(saved, tmp_path / "checkpoint-last.pth")
+    told = ("patch_size=2", "in_channels=3", "input_size=8", "encoder_heads=2", "decoder_heads=2")
+    for wanted, more in ((half, ()), (state, ("--weights", "model"))):
+        out = tmp_path / f"ours{len(more)}.safetensors"
+        code, _, err = vgm("convert", tmp_path / "checkpoint-last.pth", out, *told, *more)
+        assert code == 0, err
+        loaded = load(str(out))
+        assert isinstance(loaded.model, MAR) and loaded.model.sample_shape == (3, 8, 8)
+        assert all(torch.equal(v, wanted[k]) for k, v in loaded.model.state_dict().items())
+        header = loaded.header
+        assert header.recipe["sampler"] == {"name": "mar", "preset": "table"} and header.recipe["guidance_scale"] == 3.0
 
 
 def test_steps_become_a_film(vgm: Cli, run: Path, tmp_path: Path) -> None:
