@@ -397,6 +397,8 @@ def test_averages_without_names(vgm: Call) -> None:
     assert vgm("convert", "rf.pth", "o.safetensors", "--from", "rectified-flow")[0] == 0
     got = load_file("o.safetensors")
     assert all(torch.equal(v, ours[k] if k in buffers else ours[k] * 0.5) for k, v in got.items())
+    code, out, _ = vgm("convert", "o.safetensors", "again.pth")  # of two layouts, the one that it came in
+    assert code == 0 and "vgm -> rectified-flow" in out
 
 
 def test_a_network_inside_another_module(vgm: Call) -> None:

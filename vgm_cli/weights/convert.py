@@ -42,7 +42,8 @@ def target_layout(source: Source, dst: Path, to: str | None) -> Layout | None:
             raise VgmError(f"{dst} cannot say what network it holds", "ours is a .safetensors file", USAGE)
         return None
     if to is None:
-        return layouts.official(source.name)
+        came = source.header.extra.get("source", {}).get("layout", "")
+        return layouts.official(source.name, str(source.header.recipe.get("paper", "")), str(came))
     chosen = layouts.find(to)
     if chosen.component != source.name:
         fitting = [n for n, c in layouts.known().items() if c.component == source.name]

@@ -49,12 +49,13 @@ def find(name: str) -> Layout:
     return found
 
 
-def official(component: str) -> Layout:
-    """The layout of a component's own official code: the one with the component's name, or its only one. VgmError:
-    there is none, or several."""
+def official(component: str, *likely: str) -> Layout:
+    """The layout of a component's own official code: the one with the component's name, or a `likely` one (its paper's,
+    the one it came in), or its only one. VgmError: there is none, or several."""
     own = {name: c for name, c in known().items() if c.component == component}
-    if component in own:
-        return own[component]
+    for name in (component, *likely):
+        if name in own:
+            return own[name]
     if len(own) == 1:
         return next(iter(own.values()))
     names = ", ".join(sorted(own))
