@@ -115,6 +115,18 @@ def test_the_reading_path_goes_through_the_families() -> None:
     ]
     linked = set(re.findall(r"\]\(papers/([\w-]+)\.md\)", path.read_text(encoding="utf-8").replace("\n", " ")))
     assert linked == {p.stem for p in (ROOT / "docs/papers").glob("*.md")}
+    companions = (
+        "yang-song.net",
+        "rectifiedflow.github.io",
+        "diffusionflow.github.io",
+        "kl-is-all-you-need",
+        "pml-book",
+        "deepgenerativemodels.github.io",
+        *(f"notes/{n.name}" for n in (ROOT / "docs/notes").glob("*.md")),
+    )
+    assert [c for c in companions if c not in path.read_text(encoding="utf-8")] == []
+    steps = re.split(r"^## ", path.read_text(encoding="utf-8"), flags=re.M)[1:]
+    assert all("Murphy" in step and "CS236" in step for step in steps), "every step names its companions"
     assert "docs/reading-path.md" in (ROOT / "README.md").read_text(encoding="utf-8")
     assert "reading-path.md" in (ROOT / "docs/tutorial.md").read_text(encoding="utf-8")
 
