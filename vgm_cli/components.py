@@ -66,6 +66,12 @@ NETWORKS = (
         summary="frozen 7x7 features of the shipped digit classifier",
     ),
     Component(
+        kind="model",
+        name="colour-features",
+        target="vgm_cli.nets.foundation:ColourFeatures",
+        summary="frozen 8x8 features of the shipped network of colour pictures",
+    ),
+    Component(
         kind="objective",
         name="autoencoder",
         target="vgm_cli.losses.first_stage:AutoencoderObjective",

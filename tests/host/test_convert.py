@@ -251,7 +251,11 @@ def test_a_state_without_one_tensor_is_not_taken(name: str) -> None:
 
 
 NETWORKS = {layouts.find(n).component: config for n, (config, _) in TINY.items()} | {"patchgan": {"ndf": 4}}
-NETWORKS |= {"digit-features": {}, "vision-features": {"width": 64, "depth": 1, "patch": 8, "grid": 4, "size": 32}}
+NETWORKS |= {
+    "digit-features": {},
+    "colour-features": {},
+    "vision-features": {"width": 64, "depth": 1, "patch": 8, "grid": 4, "size": 32},
+}
 NETWORKS |= {"blur-discriminator": {"hidden_channels": 32, "num_stages": 1}}
 NETWORKS |= {"vqvae-prior": {"vocab_size": 6, "grid": (4, 4), "num_classes": 3, "channels": 8, "n_layer": 2}}
 VARIANTS = [

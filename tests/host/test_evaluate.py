@@ -376,14 +376,18 @@ def test_reference_is_brought_to_the_samples_size(vgm: Run, tmp_path: Path) -> N
     assert json.loads(out)[0]["protocol"]["image_shape"] == [32, 32, 1]
 
 
-def test_colour_images_need_weights(vgm: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_colour_images_get_the_colour_network_or_what_is_named(
+    vgm: Run, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     monkeypatch.delenv("VGM_INCEPTION", raising=False)
     rng = np.random.default_rng(0)
     for name in "ab":
         write_npz(tmp_path / f"{name}.npz", rng.integers(0, 255, (12, 32, 32, 3), np.uint8))
     args = ("evaluate", tmp_path / "a.npz", "--reference", tmp_path / "b.npz")
-    code, _, err = vgm(*args)
-    assert code == MISSING_ASSET and "VGM_INCEPTION" in err and "--features mnist" in err
+    code, out, _ = vgm(*args, "--json")
+    assert code == 0 and json.loads(out)[0]["protocol"]["features"] == "colour-features"
+    code, _, err = vgm(*args, "--features", "inception")
+    assert code == MISSING_ASSET and "VGM_INCEPTION" in err
     code, out, _ = vgm(*args, "--features", "mnist", "--json")
     assert code == 0 and json.loads(out)[0]["protocol"]["features"] == "mnist-features"
     assert vgm(*args, "--metrics", "psnr,ssim")[0] == 0  # these look at pixels alone

@@ -206,12 +206,12 @@ def test_small_grey_images_get_the_digit_network() -> None:
 
 
 @pytest.mark.parametrize(("size", "channels"), [(28, 3), (64, 1), (256, 3)])
-def test_other_images_need_weights(size: int, channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_other_pictures_get_the_colour_network(size: int, channels: int, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.delenv("VGM_INCEPTION", raising=False)
-    with pytest.raises(VgmError, match="digits only") as e:
-        choose(None, size, channels)
-    assert e.value.code == MISSING_ASSET
-    assert "VGM_INCEPTION" in e.value.hint and "--features mnist" in e.value.hint
+    assert choose(None, size, channels) is choose("colour", 28, 1) is features.colour_features()
+    with pytest.raises(VgmError) as e:
+        choose("inception", size, channels)
+    assert e.value.code == MISSING_ASSET and "VGM_INCEPTION" in e.value.hint
 
 
 def test_variables_name_weights(

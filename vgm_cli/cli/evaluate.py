@@ -15,7 +15,7 @@ DEFAULT = "(measure)"  # no target's name
 Features = Annotated[
     str | None,
     typer.Option(
-        help="Feature network: mnist, inception, or weights files (Inception, DINOv2, CLIP), comma-separated."
+        help="Feature network: mnist, colour, inception, or weights files (Inception, DINOv2, CLIP), comma-separated."
     ),
 ]
 ProtocolName = Annotated[str, typer.Option("--protocol", help="vgm | adm | edm | clean | torch-fidelity | mar")]

@@ -1,7 +1,8 @@
 """Feature networks: which one measures a set of images, and uint8 pictures to features.
 
-The shipped digit network is the default for small grey images. Everything else needs weights that the user has: the
-Inception of FID, DINOv2's ViT or CLIP's image tower, recognised by what the file holds, never by its name.
+Two networks ship: one of digits, the default for small grey images, and one of colour pictures, the default for all
+others. Published numbers need weights that the user has: the Inception of FID, DINOv2's ViT or CLIP's image tower,
+recognised by what the file holds, never by its name.
 """
 
 from __future__ import annotations
@@ -18,15 +19,17 @@ from typing import Any
 import numpy as np
 import torch
 from PIL import Image
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
 from vgm_cli.errors import FAILED, MISSING_ASSET, USAGE, VgmError
+from vgm_cli.nets import colour_features as colours
 from vgm_cli.nets import inception, vit
 from vgm_cli.nets import mnist_features as digits
+from vgm_cli.nets.shipped_features import kind_of_file
 from vgm_cli.weights.state import read_state
 
-DIGITS = Path(str(resources.files("vgm_cli"))) / "assets" / "mnist-features.safetensors"
+ASSETS = Path(str(resources.files("vgm_cli"))) / "assets"
+DIGITS, COLOURS = ASSETS / "mnist-features.safetensors", ASSETS / "colour-features.safetensors"
 VARIABLES = {"inception": "VGM_INCEPTION", "dinov2": "VGM_DINOV2", "clip": "VGM_CLIP"}  # paths of weights files
 DIGIT_SIDES = range(digits.SIZE, 33)  # 28, and 32 where the digits are padded
 
@@ -35,8 +38,8 @@ DIGIT_SIDES = range(digits.SIZE, 33)  # 28, and 32 where the digits are padded
 class FeatureNet:
     """A feature network with its weights.
 
-    kind: mnist, inception, dinov2 or clip. name: for results. resize: its rule of resizing, in words. dim: width of
-    "pool". outputs: which of pool (B, dim), spatial (B, 2023) and logits (B, K) a call returns.
+    kind: mnist, colour, inception, dinov2 or clip. name: for results. resize: its rule of resizing, in words. dim:
+    width of "pool". outputs: which of pool (B, dim), spatial (B, 2023) and logits (B, K) a call returns.
     """
 
     kind: str
@@ -93,6 +96,21 @@ def mnist_features(path: Path = DIGITS) -> FeatureNet:
         return {"pool": pool, "logits": logits}
 
     return FeatureNet("mnist", digits.KIND, file_sha256(path), digits.RESIZE, net.dim, outputs, net, run)
+
+
+@cache
+def colour_features(path: Path = COLOURS) -> FeatureNet:
+    """The colour network, `net` being a ColourCNN; it has no logits, since its classes are those of emojis alone.
+    VgmError: file missing (exit code 4) or foreign (1)."""
+    net = colours.load_colour_features(path)
+
+    def run(x: Tensor) -> dict[str, Tensor]:
+        return {"pool": net(colours.to_small(x))[0]}
+
+    return FeatureNet("colour", colours.KIND, file_sha256(path), colours.RESIZE, net.dim, frozenset({"pool"}), net, run)
+
+
+SHIPPED = {"mnist": mnist_features, "colour": colour_features}
 
 
 def inception_features(path: Path, net: nn.Module, resize: str = "own") -> FeatureNet:
@@ -174,7 +192,7 @@ def load_features(path: str | Path, resize: str = "own") -> FeatureNet:
     path = Path(path).expanduser()
     if not path.is_file():
         raise inception.missing_weights(
-            f"no feature weights at {path}", "--features mnist is the shipped digit network"
+            f"no feature weights at {path}", "--features mnist and --features colour are the shipped networks"
         )
     return _load(path.resolve(), path.stat().st_mtime_ns, resize)
 
@@ -182,13 +200,9 @@ def load_features(path: str | Path, resize: str = "own") -> FeatureNet:
 @cache
 def _load(path: Path, modified: int, resize: str) -> FeatureNet:
     if path.suffix == ".safetensors":
-        try:
-            with safe_open(path, framework="pt") as f:
-                kind = (f.metadata() or {}).get("vgm.features")
-        except (SafetensorError, OSError) as e:
-            raise VgmError(f"{path} is not a readable safetensors file: {str(e).splitlines()[0]}") from e
-        if kind == digits.KIND:
-            return mnist_features(path)
+        kind = kind_of_file(path)
+        if kind in (digits.KIND, colours.KIND):
+            return mnist_features(path) if kind == digits.KIND else colour_features(path)
     if inception.is_torchscript(path):
         module = inception.load_inception(path)
         state = module.state_dict()
@@ -205,27 +219,23 @@ def choose(
 ) -> FeatureNet:
     """The network for images of `size` pixels and `channels`.
 
-    features: "mnist", "inception" (the file that VGM_INCEPTION names), a weights file, or several of them; None: the
-    digit network for small grey images, else VGM_INCEPTION. kind: what a metric insists on (mnist, dinov2, clip), found
-    among `features` or by its variable; None takes the first given, of Inception or digits before others.
-    VgmError: no weights (exit code 4).
+    features: "mnist", "colour", "inception" (the file that VGM_INCEPTION names), a weights file, or several of them;
+    None: the digit network for small grey images, else VGM_INCEPTION if there is one, else the colour network. kind:
+    what a metric insists on (mnist, dinov2, clip), found among `features` or by its variable; None takes the first
+    given, of Inception or the shipped ones before others. VgmError: no weights (exit code 4).
     """
     texts = [features] if isinstance(features, str) else list(features or ())
     given = [_named(part.strip(), resize) for text in texts for part in text.split(",") if part.strip()]
     if kind is not None:
         fitting = [net for net in given if net.kind == kind]
-        return fitting[0] if fitting else mnist_features() if kind == "mnist" else _by_variable(kind, resize)
+        return fitting[0] if fitting else SHIPPED[kind]() if kind in SHIPPED else _by_variable(kind, resize)
     if given:
-        return next((net for net in given if net.kind in ("mnist", "inception")), given[0])
+        return next((net for net in given if net.kind in (*SHIPPED, "inception")), given[0])
     if channels == 1 and size in DIGIT_SIDES:
         return mnist_features()
     if os.environ.get(VARIABLES["inception"]):
         return _by_variable("inception", resize)
-    what = f"{size}x{size} {'grey' if channels == 1 else 'colour'} images"
-    raise inception.missing_weights(
-        f"{what} need a feature network, and the shipped one knows digits only",
-        "--features mnist forces the digit network",
-    )
+    return colour_features()
 
 
 def _by_variable(kind: str, resize: str) -> FeatureNet:
@@ -244,9 +254,9 @@ ACCEPTED = {"inception": inception.FORMATS, "dinov2": vit.ACCEPTED, "clip": vit.
 
 
 def _named(features: str, resize: str) -> FeatureNet:
-    """ "mnist", a kind that a variable gives the file of, or a file."""
-    if features == "mnist":
-        return mnist_features()
+    """ "mnist", "colour", a kind that a variable gives the file of, or a file."""
+    if features in SHIPPED:
+        return SHIPPED[features]()
     if features in VARIABLES and not Path(features).exists():
         return _by_variable(features, resize)
     return load_features(features, resize)

@@ -202,8 +202,9 @@ def pairs(a: Items, b: Items) -> Pairs:
 
 
 def by_key(x: Sequence[Any], y: Sequence[Any], a: Items, b: Items, by: str = "file name") -> Pairs | None:
-    """Pairs of pictures with equal keys; None where a key stands for two pictures of one side."""
-    if len(set(x)) < len(x) or len(set(y)) < len(y):
+    """Pairs of pictures with equal keys; None where a key stands for two pictures of one side, but for positions:
+    a caption may have been drawn twice."""
+    if (len(set(x)) < len(x) and by != "position") or len(set(y)) < len(y):
         return None
     there = {key: j for j, key in enumerate(y) if j not in b.lost}
     chosen = [i for i, key in enumerate(x) if key in there and i not in a.lost]

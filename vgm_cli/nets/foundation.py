@@ -17,11 +17,13 @@ from torch import Tensor, nn
 
 from vgm_cli.errors import MISSING_ASSET, USAGE, VgmError
 from vgm_cli.nets import vit
+from vgm_cli.nets.colour_features import ColourCNN, load_colour_features, to_small
 from vgm_cli.nets.mnist_features import MEAN, STD, MnistCNN, load_mnist_features, to_digits
 from vgm_cli.nn.example import noise
 from vgm_cli.ranges import Depth, Side, Width
 from vgm_cli.weights.state import read_state
 
+ASSETS = resources.files("vgm_cli") / "assets"
 WHERE = "file=FILE: DINOv2 (dinov2_vitl14_pretrain.pth, timm/vit_large_patch14_dinov2.lvd142m) or MAE (timm)"
 IMAGENET = ((0.485, 0.456, 0.406), (0.229, 0.224, 0.225))  # mean and deviation of pixels in [0, 1]
 
@@ -92,7 +94,7 @@ class DigitFeatures(Frozen):
         super().__init__()
         net = MnistCNN()
         if torch.get_default_device().type != "meta":
-            net = load_mnist_features(str(resources.files("vgm_cli") / "assets" / "mnist-features.safetensors"))
+            net = load_mnist_features(str(ASSETS / "mnist-features.safetensors"))
         self.body = net.body[:4]
         self.requires_grad_(False).eval()
 
@@ -103,3 +105,24 @@ class DigitFeatures(Frozen):
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
         return self.body((to_digits(x) - MEAN) / STD)
+
+
+class ColourFeatures(Frozen):
+    """The shipped colour network's features before its last halving, (B, 96, 8, 8), of images (B, C, H, W) in [-1, 1],
+    which become 32x32 ones."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        net = ColourCNN()
+        if torch.get_default_device().type != "meta":
+            net = load_colour_features(str(ASSETS / "colour-features.safetensors"))
+        self.body = net.body[:3]
+        self.requires_grad_(False).eval()
+
+    @staticmethod
+    def example(config: Mapping[str, Any]) -> dict[str, Tensor]:
+        return {"x": noise(1, 3, 32, 32)}
+
+    @torch.no_grad()
+    def forward(self, x: Tensor) -> Tensor:
+        return self.body(to_small(x))

@@ -11,10 +11,10 @@ from pathlib import Path
 
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError, safe_open
 from torch import Tensor, nn
 
-from vgm_cli.errors import FAILED, MISSING_ASSET, VgmError
+from vgm_cli.errors import VgmError
+from vgm_cli.nets.shipped_features import read_features
 
 SIZE = 28
 CLASSES = 10
@@ -39,8 +39,8 @@ def to_digits(x: Tensor) -> Tensor:
     return x
 
 
-def block(c_in: int, c_out: int, stride: int = 1) -> nn.Sequential:
-    conv = nn.Conv2d(c_in, c_out, 3, stride, 1, bias=False)
+def block(c_in: int, c_out: int, stride: int = 1, side: int = 3) -> nn.Sequential:
+    conv = nn.Conv2d(c_in, c_out, side, stride, side // 2, bias=False)
     return nn.Sequential(conv, nn.BatchNorm2d(c_out), nn.ReLU(inplace=True))
 
 
@@ -72,23 +72,7 @@ def load_mnist_features(path: str | Path) -> MnistCNN:
 
     Raises VgmError (exit code 4) when the file is missing, (1) when it is something else.
     """
-    path = Path(path)
-    if not path.is_file():
-        raise VgmError(
-            f"the digit feature network is missing: {path}",
-            "it ships with the package; make it again with `python -m vgm_cli.metrics.train_mnist_features`",
-            MISSING_ASSET,
-        )
-    try:
-        with safe_open(path, framework="pt") as f:
-            kind = (f.metadata() or {}).get("vgm.features")
-            state = {k: f.get_tensor(k) for k in f.keys()}
-    except (SafetensorError, OSError) as e:
-        raise VgmError(f"{path} is not a readable safetensors file: {str(e).splitlines()[0]}", code=FAILED) from e
-    if kind != KIND:
-        raise VgmError(
-            f"{path} does not hold digit features", "train one with vgm_cli.metrics.train_mnist_features", FAILED
-        )
+    state = read_features(path, KIND, "digit", "vgm_cli.metrics.train_mnist_features")
     net = MnistCNN(dim=state["embed.weight"].shape[0])
-    net.load_state_dict({k: v.float() if v.is_floating_point() else v for k, v in state.items()})
+    net.load_state_dict(state)
     return net.eval().requires_grad_(False)

@@ -12,10 +12,9 @@ from vgm_cli.engine.evaluate.measure import save_statistics
 from vgm_cli.engine.evaluate.targets import Options, Sampled, Target, open_data, open_target, trained_on
 from vgm_cli.engine.processes import pick_device
 from vgm_cli.engine.sample.setup import warn_of_ignored
-from vgm_cli.errors import MISSING_ASSET, USAGE, VgmError
+from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.metrics import features as networks
 from vgm_cli.metrics import protocols
-from vgm_cli.metrics.image import WINDOW
 from vgm_cli.metrics.pictures import DataPictures, Pictures
 from vgm_cli.metrics.protocols import Protocol
 from vgm_cli.metrics.statistics import Statistics, check_target, holds_statistics, read_statistics, write_statistics
@@ -31,8 +30,10 @@ def evaluate_target(target: str, options: Options) -> list[dict[str, Any]]:
         measuring.check_names(options.assertions, metrics)
     pick_device(options.device)
     found = open_target(target, options, protocol, sampled=not all(map(measuring.of_model, built)))
-    if found.kind == "codec" and not options.metrics:
-        metrics, built = metrics_of(of_codec(found, options, protocol), protocol)
+    if found.kind == "codec" and not options.metrics and protocol.name == "vgm":
+        metrics, built = metrics_of((*protocol.metrics, "psnr"), protocol)
+    if options.features is None and protocol.kind and found.channels == 3:
+        options.features = protocol.kind  # the shipped network is none that numbers were published with
     measuring.check_names(options.assertions, metrics)
     reference = found.reference
     of_images = [m for m in built if not measuring.of_model(m)]
@@ -86,18 +87,6 @@ def needs_data(metric: Any) -> bool:
     return measuring.of_model(metric) and metric.needs_data
 
 
-def of_codec(found: Target, options: Options, protocol: Protocol) -> Sequence[str]:
-    """What a codec is measured by unless told: the protocol's metrics, or without weights for them what needs none."""
-    try:
-        networks.choose(options.features, found.size, found.channels, None, protocol.resize)
-    except VgmError as e:
-        if e.code != MISSING_ASSET or protocol.name != "vgm" or options.features is not None:
-            raise
-        ui.info("rFID of these images needs Inception weights (--features FILE): PSNR and SSIM are measured")
-        return ["psnr", "ssim"] if found.size >= WINDOW else ["psnr"]
-    return protocol.metrics
-
-
 CAUTIONED = ("fid", "fd-dinov2", "sfid", "fid-inf")
 
 
@@ -120,7 +109,7 @@ def caution(results: Sequence[dict[str, Any]], options: Options) -> None:
         and protocols_of_digits
         and "mnist" not in str(protocols_of_digits[0].get("reference", "mnist")).lower()
     ):
-        ui.warn("the shipped network knows digits only: for other pictures give Inception weights with --features")
+        ui.warn("this network knows digits only: --features colour is the shipped one of other pictures")
 
 
 # -- options without effect ------------------------------------------------------------------------------------------
@@ -224,7 +213,8 @@ def evaluate_statistics(
             ui.warn(f"--{name.replace('_', '-')} has no effect on {data}: these are statistics already")
         return restate(read_statistics(data), out)
     dataset = open_data(data, size, None, split)
-    net = networks.choose(features, dataset.facts.size, dataset.facts.channels, None, rule)
+    named = features if features is not None or dataset.facts.channels == 1 else protocols.protocol(protocol).kind
+    net = networks.choose(named, dataset.facts.size, dataset.facts.channels, None, rule)
     return save_statistics(DataPictures(dataset), net, out, batch_size, where, keep_features)
 
 

@@ -93,13 +93,18 @@ def open_target(target: str, options: Options, protocol: Protocol, sampled: bool
         loaded.view, loaded.codec, own, None, device, options.batch_size, options.n, processes.shares, loaded.conditions
     )
     shape = data["image_size"], data["image_channels"]
+    split = ((own.recipe or {}).get("data") or {}).get("split")
+    if options.split is None and options.reference is None and isinstance(split, str):
+        options.split = split  # of the data that it was trained on, the part that it saw
     found = Target("model", *shape, device, None, protocol.uint8, data, facts, subject)
-    where = items_from(loaded, options, path)
+    where, asked = items_from(loaded, options, path), None
     if where is not None:
         facts["conditions"] = where
         dataset = open_data(where, *shape, options.split, beside(loaded.conditions.components()))
         n = options.n or protocol.n
-        give_of_data(loaded.conditions, dataset, [i * len(dataset) // n for i in range(n)])
+        rows = [i * len(dataset) // n for i in range(n)]
+        give_of_data(loaded.conditions, dataset, rows)
+        asked = Items([int(dataset.rows[row]) for row in rows], len(dataset.source))
     if sampled:
         plan = plan_for(
             loaded,
@@ -113,7 +118,7 @@ def open_target(target: str, options: Options, protocol: Protocol, sampled: bool
             overrides=options.overrides,
             precision=options.precision,
         )
-        found.pictures = Sampled(loaded, plan, device, protocol.uint8)
+        found.pictures = Sampled(loaded, plan, device, protocol.uint8, asked)
         found.facts |= {k: v for k, v in plan.settings(device).items() if k != "asked"}
         found.facts["precision"] = plan.precision
     return found
@@ -190,10 +195,14 @@ def tell_number(where: str, asked: int | None, there: int) -> None:
 
 
 class Sampled:
-    """A plan's images as a set of 8-bit pictures, sampled batch by batch when they are asked for."""
+    """A plan's images as a set of 8-bit pictures, sampled batch by batch when they are asked for. asked: which images
+    of the data their conditions are those of, if they come from there."""
 
-    def __init__(self, loaded: ckpt.Loaded, plan: generate.Plan, device: torch.device, rule: str):
+    def __init__(
+        self, loaded: ckpt.Loaded, plan: generate.Plan, device: torch.device, rule: str, asked: Items | None = None
+    ):
         self.loaded, self.plan, self.device, self.rule = loaded, plan, device, rule
+        self.asked = asked or Items(range(plan.n), plan.n)
         self.labels = np.array(plan.labels) if plan.labels else None
         self.facts: dict[str, Any] = {}
         self.info: dict[str, Any] = {}  # what the sampler reports, e.g. nfe
@@ -206,6 +215,9 @@ class Sampled:
     def shape(self) -> tuple[int, int, int]:
         data = self.loaded.header.data
         return data["image_size"], data["image_size"], data["image_channels"]
+
+    def items(self) -> Items:
+        return self.asked
 
     def batch(self, first: int, last: int) -> np.ndarray:
         progress: Any = Part(self.progress, self.after) if self.progress is not None else None
