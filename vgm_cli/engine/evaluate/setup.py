@@ -213,8 +213,8 @@ def evaluate_statistics(
             ui.warn(f"--{name.replace('_', '-')} has no effect on {data}: these are statistics already")
         return restate(read_statistics(data), out)
     dataset = open_data(data, size, None, split)
-    named = features if features is not None or dataset.facts.channels == 1 else protocols.protocol(protocol).kind
-    net = networks.choose(named, dataset.facts.size, dataset.facts.channels, None, rule)
+    wanted = features if features is not None or dataset.facts.channels == 1 else protocols.protocol(protocol).kind
+    net = networks.choose(wanted, dataset.facts.size, dataset.facts.channels, None, rule)
     return save_statistics(DataPictures(dataset), net, out, batch_size, where, keep_features)
 
 
