@@ -51,7 +51,7 @@ class Data:
     crop: Literal["adm", "center", "random", "resize", "none"] = "adm"  # adm: the centre as ADM and DiT cut it
     hflip: bool = False  # random horizontal flips
     labels: bool | None = None  # null: use labels where the data has them
-    split: str | None = None  # train | val | test where the set has them; shipped sets have train and test
+    split: str | None = None  # train | val | test where the set has them; shipped sets have fit, too: train without val
     workers: Annotated[int, Ge(0), Le(1024)] = 0  # loader processes for sets that do not fit in memory
     cache_latents: Text | bool = "auto"  # latents of a frozen codec: auto (memory if small), a folder, or false
 

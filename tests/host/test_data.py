@@ -98,6 +98,20 @@ def test_splits_share_their_classes(tmp_path: Path) -> None:
     fails(2, "no split 'test'", path=tmp_path / "d", split="test")
 
 
+@pytest.mark.parametrize("name", ["mnist5k", "openmoji", "shapes"])
+def test_shipped_sets_have_images_to_choose_by_and_others_to_report(name: str) -> None:
+    """train and test are all images, fit and val all of train; every class is in each."""
+    parts = {split: open_dataset(name, split=split) for split in ("train", "test", "fit", "val")}
+    names = {split: set(d.source.names) for split, d in parts.items()}
+    assert names["train"] | names["test"] == set(open_dataset(name).source.names)
+    assert names["fit"] | names["val"] == names["train"]
+    assert not names["train"] & names["test"] and not names["fit"] & names["val"]
+    assert len({d.fingerprint() for d in parts.values()}) == 4
+    assert all(set(d.facts.labels.tolist()) == set(range(d.facts.num_classes)) for d in parts.values())
+    assert 0.08 < len(names["val"]) / len(names["train"]) < 0.12
+    fails(2, "no split 'dev'", "train, test, fit, val", path=name, split="dev")
+
+
 def test_hidden_files_and_other_files_are_passed_over(tmp_path: Path) -> None:
     root = class_folders(tmp_path / "d", 1)
     (root / ".cache").mkdir()

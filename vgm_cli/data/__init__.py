@@ -20,6 +20,8 @@ from vgm_cli.ui import counted, some, ui
 if TYPE_CHECKING:
     from collections.abc import Callable, Sequence
 
+    import numpy as np
+
     from vgm_cli.data.decode import File
     from vgm_cli.data.latents import Latents
 
@@ -30,6 +32,9 @@ SHIPPED = {
     "openmoji": "1,909 colour emojis, 32 × 32, 8 classes, captions, line art, train and test (OpenMoji; CC BY-SA 4.0)",
     "shapes": "3,000 coloured shapes, 32 × 32 (or data.size), 3 classes, captions; drawn from a seed",
 }
+# Splits of shipped sets: train and test are all images, fit and val those of train. Recipes are chosen by training on
+# fit and looking at val, and reported by training on train and measuring on test, which then chose nothing.
+PARTS = ("train", "test", "fit", "val")
 FORMATS = "an image folder, .zip, .tar (or a{000..009}.tar, or a folder of them), .npz, a folder of latents"
 
 
@@ -51,10 +56,10 @@ def open_dataset(
     path: see FORMATS; None is the shipped mnist5k, other names of SHIPPED work too (write ./NAME for a folder of that
     name). size, channels: as found if None (rules: dataset.py). crop: adm, center, random, resize, none.
     labels: True refuses a set without. label_key: the column of metadata.jsonl, array of the .npz or key of the .json
-    that holds the labels. split: train, val or test, where the set has them; of mnist5k and shapes, test is every tenth
-    image and train the others. columns: names of further pictures that are read with each image, such as line art or
-    masks; images that have none are left out. What was assumed or left out is told (`tell`), unless quiet. without: of
-    a folder, (name, file to open) of pictures that do not belong to it.
+    that holds the labels. split: train, val or test, where the set has them; of shipped sets see PARTS. columns: names
+    of further pictures that are read with each image, such as line art or masks; images that have none are left out.
+    What was assumed or left out is told (`tell`), unless quiet. without: of a folder, (name, file to open) of pictures
+    that do not belong to it.
 
     Raises VgmError: nothing there or unknown kind (exit code 2), labels or a column wanted but missing (2), empty or
     unreadable (1).
@@ -99,15 +104,17 @@ def tell_skipped(dataset: Any, after: int = 0) -> None:
 
 
 def shipped(name: str | None, size: int | None, split: str | None = None, columns: Sequence[str] = ()) -> Source | None:
-    """A set that comes with the package. VgmError: a split other than train and test."""
+    """A set that comes with the package. VgmError: a split that it has not."""
     from vgm_cli.data.arrays import open_npz, shapes
 
-    if name in (None, *SHIPPED) and split not in (None, "train", "test"):
-        raise usage(f"{name or 'mnist5k'} has no split '{split}'", "it has train and test")
+    if name in (None, *SHIPPED) and split not in (None, *PARTS):
+        raise usage(f"{name or 'mnist5k'} has no split '{split}'", f"it has {', '.join(PARTS)}")
     assets = Path(str(resources.files("vgm_cli") / "data" / "assets"))
     if name == "openmoji":
-        source = open_npz(assets / "openmoji32.npz", None, split, columns)
+        source = open_npz(assets / "openmoji32.npz", None, split and ("test" if split == "test" else "train"), columns)
         source.root = name
+        if split in ("fit", "val"):
+            source.keep(every_tenth(len(source)) == (split == "val"))
         return source
     if name in (None, "mnist5k"):
         source = open_npz(assets / "mnist5k.npz")
@@ -117,10 +124,17 @@ def shipped(name: str | None, size: int | None, split: str | None = None, column
     else:
         return None
     if split is not None:
-        import numpy as np
-
-        source.keep((np.arange(len(source)) % 10 == 9) == (split == "test"))
+        test = every_tenth(len(source))
+        val = every_tenth(len(source), 8)
+        source.keep({"train": ~test, "test": test, "fit": ~test & ~val, "val": val}[split])
     return source
+
+
+def every_tenth(n: int, first: int = 9) -> np.ndarray:
+    """bool (n,): images first, first + 10, …; the shipped digits are sorted by class, so that all have as many."""
+    import numpy as np
+
+    return np.arange(n) % 10 == first
 
 
 def find(path: str, label_key: str | None, split: str | None, columns: Sequence[str] = ()) -> Source | Latents:
