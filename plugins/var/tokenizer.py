@@ -23,7 +23,7 @@ from vgm_cli.nets.first_stage import QuantizedStage
 from vgm_cli.nn.collectives import gather, total
 from vgm_cli.nn.example import noise
 from vgm_cli.nn.precision import full_precision
-from vgm_cli.nn.quantize import VectorQuantizer
+from vgm_cli.nn.quantize import VectorQuantizer, code_counts
 from vgm_cli.ranges import Blocks, Fraction, NonNegative, Side, Vocabulary, Whole, Width
 
 from .presets import ladder, squares
@@ -153,7 +153,7 @@ class MultiScaleQuantizer(VectorQuantizer):
     @torch.no_grad()
     def count(self, ids: list[Tensor]) -> None:
         n = self.ema_vocab_hit_SV.shape[1]
-        found = torch.stack([torch.bincount(i.flatten(), minlength=n) for i in ids]).to(self.ema_vocab_hit_SV)
+        found = torch.stack([code_counts(i, n) for i in ids]).to(self.ema_vocab_hit_SV)
         self.ema_vocab_hit_SV.mul_(self.DECAY).add_(total(found), alpha=1 - self.DECAY)
 
     @torch.no_grad()

@@ -18,7 +18,7 @@ from vgm_cli.api import Batch, ObjectiveBase, Step
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.losses.pixels import LEVELS
 from vgm_cli.nn.collectives import total
-from vgm_cli.nn.quantize import code_usage
+from vgm_cli.nn.quantize import code_counts, code_usage
 from vgm_cli.ranges import Count, Positive, Whole
 
 from .model import VQVAE, uniform_prior_bits
@@ -95,7 +95,7 @@ class VQVAEObjective(ObjectiveBase):
         if ids.is_meta:
             return {}
         n = self.model.codebook_size
-        counts = total(torch.bincount(ids.flatten(), minlength=n))
+        counts = total(code_counts(ids, n))
         self.last_used = torch.where(counts > 0, step.index, self.last_used)
         window = math.ceil(self.usage_over / (len(ids) * step.world * step.micros))
         lately = step.index - self.last_used < window

@@ -342,6 +342,17 @@ def test_a_plan_counts_the_codec_and_the_processes(vgm, monkeypatch: pytest.Monk
     refused(vgm("train", "dit", "--plan", "--nproc", 7), "does not divide over 7 processes")
 
 
+def test_a_plan_through_a_codec_that_is_not_trained_yet(vgm, monkeypatch: pytest.MonkeyPatch) -> None:
+    """VAR computes what it is fed by its tokenizer, and the tokenizer counts its codes."""
+    from vgm_cli.engine.train import plan as plans
+
+    monkeypatch.setattr(plans, "TIMED_SECONDS", 0.1)
+    code, out, err = vgm("train", "var", "--plan", "--json", "train.batch_size=2", "model.depth=1", "codec.weights=null")
+    plan = json.loads(out)
+    assert code == 0 and not err.count("could not be counted"), err
+    assert plan["seconds_per_step"] and plan["first"]["flops_step"]
+
+
 def test_timing_says_what_it_does_and_ends(vgm, tiny: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from vgm_cli.engine.train import plan
 

@@ -381,9 +381,16 @@ class GroupedQuantizer(nn.Module):
 # -- how a codebook is used --------------------------------------------------------------------------------------------
 
 
+def code_counts(indices: Tensor, n_embed: int) -> Tensor:
+    """How often each of n_embed codes is in a batch, int64 (n_embed,). The device computes it without waiting for it,
+    and on the meta device too, as torch.bincount does not."""
+    flat = indices.flatten().long()
+    return flat.new_zeros(n_embed).index_add_(0, flat, torch.ones_like(flat))
+
+
 def code_usage(indices: Tensor, n_embed: int) -> dict[str, Tensor]:
     """How many of n_embed codes a batch uses: the perplexity of their frequencies, and the count."""
-    share = torch.bincount(indices.flatten(), minlength=n_embed).float() / indices.numel()
+    share = code_counts(indices, n_embed).float() / indices.numel()
     return {"perplexity": (-(share * (share + 1e-10).log()).sum()).exp(), "cluster_usage": (share > 0).sum()}
 
 
@@ -391,4 +398,4 @@ def recent_usage(recent: Tensor, indices: Tensor, n_embed: int) -> float:
     """Push indices into the ring `recent` (last entries newest, changed in place); the share of codes found in it."""
     flat = indices.flatten()[-len(recent) :].to(recent)
     recent.copy_(torch.cat([recent[len(flat) :], flat]))
-    return int((torch.bincount(recent.long(), minlength=n_embed) > 0).sum()) / n_embed
+    return int((code_counts(recent, n_embed) > 0).sum()) / n_embed

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -19,6 +20,7 @@ from vgm_cli.engine import build
 from vgm_cli.engine.build import Facts
 from vgm_cli.engine.environment import bf16_supported
 from vgm_cli.engine.processes import pick_device
+from vgm_cli.engine.tokens import TokenCodec
 from vgm_cli.engine.train import optim
 from vgm_cli.recipe import Recipe
 from vgm_cli.ui import duration, human, ui
@@ -253,7 +255,7 @@ def time_steps(
             return None, f"not timed: one image takes {human(flops_image)} FLOPs, minutes on this CPU"
     n = max(2, min(share, int(affordable / max(flops_image, 1))))
     ui.info(f"timing {recipe.name} with {n} images on {device.type}, at most about {TIMED_SECONDS:.0f} s …")
-    codec = {"codec": planned.codec} if planned else {}
+    codec = {"codec": with_zeros(planned.codec, device)} if planned else {}
     built = build.build_objective(recipe, facts, {**codec, **build.plan_roles(recipe, facts, codec.get("codec"))})
     for network in built.networks.values():
         network.to(device)
@@ -275,6 +277,18 @@ def time_steps(
     note = f"{len(timed)} step{'s' * (len(timed) > 1)} timed on this machine ({device.type}, {n} images each"
     note += ", scaled to the batch" if n != share * opts.accumulate else ""
     return seconds, note + (f"; {world} processes are taken to be as fast as one)" if world > 1 else ")")
+
+
+def with_zeros(codec: Any, device: torch.device) -> Any:
+    """A copy of a planned codec whose weights are zeros instead of on the meta device: objectives that compute through
+    it take their time."""
+    made = copy.deepcopy(codec)
+    module = made.codec if isinstance(made, TokenCodec) else made
+    if isinstance(module, nn.Module):
+        module.to_empty(device=device)
+        for tensor in (*module.parameters(), *module.buffers()):
+            tensor.detach().zero_()
+    return made
 
 
 def show_plan(plan: RunPlan) -> None:
