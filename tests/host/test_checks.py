@@ -347,7 +347,9 @@ def test_a_plan_through_a_codec_that_is_not_trained_yet(vgm, monkeypatch: pytest
     from vgm_cli.engine.train import plan as plans
 
     monkeypatch.setattr(plans, "TIMED_SECONDS", 0.1)
-    code, out, err = vgm("train", "var", "--plan", "--json", "train.batch_size=2", "model.depth=1", "codec.weights=null")
+    code, out, err = vgm(
+        "train", "var", "--plan", "--json", "train.batch_size=2", "model.depth=1", "codec.weights=null"
+    )
     plan = json.loads(out)
     assert code == 0 and not err.count("could not be counted"), err
     assert plan["seconds_per_step"] and plan["first"]["flops_step"]
