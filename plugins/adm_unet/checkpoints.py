@@ -18,6 +18,7 @@ from torch.nn.functional import interpolate
 
 from vgm_cli.convert_api import Diffusers, Layout, Proof, Published
 from vgm_cli.errors import USAGE, VgmError, needs_extra
+from vgm_cli.nets.unet_checkpoints import KINDS, OUTER, RES, blocks_of_a_level, indices, layers
 
 from .model import EncoderUNetModel, UNetModel
 
@@ -37,10 +38,6 @@ def recognise_classifier(keys: Iterable[str]) -> bool:
     keys = set(keys)
     wanted = {"time_embed.0.weight", "input_blocks.0.0.weight", "middle_block.1.qkv.weight", "out.0.weight"}
     return wanted <= keys and not any(k.startswith("output_blocks.") for k in keys)
-
-
-def indices(state: State, prefix: str) -> set[int]:
-    return {int(k.removeprefix(prefix).split(".")[0]) for k in state if k.startswith(prefix)}
 
 
 def trunk_config(state: State, num_res_blocks: int) -> dict[str, Any]:
@@ -63,20 +60,6 @@ def trunk_config(state: State, num_res_blocks: int) -> dict[str, Any]:
         # as published: 64 pixels have 4 levels, 128 have 5, 256 have 6, 512 have 7
         "image_size": 2 ** (levels + 2),
     }
-
-
-def blocks_of_a_level(state: State) -> int:
-    """num_res_blocks of a U-Net: the first layer that changes the size says how many blocks a level has."""
-    blocks = indices(state, "input_blocks.")
-    missing = sorted(set(range(max(blocks) + 1)) - blocks)  # averages have no weights
-    if missing:
-        return missing[0] - 1
-    convolutions = sorted(int(k.split(".")[1]) for k in state if k.endswith(".op.weight"))
-    if convolutions:
-        return convolutions[0] - 1
-    ups = [int(k.split(".")[1]) for k in state if k.startswith("output_blocks.") and k.endswith(".in_layers.0.bias")]
-    twice = sorted(i for i in set(ups) if ups.count(i) == 2)
-    return twice[0] if twice else max(indices(state, "output_blocks."))
 
 
 def config_from(state: State) -> dict[str, Any]:
@@ -245,55 +228,6 @@ CONSISTENCY = Layout(
 )
 
 # -- diffusers -------------------------------------------------------------------------------------------------------
-
-OUTER = {
-    "time_embed.0": "time_embedding.linear_1",
-    "time_embed.2": "time_embedding.linear_2",
-    "input_blocks.0.0": "conv_in",
-    "out.0": "conv_norm_out",
-    "out.2": "conv_out",
-}
-RES = {
-    "in_layers.0": "norm1",
-    "in_layers.2": "conv1",
-    "emb_layers.1": "time_emb_proj",
-    "out_layers.0": "norm2",
-    "out_layers.3": "conv2",
-    "skip_connection": "conv_shortcut",
-}
-KINDS = ("weight", "bias")
-
-
-def layers(levels: int, depth: int, attention: Iterable[int], updown: bool) -> list[tuple[str, str, str]]:
-    """(ours, theirs, "res" | "attn" | "conv") of every block between the first and the last convolution."""
-    attention = set(attention)
-    pairs = [
-        ("middle_block.0", "mid_block.resnets.0", "res"),
-        ("middle_block.1", "mid_block.attentions.0", "attn"),
-        ("middle_block.2", "mid_block.resnets.1", "res"),
-    ]
-    for i in range(levels):
-        theirs = f"down_blocks.{i}"
-        for j in range(depth):
-            ours = f"input_blocks.{1 + i * (depth + 1) + j}"
-            pairs.append((f"{ours}.0", f"{theirs}.resnets.{j}", "res"))
-            if i in attention:
-                pairs.append((f"{ours}.1", f"{theirs}.attentions.{j}", "attn"))
-        if i < levels - 1:
-            ours = f"input_blocks.{(i + 1) * (depth + 1)}.0"
-            change = (ours, f"{theirs}.downsamplers.0", "res")
-            pairs.append(change if updown else (f"{ours}.op", f"{theirs}.downsamplers.0.conv", "conv"))
-        theirs = f"up_blocks.{levels - 1 - i}"
-        for j in range(depth + 1):
-            ours = f"output_blocks.{(levels - 1 - i) * (depth + 1) + j}"
-            pairs.append((f"{ours}.0", f"{theirs}.resnets.{j}", "res"))
-            if i in attention:
-                pairs.append((f"{ours}.1", f"{theirs}.attentions.{j}", "attn"))
-        if i > 0:
-            ours = f"{ours}.{2 if i in attention else 1}"
-            change = (ours, f"{theirs}.upsamplers.0", "res")
-            pairs.append(change if updown else (f"{ours}.conv", f"{theirs}.upsamplers.0.conv", "conv"))
-    return pairs
 
 
 def split_qkv(qkv: Tensor, heads: int, new_order: bool) -> tuple[Tensor, ...]:

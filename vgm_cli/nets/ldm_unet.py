@@ -4,8 +4,8 @@ Official code: CompVis/latent-diffusion@a506df5 ldm/modules/diffusionmodules/ope
 Stability-AI/stablediffusion@cf1d67a (Stable Diffusion 2), with several blocks a level and a vector beside the time
 Stability-AI/generative-models@fbdc58c (SDXL). Parameter names are the official ones.
 
-Deviations: attention is fused; what is stacked on x is a keyword of its own, `concat`; `norm_groups` makes the groups of
-narrow networks wider; a class table may have one more row, `null_class`.
+Deviations: attention is fused; what is stacked on x is a keyword of its own, `concat`; `norm_groups` makes the groups
+of narrow networks wider; a class table may have one more row, `null_class`.
 """
 
 from __future__ import annotations

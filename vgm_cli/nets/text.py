@@ -1,8 +1,9 @@
-"""Text encoders as conditions: a small one of whole words, to be trained with the network that it speaks to."""
+"""Text encoders as conditions: what they share, and a small one of whole words, to be trained with the network."""
 
 from __future__ import annotations
 
 import re
+from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
 
@@ -13,6 +14,33 @@ from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.ranges import Few, Width
 
 PAD, UNKNOWN = 0, 1
+
+
+class TextCondition(nn.Module, ABC):
+    """A condition on texts whose tokenizer knows every text; without a condition it reads the empty one."""
+
+    column = "text"
+    choices: Sequence[Any] = ()
+    checkpointing = False
+    length: int  # tokens of a text
+    vocabulary: int  # numbers of the tokenizer
+
+    def parse(self, words: Sequence[str]) -> list[Any]:
+        return list(words)
+
+    @abstractmethod
+    def encode(self, items: Sequence[Any], device: torch.device) -> dict[str, Tensor]:
+        """Texts -> keywords of the network."""
+
+    def null(self, n: int, device: torch.device) -> dict[str, Tensor]:
+        return {k: v.expand(n, *v.shape[1:]) for k, v in self.encode([""], device).items()}
+
+    def numbers(self, tokenizer: Any, items: Sequence[Any], device: torch.device) -> Tensor:
+        """(B, length) of texts. VgmError: the tokenizer is another encoder's."""
+        if tokenizer.size != self.vocabulary:
+            message = f"the tokenizer has {tokenizer.size} numbers, the text encoder {self.vocabulary}"
+            raise VgmError(message, "conditions.NAME.tokenizer is the encoder's own", USAGE)
+        return torch.tensor([tokenizer(text, self.length) for text in items], device=device)
 
 
 class WordEncoder(nn.Module):

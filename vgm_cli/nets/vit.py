@@ -44,10 +44,13 @@ class Block(nn.Module):
         self.scale1 = nn.Parameter(torch.ones(width)) if scaled else None
         self.scale2 = nn.Parameter(torch.ones(width)) if scaled else None
 
-    def forward(self, x: Tensor) -> Tensor:
+    def forward(self, x: Tensor, causal: bool = False) -> Tensor:
+        """(B, N, D) -> (B, N, D). causal: a token sees those before it alone."""
         b, n, d = x.shape
         q, k, v = self.qkv(self.norm1(x)).view(b, n, 3, self.heads, d // self.heads).permute(2, 0, 3, 1, 4)
-        h = self.proj(F.scaled_dot_product_attention(q, k, v).transpose(1, 2).reshape(b, n, d))  # (B, N, D)
+        h = self.proj(
+            F.scaled_dot_product_attention(q, k, v, is_causal=causal).transpose(1, 2).reshape(b, n, d)
+        )  # (B, N, D)
         x = x + (h if self.scale1 is None else h * self.scale1)
         h = self.fc2(self.activation(self.fc1(self.norm2(x))))  # (B, N, D)
         return x + (h if self.scale2 is None else h * self.scale2)
