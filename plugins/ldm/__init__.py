@@ -84,6 +84,21 @@ def vgm_components() -> Iterable[Component | Paper]:
             for name, cls, p, about in CODECS
         ),
         Component(
+            kind="objective",
+            name="ldm",
+            target="vgm_plugins.ldm.objective:LatentDiffusion",
+            verbs=("train",),
+            summary="the noise of latents at discrete timesteps",
+            denoiser=True,
+        ),
+        Component(
+            kind="sampler",
+            name="ldm",
+            target="vgm_plugins.ldm.sampler:LDMSampler",
+            verbs=("sample", "restore"),
+            summary="DDIM, PLMS and DPM-Solver++ as the official scripts have them; img2img; completion",
+        ),
+        Component(
             kind="model",
             name="ldm-unet",
             target="vgm_cli.nets.ldm_unet:LDMUNet",
@@ -97,7 +112,7 @@ def vgm_components() -> Iterable[Component | Paper]:
                 kind="condition",
                 name=name,
                 target=f"vgm_cli.nets.{cls}",
-                presets=presets and f"vgm_cli.nets.text_presets:{presets}",
+                presets=f"vgm_cli.nets.text_presets:{presets}" if presets else {},
                 from_data=facts,
                 summary=about,
             )

@@ -72,12 +72,10 @@ def weight_of(weighting: str, model: Denoiser, t: Tensor, sigmoid_bias: float = 
     return snr.clamp(max=5.0) * error_in("x0")
 
 
-def gaussian_losses(
-    model: Denoiser, x0: Tensor, t: Tensor, noise: Tensor, weighting: str = "uniform", **cond: Any
-) -> tuple[Tensor, Tensor]:
-    """Weighted and plain mean squared error of the network's prediction, per item: (B,), (B,).
+def output_and_target(model: Denoiser, x0: Tensor, t: Tensor, noise: Tensor, **cond: Any) -> tuple[Tensor, Tensor]:
+    """What the network gives for x0 (B, ...) noised to host times t (B,), and what a perfect one would: like x0.
 
-    x0, noise: (B, ...), t: (B,) host times. VgmError: the network's output has another shape.
+    VgmError: the network's output has another shape.
     """
     t = t.double()
     x_t = model.path.add_noise(x0.double(), noise.double(), t).to(x0.dtype)
@@ -87,10 +85,19 @@ def gaussian_losses(
             f"the network gives {tuple(output.shape[1:])} for {tuple(x_t.shape[1:])}", "learn_sigma=false", USAGE
         )
     target = target_of(model.prediction, model.path, x0, noise, t, model.sigma_data)
-    if model.prediction == "velocity" and model.time == "reversed":
-        target = -target
+    return output, -target if model.prediction == "velocity" and model.time == "reversed" else target
+
+
+def gaussian_losses(
+    model: Denoiser, x0: Tensor, t: Tensor, noise: Tensor, weighting: str = "uniform", **cond: Any
+) -> tuple[Tensor, Tensor]:
+    """Weighted and plain mean squared error of the network's prediction, per item: (B,), (B,).
+
+    x0, noise: (B, ...), t: (B,) host times. VgmError: the network's output has another shape.
+    """
+    output, target = output_and_target(model, x0, t, noise, **cond)
     plain = (output.float() - target.float()).square().flatten(1).mean(1)
-    weight = weight_of(weighting, model, t)
+    weight = weight_of(weighting, model, t.double())
     return plain if weight is None else plain * weight.float(), plain
 
 

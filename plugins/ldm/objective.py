@@ -1,0 +1,101 @@
+"""Latent diffusion's objective: the noise, its scale per timestep, and a share of the variational bound.
+
+Rombach et al. 2022 (arXiv 2112.10752), eq. 2. Official code: CompVis/latent-diffusion@a506df5
+ldm/models/diffusion/ddpm.py LatentDiffusion.p_losses. Defaults are those of every published model: the mean squared
+error of the noise, timesteps uniform.
+"""
+
+from __future__ import annotations
+
+from typing import Any, Literal
+
+import torch
+from torch import Tensor, nn
+
+from vgm_cli.api import Batch, Phase, Step
+from vgm_cli.diffusion.objectives import GaussianObjective, output_and_target
+from vgm_cli.diffusion.path import DiscreteVPPath
+from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.ranges import NonNegative
+
+
+def bound_weights(path: DiscreteVPPath) -> Tensor:
+    """The weights that make the squared error of the noise the variational bound's terms: (steps,) float64, the first
+    as the second."""
+    betas, bar = path.betas, path.alphas_cumprod
+    before = torch.cat([bar.new_ones(1), bar[:-1]])
+    posterior = betas * (1 - before) / (1 - bar)
+    weights = betas[1:] ** 2 / (2 * posterior[1:] * (1 - betas[1:]) * (1 - bar[1:]))
+    return torch.cat([weights[:1], weights])
+
+
+class LogVariance(nn.Module):
+    """One number for every timestep."""
+
+    def __init__(self, steps: int, start: float):
+        super().__init__()
+        self.logvar = nn.Parameter(torch.full((steps,), start))
+
+    def forward(self, index: Tensor) -> Tensor:
+        return self.logvar[index]
+
+
+class LatentDiffusion(GaussianObjective):
+    """Denoising of latents at discrete timesteps. batch x: (B, C, H, W), cond: keywords of the network.
+
+    The loss of an item is error / exp(logvar) + logvar, plus bound_weight times the weighted error. VgmError: a path
+    without timesteps, a prediction other than the noise or x0.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,  # the network that is trained: (x, t, **cond) -> like x
+        schedule: str = "scaled_linear",  # of beta, see vgm_cli/diffusion/discrete/betas.py
+        beta_start: float = 0.0015,
+        beta_end: float = 0.0195,
+        steps: int = 1000,  # timesteps
+        prediction: Literal["eps", "x0", "v"] = "eps",  # what the network gives
+        error: Literal["l2", "l1"] = "l2",  # squared, or absolute
+        bound_weight: NonNegative = 0.0,  # of the variational bound
+        logvar: float = 0.0,  # logarithm of the error's variance
+        learn_logvar: bool = False,  # it is trained, one for each timestep
+    ):
+        ends = {"beta_start": beta_start, "beta_end": beta_end}
+        super().__init__(model, {"name": "vp-discrete", "schedule": schedule, "steps": steps, **ends}, prediction)
+        if bound_weight and prediction != "eps":
+            raise VgmError("the bound's weights are of the noise", "bound_weight=0, or prediction=eps", USAGE)
+        assert isinstance(self.path, DiscreteVPPath)
+        self.error, self.bound_weight = error, bound_weight
+        self.weights, self.logvar = bound_weights(self.path).float(), LogVariance(steps, logvar)
+        self.logvar.requires_grad_(learn_logvar)
+        self.learns = learn_logvar
+        if learn_logvar:
+            self.networks = {"model": model, "logvar": self.logvar}
+
+    def phases(self) -> list[Phase]:
+        return [Phase("main", ("model", "logvar") if self.learns else ("model",))]
+
+    def to(self, device: torch.device) -> None:
+        super().to(device)
+        self.weights = self.weights.to(device)
+        self.logvar.to(device)
+
+    def loss(self, phase: str, batch: Batch, step: Step) -> tuple[Tensor, dict[str, Tensor]]:
+        x0 = batch["x"]
+        t, noise = self.times(len(x0), step), step.randn(x0.shape, "noise")
+        return self.loss_of(x0, t, noise, batch.get("cond", {}))
+
+    def loss_of(self, x0: Tensor, t: Tensor, noise: Tensor, cond: dict[str, Any]) -> tuple[Tensor, dict[str, Tensor]]:
+        """The loss at host times t (B,), and its parts."""
+        output, target = output_and_target(self.denoiser, x0, t, noise, **cond)
+        gap = output.float() - target.float()
+        plain = (gap.abs() if self.error == "l1" else gap.square()).flatten(1).mean(1)  # (B,)
+        assert isinstance(self.path, DiscreteVPPath)
+        index = self.path.timestep(t).round().long().to(x0.device)
+        logvar = self.logvar(index)
+        loss = (plain / logvar.exp() + logvar).mean()
+        logs = {"simple": plain.detach().mean()}
+        if self.bound_weight:
+            bound = (self.weights[index] * plain).mean()
+            loss, logs["bound"] = loss + self.bound_weight * bound, bound.detach()
+        return loss, logs
