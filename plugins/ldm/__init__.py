@@ -48,7 +48,6 @@ CONVERTERS = (
 )
 SHARED_CONVERTERS = (
     ("ldm-unet", "ldm_unet_checkpoints:LDM_UNET", "CompVis and Stability U-Nets, averaged where an average is there"),
-    ("ldm-unet-live", "ldm_unet_checkpoints:LDM_UNET_LIVE", "the same, not averaged"),
     ("ldm-unet-diffusers", "ldm_unet_checkpoints:LDM_UNET_DIFFUSERS", "diffusers UNet2DConditionModel"),
     ("clip-text", "clip_text_checkpoints:CLIP_TEXT", "CLIP's text tower in transformers' names"),
     ("open-clip-text", "clip_text_checkpoints:OPEN_CLIP_TEXT", "OpenCLIP's text tower"),
@@ -95,7 +94,7 @@ def vgm_components() -> Iterable[Component | Paper]:
             kind="sampler",
             name="ldm",
             target="vgm_plugins.ldm.sampler:LDMSampler",
-            verbs=("sample", "restore"),
+            verbs=("restore",),
             summary="DDIM, PLMS and DPM-Solver++ as the official scripts have them; img2img; completion",
         ),
         Component(

@@ -1,5 +1,5 @@
-"""The samplers of the official scripts: DDIM and PLMS on every (1000 // S)-th step, DPM-Solver++ as Stable Diffusion has
-it, img2img, and completion of pictures.
+"""The samplers of the official scripts: DDIM and PLMS on every (1000 // S)-th step, DPM-Solver++ as Stable Diffusion
+has it, img2img, and completion of pictures.
 
 CompVis/latent-diffusion@a506df5 ldm/models/diffusion/{ddim,plms}.py; CompVis/stable-diffusion@21f890f
 ldm/models/diffusion/dpm_solver, scripts/img2img.py.
@@ -100,8 +100,8 @@ class LDMSampler(GaussianSampler):
         return x if request.mask is None else self.pasted(request, x)
 
     def start(self, request: Request, alphas: Tensor, sigmas: Tensor, steps: int) -> tuple[Tensor, int]:
-        """Where sampling starts, and at which point of the grid: pure noise at the first; of img2img the pictures noised
-        to one point before."""
+        """Where sampling starts, and at which point of the grid: pure noise at the first; of img2img the pictures
+        noised to one point before."""
         if self.strength is None:
             return request.randn(), 0
         if request.images is None:

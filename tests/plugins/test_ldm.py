@@ -6,15 +6,19 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from vgm_plugins.ldm import checkpoints as ck
+from vgm_plugins.ldm.objective import LatentDiffusion
 from vgm_plugins.ldm.presets import KL, VQ
+from vgm_plugins.ldm.sampler import LDMSampler, official_timesteps
 
-from vgm_cli.api import Codec, Objective, Step
+from vgm_cli.api import Codec, Objective, Request, Step, generators
 from vgm_cli.convert_api import Layout, unwrap
+from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.errors import VgmError
 from vgm_cli.losses import lpips
 from vgm_cli.losses.adversarial import adaptive_weight
@@ -26,14 +30,22 @@ from vgm_cli.losses.first_stage import (
 )
 from vgm_cli.losses.lpips import LPIPS
 from vgm_cli.nets.autoencoder_kl import AutoencoderKL
+from vgm_cli.nets.bert_text import BERTText
+from vgm_cli.nets.bert_text_checkpoints import BERT_TEXT
+from vgm_cli.nets.clip_text import CLIPText
+from vgm_cli.nets.clip_text_checkpoints import CLIP_TEXT
 from vgm_cli.nets.discriminators import NLayerDiscriminator
 from vgm_cli.nets.first_stage import DiagonalGaussian, VQModel, tiled
 from vgm_cli.nets.first_stage_checkpoints import PREFIX
+from vgm_cli.nets.ldm_unet import LDMUNet
+from vgm_cli.nets.ldm_unet_checkpoints import LDM_UNET, header, preset_of, shapes
+from vgm_cli.nets.ldm_unet_presets import PRESETS
 from vgm_cli.nn.quantize import code_usage
 from vgm_cli.registry import registry
 from vgm_cli.testing.golden import GoldenCase, GoldenChecks, assert_close
+from vgm_cli.weights import layout as layouts
 
-golden = GoldenChecks("ldm", partial="codec half")
+golden = GoldenChecks("ldm", partial="without the tasks, schedules and averages")
 
 
 # -- golden cases ----------------------------------------------------------------------------------------------------
@@ -188,6 +200,239 @@ def lpips_formula_weights(case: GoldenCase) -> None:
             assert_close(tap.abs().mean(), case.outputs[f"feat{i}_mean_abs"], 1e-4, f"feat{i}")
 
 
+# -- golden cases of the U-Net and the text encoders ------------------------------------------------------------------
+
+
+def unet_keywords(config: dict[str, Any]) -> dict[str, Any]:
+    """Keywords of the official UNetModel -> ours, whose defaults are Stable Diffusion's."""
+    given = {k: v for k, v in config.items() if k not in ("use_checkpoint", "use_fp16", "dims")}
+    for name in ("num_heads", "num_head_channels", "num_heads_upsample"):
+        given[name] = None if given.get(name, -1) == -1 else given[name]
+    if given["num_heads"] is None:
+        del given["num_heads"]
+    official = {"use_spatial_transformer": False, "context_dim": None, "legacy": True, "channel_mult": (1, 2, 4, 8)}
+    return official | given
+
+
+def unet_of(config: dict[str, Any], state: dict[str, Tensor]) -> LDMUNet:
+    network = LDMUNet(**unet_keywords(config)).eval()
+    network.load_state_dict(LDM_UNET.to_ours(state))
+    return network
+
+
+@golden.check(lambda c: "UNetModel" in c.source and "out/out" in c)
+@torch.no_grad()
+def unet(case: GoldenCase) -> None:
+    network = unet_of(case.config, case.state)
+    assert_close(network(**case.inputs), case.outputs["out"], 1e-5, "out")
+    x = case.inputs["x"]
+    zero = [torch.zeros(())] * (len(network.skips) + 1)
+    assert torch.equal(network(**case.inputs, control=zero), network(**case.inputs, control=[None] * len(zero)))
+    assert LDM_UNET.from_ours(network.state_dict()).keys() == {f"model.diffusion_model.{k}" for k in case.state}
+    assert network.in_channels == x.shape[1]
+
+
+@golden.check(lambda c: "TransformerEmbedder" in c.source or "BERTEmbedder" in c.source)
+@torch.no_grad()
+def bert_text_encoder(case: GoldenCase) -> None:
+    config = case.config
+    assert BERT_TEXT.recognise(case.state)
+    found = BERT_TEXT.config(case.state)
+    wanted = {"width": "n_embed", "depth": "n_layer", "vocabulary": "vocab_size", "length": "max_seq_len"}
+    wanted |= {"heads": "heads", "head_channels": "dim_head"}
+    assert found == {ours: config[theirs] for ours, theirs in wanted.items()}
+    encoder = BERTText(**found).eval()
+    encoder.load_state_dict(BERT_TEXT.to_ours(case.state))
+    assert_close(encoder(case.inputs["tokens"]), case.outputs["z"], 1e-5, "z")
+
+
+def hashed(keys: dict[str, Any]) -> dict[str, Tensor]:
+    """Weights that a golden case defines by a formula of their names' order."""
+    weights = {}
+    for k, name in enumerate(sorted(keys)):
+        shape = tuple(keys[name])
+        h = (np.arange(math.prod(shape), dtype=np.uint64) * 2654435761 + (k + 1) * 97531) & 0xFFFFFFFF
+        h = ((h ^ (h >> 15)) * 2246822519) & 0xFFFFFFFF
+        h = ((h ^ (h >> 13)) * 3266489917) & 0xFFFFFFFF
+        r = torch.from_numpy((h ^ (h >> 16)).astype(np.float64) / 2**32 - 0.5) * math.sqrt(12)
+        if len(shape) >= 2:
+            r = 0.8 * r / math.sqrt(math.prod(shape) / shape[0])
+        else:
+            r = 1 + 0.1 * r if name.endswith("weight") else 0.05 * r
+        weights[name] = r.float().view(shape)
+    return weights
+
+
+@golden.check(lambda c: c.kind == "sd_v1_full")
+@torch.no_grad()
+def whole_checkpoint(case: GoldenCase) -> None:
+    """U-Net, first stage and text tower of one file, each through its own layout, which leaves the others alone."""
+    config, state = case.config, hashed(case.config["keys"])
+    assert {c.name for c in layouts.recognising(state)} == {"ldm-unet", "autoencoder-kl", "clip-text"}
+
+    text = config["clip_text_config"]
+    sizes = {"width": "hidden_size", "depth": "num_hidden_layers", "heads": "num_attention_heads"}
+    sizes |= {"vocabulary": "vocab_size", "length": "max_position_embeddings"}
+    found = CLIP_TEXT.config(state)
+    assert {k: found[k] for k in sizes} == {k: text[v] for k, v in sizes.items()}
+    assert found["activation"] == text["hidden_act"].replace("_", "-")
+    tokens = case.inputs["tokens"]
+    for name, options in {
+        "context": {},
+        "clip_hidden_minus2": {"skip": 1, "norm": False},
+        "clip_penultimate_ln": {"skip": 1, "norm": True},
+    }.items():
+        tower = CLIPText(**{**found, **options}).eval()
+        tower.load_state_dict(CLIP_TEXT.to_ours(state))
+        context, pooled = tower.both(tokens)
+        assert_close(context, case.outputs[name], 1e-5, name)
+        assert_close(pooled, case.outputs["pooled"], 1e-5, "pooled")
+
+    network = unet_of(config["unet_config"], state)
+    eps = network(case.inputs["x"], case.inputs["t"], case.outputs["context"])
+    assert_close(eps, case.outputs["eps"], 1e-5, "eps")
+
+    stage = AutoencoderKL(**keywords({**config, "embed_dim": config["ddconfig"]["z_channels"]}),
+                          scale_factor=config["scale_factor"])  # fmt: skip
+    stage.load_state_dict(ck.CONVERTER_KL.to_ours(state))
+    stage.eval()
+    posterior = DiagonalGaussian(stage.encode(case.inputs["image"]))
+    assert_close(posterior.mean, case.outputs["posterior_mean"], 1e-5, "posterior_mean")
+    assert_close(posterior.logvar, case.outputs["posterior_logvar"], 1e-5, "posterior_logvar")
+    assert_close(stage.decode(case.inputs["x"]), case.outputs["decoded"], 1e-5, "decoded")
+
+
+# -- golden cases of objective and samplers ----------------------------------------------------------------------------
+
+
+class Given(Request):
+    """A request whose draws are those of a case."""
+
+    def __init__(self, x: Tensor, draws: list[Tensor], **given: Any):
+        super().__init__(shape=tuple(x.shape[1:]), generators=generators(range(len(x))), **given)
+        self.draws = iter(draws)
+
+    def randn(self, shape: tuple[int, ...] | None = None) -> Tensor:
+        return next(self.draws)
+
+
+def denoiser_of(network: Any, config: dict[str, Any]) -> Denoiser:
+    path = {"name": "vp-discrete", "schedule": "scaled_linear", "steps": config.get("timesteps", 1000)}
+    ends = {"beta_start": config["linear_start"], "beta_end": config["linear_end"]}
+    return Denoiser(network, path | ends, "eps", time="index")
+
+
+class Scalar(nn.Module):
+    """The toy of the ddim and plms cases."""
+
+    def forward(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        return 0.3 * x.tanh() + 0.001 * t.view(-1, 1, 1, 1).to(x) + c.view(-1, 1, 1, 1) * x.sin()
+
+
+class Tokens(nn.Module):
+    """The toy of the img2img and dpm-solver cases."""
+
+    def forward(self, x: Tensor, t: Tensor, c: Tensor) -> Tensor:
+        m = c.mean(dim=(1, 2)).view(-1, 1, 1, 1)
+        return (0.7 * x + m).tanh() * (0.5 + t.view(-1, 1, 1, 1).to(x) / 2000) + 0.1 * x.roll(1, dims=3)
+
+
+@golden.check(lambda c: c.source.split("/")[-1] in ("ddim.py", "plms.py") and "out/trajectory" in c)
+def ddim_and_plms(case: GoldenCase) -> None:
+    config, x = case.config, case.inputs["x_T"]
+    view = denoiser_of(Scalar(), config)
+    noise, seen = list(case.inputs["noise"]), []
+    given: dict[str, Any] = {"cond": {"c": case.inputs["c"]}, "null": {"c": case.inputs["uc"]}}
+    if masked := "in/mask" in case:
+        given |= {"images": case.inputs["x0"], "mask": case.inputs["mask"]}
+        kept = list(case.inputs["q_noise"])
+        noise = [n for pair in zip(kept, noise) for n in (pair if config["eta"] else pair[:1])]
+    solver = "plms" if "plms" in case.source else "ddim"
+    sampler = LDMSampler(steps=config["S"], solver=solver, eta=config["eta"], temperature=config["temperature"])
+    if not config["eta"]:
+        case.ignore("temperature", why="of noise that eta=0 does not add")
+    if masked:
+        sampler.pasted = lambda request, x: x  # the official samplers end without
+    steps = official_timesteps(config["S"], config["timesteps"])
+    assert torch.equal(steps, case.outputs["timesteps"])
+    given["callback"] = lambda i, total, x, x0: seen.append((x, x0))
+    request = Given(x, [x, *noise], guidance_scale=config["scale"], **given)
+    got = sampler(view, request)
+    at = view.path.t_of_timestep(steps)
+    assert_close(view.path.alpha(at) ** 2, case.outputs["alphas"], 1e-5, "alphas")
+    assert_close(torch.stack([s[0] for s in seen]), case.outputs["trajectory"][: len(seen)], 1e-5, "trajectory")
+    assert_close(got, case.outputs["x"], 1e-5, "x")
+    assert len(seen) == len(steps) and request.info["nfe"] == len(steps) * (1 + (config["scale"] != 1)) + (
+        (1 + (config["scale"] != 1)) * (solver == "plms")
+    )
+
+
+@golden.check(lambda c: c.kind == "img2img")
+def img2img(case: GoldenCase) -> None:
+    config, x0 = case.config, case.inputs["x0"]
+    view = denoiser_of(Tokens(), config)
+    assert torch.equal(official_timesteps(config["ddim_steps"], 1000), case.outputs["timesteps"])
+    assert int(config["strength"] * config["ddim_steps"]) == config["t_enc"]
+    sampler = LDMSampler(steps=config["ddim_steps"], eta=config["eta"], strength=config["strength"])
+    seen: list[Tensor] = []
+    request = Given(
+        x0,
+        [case.inputs["encode_noise"], *case.inputs["step_noise"]],
+        cond={"c": case.inputs["c"]},
+        null={"c": case.inputs["uc"]},
+        images=x0,
+        guidance_scale=config["scale"],
+        callback=lambda i, total, x, x0: seen.append(x),
+    )
+    got = sampler(view, request)
+    assert_close(seen[0], case.outputs["z_enc"], 1e-5, "z_enc")
+    assert_close(got, case.outputs["samples"], 1e-5, "samples")
+
+
+@golden.check(lambda c: c.kind == "dpm_solver_pp")
+def stable_diffusion_dpm_solver(case: GoldenCase) -> None:
+    config, x = case.config, case.inputs["x_T"]
+    stated = ("order", "method", "skip_type", "algorithm", "lower_order_final", "thresholding")
+    published = (2, "multistep", "time_uniform", "dpmsolver++ (predict_x0)", True, False)
+    assert tuple(config[k] for k in stated) == published
+    sampler = LDMSampler(steps=config["steps"], solver="dpm-solver++")
+    cond = {"cond": {"c": case.inputs["c"]}, "null": {"c": case.inputs["uc"]}}
+    got = sampler(denoiser_of(Tokens(), config), Given(x, [x], guidance_scale=config["scale"], **cond))
+    assert_close(got, case.outputs["samples"], 1e-5, "samples")
+
+
+@golden.check(lambda c: c.source.endswith("LatentDiffusion.p_losses"))
+@torch.no_grad()
+def denoising_loss(case: GoldenCase) -> None:
+    config = case.config
+
+    def toy(x: Tensor, t: Tensor) -> Tensor:
+        return 0.3 * x.tanh() + 0.001 * t.view(-1, 1, 1, 1).to(x)
+
+    objective = LatentDiffusion(
+        toy,  # type: ignore[arg-type]
+        beta_start=config.get("linear_start", 0.00085),
+        beta_end=config.get("linear_end", 0.012),
+        error=config.get("loss_type", "l2"),
+        bound_weight=config["original_elbo_weight"],
+        learn_logvar=config.get("learn_logvar", False),
+    )
+    objective.logvar.logvar.copy_(case.inputs["logvar"])
+    path, out = objective.path, case.outputs
+    assert_close(path.betas, out["betas"], 1e-5, "betas")
+    assert_close(path.alphas_cumprod, out["alphas_cumprod"], 1e-5, "alphas_cumprod")
+    assert_close(objective.weights, out["lvlb_weights"], 1e-5, "lvlb_weights")
+    t = path.t_of_timestep(case.inputs["t"])
+    x_t = path.add_noise(case.inputs["x0"].double(), case.inputs["noise"].double(), t)
+    assert_close(x_t, out["x_noisy"], 1e-5, "x_noisy")
+    loss, logs = objective.loss_of(case.inputs["x0"], t, case.inputs["noise"], {})
+    assert_close(loss, out["loss"], 1e-5, "loss")
+    assert_close(logs["simple"], out["loss_simple"], 1e-5, "loss_simple")
+    if config["original_elbo_weight"]:
+        assert_close(logs["bound"], out["loss_vlb"], 1e-5, "loss_vlb")
+    assert objective.learns == ("logvar" in objective.networks)
+
+
 def test_golden(golden_case: GoldenCase) -> None:
     golden.run(golden_case)
 
@@ -228,6 +473,43 @@ def test_preset_size(name: str, kind: str) -> None:
 
 def test_every_preset_is_counted() -> None:
     assert set(SIZES) == {*KL, *VQ}
+    assert set(UNETS) == set(PRESETS)
+
+
+UNETS = {  # instantiated official code
+    "cin256-v2": 400_920_579,
+    "cin256": 394_984_196,
+    "faces256": 274_056_163,
+    "lsun_churches256": 294_966_916,
+    "text2img256": 403_623_939,
+    "txt2img-1p4B": 872_300_484,
+    "sd1": 859_520_964,
+    "sd2": 865_910_724,
+    "sdxl": 2_567_463_684,
+    "bsr_sr": 113_622_563,
+    "inpainting_big": 387_245_827,
+    "semantic_synthesis256": 215_229_315,
+    "layout2img256": 246_277_379,
+}
+
+
+@pytest.mark.parametrize("name", UNETS)
+def test_unet_preset(name: str) -> None:
+    """Its published size; and its shapes alone say which network it is."""
+    with torch.device("meta"):
+        network = registry().build("model", {"name": "ldm-unet", "preset": name})
+    assert count(network) == UNETS[name]
+    assert preset_of(shapes(network.state_dict())) == name
+    assert header(PRESETS[name])["data"]["sample_shape"] == list(network.sample_shape)
+
+
+TOWERS = {"sd1": 123_060_480, "sdxl-l": 123_060_480, "sd2": 354_032_640, "sdxl-g": 694_659_840}
+
+
+@pytest.mark.parametrize("name", TOWERS)
+def test_text_tower_preset(name: str) -> None:
+    with torch.device("meta"):
+        assert count(registry().build("condition", {"name": "clip-text", "preset": name})) == TOWERS[name]
 
 
 def test_published_discriminator_and_lpips_sizes() -> None:

@@ -1,9 +1,9 @@
 """Weights of latent diffusion's U-Net: the official layout, whose names are ours, and diffusers' UNet2DConditionModel.
 
 Official files are Lightning pickles or .safetensors with `model.diffusion_model.*` beside first stage and text encoder
-(latent diffusion, Stable Diffusion 1 and 2, SDXL). Where there are averages of training, `model_ema.*`, they are taken:
-their names have no dots; the layout `ldm-unet-live` takes the others. diffusers' has transformers, residual blocks and
-convolutions where the size changes: not the networks with plain attention.
+(latent diffusion, Stable Diffusion 1 and 2, SDXL). Where there are averages of training, `model_ema.*`, whose names
+have no dots, they are taken. diffusers' has transformers, residual blocks and convolutions where the size changes: not
+the networks with plain attention.
 """
 
 from __future__ import annotations
@@ -32,19 +32,19 @@ SINUSOIDS = 256
 # -- official ----------------------------------------------------------------------------------------------------------
 
 
-def names_of(names: Iterable[str], live: bool = False) -> dict[str, str]:
+def names_of(names: Iterable[str]) -> dict[str, str]:
     """{layout's name: name in the file} of the U-Net's tensors, below a prefix or bare."""
     found = list(names)
     if not any(n.startswith(PREFIX) for n in found):
         return {PREFIX + n: n for n in found if n.startswith(OWN)}
     there = set(found)
     pairs = {n: AVERAGE + n.removeprefix("model.").replace(".", "") for n in found if n.startswith(PREFIX)}
-    return {n: average if average in there and not live else n for n, average in pairs.items()}
+    return {n: average if average in there else n for n, average in pairs.items()}
 
 
-def bare(state: State, live: bool = False) -> dict[str, Tensor]:
+def bare(state: State) -> dict[str, Tensor]:
     """The U-Net's own tensors of a file, under our names."""
-    return {ours.removeprefix(PREFIX): state[theirs] for ours, theirs in names_of(state, live).items()}
+    return {ours.removeprefix(PREFIX): state[theirs] for ours, theirs in names_of(state).items()}
 
 
 def recognise(names: Iterable[str]) -> bool:
@@ -130,10 +130,10 @@ def preset_of(config: Mapping[str, Any]) -> str | None:
     return next((name for name, preset in PRESETS.items() if shape(preset) == own), None)
 
 
-def unet_config(state: State, live: bool = False) -> dict[str, Any]:
+def unet_config(own: State) -> dict[str, Any]:
     """Constructor keywords. Heads are not in the shapes: as in the published network of these, else 64 channels of each
     where transformers project by linear layers, else eight."""
-    config = shapes(bare(state, live))
+    config = shapes(own)
     preset = preset_of(config)
     if preset is not None:
         return {**config, **PRESETS[preset]}
@@ -178,23 +178,17 @@ def assumes(state: State, config: Mapping[str, Any]) -> dict[str, str]:
     return {key: f"{key}={config[key]} in every attention", "schedule": "Stable Diffusion's noise"}
 
 
-def official(live: bool = False) -> Layout:
-    return Layout(
-        name="ldm-unet-live" if live else "ldm-unet",
-        component="ldm-unet",
-        recognise=lambda names: (
-            recognise(names := list(names)) and (not live or any(n.startswith(AVERAGE) for n in names))
-        ),
-        to_ours=lambda state: complete(bare(state, live)),
-        from_ours=lambda state: {PREFIX + k: v for k, v in complete(dict(state)).items()},
-        config=lambda state: unet_config(state, live),
-        files=Files(wrapper="state_dict", names=lambda names: names_of(names, live)),
-        published=Published(header=header, assumes=assumes),
-        summary="CompVis and Stability U-Nets, alone or in a checkpoint" + (", not averaged" if live else ""),
-    )
-
-
-LDM_UNET, LDM_UNET_LIVE = official(), official(live=True)
+LDM_UNET = Layout(
+    name="ldm-unet",
+    component="ldm-unet",
+    recognise=recognise,
+    to_ours=lambda state: complete(bare(state)),
+    from_ours=lambda state: {PREFIX + k: v for k, v in complete(dict(state)).items()},
+    config=lambda state: unet_config(bare(state)),
+    files=Files(wrapper="state_dict", names=names_of),
+    published=Published(header=header, assumes=assumes),
+    summary="CompVis and Stability U-Nets, alone or in a checkpoint, averaged where an average is there",
+)
 
 # -- diffusers ---------------------------------------------------------------------------------------------------------
 

@@ -76,16 +76,6 @@ PRESETS: dict[str, dict[str, Any]] = {
     "inpainting_big": pixels4(256, (1, 2, 3, 4), num_heads=8, resblock_updown=True, concat_channels=4),
     "semantic_synthesis256": pixels4(128, (1, 4, 8), (32, 16, 8), num_heads=8, concat_channels=3),
     "layout2img256": pixels4(128, (1, 2, 3, 4), num_head_channels=32, context_dim=512, transformer_depth=3),
-    "rdm768": {
-        **COMMON,
-        "image_size": 48,
-        "in_channels": 16,
-        "model_channels": 448,
-        "channel_mult": (1, 2, 3, 4),
-        "attention_resolutions": (4, 2, 1),
-        "num_head_channels": 32,
-        "context_dim": 768,
-    },
 }
 
 BETAS = (0.0015, 0.0195)  # of the first and the last step
@@ -94,5 +84,4 @@ ENDS = {
     **dict.fromkeys(("txt2img-1p4B", "sd1", "sd2", "sdxl"), STABLE_BETAS),
     **dict.fromkeys(("lsun_churches256", "bsr_sr"), (0.0015, 0.0155)),
     **dict.fromkeys(("inpainting_big", "semantic_synthesis256", "layout2img256"), (0.0015, 0.0205)),
-    "rdm768": (0.0015, 0.015),
 }
