@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import math
 from pathlib import Path
 from typing import Any
@@ -40,6 +41,7 @@ from vgm_cli.nets.first_stage_checkpoints import PREFIX
 from vgm_cli.nets.ldm_unet import LDMUNet
 from vgm_cli.nets.ldm_unet_checkpoints import LDM_UNET, header, preset_of, shapes
 from vgm_cli.nets.ldm_unet_presets import PRESETS
+from vgm_cli.nets.tokenizers import bert_tokenizer, clip_tokenizer, clip_vocabulary
 from vgm_cli.nn.quantize import code_usage
 from vgm_cli.registry import registry
 from vgm_cli.testing.golden import GoldenCase, GoldenChecks, assert_close
@@ -910,7 +912,6 @@ def test_mean_and_sum_are_the_same_objective() -> None:
 
 def test_shipped_mnist_codec() -> None:
     """Crisp reconstructions and latents of unit deviation on the shipped digits."""
-    import json
     from importlib import resources
 
     from safetensors import safe_open
@@ -933,3 +934,156 @@ def test_shipped_mnist_codec() -> None:
         mse = (model.decode(z).clamp(-1, 1) - x).square().mean() / 4
     assert -10 * mse.log10() > 27
     assert (z.std(dim=(0, 2, 3)) - 1).abs().max() < 0.1 and z.mean(dim=(0, 2, 3)).abs().max() < 0.1
+
+
+# -- tokenizers and conditions -----------------------------------------------------------------------------------------
+
+TEXTS = [
+    "", "a red apple", "Hello, World!!  it's 2025", "naïve café ½ x² ß ÀÉ", "日本語 and emoji 🍎", "don't we'll I'D",
+    "a_b-c_d 'quoted' '' ...", "supercalifragilisticexpialidocious " * 8, "tab\tnewline\nend", "ǅ Ⅷ ½ ٣",
+]  # fmt: skip
+
+
+@pytest.fixture(scope="module")
+def clip_files(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A small vocabulary of byte pairs, as OpenAI's text file and as transformers' folder."""
+    folder = tmp_path_factory.mktemp("clip")
+    merges = [("r", "e"), ("re", "d</w>"), ("a", "p"), ("ap", "p"), ("app", "l"), ("appl", "e</w>"), ("l", "l"),
+              ("h", "e"), ("he", "ll"), ("hell", "o</w>"), ("Ã", "©</w>")]  # fmt: skip
+    (folder / "bpe.txt").write_text("#version\n" + "\n".join(map(" ".join, merges)))
+    (folder / "hf").mkdir()
+    (folder / "hf" / "merges.txt").write_text("#version: 0.2\n" + "\n".join(map(" ".join, merges)))
+    (folder / "hf" / "vocab.json").write_text(json.dumps(clip_vocabulary(merges)))
+    return folder
+
+
+def test_clip_tokenizer_is_transformers(clip_files: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    names = {p: str(clip_files / "hf" / p) for p in ("vocab.json", "merges.txt")}
+    theirs = transformers.CLIPTokenizerFast(
+        json.loads(Path(names["vocab.json"]).read_text()),
+        [tuple(line.split()) for line in Path(names["merges.txt"]).read_text().splitlines()[1:]],
+    )
+    ours = clip_tokenizer(str(clip_files / "hf"))
+    for text in TEXTS:
+        want = theirs(text, padding="max_length", truncation=True, max_length=20)["input_ids"]
+        assert ours(text, 20) == want, text
+    assert clip_tokenizer(str(clip_files / "bpe.txt")).ids == ours.ids
+    assert clip_tokenizer(str(clip_files / "bpe.txt"), pad=0)("red", 5)[-2:] == [0, 0]
+
+
+@pytest.fixture(scope="module")
+def bert_file(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    pieces = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "a", "red", "app", "##le", "hello", ",", "!", "it", "'", "s", "cafe",
+              "na", "##ive", "20", "##25", "日", "and", "world", "t", "don", "##s", "-", "_", "b", "c", "d"]  # fmt: skip
+    path = tmp_path_factory.mktemp("bert") / "vocab.txt"
+    path.write_text("\n".join(pieces), encoding="utf-8")
+    return path
+
+
+def test_bert_tokenizer_is_transformers(bert_file: Path) -> None:
+    transformers = pytest.importorskip("transformers")
+    vocabulary = {p: i for i, p in enumerate(bert_file.read_text(encoding="utf-8").splitlines())}
+    theirs = transformers.BertTokenizerFast(vocabulary)
+    ours = bert_tokenizer(str(bert_file))
+    for text in TEXTS:
+        want = theirs(text, padding="max_length", truncation=True, max_length=20)["input_ids"]
+        assert ours(text, 20) == want, text
+
+
+def test_tokenizers_say_what_they_want(clip_files: Path, bert_file: Path, tmp_path: Path) -> None:
+    (tmp_path / "vocab.txt").write_text("a\nb")
+    for wrong in (None, str(tmp_path / "none"), str(tmp_path)):
+        for read in (clip_tokenizer, bert_tokenizer):
+            with pytest.raises(VgmError) as e:
+                read(wrong)
+            assert e.value.code == 4 and e.value.hint
+    with pytest.raises(VgmError, match="numbers"):
+        CLIPText(width=8, depth=1, heads=1, tokenizer=str(clip_files / "hf")).encode(["a"], torch.device("cpu"))
+
+
+def test_conditions_of_texts_and_classes(clip_files: Path, bert_file: Path) -> None:
+    cpu, words = torch.device("cpu"), ["red apple", "hello"]
+    vocabulary = clip_tokenizer(str(clip_files / "hf")).size
+    tower = {"width": 8, "depth": 2, "heads": 2, "vocabulary": vocabulary, "length": 6}
+    given = {
+        "clip-text": {**tower, "tokenizer": str(clip_files / "hf")},
+        "sdxl-text": {"clip": tower, "open_clip": {**tower, "head": 5, "pad": 0}, "sinusoids": 4, "size": 64,
+                      "tokenizer": str(clip_files / "hf")},
+        "bert-text": {"width": 8, "depth": 1, "vocabulary": 30, "length": 6, "tokenizer": str(bert_file)},
+        "class-token": {"num_classes": 3, "width": 8},
+    }  # fmt: skip
+    for name, options in given.items():
+        condition = registry().build("condition", {"name": name, **options})
+        condition.requires_grad_(False)
+        items = condition.parse(["1", "2"] if name == "class-token" else words)
+        found, null = condition.encode(items, cpu), condition.null(2, cpu)
+        example = condition.example(2, cpu)
+        assert found.keys() == null.keys() == example.keys()
+        for key, value in found.items():
+            assert value.shape == null[key].shape == example[key].shape
+            assert not torch.equal(value[0], value[1]) and torch.equal(null[key][0], null[key][1])
+    assert set(found) == {"context"} and found["context"].shape == (2, 1, 8)
+
+
+# -- the U-Net's own laws ----------------------------------------------------------------------------------------------
+
+SMALL: dict[str, Any] = {
+    "image_size": 8,
+    "in_channels": 2,
+    "model_channels": 8,
+    "num_res_blocks": 1,
+    "channel_mult": (1, 2),
+    "attention_resolutions": (2, 1),
+    "context_dim": 6,
+    "num_heads": 2,
+    "norm_groups": 4,
+}
+
+
+def test_unet_conditions() -> None:
+    """Each condition is asked for where the network has it, and each changes the output."""
+    torch.manual_seed(0)
+    network = LDMUNet(**SMALL, num_classes=3, null_class=True, concat_channels=1)
+    with torch.no_grad():
+        for p in network.parameters():
+            p.normal_(std=0.3)
+    x, t = torch.randn(2, 2, 8, 8), torch.tensor([3.0, 700.0])
+    given = {"context": torch.randn(2, 5, 6), "y": torch.tensor([0, 2]), "concat": torch.randn(2, 1, 8, 8)}
+    out = network(x, t, **given)
+    assert out.shape == x.shape
+    for name, value in given.items():
+        other = torch.tensor([1, 1]) if name == "y" else value + 1
+        assert not torch.allclose(network(x, t, **{**given, name: other}), out)
+    free = network.null_condition(given)
+    assert torch.equal(network(x, t, **free), network(x, t, **{**given, "y": None}))
+    control = [torch.zeros(1)] * len(network.skips) + [torch.ones(1)]
+    assert not torch.allclose(network(x, t, **given, control=control), out)
+    network.checkpointing = True
+    torch.testing.assert_close(network(x, t, **given), out)
+    for lacking, message in (("context", "context"), ("concat", "stacked")):
+        with pytest.raises(VgmError, match=message):
+            network(x, t, **{k: v for k, v in given.items() if k != lacking})
+    with pytest.raises(VgmError, match="vector"):
+        LDMUNet(**SMALL, vector_dim=5)(x, t, given["context"])
+    with pytest.raises(VgmError, match="heads"):
+        LDMUNet(**{**SMALL, "use_spatial_transformer": False, "num_heads": 3})
+    with pytest.raises(VgmError, match="transformer_depth"):
+        LDMUNet(**{**SMALL, "transformer_depth": (1, 1, 1)})
+
+
+def test_averages_of_a_checkpoint_are_taken() -> None:
+    network = LDMUNet(**{**SMALL, "model_channels": 32, "norm_groups": 32})
+    live = LDM_UNET.from_ours(network.state_dict())
+    average = {f"model_ema.{k.removeprefix('model.').replace('.', '')}": v + 1 for k, v in live.items()}
+    found = LDM_UNET.to_ours({**live, **average, "model_ema.decay": torch.tensor(0.9999), "betas": torch.ones(3)})
+    assert all(torch.equal(v, network.state_dict()[k] + 1) for k, v in found.items())
+    assert all(torch.equal(v, network.state_dict()[k]) for k, v in LDM_UNET.to_ours(live).items())
+
+
+def test_official_timesteps() -> None:
+    """Every (1000 // S)-th one later by one: 17 are 18, 7 are 8, and 3 leave the table."""
+    assert official_timesteps(50, 1000)[[0, 1, -1]].tolist() == [1, 21, 981]
+    assert len(official_timesteps(17, 1000)) == 18 and len(official_timesteps(7, 1000)) == 8
+    with pytest.raises(VgmError, match="1000"):
+        official_timesteps(3, 1000)

@@ -217,5 +217,7 @@ def read(path: str | None, accepted: str, build: Callable[[Path], Any]) -> Any:
         raise VgmError(f"no tokenizer at {path}", accepted, MISSING_ASSET)
     try:
         return build(Path(path))
+    except VgmError as e:
+        raise VgmError(e.message, accepted, MISSING_ASSET) from e
     except (OSError, EOFError, UnicodeDecodeError, KeyError, ValueError, TypeError, AttributeError) as e:
         raise VgmError(f"{path} is no such tokenizer: {limits.short(str(e))}", accepted, MISSING_ASSET) from e
