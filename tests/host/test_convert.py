@@ -54,6 +54,9 @@ TAR = {"in_channels": 3, "img_size": 6, "patch_size": 2, "channels": 64, "num_bl
 NCSN = {"image_size": 32, "nf": 16, "ch_mult": (1, 2), "num_res_blocks": 1}
 WIDTHS = (6, 6, 6, 6, 4, 4, 3, 2, 2)
 MASKED = {"vocab_size": 20, "grid": (4, 4), "num_classes": 3}
+UNET = {"image_size": 8, "in_channels": 3, "model_channels": 64, "num_res_blocks": 1, "channel_mult": (1, 2)}
+UNET |= {"attention_resolutions": (2, 1), "context_dim": 12, "num_heads": 8}
+TOWER = {"width": 64, "depth": 2, "heads": 1, "vocabulary": 40, "length": 9}
 VQVAE = {"channels": 8, "residual_channels": 4, "embed_dim": 4, "n_embed": 6}
 
 # A small network of every layout, by keywords of its constructor; a new layout adds its own. Trailing KEY=VALUE are
@@ -65,6 +68,9 @@ TINY: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "adm-unet-diffusers-legacy": (ADM, ()),
     "autoencoder-kl": (STAGE, ()),
     "autoencoder-kl-diffusers": (STAGE, ()),
+    "bert-text": ({"width": 24, "depth": 2, "vocabulary": 40, "length": 9}, ()),
+    "class-token": ({"num_classes": 5, "width": 8, "null_class": False}, ()),
+    "clip-text": (TOWER | {"head": 16}, ()),
     "consistency": (ADM | {"use_new_attention_order": True}, ()),
     "dit": (DIT, ("num_heads=2",)),
     "dit-diffusers": (DIT | {"input_size": 32, "patch_size": 8}, ("num_heads=2",)),
@@ -78,6 +84,8 @@ TINY: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "glow": (GLOW, ()),
     "glow-average": (GLOW, ()),
     "glow-rosinality": (GLOW | {"style": "rosinality", "permutation": "lu"}, ()),
+    "ldm-unet": (UNET, ("image_size=8",)),
+    "ldm-unet-diffusers": (UNET | {"channel_mult": (1, 1), "vector_dim": 1552}, ("image_size=8",)),
     "lightningdit": (DIT | {"learn_sigma": False, "swiglu": True, "rope": True, "rmsnorm": True}, ()),
     "halton-maskgit": (MASKED | {"hidden_dim": 32, "depth": 2, "heads": 4, "mlp_dim": 96}, ("heads=4", "mlp_dim=96")),
     "llamagen": (GPT, ()),
@@ -95,6 +103,7 @@ TINY: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "meanflow": (DIT, ("num_heads=2",)),
     "meanflow-flax": (DIT | {"input_size": 32, "patch_size": 8}, ("num_heads=2",)),
     "meanflow-unet": (SONG, ()),
+    "open-clip-text": (TOWER | {"activation": "gelu", "skip": 1, "pad": 0}, ()),
     "randar": (GPT, ()),
     "rectified-flow": (NCSN, ()),
     "scm-mnist": ({"base_dim": 8, "dim_mults": (1, 2), "time_embedding_dim": 16}, ()),
@@ -102,6 +111,8 @@ TINY: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "score-sde-classifier": ({"blocks_per_group": 2, "channel_multiplier": 1, "num_classes": 4}, ()),
     "score-sde-subvp": (NCSN, ()),
     "score-sde-vp-discrete": (NCSN, ()),
+    "sdxl-text": ({"clip": TOWER | {"skip": 1, "norm": False, "head": 0, "activation": "quick-gelu"},
+                   "open_clip": TOWER | {"head": 16, "activation": "gelu", "skip": 1, "norm": False, "pad": 0}}, ()),
     "sit": (DIT, ("num_heads=2",)),
     "starflow": (FLOW | {"num_classes": 4, "denoiser_layers": 1}, ("img_size=4",)),
     "stylegan": (STYLE | {"mapping_width": 8, "fmap_base": 64, "fmap_max": 12}, ()),

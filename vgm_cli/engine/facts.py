@@ -9,6 +9,7 @@ from vgm_cli.api import PyramidTokenizer
 from vgm_cli.engine.tokens import TokenCodec
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.recipe import Recipe
+from vgm_cli.registry import registry
 from vgm_cli.settings import Data
 
 
@@ -84,6 +85,8 @@ def labelled(recipe: Recipe, dataset: Any) -> bool:
     otherwise."""
     wanted = recipe.node("data").labels
     if wanted is None:
-        names = [node.get("name", k) for k, node in (recipe.config.get("conditions") or {}).items() if node is not None]
-        wanted = "class" in names and bool(dataset.facts.num_classes)
+        nodes = (recipe.config.get("conditions") or {}).items()
+        named = [registry().find("condition", node.get("name", k)) for k, node in nodes if node is not None]
+        told = any("num_classes" in component.from_data.values() for component in named)
+        wanted = told and bool(dataset.facts.num_classes)
     return bool(wanted)

@@ -79,6 +79,11 @@ LDM_OPEN = ("cond_stage_model.model.", SDXL_OPEN, "")
 transformers_names, open_names = named(TRANSFORMERS, LDM_CLIP), named(OPEN_CLIP, LDM_OPEN)
 
 
+def both(names: Iterable[str]) -> bool:
+    """Whether a file holds both of SDXL's towers, which another layout reads together."""
+    return {SDXL_CLIP + "text_model.final_layer_norm.weight", SDXL_OPEN + "ln_final.weight"} <= set(names)
+
+
 def transformers_to_ours(state: State) -> dict[str, Tensor]:
     """transformers' CLIPTextModel -> ours. KeyError: a tensor is missing."""
     ours: dict[str, Tensor] = {}
@@ -248,7 +253,9 @@ CLIP_TEXT = Layout(
     name="clip-text",
     component="clip-text",
     kind="condition",
-    recognise=lambda names: "text_model.embeddings.token_embedding.weight" in transformers_names(names),
+    recognise=lambda names: (
+        not both(names := set(names)) and "text_model.embeddings.token_embedding.weight" in transformers_names(names)
+    ),
     to_ours=transformers_to_ours,
     from_ours=transformers_from_ours,
     config=transformers_config,
@@ -266,7 +273,9 @@ OPEN_CLIP_TEXT = Layout(
     name="open-clip-text",
     component="clip-text",
     kind="condition",
-    recognise=lambda names: {"token_embedding.weight", "ln_final.weight"} <= open_names(names).keys(),
+    recognise=lambda names: (
+        not both(names := set(names)) and {"token_embedding.weight", "ln_final.weight"} <= open_names(names).keys()
+    ),
     to_ours=open_to_ours,
     from_ours=open_from_ours,
     config=open_config,
@@ -322,9 +331,7 @@ SDXL_TEXT = Layout(
     name="sdxl-text",
     component="sdxl-text",
     kind="condition",
-    recognise=lambda names: (
-        {SDXL_CLIP + "text_model.final_layer_norm.weight", SDXL_OPEN + "ln_final.weight"} <= set(names)
-    ),
+    recognise=both,
     to_ours=sdxl_to_ours,
     from_ours=sdxl_from_ours,
     config=sdxl_config,
