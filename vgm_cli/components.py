@@ -8,6 +8,7 @@ from vgm_cli.diffusion import iddpm_manifest
 from vgm_cli.diffusion import manifest as gaussian
 from vgm_cli.hookspecs import Component, Paper, hookimpl
 from vgm_cli.metrics import manifest as metrics
+from vgm_cli.nets import manifest as networks
 from vgm_cli.operators import manifest as operators
 from vgm_cli.rewards import manifest as rewards
 
@@ -110,7 +111,8 @@ CONDITIONS = (
         kind="condition",
         name="words",
         target="vgm_cli.nets.text:WordEncoder",
-        summary="a text as learned vectors of its words, trained with the network",
+        from_data={"words": "words"},
+        summary="a text as learned vectors of its words, by transformer blocks if asked; trained with the network",
     ),
 )
 
@@ -124,5 +126,6 @@ def vgm_components() -> Iterable[Component | Paper]:
         *operators.components(),
         *rewards.components(),
         *NETWORKS,
+        *networks.components(),
         *CONDITIONS,
     ]

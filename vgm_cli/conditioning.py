@@ -362,7 +362,8 @@ def build_parts(nodes: Mapping[str, Any], facts: Mapping[str, Any], codec: Any =
         condition: Condition = registry().build("condition", {"name": component.name, **kwargs}, codec=codec)
         if condition.column == "label" and not facts.get("num_classes"):
             continue
-        described = {"name": component.name, **{k: v for k, v in kwargs.items() if k not in component.from_data}}
+        kept = {k: v for k, v in kwargs.items() if k not in component.from_data or own.get(k) is not None}
+        described = {"name": component.name, **kept}
         said = settings(node, f"conditions.{name}")
         described |= {"train": True} if said["trained"] or said["weights"] else {}  # its weights lie beside the file
         described |= {k: node[k] for k in ("column", "guided") if node.get(k) is not None}

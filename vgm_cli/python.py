@@ -67,6 +67,9 @@ class Model:
         prompt: TEXTS = None,  # texts, in turn
         negative: str | None = None,  # what guidance leads away from
         hint: TEXTS = None,  # files or folders of pictures to follow, in turn
+        image: str | None = None,  # a file or folder of pictures to start from
+        mask: str | None = None,  # a file that is bright where they are kept
+        strength: float | None = None,  # how far they go back to noise, 0 to 1
         sampler: str | None = None,  # by name; None: the recipe's
         options: Mapping[str, Any] | None = None,  # of the sampler, {"eta": 0.5}
         steps: int | None = None,  # None: the sampler's own
@@ -86,6 +89,9 @@ class Model:
             prompts=listed(prompt),
             negative=negative,
             hints=listed(hint),
+            images=image,
+            mask=mask,
+            strength=strength,
             sampler=sampler,
             steps=steps,
             guidance_scale=guidance_scale,

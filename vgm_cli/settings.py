@@ -72,6 +72,7 @@ class Optimizer:
     warmup_from: Fraction | None = None  # share of lr at the first step; null: 1 / warmup
     schedule: Literal["constant", "linear", "cosine", "steps"] = "constant"  # decay after the warm-up
     decay_from: Rate = 0.0  # linear, cosine: lr is constant up to this share of the run
+    decay_in_warmup: bool = False  # linear, cosine: the decay begins at the first step, the warm-up hides its beginning
     final_lr: NonNegative = 0.0  # where linear and cosine end
     reach_final: bool = False  # true: the last step is at the end of every schedule; false: the step after it would be
     least_lr: NonNegative = 0.0  # linear, cosine: the rate never falls below

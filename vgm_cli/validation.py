@@ -63,10 +63,12 @@ def before_start(recipe: Recipe, world: int = 1, reads_data: bool = True) -> Any
         return None
     from vgm_cli.data.latents import Latents
     from vgm_cli.engine import build
+    from vgm_cli.engine.conditions import check_files
     from vgm_cli.engine.train import data_feed
 
-    dataset, labelled = data_feed.open_images(recipe)
-    facts = build.facts_of(dataset, labelled)
+    dataset, _ = data_feed.open_images(recipe)
+    check_files(recipe.config.get("conditions") or {})
+    facts = build.facts_for(recipe, dataset)
     node, planned = recipe.config.get("codec"), None
     if node:
         if not node.get("weights") and (not node.get("fallback") or isinstance(dataset, Latents)):

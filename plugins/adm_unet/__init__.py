@@ -17,11 +17,15 @@ OBJECTIVES = (
     ("adm-upsampler", "Upsampling", "discrete diffusion given a smaller copy of the image"),
 )
 CONVERTERS = (
-    ("adm-unet", "CONVERTER", "openai/guided-diffusion diffusion models and upsamplers"),
-    ("adm-classifier", "CLASSIFIER", "openai/guided-diffusion classifiers"),
-    ("consistency", "CONSISTENCY", "openai/consistency_models: EDM teachers, CD and CT students"),
-    ("adm-unet-diffusers", "DIFFUSERS", "diffusers UNet2DModel, 64 channels a head"),
-    ("adm-unet-diffusers-legacy", "DIFFUSERS_LEGACY", "the same for networks of the legacy attention order"),
+    ("adm-unet", "checkpoints:CONVERTER", "openai/guided-diffusion diffusion models and upsamplers"),
+    ("adm-classifier", "checkpoints:CLASSIFIER", "openai/guided-diffusion classifiers"),
+    ("consistency", "checkpoints:CONSISTENCY", "openai/consistency_models: EDM teachers, CD and CT students"),
+    ("adm-unet-diffusers", "diffusers_checkpoints:DIFFUSERS", "diffusers UNet2DModel, 64 channels a head"),
+    (
+        "adm-unet-diffusers-legacy",
+        "diffusers_checkpoints:DIFFUSERS_LEGACY",
+        "the same for networks of the legacy attention order",
+    ),
 )
 
 
@@ -64,8 +68,5 @@ def vgm_components() -> Iterable[Component | Paper]:
             )
             for n, a, s in OBJECTIVES
         ),
-        *(
-            Component(kind="converter", name=n, target=f"vgm_plugins.adm_unet.checkpoints:{a}", summary=s)
-            for n, a, s in CONVERTERS
-        ),
+        *(Component(kind="converter", name=n, target=f"vgm_plugins.adm_unet.{a}", summary=s) for n, a, s in CONVERTERS),
     ]

@@ -23,37 +23,16 @@ CODECS = (  # name, class, presets, summary
     ),
     ("vq-autoencoder", "first_stage:VQModel", "VQ", "vector-quantised autoencoder"),
 )
-TEXTS = (  # name, target, presets, facts of the data, summary
-    (
-        "clip-text",
-        "clip_text:CLIPText",
-        "CLIP",
-        {},
-        "a text by CLIP's tower (Stable Diffusion 1: preset sd1, 2: preset sd2), by local weights",
-    ),
-    ("sdxl-text", "clip_text:SDXLText", "SDXL", {}, "a text by both of SDXL's towers, and its sizes"),
-    ("bert-text", "bert_text:BERTText", "BERT", {}, "a text by a transformer that is trained with the network"),
-    (
-        "class-token",
-        "bert_text:ClassToken",
-        None,
-        {"num_classes": "num_classes", "class_names": "class_names"},
-        "the class of an image as a context of one vector",
-    ),
+TASKS: tuple[
+    tuple[str, str, dict[str, str], str], ...
+] = (  # conditions of tasks other than texts and classes: name, class, facts of the data, summary
+    ("semantic", "SemanticMap", {"size": "image_size"}, "a map of labels, made smaller and stacked on the latent"),
+    ("layout", "Layout", {}, "boxes of objects, as tokens of a transformer that is trained with the network"),
 )
 CONVERTERS = (
     ("autoencoder-kl", "CONVERTER_KL", "CompVis KL first stages and first_stage_model.* of diffusion checkpoints"),
     ("vq-autoencoder", "CONVERTER_VQ", "CompVis VQ first stages"),
     ("autoencoder-kl-diffusers", "DIFFUSERS", "diffusers AutoencoderKL"),
-)
-SHARED_CONVERTERS = (
-    ("ldm-unet", "ldm_unet_checkpoints:LDM_UNET", "CompVis and Stability U-Nets, averaged where an average is there"),
-    ("ldm-unet-diffusers", "ldm_unet_checkpoints:LDM_UNET_DIFFUSERS", "diffusers UNet2DConditionModel"),
-    ("clip-text", "clip_text_checkpoints:CLIP_TEXT", "CLIP's text tower in transformers' names"),
-    ("open-clip-text", "clip_text_checkpoints:OPEN_CLIP_TEXT", "OpenCLIP's text tower"),
-    ("sdxl-text", "clip_text_checkpoints:SDXL_TEXT", "both text towers of SDXL's files"),
-    ("bert-text", "bert_text_checkpoints:BERT_TEXT", "latent diffusion's trained text encoder"),
-    ("class-token", "bert_text_checkpoints:CLASS_TOKEN", "latent diffusion's class table"),
 )
 
 
@@ -97,29 +76,18 @@ def vgm_components() -> Iterable[Component | Paper]:
             verbs=("restore",),
             summary="DDIM, PLMS and DPM-Solver++ as the official scripts have them; img2img; completion",
         ),
-        Component(
-            kind="model",
-            name="ldm-unet",
-            target="vgm_cli.nets.ldm_unet:LDMUNet",
-            presets="vgm_cli.nets.ldm_unet_presets:PRESETS",
-            from_data={"image_size": "size", "in_channels": "channels"},
-            summary="latent diffusion's U-Net, Stable Diffusion 1, 2 and XL",
-            denoiser=True,
-        ),
         *(
             Component(
                 kind="condition",
-                name=name,
-                target=f"vgm_cli.nets.{cls}",
-                presets=f"vgm_cli.nets.text_presets:{presets}" if presets else {},
+                name=n,
+                target=f"vgm_plugins.ldm.conditions:{cls}",
                 from_data=facts,
-                summary=about,
+                summary=s,
             )
-            for name, cls, presets, facts, about in TEXTS
+            for n, cls, facts, s in TASKS
         ),
         *(
             Component(kind="converter", name=n, target=f"vgm_plugins.ldm.checkpoints:{a}", summary=s)
             for n, a, s in CONVERTERS
         ),
-        *(Component(kind="converter", name=n, target=f"vgm_cli.nets.{a}", summary=s) for n, a, s in SHARED_CONVERTERS),
     ]

@@ -16,7 +16,7 @@ from vgm_cli.api import Batch, Phase, Step
 from vgm_cli.diffusion.objectives import GaussianObjective, output_and_target
 from vgm_cli.diffusion.path import DiscreteVPPath
 from vgm_cli.errors import USAGE, VgmError
-from vgm_cli.ranges import NonNegative
+from vgm_cli.ranges import NonNegative, Rate, Steps
 
 
 def bound_weights(path: DiscreteVPPath) -> Tensor:
@@ -51,9 +51,9 @@ class LatentDiffusion(GaussianObjective):
         self,
         model: nn.Module,  # the network that is trained: (x, t, **cond) -> like x
         schedule: str = "scaled_linear",  # of beta, see vgm_cli/diffusion/discrete/betas.py
-        beta_start: float = 0.0015,
-        beta_end: float = 0.0195,
-        steps: int = 1000,  # timesteps
+        beta_start: Rate = 0.0015,  # beta of the first timestep
+        beta_end: Rate = 0.0195,  # beta of the last
+        steps: Steps = 1000,  # timesteps
         prediction: Literal["eps", "x0", "v"] = "eps",  # what the network gives
         error: Literal["l2", "l1"] = "l2",  # squared, or absolute
         bound_weight: NonNegative = 0.0,  # of the variational bound

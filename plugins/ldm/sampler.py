@@ -7,6 +7,7 @@ ldm/models/diffusion/dpm_solver, scripts/img2img.py.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -17,12 +18,13 @@ from torch import Tensor
 
 from vgm_cli.api import Request
 from vgm_cli.diffusion import solvers
+from vgm_cli.diffusion.crops import in_crops
 from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.diffusion.path import DiscreteVPPath
 from vgm_cli.diffusion.samplers import GaussianSampler, report
 from vgm_cli.diffusion.solvers.plms import plms
 from vgm_cli.errors import USAGE, VgmError
-from vgm_cli.ranges import Fraction, NonNegative, Steps
+from vgm_cli.ranges import Fraction, NonNegative, Side, Steps
 
 
 def official_timesteps(count: int, total: int) -> Tensor:
@@ -42,8 +44,9 @@ class LDMSampler(GaussianSampler):
 
     eta: 0 deterministic, 1 as noisy as DDPM; temperature: of that noise. quantize_denoised: every estimate of x0 is
     snapped to the codec's codes. strength: of img2img, the share of the way back to noise that the given pictures go;
-    None starts from noise. VgmError: no network of discrete timesteps, a codec without codes, a strength without
-    pictures.
+    None starts from noise. crop: side of the crops of latents larger than the network was trained on, every
+    crop_stride of their pixels; see vgm_cli/diffusion/crops.py. VgmError: no network of discrete timesteps, a codec
+    without codes, a strength without pictures.
     """
 
     steps: Steps = 50
@@ -52,6 +55,8 @@ class LDMSampler(GaussianSampler):
     temperature: NonNegative = 1.0
     quantize_denoised: bool = False
     strength: Fraction | None = None
+    crop: Side | None = None
+    crop_stride: Side = 64
 
     completes = True
 
@@ -66,6 +71,12 @@ class LDMSampler(GaussianSampler):
         if isinstance(model, Denoiser) and isinstance(model.path, DiscreteVPPath):
             return None
         return "it needs a network of discrete timesteps"
+
+    def guided(self, view: Denoiser, request: Request) -> Denoiser:
+        if self.crop is not None:
+            view = copy.copy(view)
+            view.network, view.nfe = in_crops(view.network, self.crop, self.crop_stride), 0
+        return super().guided(view, request)
 
     def solve(self, model: Denoiser, request: Request, steps: int) -> Tensor:
         if not isinstance(model.path, DiscreteVPPath):
@@ -105,14 +116,14 @@ class LDMSampler(GaussianSampler):
         if self.strength is None:
             return request.randn(), 0
         if request.images is None:
-            raise VgmError("img2img starts from pictures", "--images FILES, or strength=null", USAGE)
+            raise VgmError("img2img starts from pictures", "--image FILE, or strength=null", USAGE)
         count = len(alphas) - 1
         done = int(self.strength * steps)
         if done >= count:
             raise VgmError(f"strength={self.strength:g} leaves nothing of the picture", "a strength below 1", USAGE)
         at = count - 1 - done
         rows = [i % len(request.images) for i in request.index]
-        x = request.images[rows].to(request.device)
+        x = (request.images[rows] if request.mask is None else request.images).to(request.device)
         return alphas[at] * x + sigmas[at] * request.randn(), at + 1
 
     def keeper(self, request: Request, alphas: Tensor, sigmas: Tensor) -> Callable[[Tensor, int], Tensor]:

@@ -314,7 +314,6 @@ def test_no_hint_leads_in_a_circle(vgm) -> None:
     refused(vgm("distill", "flow-grpo"), "vgm finetune-rl flow-grpo --model RUN")
     refused(vgm("finetune-rl", "dmd"), "vgm distill dmd --teacher RUN")
     refused(vgm("train", "dmd"), "vgm distill dmd --teacher RUN")
-    refused(vgm("train", "ldm"), "several recipes", "--recipe mnist-codec")
 
 
 def test_components_are_listed(vgm) -> None:

@@ -30,7 +30,7 @@ from vgm_cli.registry import registry
 
 # settings beside the defaults that take another branch
 VARIANTS: dict[str, list[dict[str, Any]]] = {
-    "inpainting": [{"mask": "random"}, {"mask": "extreme"}, {"box": (3, 6), "margin": 2}],
+    "inpainting": [{"mask": "random"}, {"mask": "lama"}, {"mask": "extreme"}, {"box": (3, 6), "margin": 2}],
     "super-resolution": [{"scale": 3, "kernel": "lanczos3"}, {"scale": 2.5}, {"scale": 2, "kernel": "box"}],
     "gaussian-deblurring": [{"kernel_size": 9, "std": 1.5}, {"kernel_size": 15, "std": 2.0, "padding": "circular"}],
     "motion-deblurring": [{"kernel_size": 9}, {"kernel_size": 15, "padding": "circular"}],

@@ -10,14 +10,8 @@ import numpy as np
 import pytest
 import torch
 from torch import Tensor, nn
-from vgm_plugins.adm_unet.checkpoints import (
-    CLASSIFIER,
-    CONVERTER,
-    DIFFUSERS,
-    DIFFUSERS_LEGACY,
-    recognise,
-    recognise_classifier,
-)
+from vgm_plugins.adm_unet.checkpoints import CLASSIFIER, CONVERTER, recognise, recognise_classifier
+from vgm_plugins.adm_unet.diffusers_checkpoints import DIFFUSERS, DIFFUSERS_LEGACY
 from vgm_plugins.adm_unet.model import EncoderUNetModel, UNetModel
 from vgm_plugins.adm_unet.objective import NoisyClassifier, Upsampling
 from vgm_plugins.adm_unet.presets import CLASSIFIERS, PRESETS

@@ -13,13 +13,17 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 from vgm_plugins.ldm import checkpoints as ck
+from vgm_plugins.ldm.conditions import WHOLE, Object, SemanticMap, layout_tokens
 from vgm_plugins.ldm.objective import LatentDiffusion
 from vgm_plugins.ldm.presets import KL, VQ
 from vgm_plugins.ldm.sampler import LDMSampler, official_timesteps
 
 from vgm_cli.api import Codec, Objective, Request, Step, generators
 from vgm_cli.convert_api import Layout, unwrap
+from vgm_cli.diffusion.crops import in_crops
 from vgm_cli.diffusion.denoiser import Denoiser
+from vgm_cli.engine.train.ema import EMA
+from vgm_cli.engine.train.optim import learning_rate
 from vgm_cli.errors import VgmError
 from vgm_cli.losses import lpips
 from vgm_cli.losses.adversarial import adaptive_weight
@@ -43,11 +47,16 @@ from vgm_cli.nets.ldm_unet_checkpoints import LDM_UNET, header, preset_of, shape
 from vgm_cli.nets.ldm_unet_presets import PRESETS
 from vgm_cli.nets.tokenizers import bert_tokenizer, clip_tokenizer, clip_vocabulary
 from vgm_cli.nn.quantize import code_usage
+from vgm_cli.operators import bsr
+from vgm_cli.operators.kernels import anisotropic_kernel, convolved, gaussian_kernel, shifted_kernel
+from vgm_cli.operators.resize import matrix, output_size
+from vgm_cli.operators.separable import apply as separable
 from vgm_cli.registry import registry
+from vgm_cli.settings import Optimizer
 from vgm_cli.testing.golden import GoldenCase, GoldenChecks, assert_close
 from vgm_cli.weights import layout as layouts
 
-golden = GoldenChecks("ldm", partial="without the tasks, schedules and averages")
+golden = GoldenChecks("ldm")
 
 
 # -- golden cases ----------------------------------------------------------------------------------------------------
@@ -273,6 +282,9 @@ def whole_checkpoint(case: GoldenCase) -> None:
     assert {c.name for c in layouts.recognising(state)} == {"ldm-unet", "autoencoder-kl", "clip-text"}
 
     text = config["clip_text_config"]
+    assert text["intermediate_size"] == 4 * text["hidden_size"] and config["ddconfig"]["double_z"]
+    case.ignore("clip_text_config.projection_dim", why="the file has no projection of the whole text")
+    case.ignore("clip_text_config.eos_token_id", "clip_text_config.bos_token_id", why="the tokens are given")
     sizes = {"width": "hidden_size", "depth": "num_hidden_layers", "heads": "num_attention_heads"}
     sizes |= {"vocabulary": "vocab_size", "length": "max_position_embeddings"}
     found = CLIP_TEXT.config(state)
@@ -433,6 +445,196 @@ def denoising_loss(case: GoldenCase) -> None:
     if config["original_elbo_weight"]:
         assert_close(logs["bound"], out["loss_vlb"], 1e-5, "loss_vlb")
     assert objective.learns == ("logvar" in objective.networks)
+
+
+# -- golden cases of averages, schedules and the tasks -----------------------------------------------------------------
+
+
+@golden.check(lambda c: c.source.endswith("ema.py"))
+@torch.no_grad()
+def averages(case: GoldenCase) -> None:
+    config = case.config
+    network = nn.Linear(*case.state["weight"].shape[::-1])
+    network.load_state_dict(case.state)
+    ema = EMA(network, {"decay": config["decay"], **({"warmup": 1} if config["use_num_updates"] else {})})
+    for k, (w, b) in enumerate(zip(case.inputs["w_seq"], case.inputs["b_seq"])):
+        network.weight.copy_(w)
+        network.bias.copy_(b)
+        ema.update()
+        assert_close(ema.average["weight"], case.outputs["ema_w"][k], 1e-5, f"ema_w {k}")
+        assert_close(ema.average["bias"], case.outputs["ema_b"][k], 1e-5, f"ema_b {k}")
+    counted = ema.updates if config["use_num_updates"] else -1
+    assert counted == int(case.outputs["num_updates"])
+
+
+@golden.check(lambda c: c.config.get("cls") == "LambdaWarmUpCosineScheduler")
+def cosine_schedule(case: GoldenCase) -> None:
+    config = case.config
+    setting = Optimizer(lr=config["lr_max"], warmup=config["warm_up_steps"], schedule="cosine",
+                        warmup_from=config["lr_start"] / config["lr_max"], final_lr=config["lr_min"])  # fmt: skip
+    got = [learning_rate(setting, n, config["max_decay_steps"]) for n in case.inputs["n"].tolist()]
+    assert_close(torch.tensor(got, dtype=torch.float64), case.outputs["mult"], 1e-9, "mult")
+
+
+@golden.check(lambda c: c.config.get("cls") in ("LambdaLinearScheduler", "LambdaWarmUpCosineScheduler2"))
+def cycles_of_a_schedule(case: GoldenCase) -> None:
+    """A recipe has one cycle; here each is a schedule of its own."""
+    config = case.config
+    linear = config["cls"] == "LambdaLinearScheduler"
+    keys = ("warm_up_steps", "f_min", "f_max", "f_start", "cycle_lengths")
+    cycles = list(zip(*(config[k] for k in keys), strict=True))
+    ends = np.cumsum([0, *config["cycle_lengths"]])
+    got = []
+    for n in case.inputs["n"].tolist():
+        at = next(i for i in range(len(cycles)) if n <= ends[i + 1])
+        warmup, low, high, start, length = cycles[at]
+        setting = Optimizer(lr=high, warmup=warmup, warmup_from=start / high, final_lr=low, decay_in_warmup=linear,
+                            schedule="linear" if linear else "cosine")  # fmt: skip
+        got.append(learning_rate(setting, n - int(ends[at]), length))
+    assert_close(torch.tensor(got, dtype=torch.float64), case.outputs["mult"], 1e-9, "mult")
+
+
+@golden.check(lambda c: c.kind == "inpaint_condition")
+@torch.no_grad()
+def inpainting(case: GoldenCase) -> None:
+    """What the published inpainting model is told, and how its answer is put into the picture."""
+    config = case.config["first_stage"]
+    assert not config["ddconfig"]["double_z"]
+    case.ignore("first_stage.ddconfig.dropout", why="evaluated without dropout")
+    case.ignore("first_stage.ddconfig.resolution", why="it places attention, of which there is none")
+    codec = VQModel(**keywords(config)).eval()
+    codec.load_state_dict(ck.CONVERTER_VQ.to_ours(hashed(case.config["keys"])))
+    image = case.inputs["image"].permute(2, 0, 1)[None].float() / 127.5 - 1
+    known = case.inputs["mask"][None, None] < 128
+    condition = registry().build("condition", {
+        "name": "mask", "size": 32, "image_channels": 3, "keyword": "concat", "picture": "concat", "invert": True,
+        "fill": -1.0, "low": -1.0,
+    })  # fmt: skip
+    item = condition.joined(image, known)
+    seen = condition.told(item)["concat"]
+    assert_close(seen, torch.cat([case.outputs["masked_image"], case.outputs["mask"]], 1), 1e-6, "masked_image, mask")
+    condition.latents, condition.codec = True, codec
+    assert_close(condition.told(item)["concat"], case.outputs["condition"], 1e-5, "condition")
+    decoded = codec.decode(case.inputs["latent_sample"])
+    assert_close(decoded, case.outputs["decoded"], 1e-5, "decoded")
+    pasted = torch.where(known, image, decoded.clamp(-1, 1))
+    levels = ((pasted[0].permute(1, 2, 0) + 1) * 127.5).clamp(0, 255)
+    assert ((levels - case.outputs["inpainted"]).abs() <= 1.01).all()  # officially truncated
+
+
+@golden.check(lambda c: c.kind == "spatial_rescaler")
+@torch.no_grad()
+def label_map(case: GoldenCase) -> None:
+    config = case.config
+    condition = SemanticMap(32, config["in_channels"], config["n_stages"], config["out_channels"], config["method"])
+    condition.load_state_dict(hashed(config["keys"]))
+    assert_close(condition(case.inputs["labels"]), case.outputs["condition"], 1e-5, "condition")
+
+
+@golden.check(lambda c: c.kind == "layout_tokens")
+def boxes(case: GoldenCase) -> None:
+    config, given = case.config, (case.inputs[k].tolist() for k in ("classes", "boxes", "is_group"))
+    objects = [Object(number, tuple(box), bool(group)) for number, box, group in zip(*given)]
+    got = layout_tokens(
+        objects,
+        config["no_max_objects"],
+        config["no_tokens"],
+        config["no_object_classes"],
+        crop=tuple(config["crop"]) if config["crop"] else WHOLE,
+        flip=config["flip"],
+        with_crop=config["encode_crop"],
+        groups=config["use_group_parameter"],
+    )
+    assert got == case.outputs["tokens"].tolist()
+
+
+@golden.check(lambda c: c.kind == "split_input")
+def crops(case: GoldenCase) -> None:
+    config = case.config
+    clip = (config["clip_min_weight"], config["clip_max_weight"])
+    tie = (config["clip_min_tie_weight"], config["clip_max_tie_weight"])
+    if not config["tie_braker"]:
+        case.ignore("clip_min_tie_weight", "clip_max_tie_weight", why="of a weight that tie_braker=false has not")
+
+    def toy(x: Tensor, t: Tensor, concat: Tensor) -> Tensor:
+        h, c = torch.cat([x, concat], 1), x.shape[1]
+        mean = h.mean(dim=(1, 2, 3), keepdim=True)
+        return (h[:, :c] - 0.5 * h[:, c:]).tanh() + 0.2 * mean + t.view(-1, 1, 1, 1) / 1000
+
+    run = in_crops(toy, config["ks"], config["stride"], clip, tie if config["tie_braker"] else None)
+    got = run(case.inputs["x"], case.inputs["t"], concat=case.inputs["condition"])
+    assert_close(got, case.outputs["eps"], 1e-5, "eps")
+
+
+def channels_first(picture: Tensor) -> Tensor:
+    return picture.permute(2, 0, 1)[None]
+
+
+@golden.check(lambda c: c.kind == "bsr_parts")
+def parts_of_a_degradation(case: GoldenCase) -> None:
+    x, out, config = channels_first(case.inputs["image"]), case.outputs, case.config
+    kernels = [anisotropic_kernel(k["ksize"], k["theta"], k["l1"], k["l2"]) for k in config["aniso"]]
+    for i, kernel in enumerate(kernels):
+        assert_close(kernel, out[f"aniso_{i}"], 1e-5, f"aniso_{i}")
+    round_one = gaussian_kernel(config["fspecial"]["hsize"], config["fspecial"]["sigma"])
+    assert_close(shifted_kernel(round_one, (config["shift_sf"] - 1) / 2), out["shift_pixel"], 1e-5, "shift_pixel")
+    found = {
+        "convolve_mirror": convolved(x, kernels[0]),
+        "classical_x4": convolved(x, round_one, "wrap")[..., ::4, ::4],
+    }
+    for name, scale in (("half", 0.5), ("third", 1 / 3), ("x2", 2.0)):
+        axes = [torch.from_numpy(matrix(n, output_size(n, scale), scale, centred=False)) for n in x.shape[2:]]
+        found[f"imresize_{name}"] = separable(x, (None, axes[0], axes[1]))
+    for name, got in found.items():
+        assert_close(got, channels_first(out[name]), 1e-5, name)
+
+
+class Drawn(bsr.Draws):
+    """The draws of a case, in its order."""
+
+    def __init__(self, case: GoldenCase):
+        self.all, self.case = iter(case.config["draws"]), case
+
+    def next(self, *kinds: str) -> Any:
+        kind, value = next(self.all)
+        assert kind in kinds
+        return self.case.inputs[value].numpy() if isinstance(value, str) else value
+
+    def share(self) -> float:
+        return self.next("random.random", "np.random.rand")
+
+    def between(self, low: float, high: float) -> float:
+        value = self.next("random.uniform")
+        assert low <= value <= high
+        return value
+
+    def whole(self, low: int, high: int) -> int:
+        value = self.next("random.randint")
+        assert low <= value <= high
+        return value
+
+    def one_of(self, options: Any) -> Any:
+        return options[self.next("random.choice") - 1]  # OpenCV's numbers of interpolations
+
+    def order(self, n: int) -> list[int]:
+        return list(self.next("random.sample"))
+
+    def shares(self, *shape: int) -> Any:
+        return self.next("np.random.rand")
+
+    def normal(self, std: float, *shape: int) -> Any:
+        return self.next("np.random.normal")
+
+    def correlated(self, covariance: Any, *shape: int) -> Any:
+        return self.next("np.random.multivariate_normal")
+
+
+@golden.check(lambda c: c.kind == "bsr_pipeline")
+def degradation(case: GoldenCase) -> None:
+    draws = Drawn(case)
+    got = bsr.degraded(channels_first(case.inputs["image"])[0].float() / 255, case.config["sf"], draws)
+    gap = ((got * 255).round() - channels_first(case.outputs["lr"])[0].float()).abs()
+    assert gap.mean() <= 0.5 and not list(draws.all)
 
 
 def test_golden(golden_case: GoldenCase) -> None:

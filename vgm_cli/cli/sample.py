@@ -62,7 +62,18 @@ def sample(
     ] = "auto",
     images: Annotated[
         str | None,
-        typer.Option("--input", help="Images to start from (data as for train), for samplers that take them."),
+        typer.Option("--image", "--input", metavar="IMG|DIR", help="Pictures to start from, where a sampler can."),
+    ] = None,
+    mask: Annotated[
+        str | None,
+        typer.Option(
+            metavar="FILE|HALF",
+            help="What is kept of --image: a file or folder of masks, bright there; lower, upper, left, right: that "
+            "half is made anew.",
+        ),
+    ] = None,
+    strength: Annotated[
+        float | None, typer.Option(help="How far --image goes back to noise, 0 to 1. Default: 0.75.", min=0, max=1)
     ] = None,
     accept: Annotated[
         float | None,
@@ -96,6 +107,10 @@ def sample(
         vgm sample RUN -n 8 --accept 0.05                   # the best of 20 each, by a classifier
 
         vgm sample RUN --hint lineart.png -n 4
+
+        vgm sample RUN --prompt "a red circle" --image photo.png --strength 0.6    # img2img
+
+        vgm sample RUN --prompt "a red circle" --image photo.png --mask keep.png   # inpainting
 
         vgm sample RUN -n 50000 --out FOLDER --nproc 8     # interrupted? the same command goes on
 
@@ -142,6 +157,8 @@ def sample(
         batch_size=batch_size,
         overrides=words,
         images=images,
+        mask=mask,
+        strength=strength,
         precision=precision,
         accept=accept,
         judge=judge,

@@ -9,7 +9,7 @@ import io
 import posixpath
 import re
 import unicodedata
-from collections import defaultdict
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from pathlib import PurePosixPath
@@ -49,6 +49,17 @@ def decode(content: bytes, where: str, guessed: list[str] | None = None) -> str:
             guessed.append(where)
         return text
     raise VgmError(f"{where} is text in an unknown encoding", "store it as UTF-8", FAILED)
+
+
+def split(text: str) -> list[str]:
+    """The words of a text, in lower case."""
+    return re.findall(r"\w+", text.lower())
+
+
+def vocabulary(texts: Iterable[str], most: int) -> list[str]:
+    """The words of texts, the commonest first, of equals in the order of the alphabet; at most so many."""
+    counts = Counter(word for text in texts for word in split(text))
+    return sorted(counts, key=lambda w: (-counts[w], w))[:most]
 
 
 # -- tables ----------------------------------------------------------------------------------------------------------

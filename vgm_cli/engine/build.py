@@ -18,7 +18,7 @@ from vgm_cli.data.latents import Latents
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine.budget import building
 from vgm_cli.engine.conditions import beside, conditions_for
-from vgm_cli.engine.facts import Facts, declared_facts, facts_of, labelled
+from vgm_cli.engine.facts import Facts, declared_facts, facts_for
 from vgm_cli.engine.initial import initialise
 from vgm_cli.engine.parts import freeze, leave_out
 from vgm_cli.engine.tokens import as_output
@@ -51,7 +51,7 @@ def facts_behind(facts: Facts, codec: Any, dataset: Any = None) -> Facts:
     """Facts of the data behind a codec; a set of latents knows the size of its images, or its codec does."""
     if isinstance(dataset, Latents):
         channels, size, _ = dataset.image_shape_for(codec)
-        known = {k: getattr(facts, k) for k in ("num_classes", "class_names", "columns")}
+        known = {k: getattr(facts, k) for k in ("num_classes", "class_names", "columns", "words")}
         facts = Facts.of_pixels(size, channels, **known)
     return facts.after(codec)
 
@@ -175,7 +175,7 @@ def plan_facts(recipe: Recipe) -> tuple[Facts, int | None, PlannedCodec | None]:
     try:
         if data.path:
             dataset = open_images(recipe)
-            facts, count = facts_of(dataset, labelled(recipe, dataset)), len(dataset)
+            facts, count = facts_for(recipe, dataset), len(dataset)
     except VgmError as e:
         if data.size is None:
             raise

@@ -16,7 +16,7 @@ from vgm_cli.conditioning import Conditions, Part, Picture, build_parts, missing
 from vgm_cli.data import Dataset
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine.facts import Facts
-from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.errors import MISSING_ASSET, USAGE, VgmError
 
 ANY = {"image_size": 8, "image_channels": 3, "num_classes": 1}  # facts, where only names are asked for
 
@@ -50,9 +50,20 @@ def conditions_for(nodes: Mapping[str, Any], facts: Facts, model: Any = None, co
             read_encoder(part.condition, weights_file(part.weights, name), name)
             part.condition.requires_grad_(part.trained)
         elif not part.trained and any(p.requires_grad for p in part.condition.parameters()):
+            if "weights" in nodes[name] and any(p.is_meta for p in part.condition.parameters()):
+                continue  # a file that the user names, see check_files
             hint = f"conditions.{name}.train=true, or conditions.{name}.weights=RUN|FILE"
             raise VgmError(f"conditions.{name} has weights that nothing trains and no file holds", hint, USAGE)
     return conditions
+
+
+def check_files(nodes: Mapping[str, Any]) -> None:
+    """VgmError (code 4): an encoder's weights or its tokenizer is a file of the user's, and none is named."""
+    for name, node in nodes.items():
+        for key in ("weights", "tokenizer"):
+            if node is not None and key in node and node[key] is None:
+                where = f"conditions.{name}.{key}"
+                raise VgmError(f"this recipe needs a file for {where}", f"{where}=FILE", MISSING_ASSET)
 
 
 def weights_file(weights: str, name: str) -> Path:

@@ -2,15 +2,21 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass, field, replace
 from typing import Any
 
 from vgm_cli.api import PyramidTokenizer
+from vgm_cli.data import Dataset
+from vgm_cli.data.texts import vocabulary
 from vgm_cli.engine.tokens import TokenCodec
 from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.hookspecs import Component
 from vgm_cli.recipe import Recipe
 from vgm_cli.registry import registry
 from vgm_cli.settings import Data
+
+CAPTIONS, WORDS = 100_000, 8192  # captions that are read for their words, words that are kept
 
 
 @dataclass(kw_only=True)
@@ -27,6 +33,7 @@ class Facts:
     grid: tuple[int, ...] = ()  # shape of an image's tokens, (h, w) or (L,)
     scales: tuple[tuple[int, int], ...] = ()  # (h, w) of every grid of a pyramid of tokens, coarse to fine
     columns: dict[str, int] = field(default_factory=dict)  # channels of the pictures that are read with the images
+    words: list[str] = field(default_factory=list)  # of the captions, commonest first, where a condition asks for them
 
     @property
     def sample_shape(self) -> tuple[int, ...]:
@@ -80,13 +87,32 @@ def facts_of(dataset: Any, labelled: bool) -> Facts:
     return Facts.of_pixels(held.size, held.channels, num_classes=classes, class_names=names, columns=dict(held.columns))
 
 
+def facts_for(recipe: Recipe, dataset: Any) -> Facts:
+    """Facts of the recipe's data as its conditions use it: with its labels, and with the words of its captions."""
+    facts = facts_of(dataset, labelled(recipe, dataset))
+    open_ones = [node for c, node in conditions_in(recipe) if "words" in c.from_data and not node.get("words")]
+    return replace(facts, words=words_of(dataset)) if open_ones else facts
+
+
+def words_of(dataset: Any) -> list[str]:
+    """The commonest words of a data set's captions; of a large one, of captions spread over it."""
+    if not dataset.facts.captions or not isinstance(dataset, Dataset):
+        return []
+    n, count = len(dataset), min(len(dataset), CAPTIONS)
+    return vocabulary((dataset.caption(i * n // count) or "" for i in range(count)), WORDS)
+
+
+def conditions_in(recipe: Recipe) -> list[tuple[Component, Mapping[str, Any]]]:
+    """The components of the recipe's conditions, with their nodes."""
+    nodes = (recipe.config.get("conditions") or {}).items()
+    return [(registry().find("condition", n.get("name", k)), n) for k, n in nodes if n is not None]
+
+
 def labelled(recipe: Recipe, dataset: Any) -> bool:
     """Whether the labels of the data are used: where it has them, unless data.labels or the conditions say
     otherwise."""
     wanted = recipe.node("data").labels
     if wanted is None:
-        nodes = (recipe.config.get("conditions") or {}).items()
-        named = [registry().find("condition", node.get("name", k)) for k, node in nodes if node is not None]
-        told = any("num_classes" in component.from_data.values() for component in named)
+        told = any("num_classes" in component.from_data.values() for component, _ in conditions_in(recipe))
         wanted = told and bool(dataset.facts.num_classes)
     return bool(wanted)

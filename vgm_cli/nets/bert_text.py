@@ -14,24 +14,9 @@ import torch
 from torch import Tensor, nn
 
 from vgm_cli.conditioning import ClassLabel
-from vgm_cli.nets.spatial_transformer import CrossAttention
-from vgm_cli.nets.text import TextCondition
+from vgm_cli.nets.text import EncoderBlock, TextCondition
 from vgm_cli.nets.tokenizers import WordPieces, bert_tokenizer
 from vgm_cli.ranges import Depth, Fraction, Vocabulary, Whole, Width
-
-
-class EncoderBlock(nn.Module):
-    """Pre-norm attention over a text's tokens, and two layers: (B, L, width) -> (B, L, width)."""
-
-    def __init__(self, width: int, heads: int, head_channels: int):
-        super().__init__()
-        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
-        self.attn = CrossAttention(width, width, heads, head_channels, 0.0)
-        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
-
-    def forward(self, x: Tensor) -> Tensor:
-        x = x + self.attn(self.norm1(x))
-        return x + self.mlp(self.norm2(x))
 
 
 class BERTText(TextCondition):

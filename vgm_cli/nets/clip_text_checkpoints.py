@@ -109,7 +109,7 @@ def complete(ours: dict[str, Tensor]) -> dict[str, Tensor]:
 
 
 def transformers_from_ours(state: State) -> dict[str, Tensor]:
-    theirs = {}
+    theirs: dict[str, Tensor] = {}
     plain = {"norm1": "layer_norm1", "norm2": "layer_norm2", "proj": "self_attn.out_proj", "fc1": "mlp.fc1",
              "fc2": "mlp.fc2"}  # fmt: skip
     for name, tensor in complete(dict(state)).items():

@@ -103,9 +103,10 @@ class Hint(FromPictures):
         invert: bool = False,  # black and white change places, as for lines on white
         empty: float = 0.0,  # what stands everywhere where there is no hint
         latents: bool = False,  # the codec's latents instead of pixels
+        small: bool = False,  # what the operator measures, as small as it is, in place of a picture of it
         codec: Codec | None = None,  # the recipe's
     ):
-        self.size, self.channels, self.keyword = size, channels, keyword
+        self.size, self.channels, self.keyword, self.small = size, channels, keyword, small
         self.operator = None if operator is None else registry().build("operator", operator)
         self.column = column or ("hint" if operator is None else "image")
         self.reads = (self.column,)
@@ -146,7 +147,8 @@ class Hint(FromPictures):
             return x
         operator = self.operate(x, drawn)
         with torch.no_grad():
-            return operator.picture(operator(x)).float()
+            y = operator(x)
+            return (y if self.small else operator.picture(y)).float()
 
     def encode(self, items: Sequence[Any], device: torch.device) -> dict[str, Tensor]:
         x = self.check(items, self.picture_shape, device)
@@ -162,7 +164,7 @@ class Hint(FromPictures):
 
 class Mask(FromPictures):
     """The condition `mask`, of networks that complete images: {"mask": (B, 1, H, W), 1 where a pixel is known,
-    "masked": (B, C, H, W), the image, 0 where it is not}.
+    "masked": (B, C, H, W), the image, 0 where it is not}; one keyword for both is the image with the mask behind it.
 
     An item is a picture whose last channel says what is known: of a file, its opaque part. While training, masks are
     drawn by an operator that hides pixels (`{name: inpainting, mask: random}`), or read from a column of the data that
@@ -178,10 +180,13 @@ class Mask(FromPictures):
         keyword: str = "mask",  # of the network, for the mask
         picture: str = "masked",  # of the network, for what is known of the image
         invert: bool = False,  # 1 where a pixel is to be made (LDM)
+        fill: float = 0.0,  # the image's value where nothing is known (LDM: -1)
+        low: float = 0.0,  # what stands for the mask's 0 (LDM: -1)
         latents: bool = False,  # the codec's latents of the masked image; the mask at their size
         codec: Codec | None = None,  # the recipe's
     ):
         self.size, self.channels, self.keyword, self.picture = size, image_channels, keyword, picture
+        self.fill, self.low = fill, low
         self.operator = None if operator is None else registry().build("operator", operator)
         self.column = column or "mask"
         self.reads = ("image",) if operator is not None else ("image", self.column)
@@ -219,12 +224,23 @@ class Mask(FromPictures):
         return self.joined(x, known.to(x.device))
 
     def encode(self, items: Any, device: torch.device) -> dict[str, Tensor]:
-        x = self.check(items, (self.channels + 1, self.size, self.size), device)
-        image, known = x[:, :-1], x[:, -1:]
+        return self.told(self.check(items, (self.channels + 1, self.size, self.size), device))
+
+    def told(self, x: Tensor) -> dict[str, Tensor]:
+        """Keywords of items (B, C + 1, H, W), whatever their size."""
+        known = x[:, -1:]
+        image = x[:, :-1] + self.fill * (1 - known)
         mask = 1 - known if self.invert else known
+        mask = self.low + (1 - self.low) * mask
         if self.latents:
             image = self.latents_of(image)
             mask = F.interpolate(mask, image.shape[-2:])  # nearest, as LDM does
+        return self.named(mask, image)
+
+    def named(self, mask: Tensor, image: Tensor) -> dict[str, Tensor]:
+        """Both under their keywords; under one, the mask behind the image."""
+        if self.keyword == self.picture:
+            return {self.keyword: torch.cat([image, mask], 1)}
         return {self.keyword: mask, self.picture: image}
 
     def null(self, n: int, device: torch.device) -> dict[str, Tensor]:
@@ -234,7 +250,4 @@ class Mask(FromPictures):
     def example(self, n: int, device: torch.device) -> dict[str, Tensor]:
         shape: tuple[int, ...] = (self.channels, self.size, self.size)
         shape = self.latent_shape((self.channels, self.size, self.size)) if self.latents else shape
-        return {
-            self.keyword: torch.zeros(n, 1, *shape[1:], device=device),
-            self.picture: torch.zeros(n, *shape, device=device),
-        }
+        return self.named(torch.zeros(n, 1, *shape[1:], device=device), torch.zeros(n, *shape, device=device))

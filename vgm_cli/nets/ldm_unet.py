@@ -30,6 +30,7 @@ from vgm_cli.nets.unet_blocks import (
     zero,
 )
 from vgm_cli.nn.example import images, noise
+from vgm_cli.nn.features import places
 from vgm_cli.ranges import Blocks, Depth, Fraction, Side, Vocabulary, Whole, Width
 
 
@@ -266,6 +267,33 @@ class LDMUNet(LDMEncoder):
                 given[name] = noise(*shape, config[key], *([side, side] if name == "concat" else []))
         return given
 
+    middle = "middle_block"
+
+    def features(
+        self,
+        x: Tensor,
+        t: Tensor,
+        layers: Sequence[str],
+        context: Tensor | None = None,
+        y: Tensor | None = None,
+        vector: Tensor | None = None,
+        concat: Tensor | None = None,
+        control: Sequence[Tensor | None] | None = None,
+    ) -> list[Tensor]:
+        """Maps (N, C, h, w) behind "input_blocks.3", "middle_block" or "output_blocks.0"; see api.HasFeatures. The
+        encoder is always run whole."""
+        ins, outs = len(self.input_blocks), len(self.output_blocks)
+        down, up = ([f"{part}_blocks.{i}" for i in range(n)] for part, n in (("input", ins), ("output", outs)))
+        at = places(layers, [*down, self.middle, *up])
+        emb = self.embed(t, y, vector)
+        h, skips = self.encode(self.stacked(x, concat), emb, context)
+        found = [*skips, h]
+        h, skips = steered(h, skips, control)
+        for stage in self.output_blocks[: max(max(at, default=0) - ins, 0)]:
+            h = self.run(stage, torch.cat([h, skips.pop()], dim=1), emb, context)
+            found.append(h)
+        return [found[i] for i in at]
+
     def forward(
         self,
         x: Tensor,
@@ -282,10 +310,16 @@ class LDMUNet(LDMEncoder):
             raise VgmError("this network needs a context", 'cond={"context": (N, L, context_dim)}', USAGE)
         emb = self.embed(t, y, vector)
         h, skips = self.encode(self.stacked(x, concat), emb, context)
-        if control is not None:
-            *sides, middle = control
-            h = h if middle is None else h + middle
-            skips = [s if c is None else s + c for s, c in zip(skips, sides, strict=True)]
+        h, skips = steered(h, skips, control)
         for stage in self.output_blocks:
             h = self.run(stage, torch.cat([h, skips.pop()], dim=1), emb, context)
         return self.out(h) if self.id_predictor is None else self.id_predictor(h)
+
+
+def steered(h: Tensor, skips: list[Tensor], control: Sequence[Tensor | None] | None) -> tuple[Tensor, list[Tensor]]:
+    """The middle's map and the skip connections with what a control adds to them."""
+    if control is None:
+        return h, skips
+    *sides, middle = control
+    h = h if middle is None else h + middle
+    return h, [s if c is None else s + c for s, c in zip(skips, sides, strict=True)]

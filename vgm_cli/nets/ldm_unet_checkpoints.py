@@ -334,6 +334,11 @@ def diffusers_forward(state: State, config: Mapping[str, Any]) -> Tensor:
     return found
 
 
+def diffusers_allows(config: Mapping[str, Any]) -> None:
+    """VgmError: diffusers' network has no such."""
+    plan({"use_spatial_transformer": True, **config})
+
+
 LDM_UNET_DIFFUSERS = Layout(
     name="ldm-unet-diffusers",
     component="ldm-unet",
@@ -342,7 +347,7 @@ LDM_UNET_DIFFUSERS = Layout(
     to_ours=diffusers_to_ours,
     from_ours=diffusers_from_ours,
     config=lambda state: unet_config(diffusers_to_ours(state)),
-    allows=lambda config: [] if plan({"use_spatial_transformer": True, **config}) else None,
+    allows=diffusers_allows,
     published=Published(header=header, assumes=assumes),
     diffusers=Diffusers(
         config_json=diffusers_config,

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import re
+import difflib
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from typing import Any
@@ -10,8 +10,10 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vgm_cli.data.texts import split
 from vgm_cli.errors import USAGE, VgmError
-from vgm_cli.ranges import Few, Width
+from vgm_cli.nets.spatial_transformer import CrossAttention
+from vgm_cli.ranges import Blocks, Depth, Few, Width
 
 PAD, UNKNOWN = 0, 1
 
@@ -43,40 +45,57 @@ class TextCondition(nn.Module, ABC):
         return torch.tensor([tokenizer(text, self.length) for text in items], device=device)
 
 
-class WordEncoder(nn.Module):
+class EncoderBlock(nn.Module):
+    """Pre-norm attention over a text's tokens, and two layers: (B, L, width) -> (B, L, width)."""
+
+    def __init__(self, width: int, heads: int, head_channels: int):
+        super().__init__()
+        self.norm1, self.norm2 = nn.LayerNorm(width), nn.LayerNorm(width)
+        self.attn = CrossAttention(width, width, heads, head_channels, 0.0)
+        self.mlp = nn.Sequential(nn.Linear(width, 4 * width), nn.GELU(), nn.Linear(4 * width, width))
+
+    def forward(self, x: Tensor) -> Tensor:
+        x = x + self.attn(self.norm1(x))
+        return x + self.mlp(self.norm2(x))
+
+
+class WordEncoder(TextCondition):
     """The condition `words`: texts -> {"context": (B, length, width)}, one learned vector for each known word and one
-    for its place, zero behind the last word. No text at all is zero everywhere.
+    for its place, and transformer blocks over them.
 
-    In captions, a word that is not known has a vector of its own, and what is longer is cut off; a prompt is refused.
+    Without blocks, places behind the last word are zero, and so is no text at all; with blocks they are padding, which
+    is not masked, and no text is the empty one. In captions, a word that is not known has a vector of its own, and what
+    is longer is cut off; a prompt is refused. VgmError: a width that does not divide into heads.
     """
-
-    column = "text"
-    choices: Sequence[Any] = ()
-    checkpointing = False
 
     def __init__(
         self,
-        words: list[str],  # that the encoder knows, in lower case
+        words: list[str] | None = None,  # that the encoder knows, in lower case; None: those of the data's captions
         width: Width = 64,  # of a word's vector
         length: Few = 8,  # words of a text at most
+        depth: Blocks = 0,  # transformer blocks
+        heads: Depth = 4,  # their attention heads
     ):
         super().__init__()
-        self.words, self.width, self.length = list(words), width, length
-        self.numbers = {word: UNKNOWN + 1 + i for i, word in enumerate(self.words)}
-        self.word = nn.Embedding(UNKNOWN + 1 + len(self.words), width)
+        if depth and width % heads:
+            raise VgmError(f"width={width} does not divide into heads={heads}", "heads=4", USAGE)
+        self.words, self.width, self.length = list(words or []), width, length
+        self.numbers_of = {word: UNKNOWN + 1 + i for i, word in enumerate(self.words)}
+        self.vocabulary = UNKNOWN + 1 + len(self.words)
+        self.word = nn.Embedding(self.vocabulary, width)
         self.place = nn.Embedding(length, width)
         for table in (self.word, self.place):
             nn.init.normal_(table.weight, std=0.5)
-
-    def split(self, text: str) -> list[str]:
-        return re.findall(r"\w+", text.lower())
+        self.blocks = nn.ModuleList(EncoderBlock(width, heads, width // heads) for _ in range(depth))
+        self.norm = nn.LayerNorm(width) if depth else nn.Identity()
 
     def parse(self, words: Sequence[str]) -> list[Any]:
         for text in words:
-            own = self.split(text)
-            if strange := [w for w in own if w not in self.numbers]:
-                known = ", ".join(self.words[:30])
-                raise VgmError(f"'{strange[0]}' is a word that this network was not taught", f"it knows {known}", USAGE)
+            own = split(text)
+            if strange := [w for w in own if w not in self.numbers_of]:
+                near = difflib.get_close_matches(strange[0], self.words, 3) or self.words[:30]
+                message = f"'{strange[0]}' is a word that this network was not taught"
+                raise VgmError(message, f"it knows {len(self.words)} words: {', '.join(near)} …", USAGE)
             if len(own) > self.length:
                 raise VgmError(f"'{text}' has {len(own)} words, the network reads {self.length}", code=USAGE)
         return list(words)
@@ -84,17 +103,21 @@ class WordEncoder(nn.Module):
     def encode(self, items: Sequence[Any], device: torch.device) -> dict[str, Tensor]:
         ids = torch.full((len(items), self.length), PAD)
         for row, text in zip(ids, items):
-            own = [self.numbers.get(w, UNKNOWN) for w in self.split(text)][: self.length]
+            own = [self.numbers_of.get(w, UNKNOWN) for w in split(text)][: self.length]
             row[: len(own)] = torch.tensor(own, dtype=torch.long)
         return {"context": self(ids.to(device))}
 
     def null(self, n: int, device: torch.device) -> dict[str, Tensor]:
-        return {"context": torch.zeros(n, self.length, self.width, device=device)}
+        return super().null(n, device) if self.blocks else self.example(n, device)
 
     def example(self, n: int, device: torch.device) -> dict[str, Tensor]:
-        return self.null(n, device)
+        return {"context": torch.zeros(n, self.length, self.width, device=device)}
 
     def forward(self, ids: Tensor) -> Tensor:
         """(B, length) word numbers -> (B, length, width)."""
-        places = torch.arange(self.length, device=ids.device)
-        return (self.word(ids) + self.place(places)) * (ids != PAD)[..., None]
+        x = self.word(ids) + self.place(torch.arange(self.length, device=ids.device))
+        if not self.blocks:
+            return x * (ids != PAD)[..., None]
+        for block in self.blocks:
+            x = block(x)
+        return self.norm(x)

@@ -9,6 +9,7 @@ from pathlib import Path
 
 import numpy as np
 import torch
+from PIL import Image, ImageDraw
 from torch import Tensor
 
 from vgm_cli.errors import USAGE, VgmError
@@ -46,6 +47,34 @@ def random_mask(height: int, width: int, removed: Range, rng: np.random.RandomSt
     return mask.view(height, width)
 
 
+def lama_mask(height: int, width: int, rng: np.random.RandomState) -> Tensor:
+    """(H, W), 0 on wide strokes of a brush or in a few boxes, as large as LaMa's thick ones are on 256 pixels.
+
+    Suvorov et al. 2022 (arXiv 2109.07161); advimman/lama saicinpainting/training/data/masks.py. Sizes follow the
+    image's.
+    """
+    scale = min(height, width) / 256
+    picture = Image.new("L", (width, height), 1)
+    draw = ImageDraw.Draw(picture)
+    if rng.rand() < 0.5:
+        for _ in range(rng.randint(1, 6)):
+            x, y = rng.randint(width), rng.randint(height)
+            for turn in range(1 + rng.randint(5)):
+                angle = (0.01 + rng.randint(4)) * (-1 if turn % 2 else 1)
+                length, brush = scale * (10 + rng.randint(200)), max(round(scale * (5 + rng.randint(100))), 1)
+                to = np.clip(x + length * np.sin(angle), 0, width), np.clip(y + length * np.cos(angle), 0, height)
+                draw.line([(x, y), to], 0, brush)
+                draw.ellipse([to[0] - brush / 2, to[1] - brush / 2, to[0] + brush / 2, to[1] + brush / 2], 0)
+                x, y = to
+    else:
+        for _ in range(rng.randint(1, 4)):
+            low, high = max(round(30 * scale), 1), max(round(150 * scale), 2)
+            w, h = rng.randint(low, high), rng.randint(low, high)
+            x, y = rng.randint(0, max(width - w, 1)), rng.randint(0, max(height - h, 1))
+            draw.rectangle([x, y, x + w - 1, y + h - 1], 0)
+    return torch.from_numpy(np.array(picture)).float()
+
+
 def half_mask(missing: str, height: int, width: int) -> Tensor:
     """(H, W), 0 in the half that is missing; the middle row or column of an odd size is missing, too."""
     rows, columns = torch.arange(height), torch.arange(width)
@@ -61,9 +90,10 @@ def half_mask(missing: str, height: int, width: int) -> Tensor:
 class Inpainting(Operator):
     """A(x) = mask * x, the same mask for all channels.
 
-    mask: box (a hole) | random | extreme (all but a box is missing) | upper, lower, left, right (that half is missing),
-    or a file or folder of masks, bright where the pixel is known. box: side of the box, below 1 as a share of the
-    image's; two numbers [low, high) are a range of pixels. margin: between box and border, below 1 as a share.
+    mask: box (a hole) | random | lama (wide strokes, or some boxes) | extreme (all but a box is missing) | upper |
+    lower | left | right (that half is missing), or a file or folder of masks, bright where the pixel is known. box:
+    side of the box, below 1 as a share of the image's; two numbers [low, high) are a range of pixels. margin: between
+    box and border, below 1 as a share.
     removed: range of the share of random pixels that are missing.
     VgmError: values out of range, masks of another size.
     """
@@ -93,15 +123,18 @@ class Inpainting(Operator):
     @property
     def is_drawn(self) -> bool:  # type: ignore[override]
         """Another one for every item, and not read from a file."""
-        return self.mask in ("box", "random", "extreme")
+        return self.mask in ("box", "random", "lama", "extreme")
 
     def drawn(self, generators: Sequence[torch.Generator]) -> Tensor:
         _, height, width = self.shape
         masks = []
         for g in generators:
             rng = numpy_rng(g)
-            if self.mask == "random":
-                masks.append(random_mask(height, width, self.removed, rng))
+            if self.mask in ("random", "lama"):
+                strokes = self.mask == "lama"
+                masks.append(
+                    lama_mask(height, width, rng) if strokes else random_mask(height, width, self.removed, rng)
+                )
                 continue
             if isinstance(self.box, tuple):
                 low, high = self.box
@@ -117,7 +150,9 @@ class Inpainting(Operator):
 
     def read(self, items: int) -> Tensor:
         if not Path(self.mask).exists():
-            raise VgmError(f"no such mask: {self.mask}", f"box, random, extreme, {', '.join(HALVES)}, or a file", USAGE)
+            raise VgmError(
+                f"no such mask: {self.mask}", f"box, random, lama, extreme, {', '.join(HALVES)}, or a file", USAGE
+            )
         masks = read_arrays(self.mask, "mask", items, self.first)
         if masks.shape[-2:] != self.shape[1:]:
             size = "x".join(map(str, masks.shape[-2:]))

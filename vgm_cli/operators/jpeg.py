@@ -6,11 +6,14 @@ ITU-T T.81 with its example tables (annex K) scaled by libjpeg's quality rule, J
 
 from __future__ import annotations
 
+import io
 import math
 from typing import Literal
 
+import numpy as np
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import Tensor
 
 from vgm_cli.errors import USAGE, VgmError
@@ -104,6 +107,18 @@ class JPEG(Operator):
         """One component about 0, (B, C, H, W) of any size, as 8-bit samples."""
         out = through_blocks(padded(x, 8), table(base, self.quality))[..., : x.shape[2], : x.shape[3]]
         return rounded(out).clamp(-128, 127)
+
+
+def libjpeg(x: Tensor, quality: int) -> Tensor:
+    """x (B, C, H, W) in [-1, 1], of 1 or 3 channels, as libjpeg writes it and reads it again; the gradient is 1."""
+    pixels = ((x.detach().clamp(-1, 1) + 1) * 127.5).round().byte().permute(0, 2, 3, 1).cpu().numpy()
+    read = []
+    for row in pixels:
+        file = io.BytesIO()
+        Image.fromarray(row[..., 0] if row.shape[-1] == 1 else row).save(file, "JPEG", quality=quality)
+        read.append(torch.from_numpy(np.array(Image.open(file))).view(row.shape))
+    made = torch.stack(read).permute(0, 3, 1, 2).to(x) / 127.5 - 1
+    return x + (made - x).detach()
 
 
 def padded(x: Tensor, multiple: int) -> Tensor:

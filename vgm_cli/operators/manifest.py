@@ -13,6 +13,7 @@ OPERATORS = {
     "phase-retrieval": ("phase:PhaseRetrieval", "only the amplitude of the Fourier transform is known"),
     "colorization": ("separable:Colorization", "only a grey image is known"),
     "jpeg": ("jpeg:JPEG", "JPEG compression of quality `quality`"),
+    "bsr": ("bsr:BSR", "blur, reduction, noise and JPEG in a drawn order (BSRGAN's light form)"),
     "denoising": ("separable:Denoising", "nothing but noise"),
 }
 

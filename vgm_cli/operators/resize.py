@@ -51,19 +51,21 @@ def output_size(n: int, scale: float) -> int:
 
 
 def taps(
-    n_in: int, n_out: int, scale: float, kernel: str = "cubic", antialias: bool = True
+    n_in: int, n_out: int, scale: float, kernel: str = "cubic", antialias: bool = True, centred: bool = True
 ) -> tuple[np.ndarray, np.ndarray]:
     """Weights (n_out, k) float64 and the input positions (n_out, k) they multiply; columns without weight left out.
 
-    VgmError: unknown kernel.
+    centred: where output size and scale disagree slightly, the centres of both images coincide; else their first
+    corners do, as in MATLAB. VgmError: unknown kernel.
     """
     if kernel not in KERNELS:
         raise unknown("kernel", kernel, KERNELS)
     function, width = KERNELS[kernel]
     shrink = scale if antialias and scale < 1 else 1.0
     width = width / shrink
-    # centres of the output pixels in input coordinates that count from 1; output size and scale may disagree slightly
-    centre = (np.arange(1, n_out + 1) - (n_out - n_in * scale) / 2) / scale + 0.5 * (1 - 1 / scale)
+    over = (n_out - n_in * scale) / 2 if centred else 0.0
+    # centres of the output pixels in input coordinates that count from 1
+    centre = (np.arange(1, n_out + 1) - over) / scale + 0.5 * (1 - 1 / scale)
     first = np.floor(centre - width / 2)
     position = first[:, None] + np.arange(math.ceil(width) + 2) - 1  # counts from 0
     weight = shrink * function(shrink * (centre[:, None] - position - 1))
@@ -75,9 +77,11 @@ def taps(
     return weight[:, used], index[:, used]
 
 
-def matrix(n_in: int, n_out: int, scale: float, kernel: str = "cubic", antialias: bool = True) -> np.ndarray:
+def matrix(
+    n_in: int, n_out: int, scale: float, kernel: str = "cubic", antialias: bool = True, centred: bool = True
+) -> np.ndarray:
     """The same as a matrix (n_out, n_in)."""
-    weight, index = taps(n_in, n_out, scale, kernel, antialias)
+    weight, index = taps(n_in, n_out, scale, kernel, antialias, centred)
     out = np.zeros((n_out, n_in))
     np.add.at(out, (np.arange(n_out)[:, None], index), weight)
     return out

@@ -16,9 +16,10 @@ from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine.checkpoint import Loaded
 from vgm_cli.engine.sample import loop as generate
 from vgm_cli.engine.sample.accept import Judge
+from vgm_cli.engine.sample.given import given_pictures
 from vgm_cli.engine.sample.loop import Plan
 from vgm_cli.engine.sample.output import free_name, pictures, write_grid
-from vgm_cli.engine.sample.setup import adopt_classes, adopt_conditions, given_images, open_model
+from vgm_cli.engine.sample.setup import adopt_classes, adopt_conditions, open_model
 from vgm_cli.errors import FAILED, USAGE, VgmError
 from vgm_cli.images import Layout, read_png_metadata, save_png
 from vgm_cli.registry import registry
@@ -72,18 +73,20 @@ def rerun(image: Path, out: Path | None, device_name: str | None = None, overwri
     if s.get("input"):
         ui.info(f"input: {s['input']}, as {image} says")
     interval = tuple(s["guidance_interval"]) if s.get("guidance_interval") else None
-    start = given_images(loaded, s["input"], s["n"]) if s.get("input") else None
     steps = s["steps"] if "steps" in s.get("asked", ["steps"]) else None
     told, words = loaded.conditions, s.get("words") or {}
     foreign.tell_files([words, s.get("conditions")], image)
     adopt_conditions(loaded, dict(s.get("conditions") or {}), ())
-    adopt_classes(loaded, generate.build_sampler(s["sampler"], device, loaded.roles))
+    sampler = generate.build_sampler(s["sampler"], device, loaded.roles)
+    adopt_classes(loaded, sampler)
+    start = given_pictures(loaded, sampler, s["input"], s.get("mask"), s["n"]) if s.get("input") else None
     items = {name: told.parts[name].condition.parse(own) for name, own in words.items() if name in told.parts}
     if (part := told.of_column("label")) is not None and s["labels"]:
         items[part.name] = part.condition.parse(list(map(str, s["labels"])))
+    items |= start.items(told) if start is not None else {}
     given = generate.items_for(told, s["n"], items)
     plan = Plan(n=s["n"], seed=s["seed"], given=given, labels=generate.labels_in(told, given), words=words,
-                negative=s.get("negative") or {}, sampler=s["sampler"], steps=steps, images=start,
+                negative=s.get("negative") or {}, sampler=s["sampler"], steps=steps, pictures=start,
                 guidance_scale=s["guidance_scale"], guidance_interval=interval, precision=s.get("precision", "fp32"),
                 judge=Judge(s["accept"]["candidates"], s["accept"]["judge"]) if s.get("accept") else None,
                 batch_size=s.get("batch_size", 64), roles=loaded.roles)  # fmt: skip

@@ -23,6 +23,7 @@ from vgm_cli.data import Dataset
 from vgm_cli.data.latents import to_model
 from vgm_cli.engine.checkpoint import Loaded, load
 from vgm_cli.engine.sample.accept import Judge
+from vgm_cli.engine.sample.given import Given
 from vgm_cli.errors import FAILED, USAGE, VgmError
 from vgm_cli.images import Layout, compared, layout_of, save_grid, save_png
 from vgm_cli.registry import registry
@@ -47,8 +48,7 @@ class Plan:
     guidance_scale: float | None = None  # None: the sampler's own
     guidance_interval: tuple[float, float] | None = None  # host times between which to guide
     batch_size: int = 64
-    images: Tensor | None = None  # see api.Request
-    source: str | None = None  # the data that images were read from
+    pictures: Given | None = None  # to start from
     precision: str = "fp32"  # or bf16: autocast of networks and codec
     named: tuple[str, ...] = ()  # options that the user gave; `stream` reports which had no effect
     judge: Judge | None = None  # chooses among several candidates for every image
@@ -199,12 +199,13 @@ def stream(
                 device=at,
                 callback=each_step(callback, progress, start + k * size, size),
                 index=list(range(start, stop)),
-                images=plan.images,
+                **(plan.pictures.of_request(range(start, stop)) if plan.pictures else {}),
                 codec=loaded.codec,
                 asked=loaded.conditions.asked(items),
             )
             before = [g.get_state() for g in request.generators[:1]]
             x = made(loaded, plan, sampler, request)
+            x = plan.pictures.pasted(x, range(start, stop)) if plan.pictures else x
             refuse_non_finite(x, start)
             if plan.judge:
                 best = plan.judge.better(best, x, request.asked)
@@ -369,7 +370,8 @@ def provenance(loaded: Loaded, plan: Plan, target: str, device: torch.device | s
         "labels": plan.labels,
         **plan.asked(),
         **plan.settings(device),
-        "input": plan.source,
+        "input": plan.pictures.source if plan.pictures else None,
+        **({"mask": plan.pictures.mask} if plan.pictures and plan.pictures.mask else {}),
         "precision": plan.precision,
         "batch_size": plan.batch_size,
         "sha256": loaded.sha256(),

@@ -17,6 +17,7 @@ from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine.environment import bf16_supported
 from vgm_cli.engine.processes import keep_memory, pick_device
 from vgm_cli.engine.sample.accept import Judge, candidates_for
+from vgm_cli.engine.sample.given import given_pictures, with_strength
 from vgm_cli.engine.sample.loop import Plan, build_sampler, items_for, labels_in, sampler_node
 from vgm_cli.errors import USAGE, VgmError, unknown
 from vgm_cli.ranges import Images, NonNegative, Steps, fit
@@ -75,6 +76,8 @@ def plan_for(
     batch_size: int = 64,
     overrides: Sequence[str] = (),
     images: str | None = None,
+    mask: str | None = None,
+    strength: float | None = None,
     precision: str = "auto",
     accept: float | None = None,
     judge: str = "confidence",
@@ -94,11 +97,14 @@ def plan_for(
     guidance_scale = fit(guidance_scale, NonNegative | None, "--guidance-scale")
     steps = fit(steps, Steps | None, "--steps")
     n = fit(n, Images, "-n")
-    node = sampler_node(recipe, sampler, own)
+    node = with_strength(sampler_node(recipe, sampler, own), strength, images, mask)
     check_sampler(node)
     device = next(loaded.model.parameters()).device
     table = build_sampler(node, device)
     adopt_classes(loaded, table)
+    if mask is not None and images is None:
+        raise VgmError("--mask says what is kept of a picture", "--image FILE", USAGE)
+    pictures = None if images is None else given_pictures(loaded, table, images, mask, n)
     words = words_for(loaded.conditions, label, prompts, hints)
     away = negative_for(loaded.conditions, negative)
     interval = None
@@ -116,10 +122,11 @@ def plan_for(
         "steps": steps,
         "guidance_scale": guidance_scale,
         "guidance_interval": interval,
-        "images": images,
+        "images": None if mask is not None else images,
         "negative": negative,
     }
     wanted = {name: loaded.conditions.parts[name].condition.parse(own) for name, own in words.items()}
+    wanted |= pictures.items(loaded.conditions) if pictures is not None else {}
     given = items_for(loaded.conditions, n, wanted, table)
     plan = Plan(
         n=n,
@@ -134,8 +141,7 @@ def plan_for(
         guidance_scale=recipe.get("guidance_scale") if guidance_scale is None else guidance_scale,
         guidance_interval=interval,
         batch_size=batch_size,
-        images=given_images(loaded, images, n) if images is not None else None,
-        source=images,
+        pictures=pictures,
         roles=loaded.roles,
         precision=precision_of(loaded, precision),
         named=tuple(k for k, v in wishes.items() if v is not None),
@@ -246,16 +252,3 @@ def named(loaded: ckpt.Loaded, model: str) -> str:
     if whole or loaded.path.parent == ckpt.ASSETS:
         return model
     return str(next((p.parent for p in loaded.path.parents if p.name == "checkpoints"), loaded.path))
-
-
-def given_images(loaded: ckpt.Loaded, data: str, n: int) -> torch.Tensor:
-    """The first n images of a data set as the model sees them, on its device: (<= n, C, H, W)."""
-    from vgm_cli.data import open_dataset
-
-    facts = loaded.header.data
-    dataset = open_dataset(data, size=facts.get("image_size"), channels=facts.get("image_channels"))
-    x: torch.Tensor = dataset.pixels(range(min(n, len(dataset)))).to(next(loaded.model.parameters()).device)
-    if loaded.codec is None:
-        return x
-    with torch.no_grad():
-        return loaded.codec.latents(loaded.codec.encode(x))  # type: ignore[no-any-return]

@@ -22,8 +22,8 @@ from vgm_cli.data.latents import Latents, MemoryLatents, to_model
 from vgm_cli.data.loader import Batches
 from vgm_cli.engine import build
 from vgm_cli.engine import checkpoint as ckpt
-from vgm_cli.engine.build import Facts
 from vgm_cli.engine.conditions import OfData, columns_of
+from vgm_cli.engine.facts import Facts, facts_for, facts_of, labelled
 from vgm_cli.engine.run import Run
 from vgm_cli.engine.train.codec_stage import train_codec
 from vgm_cli.errors import USAGE, VgmError
@@ -69,6 +69,7 @@ class Feed:
             "fingerprint": self.dataset.fingerprint(),
             "sample_shape": list(self.facts.sample_shape),
             "labelled": self.labelled,
+            **({"words": self.facts.words} if self.facts.words else {}),
         }
 
     def batches(self, start: int = 0, size: int | None = None, shared: bool = False) -> Iterator[Batch]:
@@ -134,20 +135,20 @@ def open_images(recipe: Recipe) -> tuple[Any, bool]:
     if not data.path:
         raise VgmError(f"{recipe.name} names no data", NO_DATA_HINT, USAGE)
     dataset = build.open_images(recipe)
-    labelled = build.labelled(recipe, dataset)
-    if labelled and not dataset.facts.num_classes:
+    wanted = labelled(recipe, dataset)
+    if wanted and not dataset.facts.num_classes:
         raise VgmError(
             f"{data.path} has no labels", "class sub-folders give labels; data.labels=false trains without", USAGE
         )
-    count = dataset.facts.num_classes if labelled else 0
+    count = dataset.facts.num_classes if wanted else 0
     if data.num_classes and data.num_classes != count:
         ui.warn(f"the recipe says {data.num_classes} classes, the data has {count or 'none'}: the data counts")
-    if (start := recipe.start()) is not None and labelled:
+    if (start := recipe.start()) is not None and wanted:
         known = ckpt.read_header(ckpt.resolve(start)).data
-        compare_classes(build.facts_of(dataset, True), known, f"the {start_role(recipe.config)}")
+        compare_classes(facts_of(dataset, True), known, f"the {start_role(recipe.config)}")
     if data.channels == 1 and isinstance(dataset, Dataset) and not dataset.source.header(0)[2]:
         ui.warn(f"data.channels=1: the colours of {data.path} are left out")
-    return dataset, labelled
+    return dataset, wanted
 
 
 def open_feed(
@@ -165,13 +166,11 @@ def open_feed(
     data = recipe.node("data")
     if dataset is None:
         dataset, _ = open_images(recipe)
-    labelled = build.labelled(recipe, dataset)
-    facts = build.facts_of(dataset, labelled)
     feed = Feed(
         data=data,
         dataset=dataset,
-        facts=facts,
-        labelled=labelled,
+        facts=facts_for(recipe, dataset),
+        labelled=labelled(recipe, dataset),
         seed=recipe.node("train").seed,
         rank=accelerator.process_index,
         world=accelerator.num_processes,

@@ -131,7 +131,7 @@ def learning_rate(setting: Optimizer, index: int, total: int) -> float:
         passed = [step for step in setting.milestones if step <= index]
         return setting.lr * (setting.milestones[max(passed)] if passed else 1.0)
     end = total - setting.reach_final
-    start = max(float(setting.warmup), setting.decay_from * end)
+    start = max(0.0 if setting.decay_in_warmup else float(setting.warmup), setting.decay_from * end)
     progress = min(1.0, max(0.0, (index - start) / max(end - start, 1e-9)))
     fall = 1 - progress if setting.schedule == "linear" else (1 + math.cos(math.pi * progress)) / 2
     return max(setting.final_lr + (setting.lr - setting.final_lr) * fall, setting.least_lr)
