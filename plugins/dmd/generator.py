@@ -9,30 +9,14 @@ from __future__ import annotations
 from dataclasses import dataclass
 
 import torch
-from torch import Tensor
 
 from vgm_cli.diffusion.denoiser import Denoiser
-from vgm_cli.diffusion.flow_map import FewStepSampler, FlowMap
-from vgm_cli.diffusion.path import DiscreteVPPath, EDMPath
-from vgm_cli.diffusion.timesteps import karras
+from vgm_cli.diffusion.flow_map import FewStepSampler, FlowMap, level_times
 from vgm_cli.errors import USAGE, VgmError
 
 # sigma / alpha at index 399 of Stable Diffusion's process, where DMD2's one-step SDXL is asked: dividing an error in
 # eps by the alpha of pure noise (0.07 in Stable Diffusion, 0.006 in DDPM) would drown the image
 EPS_LEVEL = 1.16
-
-
-def level_times(view: Denoiser, n: int = 1000, rho: float = 7.0) -> Tensor:
-    """The host times of the noise levels 0 (cleanest) to n - 1: (n,) float64.
-
-    Discrete paths: their own steps, whatever n. EDM's: Karras et al.'s levels. Others: uniform in t.
-    """
-    if isinstance(view.path, DiscreteVPPath):
-        return view.path.t_of_timestep(torch.arange(view.path.steps))
-    low, high = view.t_range()
-    if isinstance(view.path, EDMPath):
-        return karras(n, low, high, rho, dtype=torch.float64)[:-1].flip(0)
-    return torch.linspace(low, high, n, dtype=torch.float64)
 
 
 def denoising_times(view: Denoiser, steps: int, first: float | None = None, count: int | None = None) -> list[float]:

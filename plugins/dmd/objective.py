@@ -10,7 +10,6 @@ whatever it was trained as (EDM's and Stable Diffusion's are the official ones).
 from __future__ import annotations
 
 from collections.abc import Mapping
-from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal
 
 import torch
@@ -20,15 +19,14 @@ from torch import Tensor, nn
 from vgm_cli.api import Batch, ObjectiveBase, Phase, Step
 from vgm_cli.conditioning import Conditions
 from vgm_cli.diffusion.denoiser import Denoiser
-from vgm_cli.diffusion.flow_map import FlowMap
+from vgm_cli.diffusion.flow_map import FlowMap, level_times
 from vgm_cli.diffusion.guidance import ClassifierFreeGuidance
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.losses.pseudo_huber import pseudo_huber
-from vgm_cli.nn.precision import full_precision
 from vgm_cli.ranges import Fraction, NonNegative, Positive, Steps, Width, ordered
 
 from .discriminator import Features, head_for
-from .generator import denoising_times, level_times
+from .generator import denoising_times
 from .losses import discriminator_loss, dm_gradient, dm_loss, fake_loss, generator_gan_loss
 
 
@@ -159,7 +157,7 @@ class DMD(ObjectiveBase):
             self.real.null = batch.get("null")
         low, high = self.dm_range
         t = self.at(low + step.randint(high - low, len(x), "dm level"))
-        with torch.no_grad(), precision_for(self.fake, x):
+        with torch.no_grad(), self.fake.precision(x.device):
             x_t = self.student.path.add_noise(x, step.randn(x.shape, "dm noise"), t)
             real, fake = (view.predict(x_t, t, "x0", **cond).float() for view in (self.real, self.fake))
             scale = self.student.path.alpha(t) if self.weighting == "dmd" else None
@@ -213,12 +211,6 @@ class DMD(ObjectiveBase):
 
     def view(self) -> dict[str, Any]:
         return self.student.view()
-
-
-def precision_for(view: Denoiser, x: Tensor) -> AbstractContextManager[Any]:
-    """No half precision where eps or the score is predicted: x0 is off by sigma / alpha times the rounding."""
-    sensitive = view.prediction in ("eps", "score")
-    return full_precision(x.device) if sensitive else nullcontext()
 
 
 def distance(kind: str, a: Tensor, b: Tensor, lpips: nn.Module | None = None) -> Tensor:

@@ -10,6 +10,7 @@ the velocity over sigma_data; Lu & Song 2025).
 from __future__ import annotations
 
 from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, nullcontext
 from typing import Any, Literal, get_args
 
 import torch
@@ -17,6 +18,7 @@ from torch import Tensor
 
 from vgm_cli.diffusion.path import DiscreteVPPath, LinearPath, Path, Time, as_time, make_path
 from vgm_cli.errors import USAGE, VgmError, unknown
+from vgm_cli.nn.precision import full_precision
 from vgm_cli.nn.shapes import each, expand
 
 Prediction = Literal["x0", "eps", "score", "v", "velocity", "F", "trig"]
@@ -273,6 +275,11 @@ class Denoiser:
             return output, None
         channels = x_t.shape[1]
         return output[:, :channels], output[:, channels:]
+
+    def precision(self, device: torch.device) -> AbstractContextManager[Any]:
+        """Where to ask for x0: without half precision if eps or the score is predicted, since x0 is off by sigma /
+        alpha times the rounding."""
+        return full_precision(device) if self.prediction in ("eps", "score") else nullcontext()
 
     # the host's side
 

@@ -18,9 +18,9 @@ from torch import Tensor
 
 from vgm_cli.api import Request
 from vgm_cli.diffusion.denoiser import Denoiser, Network, convert
-from vgm_cli.diffusion.path import Time
+from vgm_cli.diffusion.path import DiscreteVPPath, EDMPath, Time
 from vgm_cli.diffusion.solvers.common import Callback, notify
-from vgm_cli.diffusion.timesteps import level_range, time_grid
+from vgm_cli.diffusion.timesteps import karras, level_range, time_grid
 from vgm_cli.errors import USAGE, VgmError, unknown
 from vgm_cli.nn.shapes import expand
 from vgm_cli.ranges import NonNegative, Steps
@@ -194,6 +194,19 @@ class FlowMap(Denoiser):
         grid = "karras" if self.path.name == "edm" else "uniform"
         low = max(self.end(), float(self.path.t_of_ve_sigma(low))) if grid == "karras" else self.end()
         return time_grid(self.path, steps or 1, grid, low=low, high=self.start())[:-1].tolist()
+
+
+def level_times(view: Denoiser, n: int = 1000, rho: float = 7.0) -> Tensor:
+    """The host times of the noise levels 0 (cleanest) to n - 1: (n,) float64.
+
+    Discrete paths: their own steps, whatever n. EDM's: Karras et al.'s levels. Others: uniform in t.
+    """
+    if isinstance(view.path, DiscreteVPPath):
+        return view.path.t_of_timestep(torch.arange(view.path.steps))
+    low, high = view.t_range()
+    if isinstance(view.path, EDMPath):
+        return karras(n, low, high, rho, dtype=torch.float64)[:-1].flip(0)
+    return torch.linspace(low, high, n, dtype=torch.float64)
 
 
 def few_step(

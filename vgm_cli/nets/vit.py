@@ -1,17 +1,19 @@
-"""Vision transformers from local weights: DINOv2's ViT and CLIP's image tower, behind FD-DINOv2 and CMMD, and MAE's
-encoder. One gives the features of the class token, or those of every patch as a grid.
+"""Vision transformers from local weights: DINO's and DINOv2's, CLIP's image tower, behind FD-DINOv2 and CMMD, and MAE's
+encoder. One gives the features of the class token, those of every patch as a grid, or the tokens at several depths.
 
 Papers: Oquab et al., DINOv2 (arXiv:2304.07193), facebookresearch/dinov2 (dinov2_vit{s,b,l,g}14_pretrain.pth); Radford
 et al., CLIP (arXiv:2103.00020), openai/CLIP (ViT-*.pt). Read in the official layouts and in Hugging Face's
 (model.safetensors of facebook/dinov2-* and openai/clip-vit-*). Sizes are read off the tensors; heads are 64 wide.
-Position embeddings are interpolated as DINOv2's hub models do it (bicubic, scale (n + 0.1) / n0), or as timm does it
-(bicubic, antialiased); MAE's weights (He et al., arXiv:2111.06377) are timm's vit_large_patch16_224.mae.
+Position embeddings are interpolated as DINOv2's hub models do it (bicubic, scale (n + 0.1) / n0), as timm does it
+(bicubic, antialiased), or bilinearly (StyleGAN-T); MAE's weights (He et al., arXiv:2111.06377) are timm's
+vit_large_patch16_224.mae.
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
+from typing import Literal
 
 import torch
 import torch.nn.functional as F
@@ -24,6 +26,7 @@ ACCEPTED = (
     "(ViT-L-14-336px.pt, or openai/clip-vit-large-patch14-336's model.safetensors)"
 )
 HEAD = 64
+Interpolation = Literal["dinov2", "timm", "bilinear"]  # of position embeddings, see above
 ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
     "gelu": F.gelu,
     "quick-gelu": lambda x: x * torch.sigmoid(1.702 * x),
@@ -85,27 +88,42 @@ class VisionTransformer(nn.Module):
         self.head = nn.Linear(width, head, bias=False) if head else nn.Identity()
         self.dim = head or width
 
-    def positions(self, grid: int, antialias: bool = False) -> Tensor:
-        """(1 + grid^2, D); antialias: timm's way of another size, see above."""
+    def positions(self, grid: int, how: Interpolation = "dinov2") -> Tensor:
+        """(1 + grid^2, D). how: they are interpolated for another size."""
         if grid == self.grid:
             return self.pos
         old = self.pos[1:].view(1, self.grid, self.grid, -1).permute(0, 3, 1, 2)  # (1, D, g, g)
-        if antialias:
+        if how == "bilinear":
+            new = F.interpolate(old, size=(grid, grid), mode="bilinear")
+        elif how == "timm":
             new = F.interpolate(old, size=(grid, grid), mode="bicubic", antialias=True)
         else:
             factor = (grid + 0.1) / self.grid
             new = F.interpolate(old, scale_factor=(factor, factor), mode="bicubic")
         return torch.cat([self.pos[:1], new.flatten(2)[0].T])
 
-    def tokens(self, x: Tensor, antialias: bool = False) -> Tensor:
-        """x: (B, 3, S, S) -> (B, 1 + N, D), the class token first, before the last normalisation."""
+    def embed(self, x: Tensor, how: Interpolation = "dinov2") -> Tensor:
+        """x: (B, 3, S, S) -> tokens with their positions, before any layer: (B, 1 + N, D), the class token first."""
         x = self.patch(x).flatten(2).transpose(1, 2)  # (B, N, D)
         grid = round(x.shape[1] ** 0.5)
-        x = torch.cat([self.cls.expand(len(x), 1, -1), x], 1) + self.positions(grid, antialias)  # (B, 1 + N, D)
-        x = self.norm_pre(x)
+        return torch.cat([self.cls.expand(len(x), 1, -1), x], 1) + self.positions(grid, how)
+
+    def tokens(self, x: Tensor, how: Interpolation = "dinov2") -> Tensor:
+        """x: (B, 3, S, S) -> (B, 1 + N, D), the class token first, before the last normalisation."""
+        x = self.norm_pre(self.embed(x, how))
         for block in self.blocks:
             x = block(x)
         return x
+
+    def levels(self, x: Tensor, blocks: Sequence[int], how: Interpolation = "bilinear") -> list[Tensor]:
+        """x: (B, 3, S, S) -> tokens (B, 1 + N, D) behind each of the blocks, numbered from 0 in ascending order, and
+        last those before the first block."""
+        embedded = self.embed(x, how)
+        x, found = self.norm_pre(embedded), []
+        for i, block in enumerate(self.blocks[: blocks[-1] + 1]):
+            x = block(x)
+            found += [x] * list(blocks).count(i)
+        return [*found, embedded]
 
     def forward(self, x: Tensor) -> Tensor:
         """x: (B, 3, S, S) normalised, S a multiple of the patch -> (B, dim)."""
@@ -113,7 +131,7 @@ class VisionTransformer(nn.Module):
 
     def grid_features(self, x: Tensor) -> Tensor:
         """x: (B, 3, S, S) -> features of the patches in their places, (B, D, S / patch, S / patch), as timm's."""
-        x = self.norm(self.tokens(x, antialias=True)[:, 1:])  # (B, N, D)
+        x = self.norm(self.tokens(x, "timm")[:, 1:])  # (B, N, D)
         grid = round(x.shape[1] ** 0.5)
         return x.transpose(1, 2).reshape(len(x), -1, grid, grid)
 
