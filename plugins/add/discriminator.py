@@ -41,7 +41,7 @@ class SpectralConv1d(nn.Module):
     def iterate(self, times: int = 1) -> None:
         """Power iterations towards the weight's first singular vectors."""
         matrix = self.weight_orig.flatten(1)
-        for _ in range(times):
+        for _ in range(0 if matrix.is_meta else times):
             self.weight_v.copy_(F.normalize(matrix.T @ self.weight_u, dim=0, eps=1e-12))
             self.weight_u.copy_(F.normalize(matrix @ self.weight_v, dim=0, eps=1e-12))
 

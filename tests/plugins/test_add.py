@@ -4,9 +4,10 @@ do not cover."""
 from __future__ import annotations
 
 import math
+import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import pytest
 import torch
@@ -106,8 +107,6 @@ def transformer(case: GoldenCase, state: Mapping[str, Tensor], folder: Path) -> 
 @golden.check(lambda c: c.kind == "projected_discriminator")
 def projected_discriminator(case: GoldenCase) -> None:
     """Features, heads, and gradients to the image and to weights, from one official state."""
-    import tempfile
-
     state = {**by_formula(case.config["keys"]), **case.state}
     with tempfile.TemporaryDirectory() as folder:
         features = transformer(case, state, Path(folder))
@@ -321,3 +320,339 @@ def turbo(case: GoldenCase) -> None:
 
 def test_golden(golden_case: GoldenCase) -> None:
     golden.run(golden_case)
+
+
+# -- what the golden cases do not cover --------------------------------------------------------------------------------
+
+DISCRETE = {"path": SCALED, "time": "index"}
+VIEWS: dict[str, dict[str, Any]] = {
+    "eps": DISCRETE | {"prediction": "eps"},
+    "v": DISCRETE | {"prediction": "v"},
+    "flow": {"path": "linear", "prediction": "velocity", "time": "reversed"},
+    "edm": {"path": "edm", "prediction": "F", "time": "edm"},
+}
+
+
+class Small(nn.Module):
+    """A network of one convolution that is told a class, with a row for none."""
+
+    num_classes, asked = 3, 0
+
+    def __init__(self) -> None:
+        super().__init__()
+        torch.manual_seed(0)
+        self.conv, self.table = nn.Conv2d(1, 1, 3, padding=1), nn.Embedding(4, 1)
+        self.sample_shape = (1, 28, 28)
+
+    def forward(self, x: Tensor, t: Tensor, y: Tensor) -> Tensor:
+        self.asked += 1
+        return self.conv(x) * torch.cos(spread(t, x) / 500) + spread(self.table(y)[:, 0], x)
+
+    def null_condition(self, cond: dict[str, Any]) -> dict[str, Any]:
+        return {**cond, "y": torch.full_like(cond["y"], 3)}
+
+
+def distilling(view: str = "flow", **keywords: Any) -> ADD:
+    teacher = Denoiser.from_config(Small().eval().requires_grad_(False), VIEWS[view])
+    conditions = Conditions([Part("class", ClassLabel(3), "label")], teacher.network)
+    return ADD(Small(), teacher, DigitFeatures(), conditions=conditions, **keywords)
+
+
+def batch_of(n: int = 4) -> dict[str, Any]:
+    g = torch.Generator().manual_seed(0)
+    return {"x": torch.randn(n, 1, 28, 28, generator=g), "cond": {"y": torch.arange(n) % 3}, "null": {}}
+
+
+def run(objective: ADD, index: int = 0) -> dict[str, Tensor]:
+    """Every phase of a step, with its gradients; what it logs. Only what a phase trains receives gradients."""
+    seen: dict[str, Tensor] = {}
+    for phase in objective.phases():
+        for role, net in objective.networks.items():
+            net.requires_grad_(role in phase.trains).zero_grad()
+        loss, logs = objective.loss(phase.name, batch_of(), Step(index))
+        loss.backward()
+        assert torch.isfinite(loss)
+        for role, net in objective.networks.items():
+            moved = any(p.grad is not None and p.grad.abs().sum() > 0 for p in net.parameters())
+            assert moved == (role in phase.trains), (phase.name, role)
+        seen |= logs | {f"{phase.name} loss": loss.detach()}
+    return seen
+
+
+@pytest.mark.parametrize("view", VIEWS)
+@pytest.mark.parametrize(
+    "keywords",
+    [
+        {},
+        {"weighting": "sds", "distance_in": "latents", "teacher_steps": 2, "guidance_scale": 2.0},
+        {"weighting": "nfsd", "head_condition": "image", "augment": ""},
+        {"teacher_steps": 4, "head_condition": "none", "reduction": "sum", "levels": (999, 899)},
+    ],
+    ids=["default", "sds", "nfsd", "steps"],
+)
+def test_any_teacher(view: str, keywords: dict[str, Any]) -> None:
+    """Every option, whatever the teacher predicts: the student's phase moves the student alone, the discriminator's
+    the heads alone; teacher, features and decoder never move."""
+    seen = run(distilling(view, **keywords))
+    assert {"adversarial", "distillation", "hinge_real", "hinge_fake", "r1", "logits_real"} <= seen.keys()
+
+
+def test_ablations() -> None:
+    """Without the discriminator there is none; without the distillation the teacher is not asked."""
+    alone = distilling(adversarial_weight=0.0)
+    assert [p.name for p in alone.phases()] == ["generator"] and "discriminator" not in alone.networks
+    assert run(alone).keys() == {"distillation", "generator loss"}
+    free = distilling(distillation_weight=0.0)
+    assert "distillation" not in run(free) and free.teacher.network.asked == 0
+    both, parts = run(distilling(adversarial_weight=0.5)), run(distilling(adversarial_weight=1.0))
+    assert both["adversarial"] == parts["adversarial"]
+    half = parts["generator loss"] - 0.5 * parts["adversarial"]
+    assert_close(both["generator loss"], half, 1e-5, "weight of the adversarial term")
+    for wrong, said in (({"levels": (249, 999)}, "do not descend"), ({"levels": (1000,)}, "do not descend")):
+        with pytest.raises(VgmError, match=said):
+            distilling(**wrong)
+    with pytest.raises(VgmError, match="shows several levels"):
+        ADD(Small(), alone.teacher, nn.Identity())
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_the_first_input_is_pure_noise(view: str) -> None:
+    """Whatever the schedule leaves of the image; a network that says what the image is there has the rescaled one."""
+    objective = distilling(view)
+    student, x, noise = objective.student, batch_of()["x"], torch.randn(4, 1, 28, 28)
+    s = objective.times
+    made = student_input(student, x, noise, s)
+    scale = 80.0 if view == "edm" else 1.0
+    assert_close(made[0], scale * noise[0], 1e-3, "pure")
+    assert made[0].flatten() @ x[0].flatten() == pytest.approx(
+        scale * float(noise[0].flatten() @ x[0].flatten()), rel=1e-3
+    )
+    assert not torch.equal(student_input(student, x, noise, s, pure=False)[0], made[0]) or view in ("flow", "v")
+    assert student.path.config().get("zero_terminal_snr", False) == (view == "v")
+    assert "zero_terminal_snr" not in objective.teacher.path.config()
+    told = objective.make(batch_of(8), Step(0)).told
+    assert told is not None and told.shape == (8, 3 + 64)
+    unseen = (told[:, 3:] == 0).all(1)
+    drawn = Step(0).randint(4, 8, "student time")
+    assert torch.equal(unseen, drawn == 0), "heads know the image where the student sees something of it"
+    assert student.view()["guided"] and len(student.view()["times"]) == 4
+
+
+def test_losses_are_taken_through_the_codec() -> None:
+    """Pixels are decoded with gradients to the student and none to the codec; latents are compared without."""
+
+    class Twice(nn.Module):
+        calls = 0
+
+        def decode(self, z: Tensor) -> Tensor:
+            self.calls += 1
+            return torch.tanh(2 * z)
+
+    for where, calls in (("pixels", 3), ("latents", 2)):
+        codec = Twice()
+        objective = distilling(codec=codec, distance_in=where)
+        seen = run(objective)
+        assert codec.calls == calls, "of real images, of the student's, and of the target"
+        assert seen["distillation"] > 0
+    plain = run(distilling())
+    assert plain["distillation"] != seen["distillation"] or plain["adversarial"] != seen["adversarial"]
+
+
+def test_multi_step_targets() -> None:
+    """Of a network whose x0 does not depend on the time, any number of steps gives what one gives."""
+    fixed = torch.randn(3, 1, 4, 4, dtype=torch.float64)
+    view = Denoiser(lambda x, t: fixed, SCALED, "x0", time="index")
+    t = view.path.t_of_timestep(torch.tensor([3, 500, 999]))
+    x_t = view.path.add_noise(fixed, torch.randn_like(fixed), t)
+    for steps in (1, 2, 4):
+        before = view.nfe
+        assert torch.equal(teacher_target(view, x_t, t, steps), fixed) and view.nfe - before == steps
+
+
+def test_nfsd_has_no_other_gradient() -> None:
+    """Its surrogate moves x by the gradient over the number of values, whatever the student's noise was."""
+    objective = distilling("eps", weighting="nfsd", adversarial_weight=0.0, distillation_weight=1.0)
+    seen = run(objective)
+    assert seen["generator loss"] == seen["distillation"]
+    text = Denoiser(Small(), VIEWS["eps"]["path"], "eps", time="index")
+    bare = type("Bare", (nn.Module,), {"forward": lambda self, x, t: x})()
+    with pytest.raises(VgmError, match="no null class"):
+        ADD(Small(), Denoiser(bare, text.path, "eps", time="index"), weighting="nfsd", adversarial_weight=0.0)
+
+
+# -- the discriminator -------------------------------------------------------------------------------------------------
+
+
+def test_spectral_norms_follow_their_weights() -> None:
+    heads = Heads((4, 6), 3)
+    before = {k: v.clone() for k, v in heads.state_dict().items()}
+    levels, c = [torch.randn(9, 4, 5), torch.randn(9, 6, 4)], torch.randn(9, 3)
+    out = heads.logits(levels, c)
+    assert [x.shape for x in out] == [(9, 5), (9, 4)]
+    assert all(torch.equal(v, before[k]) for k, v in heads.state_dict().items()), "a forward changes nothing"
+    joined = heads(c, level0=levels[0], level1=levels[1])
+    assert torch.equal(joined, torch.cat(out, 1))
+    for _ in range(2000):
+        heads.iterate()
+    conv = heads.heads["0"].main[1].fn[0]
+    largest = torch.linalg.matrix_norm(conv.weight_orig.flatten(1), 2)
+    used = conv.weight_u @ conv.weight_orig.flatten(1) @ conv.weight_v
+    assert_close(used, largest, 1e-4, "largest singular value")
+
+
+def test_normalisation_groups() -> None:
+    """Eights, or the largest equal groups below: images of one group change each other's logits, others do not."""
+    head = Heads((4,)).heads["0"]
+    x = torch.randn(16, 4, 6)
+    whole = head(x)
+    assert_close(torch.cat([head(x[:8]), head(x[8:])]), whole, 1e-5, "two eights")
+    assert not torch.allclose(head(x[:4]), whole[:4])
+    nine = torch.randn(9, 4, 6)
+    assert_close(torch.cat([head(part) for part in nine.split(3)]), head(nine), 1e-5, "three threes")
+
+
+def test_augmentation_draws() -> None:
+    """Every integer of the official ranges comes, none beyond; rows have their own draws; gradients flow."""
+    u = torch.linspace(0, 1 - 1e-6, 1000)
+    found = augmentations.integers(u, -3, 3)
+    assert set(found.tolist()) == set(range(-3, 4))
+    pipe = DiffAugment("color,translation,cutout")
+    x, draws = torch.randn(3, 1, 12, 12, requires_grad=True), torch.rand(3, pipe.draws)
+    y = pipe(x, draws)
+    assert_close(pipe(x[1:2], draws[1:2]), y[1:2], 1e-6, "alone")
+    (gradient,) = torch.autograd.grad(y.square().sum(), x)
+    assert torch.isfinite(gradient).all() and gradient.abs().sum() > 0
+    assert DiffAugment("").draws == 0
+    with pytest.raises(VgmError, match="augmentation 'colour'"):
+        DiffAugment("colour")
+
+
+def test_crops_of_larger_images() -> None:
+    objective = distilling(crop_probability=1.0)
+    x = torch.randn(2, 1, 40, 40)
+    cropped = objective.cropped(x, Step(0), "real")
+    assert cropped.shape[-1] == 28 and any(
+        torch.equal(cropped, x[:, :, i : i + 28, j : j + 28]) for i in range(13) for j in range(13)
+    )
+    assert objective.cropped(x[..., :28, :28], Step(0), "real").shape[-1] == 28
+    objective.crop_probability = 0.0
+    assert objective.cropped(x, Step(0), "real") is x
+
+
+def test_heads_are_told_texts_and_vectors() -> None:
+    """The mean of a context, a vector as it is, each with a mean square of one; a class that is none is zero."""
+    conditions = Conditions([Part("class", ClassLabel(3), "label")])
+    told = HeadCondition("text", conditions, DigitFeatures())
+    cond = {
+        "y": torch.tensor([1, 3]),
+        "context": torch.randn(2, 5, 4),
+        "vector": torch.randn(2, 6),
+        "hint": torch.ones(2, 1, 3, 3),
+    }
+    told.width = 3 + 4 + 6
+    c = told(cond, torch.zeros(2, 1, 28, 28), torch.ones(2))
+    assert c is not None and c.shape == (2, 13)
+    assert_close(
+        c[:, :4], cond["context"].mean(1) / cond["context"].mean(1).square().mean(1, keepdim=True).sqrt(), 1e-5
+    )
+    assert_close(c[0, -3:], torch.tensor([0.0, 3**0.5, 0.0]), 1e-5, "one of three")
+    assert not c[1, -3:].any()
+    assert HeadCondition("none", conditions, DigitFeatures()).width == 0
+
+
+def test_transformers_show_their_levels(tmp_path: Path) -> None:
+    """Evenly spaced blocks and the embedded patches, by the names of DINO's files; other sizes are interpolated."""
+    with pytest.raises(VgmError, match="hooks"):
+        VisionFeatures(width=64, depth=3, hooks=(1, 3))
+    features = VisionFeatures(width=64, depth=12, patch=8, grid=4, size=48)
+    assert features.hooks == (2, 5, 8, 11) and len(features.channels) == 5 and features.dim == 64
+    with pytest.raises(VgmError, match="no weights"):
+        features.levels(torch.zeros(1, 3, 48, 48))
+    features.loaded = True
+    x = torch.randn(2, 1, 20, 20, requires_grad=True)
+    levels = features.levels(x)
+    assert [level.shape for level in levels] == [(2, 64, 36)] * 5 and features.embedding(x).shape == (2, 64)
+    assert torch.autograd.grad(levels[0].sum(), x)[0].abs().sum() > 0
+
+
+# -- the sampler -------------------------------------------------------------------------------------------------------
+
+
+def asked(n: int = 3, **keywords: Any) -> Request:
+    return Request((1, 28, 28), generators(range(n)), {"y": torch.arange(n) % 3}, **keywords)
+
+
+@pytest.mark.parametrize("view", VIEWS)
+def test_sampling(view: str) -> None:
+    """A student at its own times, from pure noise; without renewed noise the result is a function of the first."""
+    student = distilling(view).student
+    with torch.no_grad():
+        for steps in (1, 3, 4):
+            request = asked(steps=steps)
+            x = TurboSampler()(student, request)
+            assert x.shape == (3, 1, 28, 28) and request.info["nfe"] == steps and torch.isfinite(x).all()
+        bare = Denoiser(student.network, VIEWS[view]["path"], VIEWS[view]["prediction"], time=VIEWS[view]["time"])
+        assert torch.isfinite(TurboSampler(steps=4, eta=0.0)(bare, asked())).all()
+    with pytest.raises(VgmError, match="5 steps of a network for 4"):
+        TurboSampler(steps=5)(student, asked())
+    with pytest.raises(VgmError, match="without guidance"):
+        TurboSampler()(student, asked(guidance_scale=3.0))
+    TurboSampler()(student, asked(guidance_scale=0.0))
+    with pytest.raises(VgmError, match=r"substeps=\[100, 0\] of 1000"):
+        TurboSampler(substeps=(100, 0))(bare, asked())
+
+
+def test_image_to_image() -> None:
+    """int(steps * strength) steps, from the picture with the noise of the first of them; without one, the rule."""
+    student, pictures = distilling("flow").student, torch.randn(2, 1, 28, 28)
+    starts: list[tuple[int, int, Tensor]] = []
+
+    def callback(i: int, total: int, x: Tensor, x0: Tensor | None) -> None:
+        starts.append((i, total, x))
+
+    with torch.no_grad():
+        for steps, strength, made, at in ((2, 0.5, 1, 0.4994995), (4, 0.75, 3, 0.749750), (1, 1.0, 1, 1.0)):
+            starts.clear()
+            request = asked(steps=steps, images=pictures, callback=callback)
+            TurboSampler(strength=strength)(student, request)
+            assert request.info["nfe"] == made == starts[0][1]
+            noise = asked().randn()
+            wanted = (1 - at) * pictures[[0, 1, 0]] + at * noise
+            assert_close(starts[0][2], wanted, 1e-3, "where it starts")
+    for steps, strength in ((1, 0.5), (4, 0.2)):
+        with pytest.raises(VgmError, match=f"strength={strength} of {steps} step") as e:
+            TurboSampler(strength=strength)(student, asked(steps=steps, images=pictures))
+        assert "int(steps * strength) must be at least 1" in e.value.hint
+    with pytest.raises(VgmError, match="starts from pictures"):
+        TurboSampler(strength=1.0)(student, asked())
+    eps = Denoiser(Small(), SCALED, "eps", time="index")
+    index = [round(float(eps.path.timestep(t))) for t in TurboSampler().spread(eps, 4)]
+    assert index == [999, 749, 499, 249], "as diffusers' trailing spacing"
+    assert [round(float(eps.path.timestep(t))) for t in entries(eps, 1000, [0, 100, 200, 300])] == [999, 899, 799, 699]
+
+
+# -- training ----------------------------------------------------------------------------------------------------------
+
+SMALL = (
+    "codec=null",
+    "teacher.hidden_size=32",
+    "teacher.depth=2",
+    "teacher.num_heads=2",
+    "teacher.patch_size=7",
+)
+
+
+class TestObjective(suites.ObjectiveSuite):
+    recipe = "add/mnist"
+    overrides = SMALL
+    batch_size = 16  # halves are whole groups of the heads' normalisation
+
+    def test_resume_is_bit_exact(self, tiny_dataset: Path, tmp_run: Path) -> None:
+        self.batch_size = 2
+        super().test_resume_is_bit_exact(tiny_dataset, tmp_run)
+
+
+class TestSampler(suites.SamplerSuite):
+    recipe = "add/mnist"
+    overrides = SMALL
+    steps = 3
