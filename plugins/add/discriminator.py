@@ -21,6 +21,11 @@ from vgm_cli.ranges import Whole, Width
 VIRTUAL_BATCH = 8  # images whose statistics a normalisation takes together
 
 
+def unit(x: Tensor) -> Tensor:
+    """x at length one."""
+    return x / x.square().sum().sqrt().clamp_min(1e-12)
+
+
 class SpectralConv1d(nn.Module):
     """A convolution over tokens whose weight is divided by its largest singular value (Miyato et al. 2018):
     (B, in, N) -> (B, out, N), the ends joined. `iterate` follows the weight with one power iteration."""
@@ -33,8 +38,8 @@ class SpectralConv1d(nn.Module):
         made = nn.Conv1d(in_channels, out_channels, kernel)
         assert made.bias is not None
         self.weight_orig, self.bias, self.padding = nn.Parameter(made.weight.detach()), made.bias, kernel // 2
-        self.register_buffer("weight_u", F.normalize(torch.randn(out_channels), dim=0, eps=1e-12))
-        self.register_buffer("weight_v", F.normalize(torch.randn(in_channels * kernel), dim=0, eps=1e-12))
+        self.register_buffer("weight_u", unit(torch.randn(out_channels)))
+        self.register_buffer("weight_v", unit(torch.randn(in_channels * kernel)))
         self.iterate(10)
 
     @torch.no_grad()
@@ -42,8 +47,8 @@ class SpectralConv1d(nn.Module):
         """Power iterations towards the weight's first singular vectors."""
         matrix = self.weight_orig.flatten(1)
         for _ in range(0 if matrix.is_meta else times):
-            self.weight_v.copy_(F.normalize(matrix.T @ self.weight_u, dim=0, eps=1e-12))
-            self.weight_u.copy_(F.normalize(matrix @ self.weight_v, dim=0, eps=1e-12))
+            self.weight_v.copy_(unit(matrix.T @ self.weight_u))
+            self.weight_u.copy_(unit(matrix @ self.weight_v))
 
     def forward(self, x: Tensor) -> Tensor:
         u, v = self.weight_u.clone(), self.weight_v.clone()  # they move before the gradients are taken
