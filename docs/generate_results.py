@@ -48,6 +48,8 @@ RUNS = [  # the longest first, those that others wait for before all
     Run("sit", "train sit", bits="bits-per-dim:n=50"),
     Run("rectified-flow", "train rectified-flow", f"{QUALITY},straightness", bits="bits-per-dim:n=50"),
     Run("dmd", "distill dmd --teacher {dir}/sit", after="sit"),
+    Run("add", "distill add --teacher {dir}/sit", after="sit"),
+    Run("add-without-adversary", "distill add --teacher {dir}/sit objective.adversarial_weight=0", after="sit"),
     Run("consistency-distilled", "distill consistency --teacher {dir}/sit", after="sit"),
     Run("consistency", "train consistency"),
     Run("meanflow", "train meanflow"),
@@ -207,7 +209,10 @@ def students(rows: dict[str, dict[str, Any]]) -> str:
     """Teachers and what was distilled from them."""
     cells = []
     for teacher, names in {
-        "sit": ("dmd", "consistency-distilled", "meanflow-finetune", "scm-distilled", "scm-from-data"),
+        "sit": (
+            *("dmd", "add", "add-without-adversary", "consistency-distilled", "meanflow-finetune"),
+            *("scm-distilled", "scm-from-data"),
+        ),
         "rectified-flow": ("rectified-flow-2", "rectified-flow-1"),
     }.items():
         for name in (teacher, *names):

@@ -114,6 +114,7 @@ TINY: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "sdxl-text": ({"clip": TOWER | {"skip": 1, "norm": False, "head": 0, "activation": "quick-gelu"},
                    "open_clip": TOWER | {"head": 16, "activation": "gelu", "skip": 1, "norm": False, "pad": 0}}, ()),
     "sit": (DIT, ("num_heads=2",)),
+    "stylegan-t-discriminator": ({"channels": (8, 6), "c_dim": 5, "cmap_dim": 4}, ()),
     "starflow": (FLOW | {"num_classes": 4, "denoiser_layers": 1}, ("img_size=4",)),
     "stylegan": (STYLE | {"mapping_width": 8, "fmap_base": 64, "fmap_max": 12}, ()),
     "stylegan-discriminator": ({"size": 16, "fmap_base": 64, "fmap_max": 12}, ()),

@@ -164,7 +164,7 @@ def test_completion_needs_no_torch() -> None:
         "from types import SimpleNamespace as ctx; one, none = ctx(params={'paper': 'sit'}), ctx(params={});"
         "assert c.papers('di') == ['dit'] and 'dit/mnist' in c.trainable('di') and 'train.steps=' in c.keys('train.st');"
         "assert c.recipes(one, '') == ['imagenet256', 'mnist', 'text'] and 'imagenet512' in c.recipes(none, 'ima');"
-        "assert c.methods('') == ['consistency', 'dmd', 'meanflow', 'rectified-flow', 'scm'] and c.rl_methods('') == ['flow-grpo'];"
+        "assert c.methods('') == ['add', 'consistency', 'dmd', 'meanflow', 'rectified-flow', 'scm'] and c.rl_methods('') == ['flow-grpo'];"
         "assert 'heun' in c.samplers('h'); sys.exit('torch' in sys.modules)"
     )
     assert subprocess.run([sys.executable, "-c", code]).returncode == 0

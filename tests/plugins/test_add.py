@@ -3,6 +3,7 @@ do not cover."""
 
 from __future__ import annotations
 
+import json
 import math
 import tempfile
 from collections.abc import Mapping
@@ -38,6 +39,7 @@ from vgm_cli.api import Request, Step, generators
 from vgm_cli.conditioning import ClassLabel, Conditions, Part
 from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.diffusion.flow_map import FlowMap
+from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.errors import VgmError
 from vgm_cli.nets.foundation import DigitFeatures, ShowsLevels, VisionFeatures
 from vgm_cli.testing import suites
@@ -656,3 +658,57 @@ class TestSampler(suites.SamplerSuite):
     recipe = "add/mnist"
     overrides = SMALL
     steps = 3
+
+
+FEW = ("train.steps=2", "train.batch_size=8", "train.preview_n=0", "train.save_every=2", "train.log_every=1")
+NET = "patch_size: 7, hidden_size: 16, depth: 1, num_heads: 2"
+TOLD = """
+paper: sit
+model: {name: sit, patch_size: 8, hidden_size: 16, depth: 1, num_heads: 2, context_dim: 8}
+conditions: {text: {name: words, words: [a, red, circle], width: 8, train: true, dropout: 0.1}}
+objective: {name: flow-matching}
+sampler: {name: euler, steps: 3}
+guidance_scale: 1.5
+data: {path: shapes}
+train: {ema: [0.9]}
+"""
+
+
+def test_from_the_command_line(vgm: Any, tiny_dataset: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A flow is distilled, its student sampled in one and four steps and from pictures; guidance and strengths that
+    leave no step are refused in words."""
+    monkeypatch.chdir(tmp_path)
+    few = (f"data.path={tiny_dataset}", "codec=null", *FEW)
+    assert vgm("train", "sit", f"model={{name: sit, {NET}, learn_sigma: false}}", *few, "--out", "flow")[0] == 0
+    code, _, err = vgm("distill", "add", "--teacher", "flow", *FEW, "--out", "student")
+    assert code == 0, err
+    record = json.loads(Path("student/metrics.jsonl").read_text().splitlines()[-1])
+    terms = {"adversarial", "distillation", "hinge_real", "hinge_fake", "r1", "logits_real", "logits_fake"}
+    assert terms <= {k.rpartition("/")[2] for k in record}
+    header = ckpt.read_header(ckpt.resolve("student"))
+    assert header.recipe["sampler"]["name"] == "turbo" and len((header.view or {})["times"]) == 4
+    for words in (["--steps", 4], ["strength=0.5", "--steps", 2, "--input", tiny_dataset], ["--guidance-scale", 0]):
+        code, _, err = vgm("sample", "student", *words, "-n", 2, "--out", "x.npz", "--overwrite")
+        assert code == 0, (words, err)
+    for words, said in (
+        (["--guidance-scale", 3], "sampled without guidance"),
+        (["strength=0.3", "--steps", 2, "--input", tiny_dataset], "int(steps * strength) must be at least 1"),
+        (["--steps", 5], "5 steps of a network for 4"),
+    ):
+        code, _, err = vgm("sample", "student", *words, "-n", 1, "--out", "y.npz")
+        assert code == 2 and said in err and not Path("y.npz").exists()
+
+
+def test_a_text_model_is_distilled(vgm: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """With the teacher's own encoder, whose texts the heads are told, noise-free, away from the negative prompt, and
+    through the shipped colour network."""
+    monkeypatch.chdir(tmp_path)
+    Path("told.yaml").write_text(TOLD)
+    assert vgm("train", "told.yaml", *FEW, "--out", "told")[0] == 0
+    words = ("roles.features={name: colour-features}", "objective.weighting=nfsd", "objective.negative=a circle")
+    code, _, err = vgm("distill", "add", "--teacher", "told", *FEW, *words, "--out", "student")
+    assert code == 0, err
+    state = ckpt.read_tensors(Path("student/checkpoints/step-00000002/discriminator.safetensors"))[0]
+    assert state["heads.0.cmapper.weight"].shape == (64, 8 + 96), "a text's width, and the picture's embedding"
+    code, _, err = vgm("sample", "student", "--prompt", "a red circle", "-n", 2, "--out", "x.npz")
+    assert code == 0, err
