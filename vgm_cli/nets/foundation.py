@@ -155,7 +155,7 @@ class SmallFeatures(Frozen):
 
     @torch.no_grad()
     def forward(self, x: Tensor) -> Tensor:
-        return self.net.body[: self.blocks](self.normalised(x))  # type: ignore[index, no-any-return]
+        return self.net.body[: self.blocks](self.normalised(x))  # type: ignore[index, operator, no-any-return]
 
     def levels(self, x: Tensor) -> list[Tensor]:
         """ShowsLevels."""
