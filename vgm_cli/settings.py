@@ -49,6 +49,7 @@ class Data:
     num_classes: Whole | None = None  # used only where there is no data to count (--plan)
     count: Count | None = None  # images in the set; used only where there is no data to count (--plan)
     crop: Literal["adm", "center", "random", "resize", "none"] = "adm"  # adm: the centre as ADM and DiT cut it
+    decode: Literal["exact", "fast"] = "exact"  # fast: large JPEGs at 1/2, 1/4, 1/8 of their size, quick resampling
     hflip: bool = False  # random horizontal flips
     labels: bool | None = None  # null: use labels where the data has them
     split: str | None = None  # train | val | test where the set has them; shipped sets have fit, too: train without val

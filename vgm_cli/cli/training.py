@@ -99,7 +99,7 @@ class Training:
         if self.plan:
             from vgm_cli.engine.train.plan import make_plan, show_plan
 
-            return show_plan(make_plan(resolved, world=self.nproc * self.nnodes))
+            return show_plan(make_plan(resolved, world=self.nproc * self.nnodes, nodes=self.nnodes))
         processes.adopt_slurm()
         if (self.nproc > 1 or self.nnodes > 1) and not processes.launched():
             raise typer.Exit(processes.relaunch(self.nproc, self.nnodes, self.rdzv, processes.default_argv()))

@@ -48,6 +48,7 @@ def open_dataset(
     label_key: str | None = None,
     split: str | None = None,
     columns: Sequence[str] = (),
+    decode: str = "exact",
     quiet: bool = False,
     without: Callable[[str, Callable[[], File]], bool] | None = None,
 ) -> Dataset | Any:
@@ -58,8 +59,9 @@ def open_dataset(
     labels: True refuses a set without. label_key: the column of metadata.jsonl, array of the .npz or key of the .json
     that holds the labels. split: train, val or test, where the set has them; of shipped sets see PARTS. columns: names
     of further pictures that are read with each image, such as line art or masks; images that have none are left out.
-    What was assumed or left out is told (`tell`), unless quiet. without: of a folder, (name, file to open) of pictures
-    that do not belong to it.
+    decode: fast reads large JPEGs at a fraction of their size and resamples by torch, see `Dataset`. What was assumed
+    or left out is told (`tell`), unless quiet. without: of a folder, (name, file to open) of pictures that do not
+    belong to it.
 
     Raises VgmError: nothing there or unknown kind (exit code 2), labels or a column wanted but missing (2), empty or
     unreadable (1).
@@ -71,7 +73,8 @@ def open_dataset(
     source = shipped(path, size, split, columns) or find(path or "", label_key, split, columns)
     if without is not None and isinstance(source, Folder):
         source.leave_out(without)
-    dataset: Any = source if not isinstance(source, Source) else Dataset(source, size, channels, crop, columns)
+    how = (size, channels, crop, columns, decode == "fast")
+    dataset: Any = Dataset(source, *how) if isinstance(source, Source) else source
     if labels and not dataset.facts.num_classes:
         hint = source.no_labels if isinstance(source, Source) else "these latents were stored without"
         raise usage(f"{dataset.facts.root} has no labels", hint)

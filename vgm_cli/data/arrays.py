@@ -133,7 +133,7 @@ class Arrays(Source):
         h, w, c = self.images.shape[1:]
         return w, h, c == 1
 
-    def image(self, i: int) -> Image.Image:
+    def image(self, i: int, least: int = 0) -> Image.Image:
         return picture(self.images[i])
 
     def has(self, column: str, i: int) -> bool:

@@ -21,10 +21,10 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 
 from vgm_cli.data import fingerprint
-from vgm_cli.data.decode import Unreadable
+from vgm_cli.data.decode import Unreadable, in_mode
 from vgm_cli.data.source import Source, usage
 from vgm_cli.data.threads import parallel
-from vgm_cli.data.transforms import check_crop, crop_to
+from vgm_cli.data.transforms import check_crop, crop_to, least_side, stacked
 from vgm_cli.errors import FAILED, VgmError
 from vgm_cli.ui import counted, some, ui
 
@@ -65,7 +65,10 @@ class Contents:
 
 
 class Dataset:
-    """Images of a source, cropped to one size. Map-style: `item(i)`, `gather(indices)`, `pixels(indices)`."""
+    """Images of a source, cropped to one size. Map-style: `item(i)`, `gather(indices)`, `pixels(indices)`.
+
+    fast: large JPEGs are decoded at a fraction of their size (`load_image`), crops resampled by torch (transforms.py).
+    """
 
     def __init__(
         self,
@@ -74,8 +77,9 @@ class Dataset:
         channels: int | None = None,
         crop: str = "adm",
         columns: Sequence[str] = (),
+        fast: bool = False,
     ) -> None:
-        self.source, self.crop = source, check_crop(crop)
+        self.source, self.crop, self.fast = source, check_crop(crop), fast
         self.memory: Tensor | None = None  # (N, C, H, W) uint8
         self.beside: dict[str, Tensor] = {}  # pictures of the columns, like memory
         self.reasons: dict[str, str] = {}  # why pictures were left out
@@ -239,8 +243,9 @@ class Dataset:
 
     def _decode(self, row: int, rng: random.Random | None = None) -> np.ndarray:
         """Source image -> uint8 (H, W, C)."""
-        image = self.source.image(row).convert("L" if self.channels == 1 else "RGB")
-        a = np.asarray(crop_to(image, self.size, self.crop, rng))
+        least = least_side(self.size, self.crop) if self.fast and not self.columns else 0  # columns have whole sizes
+        image = in_mode(self.source.image(row, least), "L" if self.channels == 1 else "RGB")
+        a = np.asarray(crop_to(image, self.size, self.crop, rng, self.fast))
         if a.shape[:2] != (self.size, self.size):
             name, shape = self.source.names[row], f"{a.shape[1]}×{a.shape[0]}"
             raise usage(f"{name} is {shape}, not {self.size}×{self.size}", "crop=adm makes all images one size")
@@ -248,8 +253,8 @@ class Dataset:
 
     def _picture(self, column: str, row: int, rng: random.Random | None = None) -> np.ndarray:
         """What lies beside a source image -> uint8 (H, W, C), cut as the image is."""
-        image = self.source.beside(column, row).convert("L" if self.columns[column] == 1 else "RGB")
-        a = np.asarray(crop_to(image, self.size, "resize" if self.crop == "none" else self.crop, rng))
+        image = in_mode(self.source.beside(column, row), "L" if self.columns[column] == 1 else "RGB")
+        a = np.asarray(crop_to(image, self.size, "resize" if self.crop == "none" else self.crop, rng, self.fast))
         return a[..., None] if a.ndim == 2 else a
 
     def _pictures(self, row: int, seed: int | None = None) -> list[np.ndarray]:
@@ -342,12 +347,12 @@ class Dataset:
             each = [(i, seeds[k] if seeds else None) for k, i in enumerate(at.tolist())]
             whole = [self._whole(i, None if s is None else random.Random(s), s) for i, s in each]
             items = [item for item, _ in whole]
-            batch["x"] = stacked([x for x, _, _ in items], self.size, self.channels)
+            batch["x"] = stacked([x for x, _, _ in items], self.size, self.channels, flip)
             for k, (column, channels) in enumerate(self.columns.items()):
-                batch[column] = stacked([pictures[k] for _, pictures in whole], self.size, channels)
+                batch[column] = stacked([pictures[k] for _, pictures in whole], self.size, channels, flip)
             y = None if self.facts.labels is None else np.array([label for _, label, _ in items], np.int64)
             texts = [text for *_, text in items] if self.facts.captions else None
-        if flip is not None:
+        if flip is not None and self.memory is not None:
             mask = torch.as_tensor(flip)
             for key in ("x", *self.columns):
                 batch[key][mask] = batch[key][mask].flip(-1)
@@ -382,15 +387,7 @@ class Dataset:
         f = self.facts
         return {"root": f.root, "kind": f.kind, "count": f.count, "image_size": f.size, "image_channels": f.channels,
                 "crop": self.crop, "captions": f.captions, "class_names": f.class_names,
-                "skipped": len(f.skipped)}  # fmt: skip
-
-
-def stacked(pictures: Sequence[np.ndarray], size: int, channels: int) -> Tensor:
-    """uint8 (H, W, C) each, perhaps none -> (B, C, H, W)."""
-    import torch
-
-    pixels = np.stack(pictures) if len(pictures) else np.empty((0, size, size, channels), np.uint8)
-    return torch.from_numpy(pixels).permute(0, 3, 1, 2).contiguous()
+                "skipped": len(f.skipped), **({"decode": "fast"} if self.fast else {})}  # fmt: skip
 
 
 def to_float(x: Tensor) -> Tensor:

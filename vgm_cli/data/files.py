@@ -19,13 +19,13 @@ from abc import abstractmethod
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import Any
 
 from PIL import Image
 
 from vgm_cli.data import columns
-from vgm_cli.data.decode import SUFFIXES, File, Unreadable, load_image, read_header
+from vgm_cli.data.decode import SUFFIXES, File, Unreadable, load_image, read_header, suffix
 from vgm_cli.data.source import Source, class_indices, no_label, usage
 from vgm_cli.data.texts import LABEL, Names, Row, decode, is_table, key, parse_json, read_table
 from vgm_cli.errors import FAILED, VgmError
@@ -48,7 +48,7 @@ LOOPS = 1000  # times that one folder may be met through links
 
 def is_image(name: str) -> bool:
     """By its suffix alone."""
-    return PurePosixPath(name).suffix.lower() in SUFFIXES
+    return suffix(name) in SUFFIXES
 
 
 def hidden(name: str) -> bool:
@@ -90,12 +90,9 @@ class Files(Source):
         self.names = [n[len(prefix) :] for n in self.full]
         self.sizes = [entries[n] for n in self.full]
         self.texts = {n: t for n, row in rows.items() if (t := row.text) is not None}
-        self.sidecars = {
-            n: t
-            for n in self.full
-            for suffix in SIDECARS
-            if (t := str(PurePosixPath(n).with_suffix(suffix))) in entries
-        }
+        texts = {n for n in entries if n.endswith(SIDECARS)}
+        stems = {n: n[: len(n) - len(suffix(n))] for n in self.full} if texts else {}
+        self.sidecars = {n: t for n, stem in stems.items() for end in SIDECARS if (t := stem + end) in texts}
         listing = next((f for p in (prefix, base, "") if (f := p + "dataset.json") in entries), None)
         if label_key is not None:
             self.from_column((key(label_key),), rows, f"column '{label_key}' of the metadata of {self.root}")
@@ -108,16 +105,15 @@ class Files(Source):
         self.captioned = bool(self.sidecars) or any(n in self.texts for n in self.full)
         if self.captioned:
             self.check_captions()
-        known, stems = {*pictures, *filter(is_table, entries), listing}, {n.rpartition(".")[0] for n in everything}
+        known, images = {*pictures, *filter(is_table, entries), listing}, {n.rpartition(".")[0] for n in everything}
         for n in entries:
-            suffix = PurePosixPath(n).suffix.lower()
-            if n not in known and not (suffix in SIDECARS and n.rpartition(".")[0] in stems):
-                self.others[suffix or "no suffix"] += 1
+            if n not in known and not ((end := suffix(n)) in SIDECARS and n.rpartition(".")[0] in images):
+                self.others[end or "no suffix"] += 1
 
     def is_picture(self, name: str) -> bool:
-        suffix = PurePosixPath(name).suffix.lower()
-        if suffix in SUFFIXES or suffix in NO_PICTURES:
-            return suffix in SUFFIXES
+        end = suffix(name)
+        if end in SUFFIXES or end in NO_PICTURES:
+            return end in SUFFIXES
         try:
             read_header(self.open(name))
             return True
@@ -322,11 +318,12 @@ class Folder(Files):
                 for e in entries:
                     if hidden(e.name):
                         continue
-                    if os.path.isdir(e.path):  # of a link to itself, DirEntry's own raises
-                        real = os.path.realpath(e.path) if e.is_symlink() else os.path.join(above[-1], e.name)
+                    link = e.is_symlink()  # of a link to itself, DirEntry's own is_dir raises
+                    if os.path.isdir(e.path) if link else e.is_dir():
+                        real = os.path.realpath(e.path) if link else os.path.join(above[-1], e.name)
                         if real not in above:
                             pending.append((f"{prefix}{e.name}/", (*above, real)))
-                    elif os.path.isfile(e.path):
+                    elif os.path.isfile(e.path) if link else e.is_file():
                         yield prefix + e.name, e.stat().st_size
                     elif is_image(e.name):  # a link to nothing, a pipe
                         self.skipped.append(prefix + e.name)

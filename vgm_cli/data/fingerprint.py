@@ -55,10 +55,14 @@ def of_images(dataset: Any) -> str:
             parts.append(found if isinstance(found, bytes) else b"unreadable")
         return b"\0".join(parts)
 
-    h = hasher(f"{dataset.size} {dataset.channels} {dataset.crop} {source.stamp}", *facts.class_names, *dataset.columns)
+    how = f"{dataset.size} {dataset.channels} {dataset.crop} {source.stamp}{' fast' * dataset.fast}"
+    h = hasher(how, *facts.class_names, *dataset.columns)
     read = parallel if facts.captions or dataset.columns or not source.checksums else map
-    for row, digest in zip(rows, read(content, rows)):
-        h.update(plain(f"{source.names[row]}\0{source.sizes[row]}\0{known.get(row, '')}\0") + digest + b"\n")
+    needed = rows if source.checksums else sorted(looked)
+    contents = dict(zip(needed, read(content, needed)))
+    for row in rows:
+        described = plain(f"{source.names[row]}\0{source.sizes[row]}\0{known.get(row, '')}\0")
+        h.update(described + contents.get(row, b"") + b"\n")
     return written(len(rows), h)
 
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 from collections.abc import Iterable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -164,9 +165,10 @@ class _Build:
     def read(self, span: range) -> Iterator[dict[str, Any]]:
         """Batches of images in order, decoded ahead on a few threads."""
         parts = [range(a, min(a + self.batch, span.stop)) for a in range(span.start, span.stop, self.batch)]
-        with ThreadPoolExecutor(2) as pool:
-            ahead = [pool.submit(self.dataset.gather, p) for p in parts[:3]]
-            for part in parts[3:] + [None] * len(ahead):
+        threads = min(8, os.cpu_count() or 1)
+        with ThreadPoolExecutor(threads) as pool:
+            ahead = [pool.submit(self.dataset.gather, p) for p in parts[: threads + 1]]
+            for part in parts[threads + 1 :] + [None] * len(ahead):
                 yield ahead.pop(0).result()
                 if part is not None:
                     ahead.append(pool.submit(self.dataset.gather, part))

@@ -63,9 +63,9 @@ class Source(ABC):
         """(width, height, grey?) of image i. Raises Unreadable."""
         return read_header(self.stream(i))
 
-    def image(self, i: int) -> Image.Image:
-        """Image i, "L" or "RGB". Raises Unreadable."""
-        return load_image(self.stream(i))
+    def image(self, i: int, least: int = 0) -> Image.Image:
+        """Image i, "L" or "RGB". least: see `load_image`. Raises Unreadable."""
+        return load_image(self.stream(i), least)
 
     def caption(self, i: int) -> str | None:
         return None

@@ -12,6 +12,7 @@ import unicodedata
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
+from functools import cached_property
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -66,7 +67,7 @@ def vocabulary(texts: Iterable[str], most: int) -> list[str]:
 
 
 def is_table(name: str) -> bool:
-    return PurePosixPath(name).name.lower() in ("metadata.jsonl", "metadata.csv", "metadata.tsv")
+    return name.rpartition("/")[2].lower() in ("metadata.jsonl", "metadata.csv", "metadata.tsv")
 
 
 def key(column: Any) -> str:
@@ -169,11 +170,20 @@ class Names:
     """Finds images by what a table calls them; where no other name differs by case alone, case does not matter."""
 
     def __init__(self, names: Iterable[str]) -> None:
-        self.exact = {tidy(n): n for n in names}
-        self.folded: dict[str, list[str]] = defaultdict(list)
-        for path in self.exact:
-            self.folded[path.casefold()].append(path)
+        self.names = names
         self.ends: dict[str, list[str]] | None = None
+
+    @cached_property
+    def exact(self) -> dict[str, str]:
+        """By their tidy form; made where a table asks, which most sets of a million images do not have."""
+        return {tidy(n): n for n in self.names}
+
+    @cached_property
+    def folded(self) -> dict[str, list[str]]:
+        found: dict[str, list[str]] = defaultdict(list)
+        for path in self.exact:
+            found[path.casefold()].append(path)
+        return found
 
     def match(self, wanted: Sequence[str], folder: str = "") -> list[str | None]:
         """The image of every name: relative to the table's folder, else to the root. Where that finds none of them,

@@ -110,7 +110,7 @@ def codec_recipe(name: str, recipe: Recipe) -> Recipe:
     """The fallback recipe of a codec, on the data of the recipe that needs one."""
     data = recipe.node("data")
     assignments = [f"train.seed={recipe.node('train').seed}"]
-    for key in ("path", "size", "channels", "crop", "hflip"):
+    for key in ("path", "size", "channels", "crop", "decode", "hflip"):
         value = getattr(data, key)
         if value is not None:
             assignments.append(f"data.{key}={json.dumps(value)}")
@@ -161,7 +161,7 @@ def find_codec(node: Mapping[str, Any], facts: Facts, images: torch.Tensor, trai
 def open_images(recipe: Recipe) -> Any:
     """The recipe's data set, with the columns that its conditions read."""
     data, columns = recipe.node("data"), beside(recipe.config.get("conditions"))
-    how = {"size": data.size, "channels": data.channels, "crop": data.crop, "split": data.split}
+    how = {k: getattr(data, k) for k in ("size", "channels", "crop", "decode", "split")}
     return open_dataset(data.path, **how, columns=columns)
 
 

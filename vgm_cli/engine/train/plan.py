@@ -22,6 +22,8 @@ from vgm_cli.engine.environment import bf16_supported
 from vgm_cli.engine.processes import pick_device
 from vgm_cli.engine.tokens import TokenCodec
 from vgm_cli.engine.train import optim
+from vgm_cli.engine.train.data_feed import IN_MEMORY
+from vgm_cli.engine.train.scale import LINK, LatentCache, Traffic, latent_cache, tokens_of, traffic
 from vgm_cli.recipe import Recipe
 from vgm_cli.ui import duration, human, ui
 
@@ -35,8 +37,10 @@ class RunPlan:
     """What `--plan` tells of a run. Bytes are those of one process.
 
     flops_forward is of one image, flops_step of the forward and backward passes of a whole batch; both are None where
-    they cannot be counted, and then `memory` has no entry for activations. first is the plan of the codec's own
-    training, where a codec has to be trained before.
+    they cannot be counted, and then `memory` has no entry for activations. tokens: per image, of networks that see
+    sequences. processes: on how many machines together, `nodes`. communication: of several processes. latents: of sets
+    that are too large to be encoded into memory. first is the plan of the codec's own training, where a codec has to be
+    trained before.
     """
 
     recipe: str
@@ -56,15 +60,20 @@ class RunPlan:
     timed: str
     total_seconds: float | None
     disk: dict[str, int]
+    tokens: int | None = None
     processes: int = 1
+    nodes: int = 1
+    communication: Traffic | None = None
+    latents: LatentCache | None = None
     first: RunPlan | None = None
 
 
-def make_plan(recipe: Recipe, device: torch.device | None = None, world: int = 1) -> RunPlan:
+def make_plan(recipe: Recipe, device: torch.device | None = None, world: int = 1, nodes: int = 1) -> RunPlan:
     """Build the run on the meta device (shapes without memory), count its parameters, FLOPs and bytes, and time a few
     steps for real where that takes seconds.
 
-    world: processes that share the batch. VgmError: whatever would keep the recipe from training, except missing data.
+    world: processes that share the batch, on `nodes` machines. VgmError: whatever would keep the recipe from training,
+    except missing data.
     """
     device = device or pick_device()
     opts = recipe.node("train")
@@ -75,7 +84,7 @@ def make_plan(recipe: Recipe, device: torch.device | None = None, world: int = 1
     before = None
     if planned is not None and planned.recipe is not None:
         ui.info(f"a codec is trained first: {planned.recipe.name}")
-        before = make_plan(planned.recipe, device, world)
+        before = make_plan(planned.recipe, device, world, nodes)
     built = validation.build_on_meta(recipe, facts, planned)
     phases = built.phases()
     trained = sorted({r for p in phases for r in p.roles})
@@ -89,6 +98,11 @@ def make_plan(recipe: Recipe, device: torch.device | None = None, world: int = 1
     if opts.fsdp:
         memory |= {k: -(-v // world) for k, v in memory.items() if k != "activations"}
     seconds, how = time_steps(recipe, facts, planned, device, precision, step or 0, trainable, world)
+    latents = None
+    if planned is not None and count and count > IN_MEMORY and recipe.node("data").cache_latents is not False:
+        latents = latent_cache(
+            planned.codec, facts.image_shape, count, recipe.node("data").hflip, device, speed(device, None)
+        )
     weights = 4 * numbers.get("model", 0)
     one = weights * (1 + len(opts.ema)) + 8 * trainable
     return RunPlan(
@@ -109,7 +123,11 @@ def make_plan(recipe: Recipe, device: torch.device | None = None, world: int = 1
         timed=how,
         total_seconds=seconds * opts.steps if seconds else None,
         disk={"one checkpoint": one, f"kept ({max(opts.keep, 1)})": one * max(opts.keep, 1)},
+        tokens=tokens_of(built.components.get("model", {}), facts.vocab_size, facts.sample_shape),
         processes=world,
+        nodes=nodes,
+        communication=traffic(built.networks, phases, world, opts.accumulate, opts.fsdp) if world > 1 else None,
+        latents=latents,
         first=before,
     )
 
@@ -311,16 +329,26 @@ def lines(plan: RunPlan) -> None:
         ui.data(f"  FLOPs            {human(plan.flops_forward)} forward per image, {human(plan.flops_step)} per step")
     parts = ", ".join(f"{k} {gib(v)}" for k, v in plan.memory.items())
     more = "" if "activations" in plan.memory else " and activations, which could not be counted"
-    each = f" on each of {plan.processes} processes" if plan.processes > 1 else ""
+    machines = f" on {plan.nodes} machines" if plan.nodes > 1 else ""
+    each = f" in each of {plan.processes} processes{machines}" if plan.processes > 1 else ""
     ui.data(f"  memory           {gib(sum(plan.memory.values()))} = {parts}{more}{each}")
     epochs = f" = {plan.epochs:,.1f} epochs" if plan.epochs else ""
     ui.data(f"  length           {plan.steps:,} steps of {plan.batch_size} images{epochs}, {plan.precision}")
     if plan.seconds_per_step is not None and plan.total_seconds is not None:
         ui.data(f"  time             {plan.seconds_per_step:.3g} s per step, {duration(plan.total_seconds)} in all")
+        rate = plan.batch_size / plan.seconds_per_step
+        tokens = f", {human(plan.tokens * rate)} tokens/s of {plan.tokens:,} per image" if plan.tokens else ""
+        ui.data(f"                   {rate:,.3g} images/s{tokens}")
         if plan.first is not None and plan.first.total_seconds is not None:
             ui.data(f"                   {duration(plan.total_seconds + plan.first.total_seconds)} with the codec")
     ui.data(f"                   {plan.timed}")
+    if (sent := plan.communication) is not None:
+        link = f"{sent.seconds:.3g} s at {LINK / 1e9:.0f} GB/s where nothing hides it"
+        ui.data(f"  communication    {gib(sent.bytes_per_step)} from each process per step ({sent.pattern}), {link}")
     ui.data("  disk             " + ", ".join(f"{k} {gib(v)}" for k, v in plan.disk.items()))
+    if (cache := plan.latents) is not None:
+        took = f", {duration(cache.seconds)} in one process, {cache.how}" if cache.seconds else f"; {cache.how}"
+        ui.data(f"  latent cache     {gib(cache.bytes)} for {cache.images:,} images{took}")
 
 
 def gib(n: float) -> str:
