@@ -86,7 +86,7 @@ def test_every_digit_recipe_can_be_counted() -> None:
         facts, _, _ = build.plan_facts(recipe)
         with torch.device("meta"):
             built = build.build_objective(recipe, facts, build.plan_roles(recipe, facts))
-        forward, step = plan.count_flops(built, facts, recipe)
+        forward, step = plan.count_flops(built, facts)
         assert forward and step and forward < step, name
         assert plan.memory_by_part(built, ["model"], recipe, "fp32", 4, facts)["activations"] > 0, name
 

@@ -245,6 +245,8 @@ def encode(
     split: Split = None,
     label_key: LabelKey = None,
     columns: Columns = None,
+    decode: Annotated[str, typer.Option(help="exact | fast, as data.decode of the training.")] = "exact",
+    nproc: Annotated[int, typer.Option(help="Processes on this machine, which share the shards.", min=1)] = 1,
     overwrite: Annotated[bool, typer.Option("--overwrite", help="Build a cache that is there again.")] = False,
 ) -> None:
     """Encode every image once for a frozen codec, into a folder that training reads (data.cache_latents=FOLDER).
@@ -253,7 +255,7 @@ def encode(
 
     Examples:
 
-        vgm data encode imagenet/train --codec kl-f8.safetensors --size 256 --hflip --out cache/
+        vgm data encode imagenet/train --codec kl-f8.safetensors --size 256 --hflip --nproc 8 --out cache/
 
         vgm data encode mnist5k --codec mnist-codec --out cache/
 
@@ -264,21 +266,27 @@ def encode(
     Next: vgm train dit data.path=PATH data.cache_latents=cache/
     """
     from vgm_cli.data import Dataset, tell_skipped
-    from vgm_cli.data.latent_cache import DTYPES, build_cache
+    from vgm_cli.data.latent_cache import DTYPES
+    from vgm_cli.engine import processes
+    from vgm_cli.engine.encode import encode as shared
     from vgm_cli.engine.sample.setup import device_for
 
-    if dtype is not None and dtype not in DTYPES:
-        raise unknown("dtype", dtype, DTYPES)
+    for name, value, known_values in (("dtype", dtype, DTYPES), ("decode", decode, ("exact", "fast"))):
+        if value is not None and value not in known_values:
+            raise unknown(name, value, known_values)
+    if processes.relaunched(nproc):
+        return
+    processes.join()
     device = device_for()
     network, digest = open_codec(codec, device, tokens)
     beside = [c for c in columns or () if c != "image"]
     read: dict[str, Any] = {"size": size, "channels": channels, "crop": crop, "split": split, "label_key": label_key}
-    dataset = opened(path, **read, columns=beside)
+    dataset = opened(path, **read, columns=beside, decode=decode)
     if not isinstance(dataset, Dataset):
         raise VgmError(f"{path} holds latents already", "name the images", USAGE)
     known = len(dataset.facts.skipped)
     how: dict[str, Any] = {"hflip": hflip, "dtype": dtype, "keeps_images": "image" in (columns or ())}
-    latents = build_cache(dataset, network, out, digest, device=device, batch=batch_size, overwrite=overwrite, **how)
+    latents = shared(dataset, network, out, digest, device=device, batch=batch_size, overwrite=overwrite, **how)
     facts = described(latents)
     ui.document({"out": str(out), **facts})
     ui.data(str(out))

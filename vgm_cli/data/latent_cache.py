@@ -50,8 +50,12 @@ def build_cache(
     batch: int = 64,
     shard_bytes: int = SHARD,
     overwrite: bool = False,
-) -> Latents:
+    share: tuple[int, int] | None = None,
+) -> Latents | None:
     """Encode every image (with hflip its mirror image too) into a cache; what is there already is kept.
+
+    share: (rank, world) of one of several processes. It writes every world-th shard alone and gives None; once all have
+    done so, a call without it makes the cache whole.
 
     dtype: a name of DTYPES to store floating-point moments in, None as the codec gives them. A build that was cut off
     goes on at its first missing shard. keeps_images: the images themselves are stored too, as the column `image`.
@@ -82,7 +86,7 @@ def build_cache(
     elif folder.is_dir() and any(not p.name.startswith(".") for p in folder.iterdir()):
         raise VgmError(f"{folder} holds other files", "name a new or empty folder for the latent cache", USAGE)
     build = _Build(dataset, codec, torch.device(device), hflip, DTYPES[dtype] if dtype else None, batch, keeps_images)
-    return build.run(folder, codec_hash, fingerprint, shard_bytes)
+    return build.run(folder, codec_hash, fingerprint, shard_bytes, share)
 
 
 def remove_cache(folder: Path) -> None:
@@ -105,7 +109,9 @@ class _Build:
         self.dataset, self.codec, self.device = dataset, codec, device
         self.hflip, self.dtype, self.batch, self.keeps_images = hflip, dtype, batch, keeps_images
 
-    def run(self, folder: Path, codec_hash: str, fingerprint: str, shard_bytes: int) -> Latents:
+    def run(
+        self, folder: Path, codec_hash: str, fingerprint: str, shard_bytes: int, share: tuple[int, int] | None
+    ) -> Latents | None:
         n = len(self.dataset)
         one = self.encode(to_float(self.dataset.gather([0])["x"]).to(self.device))
         per_shard = max(1, shard_bytes // max(1, one.numel() * one.element_size() * (1 + self.hflip)))
@@ -124,15 +130,19 @@ class _Build:
             if path.name not in names or json.loads(read_shard(path).metadata.get("identity", "{}")) != identity:
                 hint = OTHER
                 raise VgmError(f"{folder} holds a half-built latent cache of another kind ({path.name})", hint, USAGE)
-        sums = Sums()
+        rank, world = share or (0, 1)
         with Progress("encoding", n) as progress:
-            for i, name in enumerate(names):
+            for i, name in list(enumerate(names))[rank::world]:
                 span = range(i * per_shard, min((i + 1) * per_shard, n))
                 if not (folder / name).is_file():
                     self.write(folder / name, span, identity, i)
-                sums.merge(Sums.load(read_shard(folder / name).metadata["sums"]))
                 progress.update(span.stop)
                 progress.line(f"encoding {span.stop}/{n}")
+        if share is not None:
+            return None
+        sums = Sums()
+        for name in names:
+            sums.merge(Sums.load(read_shard(folder / name).metadata["sums"]))
         f = self.dataset.facts
         image = (f.channels, f.size, f.size)
         atomic.write_json(

@@ -5,14 +5,13 @@ train.py of facebookresearch/DiT@ed81ce2); `random` its training-time variant; `
 dataset_tool.py (NVlabs/edm@008a4e5). On an image that already has the size, all but `random` change nothing.
 
 `fast` resampling, where asked for, is torch's antialiased bicubic kernel at once instead of halvings and Pillow's: a
-quarter of the time, values at most a level away where nothing is halved.
+quarter of the time, values at most two levels away where nothing is halved.
 """
 
 from __future__ import annotations
 
 import math
 import random
-import warnings
 from collections.abc import Sequence
 from typing import TYPE_CHECKING
 
@@ -28,7 +27,6 @@ if TYPE_CHECKING:
 CROPS = ("adm", "center", "random", "resize", "none")
 SMALLEST = 0.8  # share of the short side that a random crop covers, at least
 Picture = Image.Image | np.ndarray  # of Pillow, or (H, W, C)
-warnings.filterwarnings("ignore", message="The given NumPy array is not writable")  # nothing writes into it
 
 
 def _shrink(image: Image.Image, short: int, fast: bool = False) -> Picture:
@@ -44,7 +42,7 @@ def bicubic(image: Image.Image, size: tuple[int, int]) -> np.ndarray:
     """An "L" or "RGB" image resampled to (width, height) by torch, with antialiasing; uint8 (height, width, C)."""
     import torch
 
-    pixels = torch.from_numpy(np.asarray(image))
+    pixels = torch.from_numpy(np.array(image))
     planes = (pixels if pixels.ndim == 3 else pixels[..., None]).permute(2, 0, 1)[None]
     out = torch.nn.functional.interpolate(planes, size[::-1], mode="bicubic", antialias=True)[0]
     return out.permute(1, 2, 0).numpy()

@@ -123,7 +123,9 @@ def make_plan(recipe: Recipe, device: torch.device | None = None, world: int = 1
         timed=how,
         total_seconds=seconds * opts.steps if seconds else None,
         disk={"one checkpoint": one, f"kept ({max(opts.keep, 1)})": one * max(opts.keep, 1)},
-        tokens=tokens_of(built.components.get("model", {}), facts.vocab_size, facts.sample_shape),
+        tokens=tokens_of(
+            built.networks.get("model"), built.components.get("model", {}), facts.vocab_size, facts.sample_shape
+        ),
         processes=world,
         nodes=nodes,
         communication=traffic(built.networks, phases, world, opts.accumulate, opts.fsdp) if world > 1 else None,

@@ -11,11 +11,11 @@ from typing import Any
 import torch
 from torch.utils.flop_counter import FlopCounterMode
 
-from vgm_cli.api import Phase
+from vgm_cli.api import Phase, Repeats
 from vgm_cli.engine.train import optim
 
 LINK = 25e9  # bytes per second that a plan assumes of the slowest link: 200 Gbit/s, one InfiniBand HDR port
-ENCODE_FLOPS = 1e12  # a codec that needs more for two images is not timed on a CPU
+ENCODE_SECONDS = 1.0  # a codec that would take longer for two images at best is not timed on a CPU
 
 
 @dataclass
@@ -81,7 +81,7 @@ def latent_cache(
     if moments is None:
         return LatentCache(count, 0, None, None, "this codec's encoder cannot be planned without weights")
     size = math.prod(moments.shape[1:]) * moments.element_size() * forms * count
-    if flops is None or (device.type == "cpu" and 2 * flops > ENCODE_FLOPS):
+    if flops is None or (device.type == "cpu" and 2 * flops > ENCODE_SECONDS * rate):
         seconds = None if flops is None else flops * forms * count / (rate / 2)
         return LatentCache(count, size, flops, seconds, "estimated at half the rate of a matrix product here")
     real = codec.to_empty(device=device)
@@ -99,10 +99,11 @@ def latent_cache(
     return LatentCache(count, size, flops, seconds, f"timed on this machine ({device.type}) with {len(images)} images")
 
 
-def tokens_of(model: Mapping[str, Any], vocabulary: int, shape: Sequence[int]) -> int | None:
+def tokens_of(network: Any, component: Mapping[str, Any], vocabulary: int, shape: Sequence[int]) -> int | None:
     """The length of the sequence that a network makes of one image: its codes, or its patches; None where it is no
-    sequence. model: the network's component, as checkpoints describe it. shape: of what it sees."""
-    patch = model.get("kwargs", {}).get("patch_size")
+    sequence. component: the network's, as checkpoints describe it. shape: of what it sees."""
     if vocabulary:
         return math.prod(shape)
-    return math.prod(shape[1:]) // patch**2 if isinstance(patch, int) and len(shape) == 3 else None
+    patch = component.get("kwargs", {}).get("patch_size")
+    sequence = isinstance(network, Repeats) and isinstance(patch, int) and len(shape) == 3
+    return math.prod(shape[1:]) // patch**2 if sequence else None
