@@ -382,8 +382,7 @@ class GroupedQuantizer(nn.Module):
 
 
 def code_counts(indices: Tensor, n_embed: int) -> Tensor:
-    """How often each of n_embed codes is in a batch, int64 (n_embed,). The device computes it without waiting for it,
-    and on the meta device too, as torch.bincount does not."""
+    """How often each code is in a batch, int64 (n_embed,); unlike torch.bincount without a wait, and on meta too."""
     flat = indices.flatten().long()
     return flat.new_zeros(n_embed).index_add_(0, flat, torch.ones_like(flat))
 
