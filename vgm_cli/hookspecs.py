@@ -42,7 +42,8 @@ class Component:
     from_data: {constructor keyword: fact} filled by the host when the recipe leaves it open; facts are
         size (side of x as the model sees it, after the codec), channels, num_classes, image_size and
         image_channels (before the codec), and of a codec's tokens vocab_size, grid, and scales: (h, w) of every grid
-        of a pyramid, whose size and channels are those of its features.
+        of a pyramid, whose size and channels are those of its features; ROLE.KEYWORD is what another network of the
+        recipe was told ("base.model_channels").
     verbs: commands that offer it (objectives: "train", "distill", "finetune-rl"). summary: one line for `vgm ls`.
     denoiser: of models forward(x, t, **cond), of objectives that train any of these, and of views that show a network
         so: the result is a denoiser, which distill, restore and finetune-rl take (`vgm matrix`).

@@ -116,8 +116,8 @@ def locate(target: str, recipe: str | None = None) -> tuple[str, Path]:
         name = f"{target}/{recipe or 'mnist'}"
         if recipe is None and name not in files:
             own = [f for f in files if f.startswith(target + "/")]
-            if len(own) == 1:
-                name = own[0]
+            if len(short := [f for f in own if starter(f)] or own) == 1:
+                name = short[0]
             elif own:
                 raise VgmError(
                     f"{target} has several recipes: {', '.join(f.partition('/')[2] for f in own)}",
@@ -156,7 +156,7 @@ def has_teacher(config: Mapping[str, Any]) -> bool:
 
 def starter(name: str) -> bool:
     """Is PAPER/NAME one of the recipes that run in minutes?"""
-    return name.partition("/")[2].startswith("mnist")
+    return name.partition("/")[2].startswith(("mnist", "openmoji"))
 
 
 def next_command(paper: str, verb: str | None = None) -> str:

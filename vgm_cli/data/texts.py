@@ -20,7 +20,7 @@ from vgm_cli.errors import FAILED, VgmError
 from vgm_cli.limits import parse_json
 
 FILE = ("file_name", "filename", "file", "image_file", "image_path", "file_path", "filepath", "path", "image", "img",
-        "name")  # fmt: skip
+        "target", "name")  # fmt: skip
 TEXT = ("text", "caption", "prompt", "captions", "description")
 LABEL = ("label", "labels", "class", "class_name", "category")
 MARKS = (
@@ -67,7 +67,8 @@ def vocabulary(texts: Iterable[str], most: int) -> list[str]:
 
 
 def is_table(name: str) -> bool:
-    return name.rpartition("/")[2].lower() in ("metadata.jsonl", "metadata.csv", "metadata.tsv")
+    tables = ("metadata.jsonl", "metadata.csv", "metadata.tsv", "prompt.json")
+    return name.rpartition("/")[2].lower() in tables
 
 
 def key(column: Any) -> str:
@@ -98,7 +99,8 @@ class Row:
 def read_table(name: str, text: str, where: str) -> list[Row]:
     """The rows of a metadata file; `name` says of which kind. Raises VgmError that names the line."""
     kind = PurePosixPath(name).suffix.lower()
-    rows = read_jsonl(text, where) if kind == ".jsonl" else read_csv(text, where, "\t" if kind == ".tsv" else None)
+    lines = kind in (".jsonl", ".json")
+    rows = read_jsonl(text, where) if lines else read_csv(text, where, "\t" if kind == ".tsv" else None)
     out = []
     for line, row in rows:
         fields = {key(k): v for k, v in row.items()}

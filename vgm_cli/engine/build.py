@@ -36,7 +36,7 @@ def component_node(kind: str, node: Mapping[str, Any], facts: Facts) -> dict[str
     params = signature(load_target(component.target, component.name)).parameters
     takes_any = any(p.kind is p.VAR_KEYWORD for p in params.values())
     for keyword, fact in component.from_data.items():
-        if kwargs.get(keyword) is None and (keyword in params or takes_any):
+        if kwargs.get(keyword) is None and (keyword in params or takes_any) and "." not in fact:
             kwargs[keyword] = getattr(facts, fact)
     return {"kind": kind, "name": component.name, "kwargs": kwargs}
 
@@ -304,6 +304,10 @@ class Roles:
         given = {r: self.given[r] if r in self.given else self.network(r) for r in wanted}
         if "codec" in parameters and "codec" not in keywords and self.given.get("codec") is not None:
             given["codec"] = self.given["codec"]
+        for keyword, fact in component.from_data.items():
+            of, dot, key = fact.partition(".")
+            if dot and keyword not in keywords and key in (own := self.keywords_of(of)):
+                settings[keyword] = own[key]
         built, self.components[role] = build_component(kind, settings, self.facts, **given)
         self.parts[role] = {r: self.references.get(r, ckpt.Reference()) for r in wanted}
         if not isinstance(built, nn.Module):
@@ -313,6 +317,11 @@ class Roles:
         if "view" in node and role != "model":
             self.views[role] = ckpt.build_view(freeze(built), {"name": "denoiser", **(node["view"] or {})})
         return built
+
+    def keywords_of(self, role: str) -> Mapping[str, Any]:
+        """What a network that was built as a role was told."""
+        kwargs: Mapping[str, Any] = self.components.get(role, {}).get("kwargs", {})
+        return kwargs
 
     def stored(self, role: str, node: Mapping[str, Any]) -> Any:
         """The frozen network of a checkpoint; on the meta device its shapes alone. VgmError: its file has changed."""

@@ -20,6 +20,7 @@ METRICS = {
     "ssim": ("image:SSIM", "structural similarity of pairs, at most 1"),
     "ms-ssim": ("image:MSSSIM", "structural similarity of pairs over five scales, at most 1"),
     "lpips": ("image:LPIPSDistance", "learned perceptual distance of pairs, lower is better"),
+    "edge-f1": ("edges:EdgeF1", "agreement of edges of pairs, of samples that follow a hint, 0 to 1"),
     "ppl": ("path_length:PerceptualPathLength", "perceptual change per step in a generator's latent space"),
     "bits-per-dim": ("likelihood:BitsPerDim", "negative log-likelihood of images, lower is better"),
     "bayes-accuracy": ("bayes:BayesAccuracy", "share of images whose own class makes them likeliest, by the model"),

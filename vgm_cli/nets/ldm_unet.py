@@ -10,7 +10,7 @@ of narrow networks wider; a class table may have one more row, `null_class`.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, Literal
 
 import torch
@@ -218,7 +218,9 @@ class LDMEncoder(nn.Module):
         self, h: Tensor, emb: Tensor, context: Tensor | None, hint: Tensor | None = None
     ) -> tuple[Tensor, list[Tensor]]:
         """Through encoder and middle: (N, C, H, W) -> the middle's map, and every skip connection. hint: (N,
-        widths[0], H, W), added behind the first convolution."""
+        widths[0], H, W), added behind the first convolution. VgmError: there is no context."""
+        if self.context_dim and context is None:
+            raise VgmError("this network needs a context", 'cond={"context": (N, L, context_dim)}', USAGE)
         skips: list[Tensor] = []
         for i, stage in enumerate(self.input_blocks):
             h = self.run(stage, h, emb, context)
@@ -287,11 +289,8 @@ class LDMUNet(LDMEncoder):
         at = places(layers, [*down, self.middle, *up])
         emb = self.embed(t, y, vector)
         h, skips = self.encode(self.stacked(x, concat), emb, context)
-        found = [*skips, h]
-        h, skips = steered(h, skips, control)
-        for stage in self.output_blocks[: max(max(at, default=0) - ins, 0)]:
-            h = self.run(stage, torch.cat([h, skips.pop()], dim=1), emb, context)
-            found.append(h)
+        after = range(max(at, default=0) - ins)
+        found = [*skips, h, *(m for _, m in zip(after, self.decoded(h, skips, emb, context, control)))]
         return [found[i] for i in at]
 
     def forward(
@@ -306,20 +305,36 @@ class LDMUNet(LDMEncoder):
     ) -> Tensor:
         """See the class. H and W are multiples of 2^(levels - 1). control: a map or None for every skip connection,
         from the first on, and one for the middle, which are added to them."""
-        if self.context_dim and context is None:
-            raise VgmError("this network needs a context", 'cond={"context": (N, L, context_dim)}', USAGE)
         emb = self.embed(t, y, vector)
         h, skips = self.encode(self.stacked(x, concat), emb, context)
-        h, skips = steered(h, skips, control)
-        for stage in self.output_blocks:
-            h = self.run(stage, torch.cat([h, skips.pop()], dim=1), emb, context)
+        return self.decode(h, skips, emb, context, control)
+
+    def decode(
+        self,
+        h: Tensor,
+        skips: Sequence[Tensor],
+        emb: Tensor,
+        context: Tensor | None,
+        control: Sequence[Tensor | None] | None = None,
+    ) -> Tensor:
+        """The output of what `encode` gives; control: see forward."""
+        *_, h = self.decoded(h, skips, emb, context, control)
         return self.out(h) if self.id_predictor is None else self.id_predictor(h)
 
-
-def steered(h: Tensor, skips: list[Tensor], control: Sequence[Tensor | None] | None) -> tuple[Tensor, list[Tensor]]:
-    """The middle's map and the skip connections with what a control adds to them."""
-    if control is None:
-        return h, skips
-    *sides, middle = control
-    h = h if middle is None else h + middle
-    return h, [s if c is None else s + c for s, c in zip(skips, sides, strict=True)]
+    def decoded(
+        self,
+        h: Tensor,
+        skips: Sequence[Tensor],
+        emb: Tensor,
+        context: Tensor | None,
+        control: Sequence[Tensor | None] | None = None,
+    ) -> Iterator[Tensor]:
+        """The maps behind every stage of the decoder, one after the other."""
+        skips = list(skips)
+        if control is not None:
+            *sides, middle = control
+            h = h if middle is None else h + middle
+            skips = [s if c is None else s + c for s, c in zip(skips, sides, strict=True)]
+        for stage in self.output_blocks:
+            h = self.run(stage, torch.cat([h, skips.pop()], dim=1), emb, context)
+            yield h

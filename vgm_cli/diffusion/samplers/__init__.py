@@ -7,7 +7,7 @@ request.guidance_interval (host times). cfg_channels: leading channels that guid
 guidance_rescale: see ClassifierFreeGuidance. `steps` counts grid points; request.info["nfe"] counts evaluations.
 """
 
-from vgm_cli.diffusion.samplers.base import Clip, GaussianSampler, Grid, report
+from vgm_cli.diffusion.samplers.base import Clip, GaussianSampler, Grid, report, solver_of
 from vgm_cli.diffusion.samplers.in_sigma import (
     DPMpp2MSampler,
     DPMpp2MSDESampler,
@@ -42,4 +42,5 @@ __all__ = [
     "SDESampler",
     "UniPCSampler",
     "report",
+    "solver_of",
 ]

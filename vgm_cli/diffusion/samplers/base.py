@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from typing import Any, Literal
 
@@ -17,6 +17,7 @@ from vgm_cli.diffusion.guidance import Autoguidance, ClassifierFreeGuidance, Cla
 from vgm_cli.diffusion.path import DiscreteVPPath, EDMPath
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.ranges import Fraction, NonNegative, Steps
+from vgm_cli.registry import registry
 
 Grid = Literal["uniform", "logsnr", "quadratic", "karras", "exponential", "leading", "trailing", "linspace"]
 
@@ -68,6 +69,11 @@ class GaussianSampler(ABC):
     @abstractmethod
     def solve(self, model: Denoiser, request: Request, steps: int) -> Tensor:
         """From noise to data."""
+
+
+def solver_of(node: Mapping[str, Any]) -> Any:
+    """The sampler that a keyword of another one describes, {name: ddim, …}, for samplers that steer others."""
+    return registry().build("sampler", node)
 
 
 def report(request: Request, total: int) -> Callable[[int, Tensor, Tensor | None], None] | None:
