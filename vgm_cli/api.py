@@ -17,6 +17,7 @@ from vgm_cli import random
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.offers import (  # noqa: F401  # the contract is imported from here
     Checkpointing,
+    Companions,
     CompletesImages,
     Condition,
     DropsClasses,

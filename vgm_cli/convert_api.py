@@ -106,6 +106,8 @@ class Layout:
     config(state): constructor keywords read off the shapes of the published tensors; those that shapes do not tell (the
         number of heads) follow the published networks.
     allows(config): VgmError: such a network has no file of this layout.
+    transfer(state, base, other): the state of a network that was trained on the file `base`, as if it had been trained
+        on the file `other`, all in this layout; None: its networks stand on no other.
     """
 
     name: str
@@ -117,6 +119,7 @@ class Layout:
     from_ours: Callable[[State], dict[str, Tensor]]
     config: Callable[[State], dict[str, Any]]
     allows: Callable[[Config], None] = anything
+    transfer: Callable[[State, State, State], dict[str, Tensor]] | None = None
     files: Files = Files()
     published: Published = Published()
     diffusers: Diffusers | None = None

@@ -195,6 +195,14 @@ class ReadsPictures(Protocol):
         ...
 
 
+@runtime_checkable
+class Companions(Protocol):
+    """A sampler of several networks at once. also: the others, as the host loads them (RUN on the command line); what
+    the k-th is told carries its number (hint_1), and its pictures are asked for under names of their own (hint2)."""
+
+    also: Sequence[Any]
+
+
 class TokenDecoder(Protocol):
     """One generation of tokens with a cache, code after code: what vgm_cli/ar samples from."""
 

@@ -137,6 +137,9 @@ def check_sampler(node: Mapping[str, Any] | None, given: bool = False) -> None:
     node = dict(node)
     if isinstance(node.get("classifier"), str):
         ckpt.resolve(node.pop("classifier"))
+    if "also" in node:
+        for run in [also] if isinstance(also := node.pop("also"), str) else also or []:
+            ckpt.resolve(run)
     if not given:
         registry().build("sampler", node)
 

@@ -31,8 +31,8 @@ def convert(
         list[str] | None,
         typer.Argument(
             metavar="[KEY=VALUE]…",
-            help="What the file does not tell: num_heads=6 schedule=cosine codec=FILE; of a codec stats=FILE: mean and "
-            "deviation of its latents.",
+            help="What the file does not tell: num_heads=6 schedule=cosine codec=FILE base=FILE; of a codec "
+            "stats=FILE: mean and deviation of its latents; transfer=FILE moves a network from base=FILE.",
         ),
     ] = None,
     from_: Annotated[

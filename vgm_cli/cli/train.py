@@ -36,6 +36,13 @@ def train(
             help="A trained first stage: short for codec.weights=RUN, and no other.", autocompletion=complete.runs
         ),
     ] = None,
+    base: Annotated[
+        str | None,
+        typer.Option(
+            help="The trained network that this one is built on: roles.base.run, with its codec, conditions and data.",
+            autocompletion=complete.runs,
+        ),
+    ] = None,
     *,
     options: Training,
 ) -> None:
@@ -51,6 +58,8 @@ def train(
 
         vgm train llamagen --codec RUN data.path=FOLDER # on the codes of a `vgm train vqgan` run
 
+        vgm train controlnet --base RUN                 # beside the frozen network of a `vgm train ldm` run
+
     Next: vgm sample RUN
     """
     from vgm_cli import recipe as recipes
@@ -60,7 +69,12 @@ def train(
     if codec is not None:
         assignments += [f"codec.weights={codec}", "codec.fallback=null"]
     recipes.allow_typed(assignments, options.trust)
-    resolved = options.stored(assignments) if paper is None else recipes.load(paper, options.recipe, assignments)
+    if paper is None:
+        resolved = options.stored(assignments)
+    elif base is None:
+        resolved = recipes.load(paper, options.recipe, assignments)
+    else:
+        resolved = based(paper, options.recipe, assignments, base)
     verb = recipes.verb_of(resolved.config)
     if verb != "train" and resolved.start() is None and not options.asks_only:
         needs = "a trained model" if verb == "finetune-rl" else "a trained teacher"
@@ -68,6 +82,21 @@ def train(
     if verb == "finetune-rl" and not options.asks_only:
         raise VgmError(f"{resolved.name} learns from rewards", recipes.next_command(resolved.paper, verb), USAGE)
     options.run(engine, resolved)
+
+
+def based(paper: str, recipe: str | None, assignments: list[str], base: str) -> Any:
+    """The recipe of a network that is built on the run or file `base`. VgmError: it is built on none."""
+    from vgm_cli import recipe as recipes
+    from vgm_cli.engine import checkpoint as ckpt
+    from vgm_cli.engine.distill import run as distill
+    from vgm_cli.errors import USAGE, VgmError
+
+    name, file = recipes.locate(paper, recipe)
+    config, origins = recipes.load_file(file, f"recipe {name}")
+    if "base" not in (config.get("roles") or {}):
+        raise VgmError(f"{name} is built on no other network", "--base is for recipes with roles.base", USAGE)
+    distill.start_from("base", config, origins, ckpt.resolve(base), keep=True)
+    return recipes.finish(config, origins, name, assignments)
 
 
 def engine(*args: Any, **options: Any) -> None:

@@ -4,14 +4,15 @@ none."""
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 from typing import Any
 
 import torch
+import torch.nn.functional as F
 from torch import nn
 
-from vgm_cli.api import HasClasses, ReadsPictures
+from vgm_cli.api import Companions, HasClasses, ReadsPictures
 from vgm_cli.conditioning import Conditions, Part, Picture, build_parts, missing_column
 from vgm_cli.data import Dataset
 from vgm_cli.engine import checkpoint as ckpt
@@ -83,6 +84,54 @@ def read_encoder(encoder: nn.Module, file: Path, name: str) -> None:
     ckpt.check_fit(encoder, tensors, file, name)
     ckpt.refuse_non_finite(tensors, file)
     encoder.load_state_dict(tensors)
+
+
+class Numbered:
+    """A condition on pictures whose keywords carry a number, for a further network that is told what the first one is
+    told, too."""
+
+    def __init__(self, condition: Any, k: int):
+        self.own, self.k = condition, k
+        self.column, self.choices = condition.column, condition.choices
+        self.reads, self.draws = condition.reads, condition.draws
+
+    def numbered(self, keywords: Mapping[str, torch.Tensor]) -> dict[str, torch.Tensor]:
+        return {f"{name}_{self.k}": value for name, value in keywords.items()}
+
+    def parse(self, words: Sequence[str]) -> list[Any]:
+        found: list[Any] = self.own.parse(words)
+        return found
+
+    def items_of(self, columns: Mapping[str, torch.Tensor], drawn: Sequence[torch.Generator]) -> torch.Tensor:
+        found: torch.Tensor = self.own.items_of(columns, drawn)
+        return found
+
+    def encode(self, items: Sequence[Any], device: torch.device) -> dict[str, torch.Tensor]:
+        return self.numbered(self.own.encode(items, device))
+
+    def null(self, n: int, device: torch.device) -> dict[str, torch.Tensor]:
+        return self.numbered(self.own.null(n, device))
+
+    def example(self, n: int, device: torch.device) -> dict[str, torch.Tensor]:
+        return self.numbered(self.own.example(n, device))
+
+
+def adopt_hints(conditions: Conditions, sampler: Any) -> None:
+    """The pictures that a sampler's companions follow become conditions, NAME2 for the second network's NAME."""
+    for k, other in enumerate((sampler.also or []) if isinstance(sampler, Companions) else [], 1):
+        for part in other.conditions.of_pictures():
+            name = f"{part.name}{k + 1}"
+            conditions.parts[name] = replace(part, name=name, condition=Numbered(part.condition, k), component=None)
+
+
+def followed(conditions: Conditions, given: Mapping[str, Sequence[Any]], x: torch.Tensor) -> dict[str, torch.Tensor]:
+    """The pictures that samples x (N, C, H, W) were to follow, of their size, by condition."""
+    rows = {}
+    for part in conditions.of_pictures():
+        pictures = torch.stack([item.pixels for item in given[part.name]]).float()
+        if pictures.shape[1] in (1, x.shape[1]):
+            rows[part.name] = F.interpolate(pictures, x.shape[-2:]).expand_as(x)
+    return rows
 
 
 # -- items of the data -------------------------------------------------------------------------------------------------

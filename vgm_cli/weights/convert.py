@@ -27,7 +27,9 @@ from vgm_cli.weights.files import State
 from vgm_cli.weights.prove import Findings, prove, prove_written
 from vgm_cli.weights.source import OURS, Conversion, Source, back, disagreement, open_source
 from vgm_cli.weights.statistics import add_statistics
+from vgm_cli.weights.transfer import transfer
 
+OTHER_FILES = ("codec=", "stats=", "base=", "transfer=")  # words that name files
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
 
 
@@ -186,6 +188,25 @@ def own_header(source: Source, dst: Path, codec: str | None) -> Header:
     return header
 
 
+def stand_on(source: Source, base: Path, layout: Layout | None) -> None:
+    """Let the header of a network that is given another one name this file, and say of its data and conditions what the
+    file says, where it does not itself. VgmError: it is given none, or one of other shapes."""
+    component = registry().find(source.kind, source.name)
+    if "base" not in signature(load_target(component.target, component.name)).parameters or layout is not None:
+        what = f"a file of '{layout.name}'" if layout is not None else source.name
+        raise VgmError(f"{what} stands on no other network", "leave base= away", USAGE)
+    header, own = ckpt.read_header(base), source.header
+    network = ckpt.outline(base)[0]
+    with torch.device("meta"):
+        registry().build(source.kind, {"name": source.name, **source.config}, base=network)
+    own.parts["base"] = ckpt.refer(base, header.component["name"])
+    if "codec" in header.parts:
+        own.parts.setdefault("codec", moved(header.parts["codec"], base, "codec"))
+    told = {k: n for k, n in (header.conditions or {}).items() if not n.get("train")}
+    own.conditions = {**told, **(own.conditions or {})}
+    own.view = header.view or own.view
+
+
 def moved(ref: ckpt.Reference, origin: Path, role: str) -> ckpt.Reference:
     """The reference `ref` of the file `origin`, as a file that lies elsewhere must write it."""
     path = ckpt.locate(ref, origin, role)
@@ -234,9 +255,11 @@ def convert(
         weight_files.writable(dst)
     for path in (dst, dst.with_name(dst.name + weight_files.INDEX)):
         atomic.refuse_existing(path, overwrite)
-    named = dict(text.split("=", 1) for text in overrides if text.startswith(("codec=", "stats=")))
+    named = dict(text.split("=", 1) for text in overrides if text.startswith(OTHER_FILES))
     codec, stats = codec or named.get("codec"), named.get("stats")
     overrides = [text for text in overrides if text.partition("=")[0] not in named]
+    if "transfer" in named:
+        return transfer(src, dst, named, from_, trust, limit)
     if to is not None and to != OURS:
         layouts.find(to)  # a misspelt name is told before gigabytes are read
     source = open_source(src, from_, weights, trust, overrides)
@@ -247,6 +270,8 @@ def convert(
         job.remarks.append(f"{len(bad)} of {len(job.ours)} tensors hold NaN or infinities, first {bad[0]}")
     if dst.suffix == "" and (job.layout is None or job.layout.diffusers is None):
         raise VgmError(f"{dst} has no suffix", f"name a file: {', '.join(weight_files.WRITABLE)}", USAGE)
+    if "base" in named:
+        stand_on(source, ckpt.resolve(named["base"]), job.layout)
     if codec is not None and job.layout is not None:
         raise VgmError(f"a file of '{job.layout.name}' names no codec", "leave --codec away", USAGE)
     proof = Findings()

@@ -87,14 +87,15 @@ def load(
     return build.settle(recipes.finish(config, origins, name, assignments))
 
 
-def start_from(role: str, config: dict[str, Any], origins: dict[str, str], path: Path) -> None:
+def start_from(role: str, config: dict[str, Any], origins: dict[str, str], path: Path, keep: bool = False) -> None:
     """Make the checkpoint at `path` the role of a recipe that starts from a trained network, and give the recipe the
-    codec, data and guidance that the file says, where the recipe says none. VgmError: it is no such network."""
+    codec, data and guidance that the file says, where the recipe says none. keep: conditions that the recipe has
+    besides the file's stay. VgmError: it is no such network."""
     header = ckpt.read_header(path)
     name = header.component["name"]
     if header.is_codec:
-        raise VgmError(f"{path} is a codec: it reconstructs, there is nothing to distill", "take a model's run", USAGE)
-    view = header.view or (config["roles"][role] or {}).get("view")
+        raise VgmError(f"{path} is a codec: it reconstructs, there is nothing to start from", "a model's run", USAGE)
+    view = header.view or ((config.get("roles") or {}).get(role) or {}).get("view")
     if not is_denoiser(view):
         raise VgmError(
             f"{path} ({name}) is no diffusion or flow network",
@@ -111,16 +112,20 @@ def start_from(role: str, config: dict[str, Any], origins: dict[str, str], path:
         weights = ref.asset or str(file.resolve())
         codec = {"name": ckpt.read_header(file).component["name"], "weights": weights}
         replace(config, origins, "codec", codec, role)
-    adopt_conditions(role, config, origins, header, path)
+    adopt_conditions(role, config, origins, header, path, keep)
     of_recipe = {k: v for k, v in (config.get("data") or {}).items() if v is not None}
     of_file = {k: v for k, v in (header.recipe.get("data") or {}).items() if v is not None and k in IMAGES}
     if "path" in of_file and of_recipe.get("path") in SHIPPED:
         del of_recipe["path"]  # what the recipe assumes without a teacher
+    if keep:  # latents and hints are of the size that the network knows
+        of_recipe = {k: v for k, v in of_recipe.items() if k not in of_file}
     if "path" not in of_recipe and of_file.get("path", "mnist5k") not in SHIPPED:
         ui.info(f"data: {of_file['path']}, as {path} says")
     origins |= {f"data.{key}": role for key in of_file.keys() - of_recipe.keys()}
     config["data"] = {**of_file, **of_recipe}
-    objective = config["objective"]
+    objective = config.get("objective") or {}
+    if "name" not in objective:
+        return
     parameters = signature(load_target(registry().find("objective", objective["name"]).target)).parameters
     if "guidance_scale" in parameters and "guidance_scale" not in objective:
         objective["guidance_scale"] = guidance
@@ -128,15 +133,20 @@ def start_from(role: str, config: dict[str, Any], origins: dict[str, str], path:
 
 
 def adopt_conditions(
-    role: str, config: dict[str, Any], origins: dict[str, str], header: ckpt.Header, path: Path
+    role: str,
+    config: dict[str, Any],
+    origins: dict[str, str],
+    header: ckpt.Header,
+    path: Path,
+    keep: bool = False,
 ) -> None:
-    """Give a recipe the conditions of the network at `path`, where it is told more than classes; an encoder that was
-    trained with it stays as it is."""
+    """Give a recipe the conditions of the network at `path`, where it is told more than classes (or `keep` says so: the
+    recipe's others stay); an encoder that was trained with it stays as it is."""
     known = header.conditions or {}
-    if all(node.get("name", name) == "class" for name, node in known.items()):
+    if not keep and all(node.get("name", name) == "class" for name, node in known.items()):
         return
     said = config.get("conditions") or {}
-    nodes = {}
+    nodes = {k: v for k, v in said.items() if keep and k not in known}
     for name, node in known.items():
         own = {k: v for k, v in node.items() if k != "train"}
         own |= {"weights": str((path.parent / f"{name}.safetensors").resolve())} if node.get("train") else {}

@@ -14,6 +14,7 @@ from vgm_cli import atomic, foreign
 from vgm_cli.data.decode import open_image
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine.checkpoint import Loaded
+from vgm_cli.engine.conditions import adopt_hints
 from vgm_cli.engine.sample import loop as generate
 from vgm_cli.engine.sample.accept import Judge
 from vgm_cli.engine.sample.given import given_pictures
@@ -80,6 +81,7 @@ def rerun(image: Path, out: Path | None, device_name: str | None = None, overwri
     sampler = generate.build_sampler(s["sampler"], device, loaded.roles)
     adopt_classes(loaded, sampler)
     start = given_pictures(loaded, sampler, s["input"], s.get("mask"), s["n"]) if s.get("input") else None
+    adopt_hints(loaded.conditions, sampler)
     items = {name: told.parts[name].condition.parse(own) for name, own in words.items() if name in told.parts}
     if (part := told.of_column("label")) is not None and s["labels"]:
         items[part.name] = part.condition.parse(list(map(str, s["labels"])))

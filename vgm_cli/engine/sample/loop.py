@@ -22,11 +22,13 @@ from vgm_cli.conditioning import Conditions
 from vgm_cli.data import Dataset
 from vgm_cli.data.latents import to_model
 from vgm_cli.engine.checkpoint import Loaded, load
+from vgm_cli.engine.conditions import followed
 from vgm_cli.engine.sample.accept import Judge
 from vgm_cli.engine.sample.given import Given
 from vgm_cli.errors import FAILED, USAGE, VgmError
 from vgm_cli.images import Layout, compared, layout_of, save_grid, save_png
-from vgm_cli.registry import registry
+from vgm_cli.ranges import fit
+from vgm_cli.registry import load_target, registry, signature
 from vgm_cli.ui import Progress, ui
 
 OPTIONAL = ("steps", "guidance_scale", "guidance_interval", "images")  # of a Request; not every sampler uses them
@@ -153,9 +155,15 @@ def autocast(precision: str, device: torch.device) -> Any:
 
 def build_sampler(node: Mapping[str, Any], device: torch.device | str, given: Mapping[str, Any] | None = None) -> Any:
     """The sampler of a node. Networks that guide it are runs or files: `classifier`, of noisy images, and
-    `autoguidance`, a worse version of what is sampled. given: see Loaded.roles."""
+    `autoguidance`, a worse version of what is sampled; `also`, others whose maps are added. given: see
+    Loaded.roles."""
     node = dict(node)
     roles: dict[str, Any] = dict(given or {})
+    component, _ = registry().config("sampler", node)
+    if "also" in signature(load_target(component.target, component.name)).parameters and node.get("also"):
+        also = node.pop("also")
+        runs = fit([also] if isinstance(also, str) else also, list[str], "sampler.also")
+        roles["also"] = [load(run, device=device) for run in runs]
     for role, part in (("classifier", "model"), ("autoguidance", "view")):
         if isinstance(node.get(role), str):
             roles[role] = getattr(load(node.pop(role), device=device), part)
@@ -313,7 +321,10 @@ def preview(loaded: Loaded, recipe: Any, path: Path, n: int, device: torch.devic
             raise
         ui.warn(f"no preview: {e.message}")
         return
-    save_grid(x, path, layout=layout(plan, x, device))
+    if rows := followed(conditions, given, x):
+        save_png(compared({**rows, "sample": x}), path)
+    else:
+        save_grid(x, path, layout=layout(plan, x, device))
     facts = {k: v for k, v in plan.settings(device).items() if k != "asked"}
     seconds = round(time.perf_counter() - began, 2)
     atomic.write_json(path.with_suffix(".json"), {"labels": plan.labels, **facts, "seed": 0, "seconds": seconds})

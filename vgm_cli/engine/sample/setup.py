@@ -14,6 +14,7 @@ from vgm_cli.conditioning import ClassLabel, Conditions, Part, build_parts
 from vgm_cli.data.decode import image_files
 from vgm_cli.diffusion.samplers import GaussianSampler
 from vgm_cli.engine import checkpoint as ckpt
+from vgm_cli.engine.conditions import adopt_hints
 from vgm_cli.engine.environment import bf16_supported
 from vgm_cli.engine.processes import keep_memory, pick_device
 from vgm_cli.engine.sample.accept import Judge, candidates_for
@@ -105,6 +106,7 @@ def plan_for(
     if mask is not None and images is None:
         raise VgmError("--mask says what is kept of a picture", "--image FILE", USAGE)
     pictures = None if images is None else given_pictures(loaded, table, images, mask, n)
+    adopt_hints(loaded.conditions, table)
     words = words_for(loaded.conditions, label, prompts, hints)
     away = negative_for(loaded.conditions, negative)
     interval = None
