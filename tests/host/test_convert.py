@@ -70,6 +70,8 @@ TINY: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "autoencoder-kl-diffusers": (STAGE, ()),
     "bert-text": ({"width": 24, "depth": 2, "vocabulary": 40, "length": 9}, ()),
     "class-token": ({"num_classes": 5, "width": 8, "null_class": False}, ()),
+    "controlnet": (UNET | {"hint_widths": (4, 6)}, ("image_size=8",)),
+    "controlnet-diffusers": (UNET | {"channel_mult": (1, 1), "hint_widths": (4, 6)}, ("image_size=8",)),
     "clip-text": (TOWER | {"head": 16}, ()),
     "consistency": (ADM | {"use_new_attention_order": True}, ()),
     "dit": (DIT, ("num_heads=2",)),
@@ -84,6 +86,7 @@ TINY: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "glow": (GLOW, ()),
     "glow-average": (GLOW, ()),
     "glow-rosinality": (GLOW | {"style": "rosinality", "permutation": "lu"}, ()),
+    "hed": ({"size": 512, "channels": 3, "width": 4}, ()),
     "ldm-unet": (UNET, ("image_size=8",)),
     "ldm-unet-diffusers": (UNET | {"channel_mult": (1, 1), "vector_dim": 1552}, ("image_size=8",)),
     "lightningdit": (DIT | {"learn_sigma": False, "swiglu": True, "rope": True, "rmsnorm": True}, ()),
@@ -280,7 +283,7 @@ VARIANTS = [
     ("model", "vqgan-prior", PRIOR | {"grid": (2, 2), "window": 2}),
     ("model", "edm-unet", EDM | {"num_classes": None}),
 ]
-WORDS = {"flan-t5"}  # networks whose forward takes no tensors
+WORDS = {"flan-t5", "controlnet"}  # networks whose forward takes no tensors, or wants another network
 
 
 @pytest.mark.parametrize(
