@@ -333,8 +333,8 @@ def test_a_plan_counts_the_codec_and_the_processes(vgm, monkeypatch: pytest.Monk
     code, out, err = vgm("train", "dit", "data.path=shapes", "--plan", "--json")
     assert code == 0, err
     found = json.loads(out)
-    assert found["first"]["recipe"] == "ldm/small-codec" and found["first"]["steps"] == 1000
-    assert found["sample_shape"] == [4, 8, 8]
+    assert found["first"]["recipe"] == "ldm/tuned-codec" and found["first"]["steps"] == 150
+    assert found["sample_shape"] == [8, 8, 8]
     one, eight = (json.loads(vgm("train", "dit", "--plan", "--json", "--nproc", n)[1]) for n in (1, 8))
     assert one["first"] is None and eight["processes"] == 8
     assert eight["memory"]["activations"] * 8 == one["memory"]["activations"]

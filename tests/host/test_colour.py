@@ -11,9 +11,14 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 from torch import Tensor
 
+from vgm_cli import recipe as recipes
 from vgm_cli.data import open_dataset
+from vgm_cli.engine import build
+from vgm_cli.engine import checkpoint as ckpt
+from vgm_cli.engine.facts import Facts
 from vgm_cli.errors import MISSING_ASSET, USAGE, VgmError
 from vgm_cli.images import write_npz
 from vgm_cli.metrics import train_colour_features as script
@@ -97,8 +102,7 @@ def test_colour_pictures_are_measured_at_once(vgm: Run, tmp_path: Path, held_out
 
 def test_a_text_model_is_asked_for_captions_of_what_it_was_trained_on(vgm: Run, tmp_path: Path) -> None:
     small = ("model.hidden_size=32", "model.depth=1", "train.steps=1", "train.batch_size=8", "train.preview_n=0")
-    of_emojis = ("data.path=openmoji", "data.split=train", "conditions.text.words=[red, heart, man, woman]")
-    code, _, err = vgm("train", "sit", "--recipe", "text", *of_emojis, *small, "--out", tmp_path / "run")
+    code, _, err = vgm("train", "sit", "--recipe", "openmoji", *small, "--out", tmp_path / "run")
     assert code == 0, err
     args = ("--metrics", "retrieval:k=3", "-n", 12, "--steps", 2, "--json")
     code, out, err = vgm("evaluate", tmp_path / "run", *args)
@@ -157,3 +161,45 @@ def test_changes_of_pictures_are_functions_of_their_draws() -> None:
         y = change(x, u)
         assert y.shape == x.shape and y.abs().max() <= 1 and not torch.equal(y, x)
         torch.testing.assert_close(change(x[1:], u[1:]), y[1:])  # a row is its own
+
+
+# -- codec -------------------------------------------------------------------------------------------------------------
+
+
+def psnr(codec: Any, x: Tensor) -> float:
+    with torch.no_grad():
+        y = codec.decode(codec.latents(codec.encode(x))).clamp(-1, 1)
+    return float(-10 * ((y - x).square().mean() / 4).log10())
+
+
+def test_shipped_codec_carries_pictures_that_it_never_saw() -> None:
+    codec = ckpt.read_codec(ckpt.resolve("openmoji-codec"))
+    x = open_dataset("openmoji", split="test", quiet=True).pixels(range(0, 205, 2))
+    assert codec.latent_shape((3, 32, 32)) == (8, 8, 8) and codec.latent_shape((3, 64, 64)) == (8, 16, 16)
+    assert psnr(codec, x) > 20.5
+    with torch.no_grad():
+        moments = codec.encode(x)
+        z = codec.latents(moments, torch.randn(len(x), 8, 8, 8, generator=torch.Generator().manual_seed(0)))
+    assert (z.std(dim=(0, 2, 3)) - 1).abs().max() < 0.25 and z.mean(dim=(0, 2, 3)).abs().max() < 0.25
+
+
+def test_colour_pictures_start_from_the_shipped_codec() -> None:
+    sit = recipes.load("sit", None, ["data.path=shapes"])
+    names = sit.config["codec"]["fallback"]
+    for size, channels, expected in ((32, 3, "tuned"), (64, 3, "tuned"), (64, 1, "small"), (30, 3, "small")):
+        assert build.codec_recipe(names, sit, Facts.of_pixels(size, channels)).name == f"ldm/{expected}-codec"
+    assert build.codec_recipe("ldm/small-codec", sit, Facts.of_pixels(32, 3)).name == "ldm/small-codec"
+
+
+def test_the_shipped_codec_is_tuned_on_own_pictures_and_told(vgm: Run, tmp_path: Path) -> None:
+    y, x = np.mgrid[:32, :32]
+    for i in range(12):
+        Path(tmp_path / "data").mkdir(exist_ok=True)
+        waves = np.stack([np.sin((x * (i % 4) + y) / 9 + c) for c in range(3)], -1)
+        Image.fromarray(((waves + 1) * 127).astype(np.uint8)).save(tmp_path / "data" / f"{i}.png")
+    (tmp_path / "codec.yaml").write_text("base: ldm/tuned-codec\ntrain: {steps: 3, batch_size: 4, save_every: 3}\n")
+    quick = ("codec.fallback=codec.yaml", "train.steps=1", "train.batch_size=4", "train.preview_n=0")
+    code, _, err = vgm("train", "sit", f"data.path={tmp_path / 'data'}", *quick, "--out", tmp_path / "run")
+    assert code == 0 and "openmoji-codec" in err and "tuned on them first: 3 steps" in err
+    own = ckpt.read_codec(ckpt.resolve(tmp_path / "run" / "codec"))
+    assert psnr(own, open_dataset(tmp_path / "data", quiet=True).pixels(range(12))) > 20

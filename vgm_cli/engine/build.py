@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
@@ -84,7 +84,7 @@ def planned_codec(recipe: Recipe, facts: Facts, dataset: Any = None) -> PlannedC
     node = recipe.config["codec"]
     if node.get("fallback") and not isinstance(dataset, Latents):
         if not (node.get("weights") and carries(node, facts, dataset)):
-            fallback = codec_recipe(node["fallback"], recipe)
+            fallback = codec_recipe(node["fallback"], recipe, facts)
             with torch.device("meta"):
                 codec = as_output(
                     build_component("codec", strip(fallback.config["model"], "model"), facts)[0], node.get("output")
@@ -106,15 +106,22 @@ def carries(node: Mapping[str, Any], facts: Facts, dataset: Any = None) -> bool:
     return reconstructs(ckpt.read_codec(ckpt.resolve(node["weights"]), output=node.get("output")), facts, images)
 
 
-def codec_recipe(name: str, recipe: Recipe) -> Recipe:
-    """The fallback recipe of a codec, on the data of the recipe that needs one."""
+def codec_recipe(names: str | Sequence[str], recipe: Recipe, facts: Facts) -> Recipe:
+    """The fallback recipe of a codec, on the data of the recipe that needs one: of several names the first that starts
+    from nothing, or from a codec that takes images of these channels and sides."""
     data = recipe.node("data")
     assignments = [f"train.seed={recipe.node('train').seed}"]
-    for key in ("path", "size", "channels", "crop", "decode", "hflip"):
+    for key in ("path", "size", "channels", "crop", "decode", "hflip", "split"):
         value = getattr(data, key)
         if value is not None:
             assignments.append(f"data.{key}={json.dumps(value)}")
-    return load(name, None, assignments)
+    *first, last = [names] if isinstance(names, str) else names
+    for name in first:
+        own = load(name, None, assignments)
+        start = own.config["model"].get("weights")
+        if not start or carries({"weights": start}, facts):
+            return own
+    return load(last, None, assignments)
 
 
 def strip(node: Mapping[str, Any], kind: str) -> dict[str, Any]:

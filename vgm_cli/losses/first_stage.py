@@ -20,9 +20,10 @@ from torch import Tensor, nn
 from vgm_cli.api import Batch, ObjectiveBase, Phase, Step, Tokenizer
 from vgm_cli.losses.adversarial import DiscLoss, GenLoss, adaptive_weight, discriminator_loss, generator_loss
 from vgm_cli.nets.first_stage import DiagonalGaussian
+from vgm_cli.nn import augment as change
 from vgm_cli.nn.gumbel import warmup_cosine
 from vgm_cli.nn.quantize import code_usage, recent_usage
-from vgm_cli.ranges import NonNegative, Whole
+from vgm_cli.ranges import Fraction, NonNegative, Whole
 
 Reduction = Literal["sum", "mean"]
 Perceptual = Callable[[Tensor, Tensor], Tensor]
@@ -125,6 +126,7 @@ class AutoencoderObjective(ObjectiveBase):
         reduction: Reduction | None = None,  # over an image's values; None: the published one
         temperature: dict[str, float] | None = None,  # of a Gumbel quantizer: keywords of `warmup_cosine`
         place_codes: bool = False,  # start the codebook at latents of the first batch; false: as published
+        augment: Fraction = 0.0,  # share of the images that are moved and get other colours, for small sets
     ):
         self.model, self.discriminator, self.perceptual = model, discriminator, perceptual
         roles = {"model": model, "discriminator": discriminator, "perceptual": perceptual}
@@ -138,7 +140,7 @@ class AutoencoderObjective(ObjectiveBase):
             adaptive and discriminator is not None
         ):  # its weight is a ratio of two gradients, taken before the loss's own
             self.uncompiled = ("model", "discriminator")
-        self.temperature, self.place_codes = temperature, place_codes
+        self.temperature, self.place_codes, self.augment = temperature, place_codes, augment
         self.prepare_size = 32 if place_codes else None  # the same images on every process
         self.recent = None if self.variational else torch.zeros(self.RECENT, dtype=torch.int32, device="cpu")
         self.reduction: Reduction = reduction or ("sum" if self.variational else "mean")
@@ -162,9 +164,18 @@ class AutoencoderObjective(ObjectiveBase):
 
     def loss(self, phase: str, batch: Batch, step: Step) -> tuple[Tensor, Logs]:
         """batch x: (B, C, H, W) in [-1, 1]."""
+        x = self.changed(batch["x"], step) if self.augment else batch["x"]
         if phase == "autoencoder":
-            return self.autoencoder(batch["x"], step)
-        return self.discriminate(batch["x"], step)
+            return self.autoencoder(x, step)
+        return self.discriminate(x, step)
+
+    def changed(self, x: Tensor, step: Step) -> Tensor:
+        """Images of which a share are moved and, where they have three channels, recoloured."""
+        n = len(x)
+        moved = change.move(x, step.rand((n, change.MOVE), "move"), scale=0.25)
+        if x.shape[1] == 3:
+            moved = change.recolour(moved, step.rand((n, change.RECOLOUR), "recolour"), amount=0.6)
+        return torch.where((step.rand(n, "augment") < self.augment)[:, None, None, None], moved, x)
 
     def noise(self, x: Tensor, step: Step, draw: str) -> Tensor | None:
         """Draws for one reconstruction: normal for a posterior, exponential for a Gumbel quantizer, None where there

@@ -240,14 +240,12 @@ def add_codec(
         if accelerator.is_main_process:
             run.clear()
         accelerator.wait_for_everyone()
+        codec = build.codec_recipe(node["fallback"], recipe, feed.facts)
         if Run(own).last() is None:
-            ui.info(
-                f"no shipped codec fits {feed.facts.image_size}×{feed.facts.image_size}×{feed.facts.image_channels} "
-                f"images: training one first (recipe {node['fallback']})"
-            )
+            tell_codec(codec, feed.facts)
         if train is None:
             raise build.missing_codec(node)
-        path = train_codec(train, node["fallback"], recipe, own, accelerator.device.type)
+        path = train_codec(train, codec, own, accelerator.device.type)
         accelerator.wait_for_everyone()
     feed.codec = ckpt.read_codec(path, feed.device, node.get("output"))
     feed.codec_ref = ckpt.refer_codec(path, run.path, node.get("output"))
@@ -266,6 +264,16 @@ def add_codec(
         feed.cache = open_cache(folder, key, fingerprint)
     else:
         feed.cache = encode_in_memory(feed)
+
+
+def tell_codec(codec: Recipe, facts: Facts) -> None:
+    """Say that a codec is trained first, and from what."""
+    what = f"{facts.image_size}×{facts.image_size}×{facts.image_channels} images"
+    steps, start = codec.node("train").steps, codec.config["model"].get("weights")
+    if start:
+        ui.info(f"the codec for {what} is the shipped {start}, tuned on them first: {steps} steps ({codec.name})")
+    else:
+        ui.info(f"no shipped codec fits {what}: training one first ({steps} steps of recipe {codec.name})")
 
 
 def encode_in_memory(feed: Feed) -> MemoryLatents:
