@@ -49,7 +49,7 @@ RUNS = [  # the longest first, those that others wait for before all
     Run("rectified-flow", "train rectified-flow", f"{QUALITY},straightness", bits="bits-per-dim:n=50"),
     Run("dmd", "distill dmd --teacher {dir}/sit", after="sit"),
     Run("add", "distill add --teacher {dir}/sit", after="sit"),
-    Run("add-without-adversary", "distill add --teacher {dir}/sit objective.adversarial_weight=0", after="sit"),
+    Run("add-without-adversary", "distill add --recipe mnist-distillation-only --teacher {dir}/sit", after="sit"),
     Run("consistency-distilled", "distill consistency --teacher {dir}/sit", after="sit"),
     Run("consistency", "train consistency"),
     Run("meanflow", "train meanflow"),

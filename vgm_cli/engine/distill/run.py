@@ -150,7 +150,7 @@ def adopt_conditions(
     for name, node in known.items():
         own = {k: v for k, v in node.items() if k != "train"}
         own |= {"weights": str((path.parent / f"{name}.safetensors").resolve())} if node.get("train") else {}
-        nodes[name] = own | (said.get(name) or {})
+        nodes[name] = own | {k: v for k, v in (said.get(name) or {}).items() if v is not None}
     replace(config, origins, "conditions", nodes, role)
 
 
