@@ -104,7 +104,7 @@ def check(recipe: Recipe, networks: Mapping[str, nn.Module], phases: Sequence[Ph
     """VgmError: a phase trains what is not there, an optimizer is named that no phase has, a group matches nothing."""
     parts = trained(networks, phases)
     known = {p.optimizer for p in phases}
-    for name in (k for k, own in (recipe.config.get("optimizers") or {}).items() if own is not None):
+    for name in recipe.config.get("optimizers") or {}:
         if name not in known and name not in (recipe.config.get("roles") or {}):  # a role that was set to null is known
             raise unknown("optimizer", name, known, "optimizers")
     for name in known:
