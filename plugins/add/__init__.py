@@ -47,10 +47,12 @@ def vgm_components() -> Iterable[Component | Paper]:
             target=HERE + "sampler:TurboSampler",
             summary="one to four steps of SD-Turbo, SDXL-Turbo and students of ADD; img2img",
         ),
-        Component(
-            kind="converter",
-            name="stylegan-t-discriminator",
-            target=HERE + "checkpoints:HEADS",
-            summary="heads of autonomousvision/stylegan-t's discriminator",
+        *(
+            Component(kind="converter", name=name, target=f"{HERE}checkpoints:{attr}", summary=summary)
+            for name, attr, summary in (
+                ("stylegan-t-discriminator", "HEADS", "heads of autonomousvision/stylegan-t's discriminator"),
+                ("ldm-unet-turbo", "TURBO", "SD-Turbo's and SDXL-Turbo's U-Nets"),
+                ("ldm-unet-turbo-diffusers", "TURBO_DIFFUSERS", "the same in diffusers' layout"),
+            )
         ),
     ]

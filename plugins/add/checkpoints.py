@@ -1,17 +1,22 @@
-"""Weights of StyleGAN-T's discriminator, whose heads ADD takes over. ADD's own discriminator was not released.
+"""Weights of SD-Turbo and SDXL-Turbo, and of StyleGAN-T's discriminator, whose heads ADD takes over. ADD's own was not
+released.
 
-Official names are ours, below heads.; dino.* beside them is the frozen vision transformer.
+Turbo files are, tensor for tensor, those of Stable Diffusion 2.1 and SDXL: nothing in them tells which they are, so
+that --from says it. What differs is how the network is sampled. Of discriminators official names are ours, below
+heads.; dino.* beside them is the frozen vision transformer.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from vgm_cli.convert_api import Files, Layout
+from vgm_cli.convert_api import Files, Layout, Proof
+from vgm_cli.nets.ldm_unet_checkpoints import LDM_UNET, LDM_UNET_DIFFUSERS
 
 from .discriminator import Heads
 
@@ -49,3 +54,36 @@ HEADS = Layout(
     files=Files(names=own),
     summary="heads of autonomousvision/stylegan-t's discriminator",
 )
+
+# -- SD-Turbo, SDXL-Turbo ----------------------------------------------------------------------------------------------
+
+TIMES = [1.0, 0.9, 0.8, 0.7]  # of the timesteps 999, 899, 799, 699
+SIDE = 64  # of the latents of pictures of 512 pixels
+
+
+def turbo_header(config: Mapping[str, Any]) -> dict[str, Any]:
+    """As the base network's, but asked at four times, without guidance, for pictures of 512 pixels."""
+    base = LDM_UNET.published.header(config)
+    channels, *sides = base["data"]["sample_shape"]
+    return {
+        "view": {
+            "name": "flow-map",
+            "denoiser": base["view"],
+            "boundary": "none",
+            "times": TIMES,
+            "guided": True,
+        },
+        "recipe": {"paper": "add", "sampler": {"name": "turbo"}},
+        "data": {**base["data"], "sample_shape": [channels, *(min(side, SIDE) for side in sides)]},
+    }
+
+
+def turbo(base: Layout, name: str, summary: str) -> Layout:
+    """A base network's layout, taken where it is named."""
+    published = replace(base.published, header=turbo_header)
+    own = {"recognise": lambda names: False, "published": published, "proof": Proof()}
+    return replace(base, name=name, summary=summary, **own)  # type: ignore[arg-type]
+
+
+TURBO = turbo(LDM_UNET, "ldm-unet-turbo", "SD-Turbo's and SDXL-Turbo's U-Nets, alone or in their checkpoints")
+TURBO_DIFFUSERS = turbo(LDM_UNET_DIFFUSERS, "ldm-unet-turbo-diffusers", "the same in diffusers' UNet2DConditionModel")

@@ -89,6 +89,8 @@ TINY: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "hed": ({"size": 512, "channels": 3, "width": 4}, ()),
     "ldm-unet": (UNET, ("image_size=8",)),
     "ldm-unet-diffusers": (UNET | {"channel_mult": (1, 1), "vector_dim": 1552}, ("image_size=8",)),
+    "ldm-unet-turbo": (UNET, ("image_size=8",)),
+    "ldm-unet-turbo-diffusers": (UNET | {"channel_mult": (1, 1)}, ("image_size=8",)),
     "lightningdit": (DIT | {"learn_sigma": False, "swiglu": True, "rope": True, "rmsnorm": True}, ()),
     "halton-maskgit": (MASKED | {"hidden_dim": 32, "depth": 2, "heads": 4, "mlp_dim": 96}, ("heads=4", "mlp_dim=96")),
     "llamagen": (GPT, ()),
@@ -228,7 +230,11 @@ TWINS = [
     {"adm-unet-diffusers", "adm-unet-diffusers-legacy"},
     {"rectified-flow", "score-sde", "score-sde-subvp", "score-sde-vp-discrete"},
 ]
-BY_NAME = {"glow-average"}  # never recognised: raw weights and their averages lie in one file
+BY_NAME = {  # never recognised: raw weights and their averages lie in one file; turbo files are their base network's
+    "glow-average": "glow",
+    "ldm-unet-turbo": "ldm-unet",
+    "ldm-unet-turbo-diffusers": "ldm-unet-diffusers",
+}
 
 
 @pytest.mark.parametrize("name", sorted(TINY))
@@ -237,7 +243,7 @@ def test_no_other_layout_takes_a_state(name: str) -> None:
     _, theirs = state_of(name)
     taken = {c.name for c in layouts.recognising(theirs) if layouts.fit(c, theirs).exact}
     twins = next((t for t in TWINS if name in t), {name})
-    assert taken == (twins if name not in BY_NAME else {"glow"})
+    assert taken == (twins if name not in BY_NAME else {BY_NAME[name]})
     try:
         chosen, remark = layouts.choose(theirs, Path("x.safetensors"))
     except VgmError as e:
