@@ -116,8 +116,8 @@ def locate(target: str, recipe: str | None = None) -> tuple[str, Path]:
         name = f"{target}/{recipe or 'mnist'}"
         if recipe is None and name not in files:
             own = [f for f in files if f.startswith(target + "/")]
-            if len(short := [f for f in own if starter(f)] or own) == 1:
-                name = short[0]
+            if len(small := [f for f in own if starter(f)] or own) == 1:
+                name = small[0]
             elif own:
                 raise VgmError(
                     f"{target} has several recipes: {', '.join(f.partition('/')[2] for f in own)}",

@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from vgm_cli.api import NullCondition
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.nets.ldm_unet import LDMUNet
 from vgm_cli.nets.unet_blocks import zero
@@ -193,7 +194,7 @@ class ControlNet(LDMUNet):
         decoder.checkpointing = self.checkpointing
         return decoder.decode(h, skips, emb, context, control)
 
-    def features(
+    def features(  # type: ignore[override]
         self,
         x: Tensor,
         t: Tensor,
@@ -240,24 +241,25 @@ class ControlNet(LDMUNet):
 OWN = ("base", "hint_size", "hint_channels", "hint_widths", "unlocked")
 
 
-class Summed(nn.Module):
-    """Several ControlNets of one base, whose maps are added: the first one's keywords, and those of the k-th with `_k`
-    (hint_1, scales_1, …)."""
+class Summed:
+    """Several ControlNets of one base, whose maps are added: called with the first one's keywords, and those of the
+    k-th with `_k` (hint_1, scales_1, …)."""
 
     def __init__(self, networks: Sequence[ControlNet]):
-        super().__init__()
-        self.networks = nn.ModuleList(networks)
+        self.networks = networks
+        if isinstance(networks[0], NullCondition):
+            self.null_condition = networks[0].null_condition  # api.NullCondition: of the first, as of all
 
-    def forward(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
+    def __call__(self, x: Tensor, t: Tensor, **cond: Any) -> Tensor:
         """x: (N, C, H, W), t: (N,) -> like x."""
-        first = self.networks[0]
         own = [{key: cond.pop(keyword(key, k), None) for key in ("hint", "scales")} for k in range(len(self.networks))]
         total: list[Tensor] | None = None
         for network, told in zip(self.networks, own):  # each is told what the base is told
-            found = None if told["hint"] is None else network.control(x, t, **told, **cond)
+            hint = told["hint"]
+            found = None if hint is None else network.control(x, t, hint, told["scales"], **cond)
             if found is not None:
                 total = found if total is None else [a + b for a, b in zip(total, found, strict=True)]
-        return first.steered(x, t, total, **cond)
+        return self.networks[0].steered(x, t, total, **cond)
 
 
 def keyword(key: str, k: int) -> str:

@@ -81,18 +81,18 @@ class ControlSampler:
         strengths = self.also_strength if isinstance(self.also_strength, tuple) else (self.also_strength,) * len(others)
         if len(strengths) != len(others):
             raise VgmError(f"also_strength has {len(strengths)} entries for {len(others)} runs", code=USAGE)
-        check_networks(view.network, [o.model for o in others])
+        first: Any = view.network
+        networks = [first, *(o.model for o in others)]
+        check_networks(first, networks[1:])
         cond, null, told = dict(request.cond), dict(request.null), []
-        for k, strength in enumerate((self.strength, *strengths)):
-            network = others[k - 1].model if k else view.network
+        for k, (network, strength) in enumerate(zip(networks, (self.strength, *strengths))):
             own = self.weights(network, strength, request.device)
             told.append(keyword("scales", k))
             cond[told[-1]] = own.expand(len(request), -1)
             if self.guess or self.resolution_weighting:
                 null[told[-1]] = torch.zeros_like(own)
         if others:
-            view = Denoiser(Summed([view.network, *(o.model for o in others)]), view.path, view.prediction,
-                            **view.options())  # fmt: skip
+            view = Denoiser(Summed(networks), view.path, view.prediction, **view.options())
         if self.interval is not None:
             view = Timed(view, self.interval, told)
         asked = request.drawn_by(request.generators)

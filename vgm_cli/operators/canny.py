@@ -38,8 +38,8 @@ def canny(images: np.ndarray, low: float = 100, high: float = 200) -> np.ndarray
         h, w = m.shape[1:]
         return around[:, 1 + down : 1 + down + h, 1 + right : 1 + right + w]
 
-    x, y = abs(dx) * TAN_22, abs(dy) << 15
-    flat, steep, falls = y < x, y > x + (abs(dx) << 16), (dx ^ dy) < 0
+    x, y = abs(dx) * TAN_22, abs(dy) * 2**15
+    flat, steep, falls = y < x, y > x + abs(dx) * 2**16, (dx ^ dy) < 0
     left_right = (m > near(0, -1)) & (m >= near(0, 1))
     up_down = (m > near(-1, 0)) & (m >= near(1, 0))
     rising = (m > near(-1, -1)) & (m > near(1, 1))
