@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 ROOT = Path(__file__).resolve().parents[2]
-RESUME_GROUPS = 3
+RESUME_GROUPS = 6
 PAPERS = sorted({p.parent.name for kind in ("mnist*", "small*") for p in (ROOT / "recipes").glob(f"*/{kind}.yaml")})
 LEAST = 15.0  # seconds under which nothing is started
 DETERMINISTIC = {"CUBLAS_WORKSPACE_CONFIG": ":4096:8"}
@@ -52,6 +52,9 @@ ALONE: dict[str, tuple[float, float]] = {
     "llamagen-sampling": (60, 20),
     "glow": (70, 20),
     "checkpointing": (70, 25),
+    # papers.py: a training step of every other paper
+    **dict.fromkeys(("lightningdit", "meanflow", "var", "mar", "scm", "maskgit", "randar", "starflow"), (60, 20)),
+    **dict.fromkeys(("ldm", "score-sde", "vdmpp", "vqvae"), (60, 20)),
 }
 ALL = [*TOGETHER, *ALONE]
 
@@ -733,6 +736,7 @@ def demo(job: Job) -> None:
 
 
 def _checks() -> dict[str, Callable[..., None]]:
+    import papers
     import speed
 
     right = {
@@ -746,7 +750,7 @@ def _checks() -> dict[str, Callable[..., None]]:
         "distributed": distributed,
         "demo": demo,
     }
-    return {**right, **speed.CHECKS}
+    return {**right, **speed.CHECKS, **papers.CHECKS}
 
 
 class _Lazy(dict[str, Callable[..., None]]):

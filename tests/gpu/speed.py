@@ -132,6 +132,14 @@ def latents_of(shape: tuple[int, ...], classes: int, vocab: int = 0, n: int = 51
     return Synthetic(moments, moments.flip(-1), labels)
 
 
+def moments_of(codec_node: dict[str, Any], image: tuple[int, ...]) -> tuple[int, ...]:
+    """Shape of what a codec makes of one image, from its outline."""
+    from vgm_cli.registry import registry
+
+    with torch.device("meta"), torch.no_grad():
+        return tuple(registry().build("codec", codec_node).encode(torch.empty(1, *image)).shape[1:])
+
+
 def feed_of(codec_node: dict[str, Any], output: str | None, classes: int = 1000) -> Callable[..., Any]:
     """What the trainer eats in place of a data set: latents behind a real, untrained codec of the published size."""
 
@@ -146,7 +154,7 @@ def feed_of(codec_node: dict[str, Any], output: str | None, classes: int = 1000)
         codec = as_output(codec.eval().requires_grad_(False), output)
         data = recipe.node("data")
         facts = build.Facts.of_pixels(data.size or 256, 3, num_classes=classes).after(codec)
-        shape = facts.grid if facts.vocab_size else (2 * facts.channels, facts.size, facts.size)
+        shape = facts.grid if facts.vocab_size else moments_of(codec_node, facts.image_shape)
         latents = latents_of(shape, classes, facts.vocab_size)
         return data_feed.Feed(
             data=data,

@@ -27,6 +27,10 @@ ROOT = Path(__file__).resolve().parents[2]
     [
         "peak,dit,memory",
         pytest.param(
+            "dit,lightningdit,meanflow,var,mar,scm,maskgit,randar,starflow,ldm,score-sde,vdmpp,vqvae",
+            marks=pytest.mark.slow,
+        ),
+        pytest.param(
             "peak,dit,dit-sampling,glow,llamagen-sampling,sampling,networks,compile-sit,memory,precision,warm-1,sit",
             marks=pytest.mark.slow,
         ),
@@ -42,9 +46,33 @@ def test_the_script_runs_dry(checks: str, tmp_path: Path) -> None:
     assert {c["status"] for c in report["checks"].values()} == {"ok"}
     rows = {r["what"]: r for c in report["checks"].values() for r in c["rows"]}
     assert rows["DiT-XL/2 256: plain"]["ours_over_plain"] > 0 and rows["DiT-XL/2 256: ours"]["mfu"] > 0
-    assert ("networks" not in checks or rows["sit/mnist"]) and "says" in rows["vgm train out of memory"]
+    assert "networks" not in checks or rows["sit/mnist"]
+    assert "memory" not in checks or "says" in rows["vgm train out of memory"]
     last = found.stdout.strip().splitlines()
     assert any("DiT-XL/2 256: ours" in line for line in last) and (tmp_path / "out/log.txt").is_file()
+
+
+def test_every_paper_that_trains_at_scale_has_a_row() -> None:
+    """A published recipe of another paper needs a training row, in speed.py or papers.py."""
+    sys.path.insert(0, str(ROOT / "tests/gpu"))
+    import jobs
+    import papers
+
+    own = {"adm-unet": "adm", "stylegan": "stylegan2"}
+    elsewhere = {  # trained like another paper's, or only sampled
+        "vae",
+        "vqgan",
+        "dps",
+        "flow-grpo",
+        "consistency",
+        "rectified-flow",
+        "add",
+        "emoji",
+        "controlnet",
+        "supir",
+    }
+    assert not {p for p in jobs.PAPERS if own.get(p, p) not in jobs.ALONE} - elsewhere
+    assert set(papers.PAPERS) <= set(jobs.ALONE) and all(p.recipe in recipes.shipped() for p in papers.PAPERS.values())
 
 
 def test_the_script_refuses_unknown_checks(tmp_path: Path) -> None:
