@@ -10,7 +10,7 @@ GPU_OUT ?= gpu-results
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-slow bench gpu gpu-wheels results docs lint install install-dev install-bench clean
+.PHONY: demo test test-slow bench gpu gpu-wheels leaderboard results docs lint install install-dev install-bench clean
 
 demo: install
 	$(BIN)/vgm train dit --out $(DEMO)/dit --overwrite
@@ -35,8 +35,10 @@ gpu-wheels:  # what the GPU machine may lack, for Python 3.12 on Linux
 	  --platform manylinux_2_17_x86_64 --platform manylinux2014_x86_64 -d .wheels \
 	  $$($(BIN)/python -m pip freeze | grep -iE '^(pydantic|pydantic_core|annotated-types|typing-inspection|typing_extensions)==')
 
-results: install
-	$(BIN)/python docs/generate_results.py
+leaderboard: install  # every paper trained, measured and ranked; stopped and started again, it goes on
+	$(BIN)/python docs/generate_results.py $(if $(MINUTES),--minutes $(MINUTES))
+
+results: leaderboard
 
 docs: install
 	$(BIN)/python docs/generate_cli.py

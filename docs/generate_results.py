@@ -1,10 +1,15 @@
-"""Train every paper's handwritten-digit recipe, measure it, and write docs/results.md: `make results`.
+"""The leaderboard: every paper's small recipe trained, measured and ranked. `make leaderboard`
 
-    python docs/generate_results.py [--runs DIR] [--only dit,sit] [--jobs 2]
+    python docs/generate_results.py [--runs DIR] [--only dit,sit] [--jobs 2] [--minutes 150] [--seeds 10]
 
-A run that is complete in DIR is measured, not trained again; a measurement kept beside it is not repeated. As many runs
-at a time as there are jobs, each on its share of the cores: small networks gain little from a second core, so that two
-runs side by side are ready sooner than one after the other.
+Writes docs/results.md, the pictures docs/images/results*.png, and DIR/leaderboard.html, one page with everything inside.
+What each run and each figure of it left in DIR is kept: the same command goes on where it was stopped, by --minutes, by
+Ctrl-C or by a power cut, and repeats only what failed. As many runs at a time as there are jobs, each on its share of
+the cores: small networks gain little from a second core, so that two runs side by side are ready sooner than one after
+the other. A run that others need waits for nobody; one that fails takes along those that need it, and nobody else.
+
+Protocol: runs are trained on the part `train` of their data and measured on `test`, which chose nothing; likelihoods and
+restorations are of `test`, too. FID against all images of the set is given beside, as before there were parts.
 """
 
 from __future__ import annotations
@@ -12,28 +17,33 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import signal
 import subprocess
 import sys
 import time
-from concurrent.futures import Future, ThreadPoolExecutor
-from dataclasses import dataclass
+from collections.abc import Callable, Sequence
+from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
+from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
+from threading import Lock
 from typing import Any
 
+import results_page
 import yaml
 
-from vgm_cli.atomic import dump_json
+from vgm_cli.atomic import write_json, write_text
 
-TARGET = Path(__file__).with_name("results.md")
+DOCS = Path(__file__).parent
 QUALITY = "fid,class-accuracy"
 VAE_BITS = "bits-per-dim:n=256:samples=1,bits-per-dim:n=256:samples=100"
+ASKED = 2000  # samples of a figure
 
 
-@dataclass
+@dataclass(frozen=True)
 class Run:
-    """command makes the run ({dir}: where other runs lie, of which it needs `after`); metrics are of 2,000 samples,
-    bits a likelihood of images that the run left out, where it left any; restore are tasks for the run as a prior."""
+    """command makes the run ({dir}: where other runs lie, of which it needs `after`); metrics are of samples, bits
+    what is measured on the model itself, of images that it left out; restore: options of `vgm restore` with the run as a prior."""
 
     name: str
     command: str
@@ -46,7 +56,7 @@ class Run:
 
 RUNS = [  # the longest first, those that others wait for before all
     Run("sit", "train sit", bits="bits-per-dim:n=50"),
-    Run("rectified-flow", "train rectified-flow", f"{QUALITY},straightness", bits="bits-per-dim:n=50"),
+    Run("rectified-flow", "train rectified-flow", bits="bits-per-dim:n=50,straightness"),
     Run("dmd", "distill dmd --teacher {dir}/sit", after="sit"),
     Run("add", "distill add --teacher {dir}/sit", after="sit"),
     Run("add-without-adversary", "distill add --recipe mnist-distillation-only --teacher {dir}/sit", after="sit"),
@@ -67,30 +77,37 @@ RUNS = [  # the longest first, those that others wait for before all
     Run("vdmpp", "train vdmpp", bits="bits-per-dim:n=50,bits-per-dim:n=50:method=elbo"),
     Run("vdm", "train vdmpp --recipe mnist-vdm", "fid", bits="bits-per-dim:n=500:method=elbo"),
     Run("score-sde", "train score-sde", "fid", bits="bits-per-dim:n=50",
-        restore=("inpainting mask=lower --method score-sde-restore --noise none steps=200",)),
+        restore=("--mask lower --method score-sde-restore steps=200",)),
     Run("score-sde-subvp", "train score-sde --recipe mnist-subvp", "fid", bits="bits-per-dim:n=50"),
     Run("score-sde-ve", "train score-sde --recipe mnist-ve", "fid", bits="bits-per-dim:n=50"),
     Run("glow", "train glow", bits="bits-per-dim:n=256"),
-    Run("starflow", "train starflow", bits="bits-per-dim:n=256"),
+    Run("starflow", "train starflow", bits="bits-per-dim:n=256",
+        restore=("--mask lower --method starflow-inpaint",)),
     Run("starflow-pixels", "train starflow --recipe mnist-pixels", bits="bits-per-dim:n=500"),
     Run("flow-grpo", "finetune-rl flow-grpo --model {dir}/rectified-flow", after="rectified-flow"),
     Run("rectified-flow-2", "distill rectified-flow --recipe mnist-reflow --teacher {dir}/rectified-flow",
-        f"{QUALITY},straightness", after="rectified-flow"),
+        after="rectified-flow", bits="straightness"),
     Run("rectified-flow-1", "distill rectified-flow --recipe mnist-distill --teacher {dir}/rectified-flow-2",
         after="rectified-flow-2"),
     Run("adm-unet", "train adm-unet", bits="bits-per-dim:n=50"),
     Run("dps", "train dps", bits="bits-per-dim:n=50",
-        restore=("super-resolution scale=4", "inpainting mask=box box=10", "inpainting mask=box",
-                 "inpainting mask=box --label data",
-                 "gaussian-deblurring std=1.5", "super-resolution scale=4 --method ddrm",
-                 "super-resolution scale=4 --method pigdm", "super-resolution scale=4 --method diffpir")),
-    Run("llamagen", "train llamagen", bits="bits-per-dim:n=500"),
-    Run("randar", "train randar", bits="bits-per-dim:n=500"),
-    Run("maskgit", "train maskgit"),
+        restore=("--task super-resolution scale=4", "--task inpainting mask=box box=10", "--task inpainting mask=box",
+                 "--task inpainting mask=box --label data",
+                 "--task gaussian-deblurring std=1.5", "--task super-resolution scale=4 --method ddrm",
+                 "--task super-resolution scale=4 --method pigdm", "--task super-resolution scale=4 --method diffpir",
+                 "--mask lower")),
+    Run("llamagen", "train llamagen", bits="bits-per-dim:n=500",
+        restore=("--mask lower --method llamagen",)),
+    Run("randar", "train randar", bits="bits-per-dim:n=500",
+        restore=("--mask lower --method randar",)),
+    Run("maskgit", "train maskgit",
+        restore=("--mask lower --method maskgit",)),
     Run("maskgit-halton", "train maskgit sampler=halton"),
-    Run("mar", "train mar"),
+    Run("mar", "train mar",
+        restore=("--mask lower --method mar",)),
     Run("var-tokenizer", "train var --recipe mnist-tokenizer", "fid,psnr", sampled=False),
-    Run("var", "train var --codec {dir}/var-tokenizer", after="var-tokenizer", bits="bits-per-dim:n=500"),
+    Run("var", "train var --codec {dir}/var-tokenizer", after="var-tokenizer", bits="bits-per-dim:n=500",
+        restore=("--mask lower --method var",)),
     Run("vqgan", "train vqgan", "fid,psnr", sampled=False),
     Run("vqgan-prior", "train vqgan --recipe mnist-prior", bits="bits-per-dim:n=500"),
     Run("vqvae", "train vqvae", "fid,psnr", sampled=False),
@@ -103,251 +120,343 @@ RUNS = [  # the longest first, those that others wait for before all
     Run("vae-8bit", "train vae --recipe mnist-8bit", "fid", bits=VAE_BITS),
 ]  # fmt: skip
 
-
-def vgm(*args: str, threads: int | None = None) -> Any:
-    """A command's JSON."""
-    env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"} | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
-    done = subprocess.run([sys.executable, "-m", "vgm_cli", *args, "--json"], capture_output=True, text=True, env=env)
-    if done.returncode:
-        raise SystemExit(f"vgm {' '.join(args)}\n{done.stderr}")
-    return None if args[0] in ("train", "distill", "finetune-rl") else json.loads(done.stdout)
+# -- rows that nobody wrote ----------------------------------------------------------------------------------------------
 
 
-def measure(run: Run, runs: Path, threads: int) -> dict[str, Any]:
-    """A run's row; trains what is missing."""
-    folder, kept = runs / run.name, runs / f"{run.name}.json"
-    if kept.exists():
-        return json.loads(kept.read_text())
-    call, state = partial(vgm, threads=threads), folder / "checkpoints/last/state.json"
-    if not (folder / "card.md").exists():  # written when a run is complete
-        verb, *rest = run.command.format(dir=runs).split()
-        call(verb, *rest, "--out", str(folder), *(["--resume"] if state.exists() else ["--overwrite"]))
-    trained, start = json.loads(state.read_text()), time.monotonic()
-    results = call("evaluate", str(folder), "--reference", "mnist5k", "--metrics", run.metrics, "-n", "2000")
-    if run.bits:
-        config = yaml.safe_load((folder / "config.yaml").read_text())
-        split = ["--split", "test"] if config["data"]["split"] == "train" else []
-        results += call("evaluate", str(folder), "--metrics", run.bits, *split)
-    speed = 0.0
-    if run.sampled:
-        speed = call("sample", str(folder), "-n", "200", "--out", str(runs / f"{run.name}.npz"))["images_per_second"]
-        call("sample", str(folder), "-n", "50", "--out", str(runs / f"{run.name}.png"))
-    restored = []
-    for task in run.restore:
-        options = f"--model {folder} --task {task} --input mnist5k --split test -n 64 --out {runs}/{run.name}-restored"
-        restored.append({"task": task} | {
-            k: v for k, v in call("restore", *options.split()).items()
-            if k in ("restored", "baseline", "gain", "seconds", "nfe")
-        })  # fmt: skip
-    row = {
-        "command": f"vgm {run.command.format(dir='RUNS')} --out RUNS/{run.name}",
-        "parameters": call("inspect", str(folder))["parameters"],
-        "seconds": trained["seconds"],
-        "all_seconds": trained["seconds"] + time.monotonic() - start,
-        "steps": trained["step"],
-        "images_per_second": speed,
-        "metrics": [
-            [
-                r["metric"],
-                r["value"],
-                r.get("uncertainty"),
-                r["protocol"].get("likelihood") or r["protocol"].get("options", {}).get("likelihood"),
-            ]
-            for r in results
-        ],
-        "nfe": next((r["nfe"] for r in results if r.get("nfe")), None),
-        "restored": restored,
-        "log": json.loads((folder / "metrics.jsonl").read_text().splitlines()[-1]),
+def all_runs() -> list[Run]:
+    """RUNS, and a row for every small recipe of a paper that has none there, and for every recipe on emojis."""
+    from vgm_cli import recipe as recipes
+
+    written = {
+        (c[1], c[c.index("--recipe") + 1] if "--recipe" in c else "") for run in RUNS for c in [run.command.split()]
     }
-    kept.write_text(dump_json(row, indent=2))
-    return row
+    papers, rows = {paper for paper, _ in written}, []
+    for full, file in sorted(recipes.shipped().items(), key=lambda item: "codec" not in item[0]):  # codecs come first
+        paper, _, name = full.partition("/")
+        if (paper, name) in written or not (name.startswith("openmoji") or (paper not in papers and name == "mnist")):
+            continue
+        config = recipes.load_file(file, full)[0]
+        verb = recipes.verb_of(config)
+        after = {"distill": "sit", "finetune-rl": "rectified-flow"}.get(verb, "")
+        source = {"distill": " --teacher {dir}/sit", "finetune-rl": " --model {dir}/rectified-flow"}.get(verb, "")
+        labelled = (config.get("data") or {}).get("labels") is not False and not name.startswith("openmoji")
+        rows.append(
+            Run(
+                paper if name == "mnist" else f"{paper}-{name}",
+                f"{verb} {paper} --recipe {name}{source}",
+                QUALITY if labelled else "fid,psnr" if "codec" in name else "fid",
+                after,
+                sampled="codec" not in name,
+            )
+        )
+    return [*RUNS, *rows]
 
 
-def found(row: dict[str, Any], metric: str) -> list[list[Any]]:
-    return [m for m in row["metrics"] if m[0] == metric and m[1] is not None]
+# -- commands ------------------------------------------------------------------------------------------------------------
 
 
-def number(value: float, spread: float | None = None, digits: int = 3) -> str:
-    return f"{value:.{digits}g}" + (f" ± {spread:.1g}" if spread else "")
+class Failed(Exception):
+    """A command said why it could not."""
 
 
-def cell(row: dict[str, Any], metric: str) -> str:
-    return ", ".join(number(value, spread) for _, value, spread, _ in found(row, metric)[:1])
+class OutOfTime(Exception):
+    """The minutes are over; what was begun can go on."""
 
 
-def kind_of(kind: str) -> str:
-    """How a likelihood was had, and of which pixels where they are not the 8-bit ones."""
-    other = [part for part in kind.split(", ")[1:] if "bits" in part or "binarised" in part]
-    return ", ".join([kind.split(",")[0], *other])
+def vgm(*args: str, threads: int | None = None, deadline: float = float("inf")) -> Any:
+    """A command's JSON. At the deadline it is asked to stop: runs save, samples keep what was made."""
+    if time.monotonic() > deadline:
+        raise OutOfTime
+    env = {**os.environ, "OMP_WAIT_POLICY": "PASSIVE"} | ({"OMP_NUM_THREADS": str(threads)} if threads else {})
+    command = [sys.executable, "-m", "vgm_cli", *args, "--json"]
+    child = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True, env=env)
+    try:
+        left = deadline - time.monotonic()
+        out, err = child.communicate(timeout=None if left == float("inf") else left)
+    except subprocess.TimeoutExpired:
+        child.send_signal(signal.SIGTERM)
+        child.communicate()
+        raise OutOfTime from None
+    if child.returncode:
+        raise Failed(reason(err) or f"exit code {child.returncode}")
+    return None if args[0] in ("train", "distill", "finetune-rl") else json.loads(out)
 
 
-def likelihood(row: dict[str, Any]) -> str:
-    """Bits per dimension, or, where a codec stands before the model, per latent number or code."""
-    return ", ".join(
-        [f"{number(v)} ({kind_of(kind)})" for _, v, _, kind in found(row, "bits-per-dim")]
-        + [f"{number(v)} per latent ({kind_of(kind)})" for _, v, _, kind in found(row, "bits-per-latent-dim")]
-    )
+def reason(err: str) -> str:
+    """The sentence by which a command says what is wrong."""
+    told = [line.removeprefix("error: ") for line in err.splitlines() if line.startswith("error: ")]
+    return told[-1] if told else (err.strip().splitlines() or [""])[-1]
 
 
-def table(head: str, rows: list[list[str]]) -> str:
-    columns = head.split(" | ")
-    lines = [columns, ["---"] * len(columns), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
+Call = Callable[..., Any]
 
 
-def summary(rows: dict[str, dict[str, Any]]) -> str:
-    cells = []
-    for name, row in rows.items():
-        speed = f"{row['images_per_second']:,.0f}" if row["images_per_second"] else ""
-        trained = f"{row['seconds'] / 60:.1f} min, {row['steps']} steps"
-        cells.append([name, f"{row['parameters']:,}", trained, str(row["nfe"] or ""), speed, cell(row, "fid"),
-                      cell(row, "class-accuracy"), likelihood(row)])  # fmt: skip
-    return table("run | parameters | training | NFE | images/s | FID | class accuracy | bits/dim", cells)
+@dataclass
+class Kept:
+    """What is known of a run, on disk after every stage. A stage that failed says so and is tried again next time."""
+
+    file: Path
+    stages: dict[str, Any] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        if self.file.exists():
+            self.stages = json.loads(self.file.read_text(encoding="utf-8"))
+
+    def stage(self, name: str, make: Callable[[], Any]) -> Any:
+        """The stage's result; None where it failed."""
+        found = self.stages.get(name)
+        if found is None or "failed" in found:
+            began = time.monotonic()
+            try:
+                found = {"value": make()}
+            except Failed as e:
+                found = {"failed": str(e)}
+            self.stages[name] = {**found, "wall": round(time.monotonic() - began, 1)}
+            write_json(self.file, self.stages)
+        return self.stages[name].get("value")
 
 
-def students(rows: dict[str, dict[str, Any]]) -> str:
-    """Teachers and what was distilled from them."""
-    cells = []
-    for teacher, names in {
-        "sit": (
-            *("dmd", "add", "add-without-adversary", "consistency-distilled", "meanflow-finetune"),
-            *("scm-distilled", "scm-from-data"),
-        ),
-        "rectified-flow": ("rectified-flow-2", "rectified-flow-1"),
-    }.items():
-        for name in (teacher, *names):
-            if teacher in rows and name in rows:
-                row, base = rows[name], found(rows[teacher], "fid")[0][1]
-                ratio = "" if name == teacher else f"{found(row, 'fid')[0][1] / base:.2f}"
-                cells.append([f"{name}, student of {teacher}" if ratio else name, str(row["nfe"]), cell(row, "fid"), ratio,
-                              f"{row['images_per_second']:,.0f}", f"{row['seconds'] / 60:.1f} min"])  # fmt: skip
-    return table("run | NFE | FID | of the teacher's | images/s | training", cells)
+# -- one row -------------------------------------------------------------------------------------------------------------
 
 
-def restorations(rows: dict[str, dict[str, Any]]) -> str:
-    cells = []
-    for part in (part for row in rows.values() for part in row["restored"]):
-        plain, better = part["baseline"], part["restored"]
-        task, _, rest = part["task"].partition(" --")
-        cells.append([f"{task}, given the class" if "label" in rest else task,
-                      rest.partition(" ")[2] if rest.startswith("method") else "dps", str(part["nfe"]),
-                      f"{plain['psnr']:.1f}", f"{better['psnr']:.1f}", f"{part['gain']:+.1f}",
-                      f"{plain['ssim']:.2f}", f"{better['ssim']:.2f}", f"{64 / part['seconds']:.2g}"])  # fmt: skip
-    return table("task | method | NFE | baseline PSNR | PSNR | gain (dB) | baseline SSIM | SSIM | images/s", cells)
+@dataclass
+class Board:
+    """Where runs lie, how commands are called, how many samples a figure takes, and how many images are restored."""
+
+    runs: Path
+    call: Call = vgm
+    samples: int = ASKED
+    restored: int = 64
+    packing: Lock = field(default_factory=Lock)
+
+    def measure(self, run: Run, call: Call) -> dict[str, Any]:
+        """A run's stages; makes what is missing. Failed: it could not be trained."""
+        folder, kept = self.runs / run.name, Kept(self.runs / f"{run.name}.json")
+        kept.stage("trained", lambda: self.train(run, folder, call))
+        if "failed" in kept.stages["trained"]:
+            raise Failed(kept.stages["trained"]["failed"])
+        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        data, samples = str(config["data"]["path"]), self.runs / f"{run.name}.npz"
+        evaluate = partial(call, "evaluate")
+        if run.sampled:
+            asked = self.conditions(config, data)
+            to = ("--out", str(samples), "--overwrite")
+            kept.stage("sampled", lambda: call("sample", str(folder), "-n", str(self.samples), *asked, *to))
+            if not samples.exists():
+                return kept.stages
+            target, more = (str(samples),), f"{run.metrics},precision-recall"
+        else:
+            target, more = (str(folder), "-n", str(min(self.samples, 500))), run.metrics
+        test = ("--reference", data, "--split", "test")
+        kept.stage("measured", lambda: evaluate(*target, "--metrics", more, *test))
+        kept.stage("measured-all", lambda: evaluate(*target, "--metrics", "fid", "--reference", data))
+        if run.sampled:
+            held = ("--reference", data, "--split", "train", "--held-out", str(self.held_out(data, call)))
+            kept.stage("memorised", lambda: evaluate(*target, "--metrics", "memorisation", *held))
+            if "text" in (config.get("conditions") or {}) and "retrieval" in known_metrics():
+                n = ("-n", str(min(self.samples, 500)))
+                kept.stage("caption", lambda: evaluate(str(folder), "--metrics", "retrieval", "--reference", data, *n))
+        if run.bits:
+            kept.stage("likelihood", lambda: evaluate(str(folder), "--metrics", run.bits, "--split", "test"))
+        for task in run.restore:
+            kept.stage(f"restored {task}", lambda task=task: self.restore(run, task, data, call))  # type: ignore[misc]
+        return kept.stages
+
+    def train(self, run: Run, folder: Path, call: Call) -> dict[str, Any]:
+        """Facts of the finished run, which is begun, continued or found complete."""
+        state = folder / "checkpoints/last/state.json"
+        command = command_of(run)
+        if not (folder / "card.md").exists():  # written when a run is complete
+            words = command.format(dir=self.runs).split()
+            call(*words, "--out", str(folder), *(["--resume"] if state.exists() else ["--overwrite"]))
+        trained = json.loads(state.read_text(encoding="utf-8"))
+        log = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
+        return {
+            "command": f"vgm {command.format(dir='RUNS')} --out RUNS/{run.name}",
+            "data": str(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["data"]["path"]),
+            "sampled": run.sampled,
+            "seconds": trained["seconds"],
+            "steps": trained["step"],
+            "parameters": call("inspect", str(folder))["parameters"],
+            "log": json.loads(log[-1]) if log else {},
+        }
+
+    def conditions(self, config: dict[str, Any], data: str) -> list[str]:
+        """Options that ask a model for the captions and line art of the test images; none for classes, which take
+        turns."""
+        from vgm_cli.data import open_dataset
+
+        given, parts = config.get("conditions") or {}, []
+        if "text" in given:
+            words = self.beside(data, ".txt")
+            with self.packing:
+                dataset = open_dataset(data, split="test", quiet=True)
+                write_text(words, "\n".join(dataset.gather(list(range(len(dataset))))["text"]) + "\n")
+            parts += ["--prompts", str(words)]
+        if isinstance(hint := given.get("hint"), dict) and (column := hint.get("column")):
+            folder = self.beside(data, f"-{column}")
+            with self.packing:
+                save_column(data, column, folder)
+            parts += ["--hint", str(folder)]
+        return parts
+
+    def beside(self, data: str, end: str) -> Path:
+        """Where something made of the test images lies."""
+        return self.runs / f"{Path(data).name}-test{end}"
+
+    def held_out(self, data: str, call: Call) -> Path:
+        """The test images as a file, for the memorisation check."""
+        file = self.beside(data, ".zip")
+        with self.packing:
+            if not file.exists():
+                call("data", "pack", data, str(file), "--split", "test")
+        return file
+
+    def restore(self, run: Run, task: str, data: str, call: Call) -> dict[str, Any]:
+        number = run.restore.index(task)
+        out = self.runs / f"{run.name}-restored-{number}"
+        options = f"--model {self.runs / run.name} {task} --input {data} --split test -n {self.restored} --out {out}"
+        found = call("restore", *options.split(), "--overwrite")
+        kept = {k: found.get(k) for k in ("restored", "baseline", "gain", "seconds", "nfe", "n")}
+        return {**kept, "task": task, "picture": str(out / "grid.png")}
 
 
-def rewards(rows: dict[str, dict[str, Any]]) -> str:
-    if "flow-grpo" not in rows:
-        return "Not measured yet."
-    row, before = rows["flow-grpo"], rows["rectified-flow"]
-    log = row["log"]
-    terms = ", ".join(f"{k.partition('/')[2]} {v:.3g}" for k, v in log.items() if k.startswith("reward/"))
-    return (
-        f"After {row['steps']} steps in {row['seconds'] / 60:.1f} minutes the reward (ink, and the classifier's confidence)\n"
-        f"is {log['reward']:.3g} ({terms}), {log['reward_gain']:.2g} standard deviations of the base model's above that\n"
-        f"model's. Class accuracy {cell(before, 'class-accuracy')} before, {cell(row, 'class-accuracy')} after; KL to the base\n"
-        f"model {log['kl']:.2g} per step. Digits become bold, hence the FID."
-    )
+def known_metrics() -> list[str]:
+    from vgm_cli.registry import registry
+
+    return registry().names("metric")
 
 
-def document(rows: dict[str, dict[str, Any]], machine: str, jobs: int) -> str:
-    left = [run.name for run in RUNS if run.name not in rows]
-    return TEMPLATE.format(
-        machine=machine,
-        psnr=cell(rows["vqgan"], "psnr") if "vqgan" in rows else "…",
-        summary=summary(rows) + (f"\n\nNot measured yet: {', '.join(left)}." if left else ""),
-        students=students(rows),
-        restorations=restorations(rows),
-        rewards=rewards(rows),
-        jobs="one run" if jobs == 1 else f"{jobs} runs",
-        minutes=sum(row["all_seconds"] for row in rows.values()) / 60 / jobs,
-        commands="\n".join(row["command"] for row in rows.values()),
-    )
+def command_of(run: Run) -> str:
+    """Runs are trained on the part `train`; those made from another run take that one's data."""
+    alone = run.command.startswith("train ") and "data.split" not in run.command
+    return f"{run.command} data.split=train" if alone else run.command
 
 
-TEMPLATE = """# Results
+def save_column(data: str, column: str, folder: Path) -> None:
+    """The pictures of a column of the test images, numbered, unless they are there."""
+    from vgm_cli.data import open_dataset
 
-Every paper's small recipe, unchanged, on the shipped handwritten digits (5,000 MNIST images of 28×28 pixels).
-`make results` trains and measures them and writes this page. Machine: {machine}; {jobs} at a time shared the cores,
-{minutes:.0f} minutes for all rows.
-
-One seed a row. The recipes were chosen by these same measures on these same digits (several settings each for StyleGAN,
-Glow, consistency distillation), so the figures show that a recipe works and are no unbiased comparison of papers.
-
-## Every paper
-
-{summary}
-
-FID: 2,000 samples against the 5,000 images, features of the shipped digit network (mnist-features), so these numbers compare
-only with each other; ± is a standard error. Class accuracy: share of conditional samples that the shipped digit classifier
-recognises as their class (it sees about 99 % of held-out digits right). NFE: network evaluations for one image, guidance counted
-twice. images/s: sampling, 200 images. The FID of codecs (vqgan, vavae, plain-codec, …) is of reconstructions; vqgan's PSNR is {psnr} dB.
-
-bits/dim: 8-bit pixels unless it says otherwise; where densities are continuous, with uniform dequantisation. Exact for glow, the
-black border that it puts around digits counted in; ELBO and a tighter bound of 100 draws (IWAE) for vae; the probability-flow
-ODE of 50 images for diffusion and flow models. Models behind a codec have the likelihood of its latents or codes ("per latent"),
-which does not compare with that of pixels. Of held-out digits for vae, glow, dps and vdm, which are trained without every tenth; of
-training digits for the others.
-
-## Distillation (`vgm distill`)
-
-{students}
-
-## Restoration (`vgm restore`)
-
-64 digits that the prior (`vgm train dps`) never saw, Gaussian noise of 0.05. The baseline is the adjoint; of super-resolution
-the bicubic image.
-
-{restorations}
-
-## Reinforcement learning (`vgm finetune-rl`)
-
-{rewards}
-
-## The commands
-
-```
-{commands}
-```
-
-Then `vgm evaluate RUNS/NAME --metrics fid,class-accuracy,bits-per-dim -n 2000`, `vgm sample RUNS/NAME -n 50`, and
-`vgm restore --model RUNS/dps --task TASK --input mnist5k --split test -n 64`.
-"""
+    dataset = open_dataset(data, split="test", columns=[column], quiet=True)
+    folder.mkdir(parents=True, exist_ok=True)
+    for i in range(len(dataset)):
+        if not (file := folder / f"{i:06d}.png").exists():
+            dataset.source.beside(column, dataset.rows[i]).save(file)
 
 
-def machine() -> str:
-    facts = vgm("env")
+# -- all rows ------------------------------------------------------------------------------------------------------------
+
+
+def run_all(runs: Sequence[Run], work: Callable[[Run], Any], jobs: int) -> dict[str, str]:
+    """Work on runs in their order, as many at a time as there are jobs, each after the one that it needs: {name of a run
+    that was left out: why}."""
+    waiting, finished, lost = list(runs), set[str](), dict[str, str]()
+    names = {run.name for run in runs}
+    with ThreadPoolExecutor(jobs) as pool:
+        going: dict[Future[Any], Run] = {}
+        while waiting or going:
+            before = len(waiting)
+            for run in list(waiting):
+                if run.after in lost:
+                    lost[run.name] = f"needs {run.after}"
+                    waiting.remove(run)
+                elif len(going) < jobs and (run.after in finished or run.after not in names):
+                    waiting.remove(run)
+                    going[pool.submit(work, run)] = run
+            if not going and len(waiting) == before:  # a circle: nobody can begin
+                lost |= {run.name: f"needs {run.after}" for run in waiting}
+                break
+            if not going:
+                continue
+            for future in wait(going, return_when=FIRST_COMPLETED).done:
+                run = going.pop(future)
+                try:
+                    future.result()
+                    finished.add(run.name)
+                except OutOfTime:
+                    lost[run.name] = "out of time"
+                except Failed as e:
+                    lost[run.name] = str(e)
+    return lost
+
+
+def again(rows: dict[str, dict[str, Any]], runs: Sequence[Run], count: int) -> list[Run]:
+    """The first rows once more with another seed, those made from another run from the same."""
+    best = [name for name in results_page.ranked(rows) if "@" not in name][:count]
+    return [
+        replace(run, name=f"{run.name}@1", command=f"{run.command} train.seed=1", restore=(), bits="")
+        for run in runs
+        if run.name in best
+    ]
+
+
+def rows_of(runs: Sequence[Run], folder: Path) -> dict[str, dict[str, Any]]:
+    """{name: stages} of what was trained, in the order of the runs, other seeds at the end."""
+    names = [run.name for run in runs] + [f"{run.name}@1" for run in runs]
+    found = {name: Kept(folder / f"{name}.json").stages for name in names if (folder / f"{name}.json").exists()}
+    return {name: stages for name, stages in found.items() if "value" in stages.get("trained", {})}
+
+
+def publish(runs: Sequence[Run], board: Board, lost: dict[str, str], machine: str, docs: Path) -> None:
+    """results.md, its pictures and the page, from whatever is there."""
+    rows = rows_of(runs, board.runs)
+    left = {run.name: lost.get(run.name, "not made yet") for run in runs if run.name not in rows}
+    images = results_page.pictures(rows, board.runs, docs / "images")
+    write_text(docs / "results.md", results_page.markdown(rows, left, machine, images))
+    write_text(board.runs / "leaderboard.html", results_page.html(rows, left, machine, board.runs))
+
+
+def machine_of(call: Call) -> str:
+    facts = call("env")
     bf16 = ", bf16" if facts["bf16"] else ""
     return f"{facts['cores']} CPU cores ({facts['cpu']}{bf16}), torch {facts['packages']['torch']}"
+
+
+def leaderboard(
+    runs: Sequence[Run],
+    board: Board,
+    *,
+    jobs: int = 1,
+    minutes: float = float("inf"),
+    seeds: int = 0,
+    docs: Path = DOCS,
+) -> dict[str, str]:
+    """Make, measure and publish; {run that was left out: why}. A second call goes on."""
+    board.runs.mkdir(parents=True, exist_ok=True)
+    (docs / "images").mkdir(parents=True, exist_ok=True)
+    deadline = time.monotonic() + 60 * minutes
+    machine = machine_of(board.call)
+    call = partial(board.call, threads=max((os.cpu_count() or 1) // jobs, 1), deadline=deadline)
+
+    def work(run: Run) -> None:
+        print(run.name, flush=True)
+        board.measure(run, call)
+        with board.packing:
+            publish(runs, board, {}, machine, docs)
+
+    lost = run_all(runs, work, jobs)
+    lost |= run_all(again(rows_of(runs, board.runs), runs, seeds), work, jobs)
+    publish(runs, board, lost, machine, docs)
+    return lost
 
 
 def main() -> None:
     cores = os.cpu_count() or 1
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--runs", type=Path, default=Path("results"))
+    parser.add_argument("--runs", type=Path, default=Path("results"), help="where runs lie")
     parser.add_argument("--only", default="", help="names of runs; those kept from before stay in the tables")
     parser.add_argument("--jobs", type=int, default=min(2, cores), help="runs at a time")
+    parser.add_argument("--minutes", type=float, default=float("inf"), help="stop then; the same command goes on")
+    parser.add_argument("--seeds", type=int, default=10, help="how many of the first rows are made again with seed 1")
     args = parser.parse_args()
-    args.runs.mkdir(parents=True, exist_ok=True)
+    runs = all_runs()
     only = set(filter(None, args.only.split(",")))
-    chosen = [run for run in RUNS if not only or run.name in only]
-    done: dict[str, Future[dict[str, Any]]] = {}
-
-    def work(run: Run) -> dict[str, Any]:
-        if run.after in done:
-            done[run.after].result()  # submitted earlier, so that a worker has it already
-        print(run.name, flush=True)
-        return measure(run, args.runs, max(cores // args.jobs, 1))
-
-    with ThreadPoolExecutor(args.jobs) as pool:
-        for run in chosen:
-            done[run.name] = pool.submit(work, run)
-    rows = {name: row.result() for name, row in done.items()}
-    for run in RUNS:
-        if run.name not in rows and (args.runs / f"{run.name}.json").exists():
-            rows[run.name] = json.loads((args.runs / f"{run.name}.json").read_text())
-    rows = {run.name: rows[run.name] for run in RUNS if run.name in rows}
-    TARGET.write_text(document(rows, machine(), args.jobs), encoding="utf-8")
+    if odd := only - {run.name for run in runs}:
+        raise SystemExit(f"no such run: {', '.join(sorted(odd))}; known: {', '.join(run.name for run in runs)}")
+    chosen = [run for run in runs if not only or run.name in only]
+    lost = leaderboard(chosen, Board(args.runs), jobs=args.jobs, minutes=args.minutes, seeds=args.seeds)
+    for name, why in lost.items():
+        print(f"{name}: {why}", file=sys.stderr)
 
 
 if __name__ == "__main__":

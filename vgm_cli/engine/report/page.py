@@ -45,6 +45,11 @@ def page(runs: Sequence[Told], results: Mapping[str, list[dict[str, Any]]], titl
         *section("Recipes", [whole_recipe(run) for run in runs if run.config]),
         f'<p class="small">vgm {escape(__version__)} report</p>',
     ]
+    return document(title, body)
+
+
+def document(title: str, body: Sequence[str]) -> str:
+    """A page of these parts, into which nothing comes from outside, and that runs no script."""
     head = f'<meta charset="utf-8"><title>{escape(title)}</title><style>{STYLE}</style>'
     policy = "default-src 'none'; style-src 'unsafe-inline'; img-src data:"
     head = f'<meta http-equiv="Content-Security-Policy" content="{policy}">{head}'
@@ -94,13 +99,18 @@ def curves(runs: Sequence[Told]) -> list[str]:
     return [f'<div class="curves">{"".join(drawn)}</div>'] if drawn else []
 
 
+def picture(what: str, png: bytes) -> str:
+    """A PNG with what it shows below it."""
+    inside = base64.b64encode(png).decode()
+    return (
+        f'<figure><img alt="{escape(what)}" src="data:image/png;base64,{inside}">'
+        f"<figcaption>{escape(what)}</figcaption></figure>"
+    )
+
+
 def strip(run: Told) -> list[str]:
     """A run's pictures in the order of its steps."""
-    figures = [
-        f'<figure><img alt="{escape(what)}" src="data:image/png;base64,{base64.b64encode(p.read_bytes()).decode()}">'
-        f"<figcaption>{escape(what)}</figcaption></figure>"
-        for what, p in run.pictures
-    ]
+    figures = [picture(what, p.read_bytes()) for what, p in run.pictures]
     return [f'<h3>{escape(run.name)}</h3><div class="strip">{"".join(figures)}</div>'] if figures else []
 
 

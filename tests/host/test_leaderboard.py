@@ -1,0 +1,181 @@
+"""make leaderboard: rows are made by public commands, kept stage by stage, ranked, and written down whatever is missing."""
+
+from __future__ import annotations
+
+import importlib
+import json
+import re
+import sys
+import time
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import numpy as np
+import pytest
+
+from vgm_cli import recipe as recipes
+from vgm_cli.data import open_dataset
+from vgm_cli.registry import registry
+
+DOCS = Path(__file__).parents[2] / "docs"
+
+
+@pytest.fixture(scope="module")
+def board() -> Iterator[ModuleType]:
+    sys.path.insert(0, str(DOCS))
+    yield importlib.import_module("generate_results")
+    sys.path.remove(str(DOCS))
+
+
+@pytest.fixture
+def call(vgm, board: ModuleType) -> Callable[..., Any]:
+    def run(*args: str, threads: int | None = None, deadline: float = float("inf")) -> Any:
+        if time.monotonic() > deadline:
+            raise board.OutOfTime
+        code, out, err = vgm(*args, "--json")
+        if code:
+            raise board.Failed(board.reason(err))
+        return None if args[0] in ("train", "distill", "finetune-rl") else json.loads(out)
+
+    return run
+
+
+FEW = "train.steps=2 train.batch_size=8 train.preview_n=0 train.precision=fp32"
+
+
+@pytest.fixture
+def digits() -> Path:
+    """A set of 200 digits in two parts."""
+    images = open_dataset("mnist5k", quiet=True)
+    rows = list(range(0, 5000, 25))
+    file = Path("digits.npz").absolute()
+    pixels = images.images(rows).permute(0, 2, 3, 1).numpy()
+    np.savez(file, images=pixels, labels=images.labels()[rows], split=(np.arange(200) % 5 == 4).astype(np.int64))
+    return file
+
+
+def test_rows_of_real_runs(
+    board: ModuleType, call: Callable[..., Any], tiny: Path, digits: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """A generator with a class, one without, a codec, a completion, a failure, and what waits for the failure."""
+    monkeypatch.setattr(board.results_page, "MAIN", str(digits))
+    few = f"{FEW} data.path={digits}"
+    runs = [
+        board.Run("flow", f"train {tiny} {few}", bits="bits-per-dim:n=2:method=elbo:steps=2",
+                  restore=("--mask lower --method ddrm --steps 2",)),
+        board.Run("vae", f"train vae {few}", "fid", bits="bits-per-dim:n=8:samples=1"),
+        board.Run("codec", f"train vqvae {few}", "fid,psnr", sampled=False),
+        board.Run("wrong", "train vae model.no_such=1", "fid"),
+        board.Run("pupil", "distill dmd --teacher {dir}/wrong", after="wrong"),
+    ]  # fmt: skip
+    here = board.Board(Path("runs"), call, samples=40, restored=12)
+    lost = board.leaderboard(runs, here, seeds=1, docs=Path("docs"))
+    assert set(lost) == {"wrong", "pupil"} and "no_such" in lost["wrong"] and lost["pupil"] == "needs wrong"
+
+    text = Path("docs/results.md").read_text()
+    table = [r.split(" | ") for r in text.splitlines() if re.match(r"\| [12] \| ", r)]
+    assert sorted(row[1] for row in table) == ["flow", "vae"]
+    for row in table:
+        assert row[2].replace(",", "").isdigit() and all(re.search(r"\d", row[k]) for k in (4, 5, 6, 7, 8, 9, 12))
+    first = next(row for row in table if row[0].endswith("1"))
+    assert ";" in first[6] and f"{first[1]}@1" in text  # the best is measured with two seeds
+    assert "ELBO" in text and "| codec |" in text and "| lower" not in text
+    assert re.search(r"\| --mask lower.* \| ddrm \| flow \| ", text)
+    assert not [t for t in text.splitlines() if len(t) > 120 and t[0] != "|" and " " in t.strip()[:120]]
+    assert "- wrong: " in text and "- pupil: needs wrong" in text
+    assert "data.split=train" in text and Path("docs/images/results.png").exists()
+    assert Path("docs/images/results-restored.png").exists()
+    html = Path("runs/leaderboard.html").read_text()
+    assert "<script" not in html and "http" not in re.sub(r'xmlns="[^"]*"|http-equiv', "", html)
+    assert html.count("data:image/png;base64,") >= 4 and "<summary>flow</summary>" in html and "<polyline" in html
+
+    def nothing(*args: str, **_: Any) -> Any:
+        assert args[0] == "env" or "no_such" in " ".join(args), f"repeated: {args}"
+        return call(*args)
+
+    board.leaderboard(runs, board.Board(Path("runs"), nothing, samples=40, restored=12), seeds=1, docs=Path("docs"))
+    kept = text[text.index("## Every") : text.index("## Not")]
+    assert kept in Path("docs/results.md").read_text()
+
+
+def test_runs_wait_for_what_they_need_and_for_nobody_else(board: ModuleType) -> None:
+    began: list[str] = []
+    runs = [board.Run("c", "x", after="b"), board.Run("a", "x"), board.Run("b", "x", after="a"), board.Run("bad", "x"),
+            board.Run("d", "x", after="bad"), board.Run("e", "x", after="d"), board.Run("circle", "x", after="circle"),
+            board.Run("late", "x")]  # fmt: skip
+
+    def work(run: Any) -> None:
+        began.append(run.name)
+        if run.name == "bad":
+            raise board.Failed("broken")
+        if run.name == "late":
+            raise board.OutOfTime
+
+    for jobs in (1, 3):
+        began.clear()
+        lost = board.run_all(runs, work, jobs)
+        assert lost == {
+            "bad": "broken",
+            "d": "needs bad",
+            "e": "needs d",
+            "circle": "needs circle",
+            "late": "out of time",
+        }
+        assert sorted(began) == ["a", "b", "bad", "c", "late"]
+        assert began.index("a") < began.index("b") < began.index("c")
+
+
+def test_a_stage_that_failed_is_tried_again_and_others_are_not(board: ModuleType) -> None:
+    tries: list[str] = []
+
+    def make(name: str, fails: bool) -> Any:
+        tries.append(name)
+        if fails:
+            raise board.Failed("no weights")
+        return {"n": 1}
+
+    for fails in (True, False, False):
+        kept = board.Kept(Path("x.json"))
+        assert kept.stage("good", lambda: make("good", False)) == {"n": 1}
+        assert kept.stage("bad", lambda fails=fails: make("bad", fails)) == (None if fails else {"n": 1})
+    assert tries == ["good", "bad", "bad"]
+
+
+def test_when_minutes_are_over_nothing_begins_and_nothing_is_lost(board: ModuleType, call: Callable[..., Any]) -> None:
+    runs, here = [board.Run("a", "train vae"), board.Run("b", "distill dmd", after="a")], board.Board(Path("r"), call)
+    assert board.leaderboard(runs, here, minutes=0, docs=Path("docs")) == {"a": "out of time", "b": "needs a"}
+    assert not Path("r/a.json").exists() and "- a: out of time" in Path("docs/results.md").read_text()
+
+
+@pytest.mark.slow
+def test_when_minutes_are_over_a_run_is_kept_and_goes_on(board: ModuleType, tiny: Path) -> None:
+    """The command itself, in a process of its own: it is told to stop, saves, and is continued by the next call."""
+    runs, board_of = (
+        [board.Run("flow", f"train {tiny} train.steps=100000 train.save_every=100000")],
+        board.Board(Path("r")),
+    )
+    began = time.monotonic()
+    assert board.leaderboard(runs, board_of, minutes=0.35, docs=Path("docs")) == {"flow": "out of time"}
+    assert time.monotonic() - began < 60
+    assert json.loads(Path("r/flow/checkpoints/last/state.json").read_text())["step"] > 0
+    assert "- flow: out of time" in Path("docs/results.md").read_text()
+
+
+def test_every_paper_has_a_row_that_can_be_run(board: ModuleType) -> None:
+    runs = board.all_runs()
+    assert len({run.name for run in runs}) == len(runs)
+    names, papers = {run.name for run in runs}, set()
+    methods = set(registry().names("sampler"))
+    for run in runs:
+        verb, paper, *rest = run.command.split()
+        papers.add(paper)
+        named = rest[rest.index("--recipe") + 1] if "--recipe" in rest else None
+        assert recipes.locate(paper, named)[1].is_file() and verb in ("train", "distill", "finetune-rl")
+        assert not run.after or run.after in names
+        needed = re.findall(r"\{dir\}/([\w-]+)", run.command)
+        assert needed in ([], [run.after]), run.name
+        assert {m for task in run.restore for m in re.findall(r"--method (\S+)", task)} <= methods
+    small = {n.split("/")[0] for n in recipes.shipped() if n.endswith("/mnist")}
+    assert small <= papers
