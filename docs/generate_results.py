@@ -118,13 +118,19 @@ RUNS = [  # the longest first, those that others wait for before all
         after="vqvae-likelihood", bits="bits-per-dim:n=500"),
     Run("vae", "train vae", "fid", bits=VAE_BITS),
     Run("vae-8bit", "train vae --recipe mnist-8bit", "fid", bits=VAE_BITS),
+    Run("ldm", "train ldm --recipe mnist"),
+    Run("emoji-codec", "train ldm --recipe openmoji-codec", "fid,psnr", sampled=False),
+    Run("emoji-ldm", "train ldm --recipe openmoji", "fid"),
+    Run("emoji-sit", "train sit --recipe openmoji", "fid"),
+    Run("emoji-add", "distill add --recipe openmoji --teacher {dir}/emoji-ldm", "fid", after="emoji-ldm"),
+    Run("emoji-controlnet", "train controlnet --recipe openmoji --base {dir}/emoji-ldm", "fid", after="emoji-ldm"),
 ]  # fmt: skip
 
 # -- rows that nobody wrote ----------------------------------------------------------------------------------------------
 
 
 def all_runs() -> list[Run]:
-    """RUNS, and a row for every small recipe of a paper that has none there, and for every recipe on emojis."""
+    """RUNS, and a row for every small recipe of a paper that has none there, and for every short one on emojis."""
     from vgm_cli import recipe as recipes
 
     written = {
@@ -133,7 +139,8 @@ def all_runs() -> list[Run]:
     papers, rows = {paper for paper, _ in written}, []
     for full, file in sorted(recipes.shipped().items(), key=lambda item: "codec" not in item[0]):  # codecs come first
         paper, _, name = full.partition("/")
-        if (paper, name) in written or not (name.startswith("openmoji") or (paper not in papers and name == "mnist")):
+        small = (name.startswith("openmoji") and "long" not in name) or (paper not in papers and name == "mnist")
+        if (paper, name) in written or not small:
             continue
         config = recipes.load_file(file, full)[0]
         verb = recipes.verb_of(config)
@@ -255,7 +262,7 @@ class Board:
             kept.stage("memorised", lambda: evaluate(*target, "--metrics", "memorisation", *held))
             if "text" in (config.get("conditions") or {}) and "retrieval" in known_metrics():
                 n = ("-n", str(min(self.samples, 500)))
-                kept.stage("caption", lambda: evaluate(str(folder), "--metrics", "retrieval", "--reference", data, *n))
+                kept.stage("caption", lambda: evaluate(str(folder), "--metrics", "retrieval", *n))  # of what it learned
         if run.bits:
             kept.stage("likelihood", lambda: evaluate(str(folder), "--metrics", run.bits, "--split", "test"))
         for task in run.restore:
@@ -282,15 +289,15 @@ class Board:
         }
 
     def conditions(self, config: dict[str, Any], data: str) -> list[str]:
-        """Options that ask a model for the captions and line art of the test images; none for classes, which take
-        turns."""
+        """Options that ask a model for captions that it has seen, since others have words that it does not know, and for
+        line art of the test images; none for classes, which take turns."""
         from vgm_cli.data import open_dataset
 
         given, parts = config.get("conditions") or {}, []
         if "text" in given:
-            words = self.beside(data, ".txt")
+            words = self.runs / f"{Path(data).name}-train.txt"
             with self.packing:
-                dataset = open_dataset(data, split="test", quiet=True)
+                dataset = open_dataset(data, split="train", quiet=True)
                 write_text(words, "\n".join(dataset.gather(list(range(len(dataset))))["text"]) + "\n")
             parts += ["--prompts", str(words)]
         if isinstance(hint := given.get("hint"), dict) and (column := hint.get("column")):
