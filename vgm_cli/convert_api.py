@@ -8,7 +8,7 @@ the config.json of a diffusers folder.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import TYPE_CHECKING, Any
 
 from vgm_cli.errors import USAGE, VgmError
@@ -108,6 +108,8 @@ class Layout:
     allows(config): VgmError: such a network has no file of this layout.
     transfer(state, base, other): the state of a network that was trained on the file `base`, as if it had been trained
         on the file `other`, all in this layout; None: its networks stand on no other.
+    beside: {role: {layout: prefix of its names}} of what whole checkpoints hold besides this network: `codec`, and
+        conditions by name. `vgm convert` reads and writes them with it.
     """
 
     name: str
@@ -124,6 +126,7 @@ class Layout:
     published: Published = Published()
     diffusers: Diffusers | None = None
     proof: Proof = Proof()
+    beside: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
 
     def own(self, state: State) -> State:
         """The network's own tensors of a file, under the layout's present names."""

@@ -47,6 +47,7 @@ def fields() -> dict[str, dict[str, Any]]:
         "data.sample_shape": list[Annotated[int, Field(gt=0)]] | None,
         "data.class_names": list[str] | None,
         "data.columns": dict[str, Literal[1, 3]] | None,
+        "data.words": list[str] | None,
         "data.root": text,
         "step": Annotated[int, Field(ge=0)],
         "images": Annotated[int, Field(ge=0)],
@@ -66,6 +67,7 @@ def fields() -> dict[str, dict[str, Any]]:
         "steps": size | str,  # a spacing such as "ddim50"
         "asked": list[str],
         "input": text,
+        "mask": text,
         "precision": Literal["fp32", "bf16"],
         "batch_size": Annotated[int, Field(gt=0)],
         "guidance_interval": Annotated[list[FiniteFloat], Field(min_length=2, max_length=2)] | None,

@@ -1228,6 +1228,61 @@ def test_conditions_of_texts_and_classes(clip_files: Path, bert_file: Path) -> N
     assert set(found) == {"context"} and found["context"].shape == (2, 1, 8)
 
 
+@pytest.fixture(scope="module")
+def whole_file(clip_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A very small Stable Diffusion 1: U-Net, first stage and text tower in one file, under the official names."""
+    torch.manual_seed(0)
+    sizes = {"model_channels": 32, "num_res_blocks": 1, "channel_mult": (1, 2), "attention_resolutions": (1, 2)}
+    unet = LDMUNet(image_size=8, in_channels=4, context_dim=64, num_heads=8, **sizes)
+    stage = AutoencoderKL(ch=32, ch_mult=(1, 2), num_res_blocks=1, z_channels=4, embed_dim=4)
+    text = CLIPText(width=64, depth=1, heads=1, vocabulary=clip_tokenizer(str(clip_files / "hf")).size, length=10)
+    state = {
+        **LDM_UNET.from_ours(unet.state_dict()),
+        **{PREFIX + k: v for k, v in stage.state_dict().items()},
+        **{"cond_stage_model.transformer." + k: v for k, v in CLIP_TEXT.from_ours(text.state_dict()).items()},
+    }
+    for value in state.values():
+        value.normal_(std=0.05)
+    path = tmp_path_factory.mktemp("whole") / "sd.ckpt"
+    torch.save({"state_dict": {**state, "betas": torch.linspace(0, 1, 1000)}}, path)
+    return path
+
+
+def test_a_whole_file_becomes_one_that_draws_and_goes_back(
+    whole_file: Path, clip_files: Path, tmp_path: Path, vgm: Any
+) -> None:
+    ours, tokenizer = tmp_path / "sd.safetensors", f"conditions.text.tokenizer={clip_files / 'hf'}"
+    code, _, err = vgm("convert", whole_file, ours, "image_size=8", "codec.scale_factor=0.5", "--verify")
+    assert code == 0, err
+    assert {p.name for p in tmp_path.iterdir()} == {"sd.safetensors", "sd.codec.safetensors", "sd.text.safetensors"}
+    pictures = {}
+    for words in ("red apple", "hello"):
+        args = (
+            "--prompt",
+            words,
+            "-n",
+            1,
+            "--steps",
+            2,
+            "--device",
+            "cpu",
+            tokenizer,
+            "--out",
+            tmp_path / f"{words}.npz",
+        )
+        code, _, err = vgm("sample", ours, *args)
+        assert code == 0, err
+        pictures[words] = np.load(tmp_path / f"{words}.npz")["arr_0"]
+    assert pictures["hello"].shape == (1, 16, 16, 3) and (pictures["hello"] != pictures["red apple"]).any()
+    code, _, err = vgm("sample", ours, "--prompt", "red", "-n", 1, "--device", "cpu")
+    assert code == 4 and "tokenizer" in err
+    code, _, err = vgm("convert", ours, tmp_path / "back.ckpt", "--to", "ldm-unet")
+    assert code == 0, err
+    before, after = (torch.load(p, weights_only=True)["state_dict"] for p in (whole_file, tmp_path / "back.ckpt"))
+    assert after.keys() == before.keys() - {"betas"}
+    assert all(torch.equal(v, before[k]) for k, v in after.items())
+
+
 # -- the U-Net's own laws ----------------------------------------------------------------------------------------------
 
 SMALL: dict[str, Any] = {

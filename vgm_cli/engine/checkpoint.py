@@ -243,12 +243,10 @@ def load_conditions(
     foreign.tell_files(nodes, path)
     conditions = Conditions(build_parts(nodes, header.data, codec), model)
     for name, encoder in conditions.networks.items():
-        file = path.parent / f"{name}.safetensors"
-        if not file.is_file():
-            message = f"the encoder that {path.name} was trained with is missing: {file.name}"
-            raise VgmError(message, f"keep it beside {path.name}", MISSING_ASSET)
+        file = encoder_file(path, name)
         tensors, metadata = read_tensors(file)
-        if metadata.get("vgm.checkpoint") != limits.safetensors_header(path)[1].get("vgm.checkpoint"):
+        first = shards_of(path)[0] if is_index(path) else path
+        if metadata.get("vgm.checkpoint") != limits.safetensors_header(first)[1].get("vgm.checkpoint"):
             raise VgmError(f"{file} is of another checkpoint than {path.name}", "keep both files together", FAILED)
         check_fit(encoder, tensors, file, name)
         refuse_non_finite(tensors, file)
@@ -256,6 +254,17 @@ def load_conditions(
         encoder.eval().requires_grad_(False).to(device)
         conditions.parts[name].trained = False  # from here on each item is encoded once
     return conditions
+
+
+def encoder_file(path: Path, name: str) -> Path:
+    """The file of an encoder that a network was trained with: MODEL.NAME.safetensors beside it, or NAME.safetensors.
+    VgmError (code 4): there is none."""
+    stem = path.name.partition(".safetensors")[0]
+    files = [path.parent / f"{stem}.{name}.safetensors", path.parent / f"{name}.safetensors"]
+    if (file := next((f for f in files if f.is_file()), None)) is None:
+        message = f"the encoder that {path.name} was trained with is missing: {files[-1].name}"
+        raise VgmError(message, f"keep it beside {path.name}", MISSING_ASSET)
+    return file
 
 
 def outline(path: Path) -> tuple[nn.Module, Any]:

@@ -161,9 +161,11 @@ def header(config: Mapping[str, Any]) -> dict[str, Any]:
     start, end = ENDS.get(preset_of(config) or "sd1", BETAS)
     side, channels = config.get("image_size", 64), config.get("in_channels", 4)
     path = {"name": "vp-discrete", "schedule": "scaled_linear", "steps": 1000, "beta_start": start, "beta_end": end}
+    scale = {"cin256-v2": 3.0, "txt2img-1p4B": 5.0, "sd1": 7.5, "sd2": 9.0, "sdxl": 5.0}.get(preset_of(config) or "sd1")
+    guided = {"guidance_scale": scale} if config.get("context_dim") and scale else {}
     return {
         "view": {"name": "denoiser", "path": path, "prediction": "eps", "time": "index"},
-        "recipe": {"paper": "ldm", "sampler": {"name": "ddim", "steps": 50}},
+        "recipe": {"paper": "ldm", "sampler": {"name": "ddim", "steps": 50}, **guided},
         "data": {"sample_shape": [channels, side, side], "num_classes": config.get("num_classes") or 0},
     }
 
@@ -178,6 +180,17 @@ def assumes(state: State, config: Mapping[str, Any]) -> dict[str, str]:
     return {key: f"{key}={config[key]} in every attention", "schedule": "Stable Diffusion's noise"}
 
 
+STAGE, TOLD_BY = "first_stage_model.", "cond_stage_model."
+BESIDE = {
+    "codec": {"autoencoder-kl": STAGE, "vq-autoencoder": STAGE},
+    "text": {
+        "sdxl-text": "",
+        "clip-text": TOLD_BY + "transformer.",
+        "open-clip-text": TOLD_BY + "model.",
+        "bert-text": TOLD_BY,
+    },
+    "class": {"class-token": TOLD_BY},
+}
 LDM_UNET = Layout(
     name="ldm-unet",
     component="ldm-unet",
@@ -187,6 +200,7 @@ LDM_UNET = Layout(
     config=lambda state: unet_config(bare(state)),
     files=Files(wrapper="state_dict", names=names_of),
     published=Published(header=header, assumes=assumes),
+    beside=BESIDE,
     summary="CompVis and Stability U-Nets, alone or in a checkpoint, averaged where an average is there",
 )
 

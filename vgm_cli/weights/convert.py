@@ -28,6 +28,7 @@ from vgm_cli.weights.prove import Findings, prove, prove_written
 from vgm_cli.weights.source import OURS, Conversion, Source, back, disagreement, open_source
 from vgm_cli.weights.statistics import add_statistics
 from vgm_cli.weights.transfer import transfer
+from vgm_cli.weights.whole import name_parts, part_file, with_parts, write_parts
 
 OTHER_FILES = ("codec=", "stats=", "base=", "transfer=")  # words that name files
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16, "fp16": torch.float16}
@@ -72,7 +73,11 @@ def prepare(source: Source, dst: Path, to: str | None = None, dtype: str | None 
     if layout is None:
         return Conversion(source, None, ours, ours, dtype)
     state = back(layout, ours)
-    return Conversion(source, layout, ours, state, dtype, lost(source, layout, state, config_json))
+    remarks = lost(source, layout, state, config_json)
+    if layout.beside and source.layout is None and dst.suffix:
+        others = with_parts(source, layout)
+        state |= cast(others, dtype, source.path) if dtype else others
+    return Conversion(source, layout, ours, state, dtype, remarks)
 
 
 def lost(source: Source, layout: Layout, state: State, config_json: Mapping[str, Any]) -> list[str]:
@@ -96,7 +101,8 @@ def lost(source: Source, layout: Layout, state: State, config_json: Mapping[str,
     if seen is None:
         remarks.append(f"'{layout.name}' keeps weights alone: read back, they pass for a network trained as published")
     words += [*(seen or []), *untold_sampler(source, layout)]
-    words += [f"{role}={ref.asset or ref.path}" for role, ref in source.header.parts.items()]
+    parts = {role: ref for role, ref in source.header.parts.items() if role not in layout.beside}
+    words += [f"{role}={ref.asset or ref.path}" for role, ref in parts.items()]
     if words:
         remarks.append(
             f"'{layout.name}' does not tell {' '.join(words)}: `vgm convert` needs these words when it is read back"
@@ -183,7 +189,8 @@ def own_header(source: Source, dst: Path, codec: str | None) -> Header:
             raise VgmError(f"{codec} is no codec but '{name}'", "`vgm ls codecs` names the codecs", USAGE)
         before = header.parts.get("codec")
         output = (before.output if before else "") or ("tokens" if header.data.get("vocab_size") else "")
-        header.parts["codec"] = ckpt.refer(path, name, output=output)
+        inside = dst.parent if path == part_file(dst, "codec") else None
+        header.parts["codec"] = ckpt.refer(path, name, inside, output)
         header.data = {**header.data, **images_of(path, header.data)}
     return header
 
@@ -277,13 +284,24 @@ def convert(
     proof = Findings()
     if verify:
         proof = prove(job)
+        for role, part in source.parts.items():
+            own = prove(prepare(part, part_file(dst, role), OURS, dtype))
+            proof.checks += [(f"{role}: {what}", outcome, passed) for what, outcome, passed in own.checks]
         if not proof.passed:
             raise proof.failure()
     elif source.layout is not None and (problem := disagreement(source.layout, source.theirs, source.state)):
         raise layouts.misfit(source.layout, source.theirs, source.path, problem)
     if stats is not None:
         add_statistics(job, stats)
-    files = write(job, dst, limit, codec)
+    beside: list[Path] = []
+    if source.parts and job.layout is None:
+        for role in source.parts:
+            atomic.refuse_existing(part_file(dst, role), overwrite)
+        beside = write_parts(source, dst, limit, lambda state: cast(state, dtype, source.path) if dtype else state)
+        name_parts(source.header, source.parts)
+        if "codec" in source.parts and codec is None:
+            codec = str(part_file(dst, "codec"))
+    files = write(job, dst, limit, codec) + beside
     if verify:
         prove_written(job, files[0], proof)
         if not proof.passed:

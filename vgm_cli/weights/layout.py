@@ -199,6 +199,8 @@ def choose(
         raise unfamiliar(state, path)
     if len(found) > 1:
         found = [c for c in found if fit(c, state).exact] or found
+    if len(found) > 1:
+        found = [c for c in found if all(o is c or any(o.name in n for n in c.beside.values()) for o in found)] or found
     if len(found) > 1 and json:
         found = [c for c in found if c.diffusers is not None and c.diffusers.matches(json)] or found
     if len(found) == 1:

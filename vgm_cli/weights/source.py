@@ -32,7 +32,7 @@ class Source:
     """A network that was read from a file, under our names.
 
     theirs is the state as the file holds it, and layout the converter that it went through; {} and None for a file of
-    ours.
+    ours. parts: what else of the layout's `beside` the file holds, by role.
     """
 
     path: Path
@@ -42,6 +42,7 @@ class Source:
     theirs: State = field(default_factory=dict)
     left_out: list[str] = field(default_factory=list)
     remarks: list[str] = field(default_factory=list)
+    parts: dict[str, Source] = field(default_factory=dict)
 
     @property
     def kind(self) -> str:
@@ -54,6 +55,12 @@ class Source:
     @property
     def config(self) -> dict[str, Any]:
         return dict(self.header.component.get("kwargs", {}))
+
+    def theirs_names(self, found: Weights) -> set[str]:
+        """Names in the file of the tensors that were read."""
+        assert self.layout is not None
+        names = [n for state in found.entries.values() for n in state]
+        return set(self.layout.files.names(names).values())
 
 
 @dataclass
@@ -94,7 +101,44 @@ def open_source(
     if from_ == OURS:
         raise VgmError(f"{found.path} does not say what network it holds", "--from names a layout", USAGE)
     entry, state, converter, remarks = recognise(found, from_, weights)
-    return foreign_source(found, entry, state, converter, [*found.remarks, *remarks], overrides)
+    words, of_parts = split_words(overrides, converter) if from_ is None else (overrides, {})
+    taken = foreign_source(found, entry, state, converter, [*found.remarks, *remarks], words)
+    if from_ is None:
+        taken.parts = parts_beside(found, converter, of_parts)
+        used = {n for part in taken.parts.values() for n in part.theirs_names(found)}
+        taken.left_out = [n for n in taken.left_out if n not in used]
+        taken.remarks += [f"{role}: {text}" for role, part in taken.parts.items() for text in part.remarks]
+    return taken
+
+
+def split_words(overrides: Sequence[str], layout: Layout) -> tuple[list[str], dict[str, list[str]]]:
+    """KEY=VALUE words: the network's own, and {role: words} of what lies beside it: codec.KEY, conditions.NAME.KEY."""
+    own: list[str] = []
+    of_parts: dict[str, list[str]] = {role: [] for role in layout.beside}
+    for text in overrides:
+        role, dot, rest = text.removeprefix("conditions.").partition(".")
+        if dot and role in of_parts:
+            of_parts[role].append(rest)
+        else:
+            own.append(text)
+    return own, of_parts
+
+
+def parts_beside(found: Weights, layout: Layout, words: Mapping[str, Sequence[str]]) -> dict[str, Source]:
+    """{role: what lies beside the network in a file}, each through its own layout. VgmError: words for what is not
+    there."""
+    parts = {}
+    for role, known in layout.beside.items():
+        for own in map(layouts.find, known):
+            state = next((s for s in found.entries.values() if own.recognise(s)), None)
+            if state is not None and layouts.fit(own, state).exact:
+                part = parts[role] = foreign_source(found, "", state, own, [], words[role])
+                if problem := disagreement(own, part.theirs, part.state):
+                    raise layouts.misfit(own, state, found.path, problem)
+                break
+    if lost := [role for role, own_words in words.items() if own_words and role not in parts]:
+        raise VgmError(f"{found.path} holds no {lost[0]}, of which {words[lost[0]][0]} tells", code=USAGE)
+    return parts
 
 
 def own_source(found: Weights, weights: str | None, picked: bool) -> Source:

@@ -7,6 +7,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import nn
 
 from vgm_cli import foreign
 from vgm_cli.api import HasClasses, TakesSteps
@@ -235,6 +236,10 @@ def adopt_conditions(
         nodes[name][option] = value
         part = next(p for p in build_parts({name: nodes[name]}, loaded.header.data, loaded.codec))
         part.trained = False
+        before = loaded.conditions.parts[name].condition
+        if nodes[name].get("train") and isinstance(part.condition, nn.Module) and isinstance(before, nn.Module):
+            part.condition.load_state_dict(before.state_dict())
+            part.condition.eval().requires_grad_(False)
         loaded.conditions.parts[name] = part
         loaded.conditions.to(next(loaded.model.parameters()).device)
     return prompts, anew

@@ -1,0 +1,77 @@
+"""Checkpoints that hold a network with what it needs: its codec, and the encoders of what it is told.
+
+A layout says what lies `beside` its network in such files. Into our own form each part becomes a file of its own, which
+the network's header names; back, all of them go into one file again.
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+from vgm_cli.convert_api import Layout
+from vgm_cli.engine import checkpoint as ckpt
+from vgm_cli.engine.checkpoint import Header
+from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.weights import files as weight_files
+from vgm_cli.weights import layout as layouts
+from vgm_cli.weights.files import State
+from vgm_cli.weights.source import Source, back
+
+
+def part_file(dst: Path, role: str) -> Path:
+    return dst.with_name(f"{dst.stem}.{role}.safetensors")
+
+
+def name_parts(header: Header, parts: dict[str, Source]) -> None:
+    """Let the header of a network name its parts, of which the codec is written already."""
+    conditions: dict[str, Any] = {}
+    for role, part in parts.items():
+        if role == "codec":
+            continue
+        conditions[role] = {"name": part.name, **part.config, "train": True}
+        if classes := part.config.get("num_classes"):
+            header.data = {**header.data, "num_classes": classes}
+    if conditions:
+        header.conditions = conditions
+
+
+def write_parts(source: Source, dst: Path, limit: int, dtype: Any) -> list[Path]:
+    """Write what lies beside a network, each part into its file. dtype: (state) -> state."""
+    written = []
+    mark = {"checkpoint": source.header.extra.get("source", {}).get("sha256", "")}
+    source.header.extra |= mark
+    for role, part in source.parts.items():
+        header = replace(part.header, extra={**part.header.extra, **mark})
+        file = part_file(dst, role)
+        written += weight_files.write(file, dtype(part.state), header.metadata(), limit=limit)
+    return written
+
+
+def with_parts(source: Source, layout: Layout) -> State:
+    """The tensors of what a file of ours refers to, under the names that they have beside its network in the layout."""
+    state: State = {}
+    files = {r: ckpt.locate(ref, source.path, r) for r, ref in source.header.parts.items() if r in layout.beside}
+    for name, node in (source.header.conditions or {}).items():
+        if name in layout.beside and node.get("train"):
+            files[name] = ckpt.encoder_file(source.path, name)
+    for role, file in files.items():
+        tensors, metadata = ckpt.read_tensors(file)
+        header = Header.parse(metadata, file)
+        known = {n: prefix for n, prefix in layout.beside[role].items() if layouts.find(n).component == came_as(header)}
+        if not known:
+            raise VgmError(f"'{layout.name}' has no place for the {role} {came_as(header)}", "--to vgm", USAGE)
+        chosen = layout_read_from(metadata) if layout_read_from(metadata) in known else next(iter(known))
+        state |= {known[chosen] + k: v for k, v in back(layouts.find(chosen), tensors).items()}
+    return state
+
+
+def came_as(header: Header) -> str:
+    return str(header.component["name"])
+
+
+def layout_read_from(metadata: dict[str, str]) -> str:
+    """The layout that a file of ours was converted from; "" where it was trained."""
+    return str(json.loads(metadata.get("vgm.source", "{}") or "{}").get("layout", ""))
