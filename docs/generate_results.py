@@ -68,6 +68,7 @@ RUNS = [  # the longest first, those that others wait for before all
     Run("scm-from-data", "distill scm --recipe mnist-sct --teacher {dir}/sit", after="sit"),
     Run("scm", "train scm"),
     Run("dit", "train dit", bits="bits-per-dim:n=50"),
+    Run("ldm", "train ldm"),
     Run("lightningdit", "train lightningdit", bits="bits-per-dim:n=50"),
     Run("vavae", "train lightningdit --recipe mnist-vavae", "fid,psnr", sampled=False),
     Run("lightningdit-vavae", "train lightningdit --codec {dir}/vavae", after="vavae"),
