@@ -93,9 +93,8 @@ def test_img2img_and_holes(vgm: Vgm, tmp_path: Path, digit: Path) -> None:
 
 def test_a_network_of_its_own_for_holes(vgm: Vgm, tmp_path: Path, digit: Path) -> None:
     mask = "operator: {name: inpainting, mask: lama}, keyword: concat, picture: concat, invert: true, fill: -1, low: -1"
-    run = train(
-        vgm, tmp_path, f"{PLAIN}, concat_channels: 5", f"{DIGITS}conditions: {{mask: {{{mask}, latents: true}}}}"
-    )
+    more = f"{digits(digit)}conditions: {{mask: {{{mask}, latents: true}}}}"
+    run = train(vgm, tmp_path, f"{PLAIN}, concat_channels: 5", more)
     half = drawn(vgm, run, "--image", digit, "--mask", "left")
     cross = np.array(Image.open(digit)).astype(int)[None, ..., None]
     assert (half[:, :, 14:] == cross[:, :, 14:]).all() and (half[:, :, :14] != cross[:, :, :14]).any()
