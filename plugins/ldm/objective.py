@@ -15,14 +15,17 @@ from torch import Tensor, nn
 from vgm_cli.api import Batch, Phase, Step
 from vgm_cli.diffusion.objectives import GaussianObjective, output_and_target
 from vgm_cli.diffusion.path import DiscreteVPPath
-from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.ranges import NonNegative, Rate, Steps
 
 
-def bound_weights(path: DiscreteVPPath) -> Tensor:
-    """The weights that make the squared error of the noise the variational bound's terms: (steps,) float64, the first
-    as the second."""
+def bound_weights(path: DiscreteVPPath, prediction: str = "eps") -> Tensor:
+    """The weights that the official code gives the squared error as the variational bound's terms: (steps,) float64. Of
+    the noise they are these terms', the first as the second; of x0 they are not quite, and of v they are 1."""
     betas, bar = path.betas, path.alphas_cumprod
+    if prediction == "v":
+        return torch.ones_like(betas)
+    if prediction == "x0":
+        return 0.5 * bar.sqrt() / (2 - bar)
     before = torch.cat([bar.new_ones(1), bar[:-1]])
     posterior = betas * (1 - before) / (1 - bar)
     weights = betas[1:] ** 2 / (2 * posterior[1:] * (1 - betas[1:]) * (1 - bar[1:]))
@@ -43,8 +46,7 @@ class LogVariance(nn.Module):
 class LatentDiffusion(GaussianObjective):
     """Denoising of latents at discrete timesteps. batch x: (B, C, H, W), cond: keywords of the network.
 
-    The loss of an item is error / exp(logvar) + logvar, plus bound_weight times the weighted error. VgmError: a path
-    without timesteps, a prediction other than the noise or x0.
+    The loss of an item is simple_weight (error / exp(logvar) + logvar), plus bound_weight times the weighted error.
     """
 
     def __init__(
@@ -56,17 +58,16 @@ class LatentDiffusion(GaussianObjective):
         steps: Steps = 1000,  # timesteps
         prediction: Literal["eps", "x0", "v"] = "eps",  # what the network gives
         error: Literal["l2", "l1"] = "l2",  # squared, or absolute
+        simple_weight: NonNegative = 1.0,  # of the error
         bound_weight: NonNegative = 0.0,  # of the variational bound
         logvar: float = 0.0,  # logarithm of the error's variance
         learn_logvar: bool = False,  # it is trained, one for each timestep
     ):
         ends = {"beta_start": beta_start, "beta_end": beta_end}
         super().__init__(model, {"name": "vp-discrete", "schedule": schedule, "steps": steps, **ends}, prediction)
-        if bound_weight and prediction != "eps":
-            raise VgmError("the bound's weights are of the noise", "bound_weight=0, or prediction=eps", USAGE)
         assert isinstance(self.path, DiscreteVPPath)
-        self.error, self.bound_weight = error, bound_weight
-        self.weights, self.logvar = bound_weights(self.path).float(), LogVariance(steps, logvar)
+        self.error, self.simple_weight, self.bound_weight = error, simple_weight, bound_weight
+        self.weights, self.logvar = bound_weights(self.path, prediction).float(), LogVariance(steps, logvar)
         self.logvar.requires_grad_(learn_logvar)
         self.learns = learn_logvar
         if learn_logvar:
@@ -93,7 +94,7 @@ class LatentDiffusion(GaussianObjective):
         assert isinstance(self.path, DiscreteVPPath)
         index = self.path.timestep(t).round().long().to(x0.device)
         logvar = self.logvar(index)
-        loss = (plain / logvar.exp() + logvar).mean()
+        loss = self.simple_weight * (plain / logvar.exp() + logvar).mean()
         logs = {"simple": plain.detach().mean()}
         if self.bound_weight:
             bound = (self.weights[index] * plain).mean()

@@ -427,7 +427,11 @@ def denoising_loss(case: GoldenCase) -> None:
         toy,  # type: ignore[arg-type]
         beta_start=config.get("linear_start", 0.00085),
         beta_end=config.get("linear_end", 0.012),
+        schedule={"linear": "scaled_linear", "sqrt_linear": "linear"}[config.get("beta_schedule", "linear")],
+        steps=config.get("timesteps", 1000),
+        prediction=config.get("parameterization", "eps"),
         error=config.get("loss_type", "l2"),
+        simple_weight=config.get("l_simple_weight", 1.0),
         bound_weight=config["original_elbo_weight"],
         learn_logvar=config.get("learn_logvar", False),
     )

@@ -165,7 +165,7 @@ def header(config: Mapping[str, Any]) -> dict[str, Any]:
     guided = {"guidance_scale": scale} if config.get("context_dim") and scale else {}
     return {
         "view": {"name": "denoiser", "path": path, "prediction": "eps", "time": "index"},
-        "recipe": {"paper": "ldm", "sampler": {"name": "ddim", "steps": 50}, **guided},
+        "recipe": {"paper": "ldm", "sampler": {"name": "ldm", "steps": 50}, **guided},
         "data": {"sample_shape": [channels, side, side], "num_classes": config.get("num_classes") or 0},
     }
 

@@ -74,11 +74,12 @@ def cubic(x: Tensor) -> Tensor:
     return torch.where(x <= 1, near, torch.where(x < 2, far, 0))
 
 
-def opencv_matrix(n_in: int, n_out: int, kind: Interpolation) -> Tensor:
-    """(n_out, n_in) float64: resizing along one axis as OpenCV does it, without antialiasing; area: the mean of what a
-    pixel covers, which enlarges as OpenCV's does, by nearest pixels that are blended where they meet."""
+def opencv_matrix(n_in: int, n_out: int, kind: Interpolation, means: bool = True) -> Tensor:
+    """(n_out, n_in) float64: resizing along one axis as OpenCV does it, without antialiasing. area: the mean of what a
+    pixel covers, or without `means`, as OpenCV does where a side grows, nearest pixels that are blended where they
+    meet."""
     scale, out = n_in / n_out, torch.arange(n_out, dtype=torch.float64)
-    if kind == "area" and scale >= 1:
+    if kind == "area" and means:
         edges, cells = out[:, None] * scale, torch.arange(n_in, dtype=torch.float64)
         weight = (torch.minimum(edges + scale, cells + 1) - torch.maximum(edges, cells)).clamp(min=0)
         return weight / weight.sum(1, keepdim=True)
@@ -102,6 +103,7 @@ def opencv_matrix(n_in: int, n_out: int, kind: Interpolation) -> Tensor:
 
 
 def opencv_resize(x: Tensor, height: int, width: int, kind: Interpolation) -> Tensor:
-    """x (B, C, H, W) -> (B, C, height, width), see opencv_matrix. An area is meant where both sides become smaller."""
-    rows, columns = (opencv_matrix(a, b, kind).to(x) for a, b in zip(x.shape[2:], (height, width)))
+    """x (B, C, H, W) -> (B, C, height, width), see opencv_matrix."""
+    smaller = height <= x.shape[2] and width <= x.shape[3]
+    rows, columns = (opencv_matrix(a, b, kind, smaller).to(x) for a, b in zip(x.shape[2:], (height, width)))
     return rows @ x @ columns.T
