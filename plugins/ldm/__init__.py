@@ -47,7 +47,12 @@ def vgm_components() -> Iterable[Component | Paper]:
             repository="https://github.com/CompVis/latent-diffusion",
             family="diffusion",
             summary="Diffusion in the latent space of a perceptually trained autoencoder.",
-            expects={f"ImageNet rFID ({n})": v for n, v in (("kl-f4", 0.27), ("kl-f8", 0.90), ("vq-f4", 0.58))},
+            expects={
+                **{f"ImageNet rFID ({n})": v for n, v in (("kl-f4", 0.27), ("kl-f8", 0.90), ("vq-f4", 0.58))},
+                "FFHQ 256 FID-50K, 200 steps": 4.98,
+                "ImageNet 256 FID-50K (cin256-v2, guidance 1.5)": 3.60,
+                "COCO FID-30K (txt2img-1p4B, guidance 1.5)": 12.63,
+            },
         ),
         *(  # as a model it is trained, as a codec it is used
             Component(
