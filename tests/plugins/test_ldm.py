@@ -1246,7 +1246,7 @@ def whole_file(clip_files: Path, tmp_path_factory: pytest.TempPathFactory) -> Pa
         **{"cond_stage_model.transformer." + k: v for k, v in CLIP_TEXT.from_ours(text.state_dict()).items()},
     }
     for value in state.values():
-        value.normal_(std=0.05)
+        value.normal_(std=0.2)
     path = tmp_path_factory.mktemp("whole") / "sd.ckpt"
     torch.save({"state_dict": {**state, "betas": torch.linspace(0, 1, 1000)}}, path)
     return path

@@ -78,6 +78,7 @@ def given_pictures(loaded: ckpt.Loaded, sampler: Any, source: str, mask: str | N
         hint = "--sampler ldm keeps what a mask says, of diffusion models of discrete timesteps; or vgm restore --mask"
         raise VgmError("this sampler makes whole pictures, it keeps no part of one", hint, USAGE)
     operator = Inpainting(mask).bind(tuple(pixels.shape[1:]), generators(range(len(pixels))))
+    assert operator.kept is not None
     kept = operator.kept.to(device).expand(len(pixels), -1, -1, -1)
     return Given(source, images, pixels, mask, kept, by_sampler=not told)
 
