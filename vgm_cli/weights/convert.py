@@ -75,8 +75,9 @@ def prepare(source: Source, dst: Path, to: str | None = None, dtype: str | None 
     state = back(layout, ours)
     remarks = lost(source, layout, state, config_json)
     if layout.beside and source.layout is None and dst.suffix:
-        others = with_parts(source, layout)
+        others, left_out = with_parts(source, layout)
         state |= cast(others, dtype, source.path) if dtype else others
+        remarks += left_out
     return Conversion(source, layout, ours, state, dtype, remarks)
 
 

@@ -14,7 +14,7 @@ from typing import Any
 from vgm_cli.convert_api import Layout
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine.checkpoint import Header
-from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.errors import VgmError
 from vgm_cli.weights import files as weight_files
 from vgm_cli.weights import layout as layouts
 from vgm_cli.weights.files import State
@@ -50,22 +50,30 @@ def write_parts(source: Source, dst: Path, limit: int, dtype: Any) -> list[Path]
     return written
 
 
-def with_parts(source: Source, layout: Layout) -> State:
-    """The tensors of what a file of ours refers to, under the names that they have beside its network in the layout."""
+def with_parts(source: Source, layout: Layout) -> tuple[State, list[str]]:
+    """The tensors of what a file of ours refers to, under the names that they have beside its network in the layout.
+    And remarks on what the layout has no place for, or is not there."""
     state: State = {}
-    files = {r: ckpt.locate(ref, source.path, r) for r, ref in source.header.parts.items() if r in layout.beside}
-    for name, node in (source.header.conditions or {}).items():
-        if name in layout.beside and node.get("train"):
-            files[name] = ckpt.encoder_file(source.path, name)
-    for role, file in files.items():
-        tensors, metadata = ckpt.read_tensors(file)
-        header = Header.parse(metadata, file)
-        known = {n: prefix for n, prefix in layout.beside[role].items() if layouts.find(n).component == came_as(header)}
+    remarks: list[str] = []
+    told = [name for name, node in (source.header.conditions or {}).items() if node.get("train")]
+    for role in (*source.header.parts, *told):
+        try:
+            if role in told:
+                file = ckpt.encoder_file(source.path, role)
+            else:
+                file = ckpt.locate(source.header.parts[role], source.path, role)
+            tensors, metadata = ckpt.read_tensors(file)
+        except VgmError as e:
+            remarks.append(f"left out: {e.message}")
+            continue
+        name = came_as(Header.parse(metadata, file))
+        known = {n: p for n, p in layout.beside.get(role, {}).items() if layouts.find(n).component == name}
         if not known:
-            raise VgmError(f"'{layout.name}' has no place for the {role} {came_as(header)}", "--to vgm", USAGE)
+            remarks.append(f"left out: the {role} {name}, for which '{layout.name}' has no place")
+            continue
         chosen = layout_read_from(metadata) if layout_read_from(metadata) in known else next(iter(known))
         state |= {known[chosen] + k: v for k, v in back(layouts.find(chosen), tensors).items()}
-    return state
+    return state, remarks
 
 
 def came_as(header: Header) -> str:
