@@ -349,13 +349,18 @@ def markdown(rows: Rows, left: Mapping[str, str], machine: str, images: Sequence
 
 def html(rows: Rows, left: Mapping[str, str], machine: str, runs: Path) -> str:
     """One page with everything inside."""
-    body = [f"<h1>Leaderboard</h1><p>{escape(INTRO.format(machine=machine, minutes=minutes_of(rows)))}</p>"]
+    body = [f"<h1>Leaderboard</h1><p>{escape(plain(INTRO.format(machine=machine, minutes=minutes_of(rows))))}</p>"]
     for title, about, heads, lines in tables(rows):
         notes = [f'<p class="small">{escape(text)}</p>' for text in about.split("\n\n") if text]
-        body += page.section(title.replace("`", ""), [page.table(heads, lines), *notes])
+        body += page.section(plain(title), [page.table(heads, lines), *notes])
     body += page.section("Not measured", [page.table(["what and why"], [[text] for text in failures(rows, left)])])
     body += page.section("Runs", [about_run(name, row, runs) for name, row in rows.items()])
     return page.document("Leaderboard", body)
+
+
+def plain(text: str) -> str:
+    """Without Markdown's marks."""
+    return re.sub(r"\[(\w+)\]\([^)]+\)", r"docs/\1.md", text).replace("`", "")
 
 
 def about_run(name: str, row: Row, runs: Path) -> str:
