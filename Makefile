@@ -10,7 +10,7 @@ GPU_OUT ?= gpu-results
 export OMP_WAIT_POLICY ?= PASSIVE
 export PIP_DISABLE_PIP_VERSION_CHECK = 1
 
-.PHONY: demo test test-slow bench gpu gpu-wheels leaderboard results docs lint install install-dev install-bench clean
+.PHONY: demo test test-slow bench race gpu gpu-wheels leaderboard results docs lint install install-dev install-bench clean
 
 demo: install
 	$(BIN)/vgm train dit --out $(DEMO)/dit --overwrite
@@ -26,6 +26,9 @@ test-slow: install-dev
 
 bench: install-bench
 	$(BIN)/python -m pytest -m bench -s tests/bench
+
+race: install-bench  # CHECKOUTS=FOLDER of the official repositories
+	$(BIN)/python tests/bench/race.py $(CHECKOUTS)
 
 gpu:
 	PYTHON=$(or $(wildcard $(BIN)/python),$(PYTHON)) bash tests/gpu/run.sh $(GPU_OUT)

@@ -249,3 +249,17 @@ def test_slurms_variables_are_understood(nodes: str, monkeypatch: pytest.MonkeyP
     assert found == ["9", "16", "1", "node-1" if nodes == "2" else "127.0.0.1"]
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"):
         os.environ.pop(name, None)
+
+
+# -- races -------------------------------------------------------------------------------------------------------------
+
+
+def test_a_race_without_checkouts_says_what_it_needs(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Any
+) -> None:
+    root = Path(__file__).resolve().parents[2]
+    monkeypatch.syspath_prepend(str(root / "tests/bench"))
+    import race
+
+    monkeypatch.setattr("sys.argv", ["race.py", str(tmp_path)])
+    assert race.main() == 2 and "guided-diffusion" in capsys.readouterr().err
