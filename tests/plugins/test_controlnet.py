@@ -690,10 +690,21 @@ def test_files_convert_and_stand_on_a_base(runs: dict[str, Path], vgm: Vgm) -> N
     assert code == 0, err
     header = ckpt.read_header(Path("own.safetensors"))
     assert header.parts["base"].sha256 == ckpt.file_hash(ckpt.resolve(runs["base"]))
+    code, out, err = vgm("convert", "control.pt", "alone.safetensors", *keys, "--json")
+    assert code == 0 and json.loads(out)["needs_base"] and not json.loads(out)["samplable"], err
+    code, _, err = vgm("sample", "alone.safetensors", "-n", 1, "--hint", runs["lines"], "--out", "a.png")
+    assert code == 2 and "no base to steer" in err
     code, _, err = vgm("convert", "control.pt", "x.safetensors", *keys[1:], "base=nowhere")
     assert code == 2 and "nowhere" in err
     code, _, err = vgm("convert", runs["base"], "base.pt")
     assert code == 0, err
+    code, _, err = vgm("convert", "base.pt", "unet.safetensors", "num_heads=2", "norm_groups=4", "image_size=32")
+    assert code == 0, err
+    code, out, err = vgm(
+        "train", "controlnet", "--recipe", "sd15", "--base", "unet.safetensors", "--print-config", "--json"
+    )
+    config = json.loads(out)["config"]
+    assert code == 0 and config["codec"]["name"] == "autoencoder-kl" and set(config["conditions"]) == {"text", "hint"}
     unet = torch.load("base.pt", weights_only=True)["state_dict"]
     torch.save({"state_dict": {k: v + 0.25 for k, v in unet.items()}}, "other.pt")
     code, _, err = vgm("convert", "control.pt", "moved.pt", "base=base.pt", "transfer=other.pt")

@@ -98,6 +98,8 @@ def convert(
         ui.data(line)
     for remark in result["remarks"]:
         ui.info(remark)
+    if result["needs_base"]:
+        ui.info("it steers another network: base=UNET.safetensors says which")
     if result["needs_codec"]:
         ui.info("its samples are latents: --codec VAE.safetensors makes images of them")
     if result["samplable"]:

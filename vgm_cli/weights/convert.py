@@ -196,11 +196,20 @@ def own_header(source: Source, dst: Path, codec: str | None) -> Header:
     return header
 
 
+def alone(header: Header) -> bool:
+    """Whether a network is one that is given another one, and its header names none."""
+    return "base" not in header.parts and takes_base(str(header.component.get("kind", "model")), header.component)
+
+
+def takes_base(kind: str, component: Mapping[str, Any]) -> bool:
+    found = registry().find(kind, component["name"])
+    return "base" in signature(load_target(found.target, found.name)).parameters
+
+
 def stand_on(source: Source, base: Path, layout: Layout | None) -> None:
     """Let the header of a network that is given another one name this file, and say of its data and conditions what the
     file says, where it does not itself. VgmError: it is given none, or one of other shapes."""
-    component = registry().find(source.kind, source.name)
-    if "base" not in signature(load_target(component.target, component.name)).parameters or layout is not None:
+    if not takes_base(source.kind, source.header.component) or layout is not None:
         what = f"a file of '{layout.name}'" if layout is not None else source.name
         raise VgmError(f"{what} stands on no other network", "leave base= away", USAGE)
     header, own = ckpt.read_header(base), source.header
@@ -329,6 +338,7 @@ def summary(job: Conversion, files: list[Path], proof: Findings, codec: str | No
         "remarks": [*source.remarks, *job.remarks],
         "files": [str(f) for f in files],
         "verified": [{"what": w, "outcome": o, "passed": ok} for w, o, ok in proof.checks],
-        "samplable": bool(job.layout is None and shape and header.recipe.get("sampler")),
+        "samplable": bool(job.layout is None and shape and header.recipe.get("sampler") and not alone(header)),
+        "needs_base": job.layout is None and alone(header),
         "needs_codec": bool(latent and codec is None and "codec" not in header.parts),
     }

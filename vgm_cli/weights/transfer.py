@@ -51,5 +51,6 @@ def transfer(
         "files": [str(f) for f in files],
         "verified": [],
         "samplable": False,
+        "needs_base": False,
         "needs_codec": False,
     }

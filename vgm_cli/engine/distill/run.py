@@ -106,7 +106,8 @@ def start_from(role: str, config: dict[str, Any], origins: dict[str, str], path:
     guidance = header.recipe.get("guidance_scale")
     node = {"run": str(path.resolve()), "sha256": ckpt.file_hash(path), "view": view}
     replace(config, origins, f"roles.{role}", node, role)
-    replace(config, origins, "codec", None, role)
+    if not keep or "codec" in header.parts or header.recipe.get("data"):  # a converted file says neither
+        replace(config, origins, "codec", None, role)
     if (ref := header.parts.get("codec")) is not None:
         file = ckpt.locate(ref, path, "codec")
         weights = ref.asset or str(file.resolve())
