@@ -233,6 +233,7 @@ class ControlNet(LDMUNet):
         scales: Tensor | None = None,
     ) -> Tensor:
         """See the class; without a hint the base's own output. scales: see `control`."""
+        self.frozen()
         told = {"context": context, "y": y, "vector": vector, "concat": concat}
         control = None if hint is None else self.control(x, t, hint, scales, **told)
         return self.steered(x, t, control, **told)
