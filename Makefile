@@ -18,8 +18,8 @@ demo: install
 	$(BIN)/vgm evaluate $(DEMO)/dit --metrics fid,class-accuracy -n 2000
 	@echo "the samples: $(DEMO)/samples.png"
 
-test: install-dev  # a worker per core, a file of tests to one worker
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
+test: install-dev  # a worker per core, a file of tests to one worker; all of them share compiled modules
+	OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= $(BIN)/python -m pytest -n auto --dist loadfile --no-loadscope-reorder
 
 test-slow: install-dev
 	$(BIN)/python -m pytest -m "slow and not bench"

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import multiprocessing
 import os
 import signal
+import socket
 import subprocess
 import sys
 import textwrap
+import time
 from pathlib import Path
 
 import pytest
@@ -83,3 +86,61 @@ class Process:
 @pytest.fixture
 def process() -> type[Process]:
     return Process
+
+
+FORKS = multiprocessing.get_context("forkserver")
+FORKS.set_forkserver_preload(["vgm_cli.engine.train.loop", "vgm_cli.engine.sample.loop", "torch._dynamo", "pytest"])
+
+
+def _main(args: list[str], environ: dict[str, str], outputs: list[str]) -> None:
+    """What `python -m vgm_cli` does, where torch is imported already."""
+    for number, file in enumerate(outputs, 1):
+        os.dup2(os.open(file, os.O_WRONLY | os.O_CREAT, 0o600), number)
+    os.environ.clear()
+    os.environ.update(environ)
+    sys.argv = ["vgm", *args]
+    from vgm_cli.__main__ import main
+
+    main()
+
+
+class Forked:
+    """The CLI in a process of its own that begins in milliseconds, forked from one that has imported torch; with
+    several ranks, those that `torchrun` would start."""
+
+    def __init__(self, *args: object, ranks: int = 1, env: dict[str, str] | None = None):
+        environ = {**os.environ, "OMP_NUM_THREADS": "1", **(env or {})}
+        if ranks > 1:
+            with socket.socket() as free:
+                free.bind(("127.0.0.1", 0))
+                port = free.getsockname()[1]
+            both = {"WORLD_SIZE": ranks, "LOCAL_WORLD_SIZE": ranks, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+            environ |= {k: str(v) for k, v in both.items()}
+        self.children, self.outputs = [], []
+        for rank in range(ranks):
+            own = environ | ({"RANK": str(rank), "LOCAL_RANK": str(rank)} if ranks > 1 else {})
+            self.outputs.append([f".rank-{rank}-{time.time_ns()}.{name}" for name in ("out", "err")])
+            child = FORKS.Process(target=_main, args=([*map(str, args)], own, self.outputs[-1]))
+            child.start()
+            self.children.append(child)
+
+    def running(self) -> bool:
+        return all(child.exitcode is None for child in self.children)
+
+    def wait(self, timeout: float = 300) -> tuple[int, str, str]:
+        """(the first exit code that is not 0, or 0; stdout of the first rank; stderr of all)."""
+        for child in self.children:
+            child.join(timeout)
+            assert child.exitcode is not None, "it has not ended"
+        texts = [[Path(file).read_text() for file in files] for files in self.outputs]
+        codes = [child.exitcode or 0 for child in self.children]
+        return next((c for c in codes if c), 0), texts[0][0], "".join(err for _, err in texts)
+
+    def kill(self, number: int = signal.SIGKILL) -> None:
+        for child in self.children:
+            os.kill(child.pid or 0, number)
+
+
+@pytest.fixture
+def forked() -> type[Forked]:
+    return Forked

@@ -63,10 +63,10 @@ def run(argv: list[str]) -> int:
     try:
         rest = take_globals(argv)
         from vgm_cli import registry
-        from vgm_cli.cli.app import build_app
+        from vgm_cli.cli.app import command_of
 
         registry.registry().begin()
-        return invoke(build_app(), rest)
+        return invoke(command_of(registry.registry()), rest)
     except SystemExit as e:
         return e.code if isinstance(e.code, int) else (0 if e.code is None else FAILED)
     except KeyboardInterrupt:
@@ -88,13 +88,12 @@ def run(argv: list[str]) -> int:
         return explained.code
 
 
-def invoke(app: Any, args: list[str]) -> int:
+def invoke(command: Any, args: list[str]) -> int:
     """Parse and run. What the parser refuses is shown as it shows it, and with --json also as an error on stdout."""
     import typer
 
     if "_VGM_COMPLETE" in os.environ:
-        app(args=args, prog_name="vgm")  # answers the shell and exits
-    command = typer.main.get_command(app)
+        command(args=args, prog_name="vgm")  # answers the shell and exits
     try:
         with command.make_context("vgm", args) as context:
             command.invoke(context)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import sys
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -82,8 +83,7 @@ class Recipe:
 
 def shipped() -> dict[str, Path]:
     """{"paper/name": file} of the built-in recipes and those in the `recipes` folder of each plugin's package."""
-    root = Path(str(resources.files("vgm_recipes")))
-    found = {f"{p.parent.name}/{p.stem}": p for p in sorted(root.glob("*/*.yaml"))}
+    found = dict(_built_in())
     for plugin in registry().plugins.values():
         if plugin.builtin or plugin.error or not plugin.papers:
             continue
@@ -93,6 +93,12 @@ def shipped() -> dict[str, Path]:
                 for paper in plugin.papers:
                     found.setdefault(f"{paper.name}/{p.stem}", p)
     return found
+
+
+@functools.cache
+def _built_in() -> dict[str, Path]:
+    root = Path(str(resources.files("vgm_recipes")))
+    return {f"{p.parent.name}/{p.stem}": p for p in sorted(root.glob("*/*.yaml"))}
 
 
 def locate(target: str, recipe: str | None = None) -> tuple[str, Path]:

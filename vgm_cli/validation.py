@@ -6,8 +6,7 @@ with its data, before a run directory is made. Torch-free at import.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -144,31 +143,12 @@ def check_sampler(node: Mapping[str, Any] | None, given: bool = False) -> None:
         registry().build("sampler", node)
 
 
-@contextmanager
-def on_meta() -> Iterator[None]:
-    """Networks built inside have no memory and draw no numbers."""
-    import torch
-    from torch.overrides import TorchFunctionMode
-
-    class NoDraws(TorchFunctionMode):
-        """There is nothing to draw; trying would import torch's compiler, which takes seconds."""
-
-        def __torch_function__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
-            if func is torch.Tensor.normal_ or getattr(func, "__module__", "") == "torch.nn.init":
-                tensor = args[0] if args else (kwargs or {}).get("tensor")
-                if tensor is not None and tensor.is_meta:
-                    return tensor
-            return func(*args, **(kwargs or {}))
-
-    with torch.device("meta"), NoDraws():
-        yield
-
-
 def build_on_meta(recipe: Recipe, facts: Facts, planned: PlannedCodec | None = None) -> Built:
     """Networks and objective without memory, and what only they can tell: what the phases train, whether the recipe's
     optimizers and their groups are there."""
     from vgm_cli.engine import build
     from vgm_cli.engine.train import optim
+    from vgm_cli.nn.meta import on_meta
 
     with on_meta():
         codec = {"codec": planned.codec} if planned else {}

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import copy
+import functools
 import re
 from typing import Any
 
@@ -11,7 +13,7 @@ from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.limits import short
 
 
-class _Loader(yaml.SafeLoader):
+class _Loader(getattr(yaml, "CSafeLoader", yaml.SafeLoader)):  # type: ignore[misc]  # libyaml's parser, if it is there
     """YAML 1.1 reads 1e-4 as a string; this reads it as the number everybody means."""
 
 
@@ -31,7 +33,12 @@ YAML_MORE = 10_000  # nodes that anchors may repeat; a node is a value, a list o
 
 def parse_yaml(text: str, where: str) -> Any:
     """VgmError: not YAML, too long, too deep, or unfolding without end through its anchors."""
-    where = short(where)
+    return copy.deepcopy(_parsed(text, short(where)))
+
+
+@functools.lru_cache(maxsize=512)
+def _parsed(text: str, where: str) -> Any:
+    """What parse_yaml copies: recipes and their bases are read several times in one command."""
     if len(text) > YAML_SIZE:
         raise VgmError(f"{where} has {len(text):,} characters, more than {YAML_SIZE:,}", code=USAGE)
     if DEEP.search(text):

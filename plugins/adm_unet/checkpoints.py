@@ -13,6 +13,7 @@ from torch import Tensor
 
 from vgm_cli.convert_api import Layout, Published
 from vgm_cli.nets.unet_checkpoints import blocks_of_a_level, indices
+from vgm_cli.nn.meta import on_meta
 
 from .model import EncoderUNetModel, UNetModel
 
@@ -104,7 +105,7 @@ def classifier_config_from(state: State) -> dict[str, Any]:
 
 def checked(state: State, network: type[torch.nn.Module], config: Mapping[str, Any]) -> dict[str, Tensor]:
     """The state, whose names are ours; a missing tensor is a KeyError."""
-    with torch.device("meta"):
+    with on_meta():
         names = network(**config).state_dict()
     for name in names:
         if name not in state:

@@ -10,11 +10,11 @@ from __future__ import annotations
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vgm_cli.convert_api import Layout, Published
 from vgm_cli.nets.edm import DhariwalUNet
+from vgm_cli.nn.meta import on_meta
 
 from .discriminator import Head
 
@@ -47,7 +47,7 @@ def config_from(state: State, prefix: str = "model.") -> dict[str, Any]:
 def renamed(state: State, old: str, new: str) -> dict[str, Tensor]:
     """The tensors below `old`, moved below `new`; a missing tensor of the network is a KeyError."""
     config = config_from(state, old)
-    with torch.device("meta"):
+    with on_meta():
         wanted = DhariwalUNet(**config).state_dict()
     return {new + name: state[old + name] for name in wanted}
 

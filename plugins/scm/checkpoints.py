@@ -12,12 +12,12 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vgm_cli.convert_api import Layout, Published
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.nets.song_unet import SongUNet
+from vgm_cli.nn.meta import on_meta
 
 from .edm2 import EDM2UNet
 from .unet import ShuffleUNet
@@ -69,7 +69,7 @@ def edm2_config(state: State) -> dict[str, Any]:
 
 
 def edm2_to_ours(state: State) -> dict[str, Tensor]:
-    with torch.device("meta"):
+    with on_meta():
         wanted = EDM2UNet(**edm2_config(state)).state_dict()
     return strictly(state, wanted, {name: edm2_name(name) for name in wanted})
 
@@ -132,7 +132,7 @@ def ordered(tensor: Tensor, ours: bool) -> Tensor:
 
 
 def song_to_ours(state: State) -> dict[str, Tensor]:
-    with torch.device("meta"):
+    with on_meta():
         wanted = SongUNet(**song_config(state)).state_dict()
     found = strictly(state, wanted, {name: INNER + name for name in wanted})
     return {k: ordered(v, True) if ".qkv." in k else v for k, v in found.items()}
@@ -214,7 +214,7 @@ def shuffle_config(state: State) -> dict[str, Any]:
 
 def shuffle_ours(state: State) -> dict[str, Tensor]:
     """Names are ours, both ways; KeyError: a tensor is missing."""
-    with torch.device("meta"):
+    with on_meta():
         wanted = ShuffleUNet(**shuffle_config(state)).state_dict()
     return {name: state[name] for name in wanted}
 

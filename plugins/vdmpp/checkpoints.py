@@ -10,11 +10,11 @@ import re
 from collections.abc import Iterable, Mapping
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vgm_cli.convert_api import Files, Layout, Published
 from vgm_cli.errors import USAGE, VgmError
+from vgm_cli.nn.meta import on_meta
 
 from .model import VDM
 
@@ -70,7 +70,7 @@ def config_of(state: State) -> dict[str, Any]:
 
 
 def to_ours(state: State) -> dict[str, Tensor]:
-    with torch.device("meta"):
+    with on_meta():
         names = VDM(**config_of(state)).state_dict()
     return {name: from_theirs(name, state[their_name(name)]) for name in names}
 

@@ -217,14 +217,14 @@ def test_teacher_codec_and_data_come_along(vgm: Vgm, teachers: Callable[[str, st
     ],
 )
 def test_two_processes_equal_one(
-    teachers: Callable[[str, str], Path], tmp_path: Path, vgm: Vgm, process: type, more: tuple[str, ...]
+    teachers: Callable[[str, str], Path], tmp_path: Path, vgm: Vgm, forked: type, more: tuple[str, ...]
 ) -> None:
     """Pairs too, which the first process makes and all read; each number of processes has a cache of its own here."""
     teacher = teachers("dit", "flow")
     words = ("distill", "dmd", "--teacher", teacher, *SHORT, *more)
     one = vgm(*words, "--out", tmp_path / "1")
     own = {"VGM_CACHE": str(tmp_path / "cache-2")}
-    two = process(*words, "--nproc", 2, "--out", tmp_path / "2", env=own).wait()
+    two = forked(*words, "--out", tmp_path / "2", ranks=2, env=own).wait()
     assert one[0] == two[0] == 0, one[2] + two[2]
     for name in ("model", "fake_score"):
         a, b = tensors(tmp_path / "1", name), tensors(tmp_path / "2", name)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import gzip
 import json
 import textwrap
@@ -221,6 +222,7 @@ def test_roles_do_not_need_each_other(tmp_path: Path) -> None:
 # -- what every paper writes, and what it wrote --------------------------------------------------------------------------
 
 
+@functools.cache
 def first_recipes() -> dict[str, str]:
     """{objective: the first shipped recipe with it}, small ones before published ones."""
     found: dict[str, str] = {}

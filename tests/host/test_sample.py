@@ -138,10 +138,10 @@ def test_an_interrupted_job_goes_on(run: Path, vgm, tmp_path: Path, kind: str) -
         assert not (tmp_path / "half.npz.parts").exists()
 
 
-def test_two_processes_make_the_same_images(run: Path, vgm, process: type, tmp_path: Path) -> None:
+def test_two_processes_make_the_same_images(run: Path, vgm, forked: type, tmp_path: Path) -> None:
     args = ("sample", run, "-n", 10, "--batch-size", 3)
     one = vgm(*args, "--out", tmp_path / "one.npz")
-    two = process(*args, "--nproc", 2, "--out", tmp_path / "two.npz").wait()
+    two = forked(*args, "--out", tmp_path / "two.npz", ranks=2).wait()
     assert one[0] == two[0] == 0, one[2] + two[2]
     a, b = (arrays(tmp_path / f"{k}.npz") for k in ("one", "two"))
     assert abs(a[0].astype(int) - b[0].astype(int)).max() <= 1 and np.array_equal(a[1], b[1])

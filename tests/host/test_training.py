@@ -88,22 +88,22 @@ def test_two_processes_equal_one(tiny: Path, tmp_path: Path, vgm, process: type)
     assert [r["loss"] for r in rows[0]] == pytest.approx([r["loss"] for r in rows[1]], rel=1e-4)
 
 
-def test_killed_at_any_moment_it_resumes_bit_exactly(tiny: Path, tmp_path: Path, process: type) -> None:
+def test_killed_at_any_moment_it_resumes_bit_exactly(tiny: Path, tmp_path: Path, forked: type) -> None:
     """SIGKILL, several times, then resume until done: identical to a run that was never killed."""
     long = ["train.steps=20", "train.save_every=1", "train.keep=3"]
-    whole = process("train", tiny, *long, "--out", tmp_path / "whole").wait()
+    whole = forked("train", tiny, *long, "--out", tmp_path / "whole").wait()
     assert whole[0] == 0, whole[2]
     run = tmp_path / "killed"
     for wanted in (3, 11):
         resume = ["--resume"] if run.exists() else []
-        child = process("train", tiny, *long, "--out", run, *resume)
+        child = forked("train", tiny, *long, "--out", run, *resume)
         deadline = time.time() + 120
         while time.time() < deadline and not (run / f"checkpoints/step-{wanted:08d}").exists():
-            assert child.child.poll() is None, child.wait()[2]
+            assert child.running(), child.wait()[2]
             time.sleep(0.005)
         child.kill(signal.SIGKILL)
         child.wait()
-    last = process("train", tiny, *long, "--out", run, "--resume").wait()
+    last = forked("train", tiny, *long, "--out", run, "--resume").wait()
     assert last[0] == 0, last[2]
     for file in ("model", "ema-0.9", "trainer"):
         assert_same(weights(tmp_path / "whole", 20, file), weights(run, 20, file))
@@ -111,12 +111,12 @@ def test_killed_at_any_moment_it_resumes_bit_exactly(tiny: Path, tmp_path: Path,
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_save_and_leave(tiny: Path, tmp_path: Path, process: type, number: int, code: int) -> None:
+def test_signals_save_and_leave(tiny: Path, tmp_path: Path, forked: type, number: int, code: int) -> None:
     run = tmp_path / "run"
-    child = process("train", tiny, "train.steps=100000", "train.save_every=100000", "--out", run)
+    child = forked("train", tiny, "train.steps=100000", "train.save_every=100000", "--out", run)
     deadline = time.time() + 120
     while time.time() < deadline and not (run / "metrics.jsonl").exists():
-        assert child.child.poll() is None, child.wait()[2]
+        assert child.running(), child.wait()[2]
         time.sleep(0.02)
     child.kill(number)
     got, _, err = child.wait()

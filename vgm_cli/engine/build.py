@@ -23,6 +23,7 @@ from vgm_cli.engine.initial import initialise
 from vgm_cli.engine.parts import freeze, leave_out
 from vgm_cli.engine.tokens import as_output
 from vgm_cli.errors import MISSING_ASSET, USAGE, VgmError
+from vgm_cli.nn.meta import on_meta
 from vgm_cli.ranges import shown
 from vgm_cli.recipe import CHECKPOINT, HOST_KEYS, PAIRS, Recipe, copy_role, load
 from vgm_cli.registry import load_target, registry, signature
@@ -62,7 +63,7 @@ def facts_behind(facts: Facts, codec: Any, dataset: Any = None) -> Facts:
 def meta_codec(node: Mapping[str, Any], facts: Facts) -> Any:
     """Build the codec on the meta device, where only its shapes are wanted."""
     weights = node.get("weights")
-    with torch.device("meta"):
+    with on_meta():
         if weights:
             header = ckpt.read_header(ckpt.resolve(weights))
             stored = {"name": header.component["name"], **header.component.get("kwargs", {})}
@@ -85,7 +86,7 @@ def planned_codec(recipe: Recipe, facts: Facts, dataset: Any = None) -> PlannedC
     if node.get("fallback") and not isinstance(dataset, Latents):
         if not (node.get("weights") and carries(node, facts, dataset)):
             fallback = codec_recipe(node["fallback"], recipe, facts)
-            with torch.device("meta"):
+            with on_meta():
                 codec = as_output(
                     build_component("codec", strip(fallback.config["model"], "model"), facts)[0], node.get("output")
                 )

@@ -27,6 +27,7 @@ from vgm_cli.engine.run_files import complete, newest
 from vgm_cli.engine.tokens import as_output
 from vgm_cli.errors import FAILED, MISSING_ASSET, USAGE, VgmError
 from vgm_cli.limits import short
+from vgm_cli.nn.meta import on_meta
 from vgm_cli.registry import registry
 from vgm_cli.ui import ui
 
@@ -274,7 +275,7 @@ def outline(path: Path) -> tuple[nn.Module, Any]:
     for role, ref in header.parts.items():
         if role != "codec":
             given[role] = outline(locate(ref, path, role))[0]
-    with torch.device("meta"), building(f"{path}: {short(header.component['name'])}"):
+    with on_meta(), building(f"{path}: {short(header.component['name'])}"):
         node = {**header.component.get("kwargs", {}), "name": header.component["name"]}
         network = registry().build(header.component.get("kind", "model"), node, **given)
     return network, build_view(network, header.view)
@@ -291,7 +292,7 @@ def build_with_weights(
     foreign.tell_files(keywords, path)
     node = {**keywords, "name": component["name"]}
     try:
-        with torch.device("meta"), building(f"{path}: {short(component['name'])}", tensors):
+        with on_meta(), building(f"{path}: {short(component['name'])}", tensors):
             model = registry().build(component.get("kind", "model"), node, **(given or {}))
         leave_out(model, given or {})
         model.state_dict()

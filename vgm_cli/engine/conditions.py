@@ -18,6 +18,7 @@ from vgm_cli.data import Dataset
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine.facts import Facts
 from vgm_cli.errors import MISSING_ASSET, USAGE, VgmError
+from vgm_cli.nn.meta import on_meta
 
 ANY = {"image_size": 8, "image_channels": 3, "num_classes": 1}  # facts, where only names are asked for
 
@@ -25,7 +26,7 @@ ANY = {"image_size": 8, "image_channels": 3, "num_classes": 1}  # facts, where o
 def columns_of(nodes: Mapping[str, Any] | None) -> tuple[str, ...]:
     """Names of the columns of pictures that a recipe's conditions read; `image` is the image itself."""
     plain = {name: {k: v for k, v in n.items() if k != "items"} for name, n in (nodes or {}).items() if n is not None}
-    with torch.device("meta"):
+    with on_meta():
         conditions = Conditions(build_parts(plain, ANY))
     reads = [c for p in conditions.of_pictures() if isinstance(p.condition, ReadsPictures) for c in p.condition.reads]
     return tuple(dict.fromkeys(reads))

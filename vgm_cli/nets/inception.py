@@ -19,6 +19,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vgm_cli.errors import FAILED, MISSING_ASSET, USAGE, VgmError
+from vgm_cli.nn.meta import on_meta
 from vgm_cli.weights.state import read_state
 
 SIZE = 299
@@ -260,7 +261,7 @@ def load_inception(path: str | Path) -> nn.Module:
             f"accepted: {FORMATS}",
             USAGE,
         )
-    with torch.device("meta"):
+    with on_meta():
         net = InceptionV3()
     want = {k: v for k, v in net.state_dict().items() if not k.endswith("num_batches_tracked")}
     wrong = sorted(set(want) ^ set(state)) or [k for k in want if want[k].shape != state[k].shape]

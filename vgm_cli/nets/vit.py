@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from vgm_cli.errors import MISSING_ASSET, VgmError
+from vgm_cli.nn.meta import on_meta
 
 ACCEPTED = (
     "DINOv2 (dinov2_vitl14_pretrain.pth, or facebook/dinov2-large's model.safetensors) or CLIP "
@@ -255,7 +256,7 @@ def build(state: State, where: str = "the file", heads: int | None = None) -> Vi
             f"{where} is an incomplete vision transformer: {e}", f"accepted: {ACCEPTED}", MISSING_ASSET
         ) from e
     activation = "swiglu" if swiglu else "gelu" if kind == "dinov2" else "quick-gelu"
-    with torch.device("meta"):
+    with on_meta():
         net = VisionTransformer(
             width,
             depth,

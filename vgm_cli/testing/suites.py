@@ -28,6 +28,7 @@ from vgm_cli.conditioning import Conditions, build_parts
 from vgm_cli.engine import build
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine.train.optim import trained
+from vgm_cli.nn.meta import on_meta
 from vgm_cli.recipe import Recipe
 from vgm_cli.registry import registry
 from vgm_cli.testing.golden import assert_close
@@ -92,7 +93,7 @@ class ModelSuite:
 
     def test_builds_without_memory(self) -> None:
         """On the meta device, with the tensors that a real one has: what validate, --plan and loading rely on."""
-        with torch.device("meta"):
+        with on_meta():
             meta = registry().build("model", dict(self.model))
         real = self.build().state_dict()
         assert all(p.is_meta for p in meta.parameters()), "a parameter was made on a fixed device"

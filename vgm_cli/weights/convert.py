@@ -20,6 +20,7 @@ from vgm_cli.convert_api import Layout
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine.checkpoint import Header
 from vgm_cli.errors import USAGE, VgmError, unknown
+from vgm_cli.nn.meta import on_meta
 from vgm_cli.registry import load_target, registry, signature
 from vgm_cli.weights import files as weight_files
 from vgm_cli.weights import layout as layouts
@@ -237,7 +238,7 @@ def images_of(codec: Path, data: Mapping[str, Any]) -> dict[str, Any]:
     if not shape or data.get("vocab_size"):
         return {}
     component = ckpt.read_header(codec).component
-    with torch.device("meta"):
+    with on_meta():
         built = registry().build("codec", {"name": component["name"], **component.get("kwargs", {})})
         try:
             image = built.decode(torch.zeros(1, *shape))

@@ -14,6 +14,7 @@ from typing import Any
 from vgm_cli import atomic, limits
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.foreign import header
+from vgm_cli.nn.meta import on_meta
 from vgm_cli.weights.reading import KNOWN, kind_of
 
 KINDS = {"torch": "torch file", "pickle": "pickle", "arrays": "numpy archive", "flax": "flax checkpoint"}
@@ -119,7 +120,6 @@ def own_header(metadata: Mapping[str, str], path: Path) -> dict[str, Any]:
 def tokens_of(said: Mapping[str, Any]) -> dict[str, Any]:
     """{"tokens": the grid of an image, the number of codes of each, and how many times fewer bits these are than its
     8-bit values} of a codec that has tokens and says of which images; else {}."""
-    import torch
 
     from vgm_cli.api import SeveralCodebooks, Tokenizer
     from vgm_cli.engine.budget import building
@@ -131,7 +131,7 @@ def tokens_of(said: Mapping[str, Any]) -> dict[str, Any]:
         return {}
     image = (data["image_channels"], data["image_size"], data["image_size"])
     try:
-        with torch.device("meta"), building(component["name"]):
+        with on_meta(), building(component["name"]):
             codec = registry().build("codec", {"name": component["name"], **component.get("kwargs", {})})
         if not isinstance(codec, Tokenizer):
             return {}

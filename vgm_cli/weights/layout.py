@@ -11,11 +11,12 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vgm_cli.convert_api import Layout
 from vgm_cli.errors import FAILED, USAGE, VgmError, unknown
+from vgm_cli.hookspecs import Component
+from vgm_cli.nn.meta import on_meta as without_memory
 from vgm_cli.registry import load_target, registry, signature
 from vgm_cli.ui import ui
 
@@ -28,13 +29,20 @@ UNFIT: tuple[type[Exception], ...] = (  # what reading a state as something that
 
 def known() -> dict[str, Layout]:
     """{name: layout} of everything registered; one that cannot be imported is left out."""
-    found = {}
-    for name in registry().names("converter"):
-        try:
-            found[name] = find(name)
-        except Exception as e:  # a plugin's own mistake must not keep others' files from being read
-            ui.warn(f"the layout '{name}' cannot be imported: {e}")
-    return found
+    global _known
+    registered = tuple(c for (kind, _), c in registry().components.items() if kind == "converter")
+    if len(registered) != len(_known[0]) or any(a is not b for a, b in zip(registered, _known[0])):
+        found = {}
+        for name in registry().names("converter"):
+            try:
+                found[name] = find(name)
+            except Exception as e:  # a plugin's own mistake must not keep others' files from being read
+                ui.warn(f"the layout '{name}' cannot be imported: {e}")
+        _known = registered, found
+    return dict(_known[1])
+
+
+_known: tuple[tuple[Component, ...], dict[str, Layout]] = (), {}  # what is registered, and its layouts
 
 
 def find(name: str) -> Layout:
@@ -104,7 +112,7 @@ class Fit:
 
 def on_meta(kind: str, name: str, config: Mapping[str, Any]) -> dict[str, Tensor]:
     """The state of a component built on the meta device: names and shapes without memory."""
-    with torch.device("meta"):
+    with without_memory():
         state: dict[str, Tensor] = registry().build(kind, {"name": name, **config}).state_dict()
     return state
 

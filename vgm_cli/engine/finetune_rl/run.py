@@ -27,6 +27,7 @@ from vgm_cli.engine.distill import run as distill
 from vgm_cli.engine.run import Run
 from vgm_cli.engine.train import loop as trainer
 from vgm_cli.errors import USAGE, VgmError, unknown
+from vgm_cli.nn.meta import on_meta
 from vgm_cli.recipe import Recipe
 from vgm_cli.registry import load_target, registry
 from vgm_cli.ui import ui
@@ -149,7 +150,7 @@ def column_of(condition: str) -> str:
 def given_items(recipe: Recipe, facts: Facts) -> None:
     """Let the captions of the data be the texts that are asked for, where the recipe names none. VgmError: there are
     none, or too many to be named."""
-    with torch.device("meta"):
+    with on_meta():
         parts = conditions_for(recipe.config.get("conditions") or {}, facts).parts
     for name, part in parts.items():
         if len(part.items):
