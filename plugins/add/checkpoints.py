@@ -12,11 +12,11 @@ from collections.abc import Iterable, Mapping
 from dataclasses import replace
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from vgm_cli.convert_api import Files, Layout, Proof
 from vgm_cli.nets.ldm_unet_checkpoints import LDM_UNET, LDM_UNET_DIFFUSERS
+from vgm_cli.nn.meta import on_meta
 
 from .discriminator import Heads
 
@@ -33,7 +33,7 @@ def heads_config(state: State) -> dict[str, Any]:
 
 def complete(state: State) -> dict[str, Tensor]:
     """The heads' tensors. KeyError: one is missing."""
-    with torch.device("meta"):
+    with on_meta():
         names = Heads(**heads_config(state)).state_dict()
     return {name: state[name] for name in names}
 

@@ -21,6 +21,7 @@ from vgm_cli.nets.ldm_unet_presets import BETAS, ENDS, PRESETS
 from vgm_cli.nets.unet_blocks import timestep_embedding
 from vgm_cli.nets.unet_checkpoints import KINDS, OUTER, RES, blocks_of_a_level, indices, layers
 from vgm_cli.nn.example import noise
+from vgm_cli.nn.meta import on_meta
 
 State = Mapping[str, Tensor]
 PREFIX, AVERAGE = "model.diffusion_model.", "model_ema."
@@ -147,7 +148,7 @@ def complete(own: dict[str, Tensor]) -> dict[str, Tensor]:
     config = {**shapes(own), "num_heads": 1}
     side = 2 ** (len(config["channel_mult"]) + 1)
     groups = 1  # names do not depend on heads, groups and sides
-    with torch.device("meta"):
+    with on_meta():
         names = LDMUNet(**config, image_size=side, norm_groups=groups).state_dict()
     for name in names:
         if name not in own:
