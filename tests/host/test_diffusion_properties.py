@@ -588,10 +588,11 @@ def request(n=4, shape=(1, 2, 2), first=0, **keywords):
 @pytest.mark.parametrize("name", NAMES)
 @pytest.mark.parametrize("path, prediction, time", VIEWS)
 def test_every_sampler_samples_every_path(name, path, prediction, time):
+    """Who watches sees estimates of the data: at the noisy end the mean of the class, at the other the image itself."""
     view = toy_view(path, prediction, time)
     seen = []
     shape = (1, 8, 8)  # the corrector's step size relies on norms, which vary much in few dimensions
-    asked = request(48, shape, steps=STEPS.get(name, 24), callback=lambda i, total, x, x0: seen.append((i, total)))
+    asked = request(48, shape, steps=STEPS.get(name, 24), callback=lambda i, total, x, x0: seen.append((i, x0)))
     x = sampler(name)(view, asked)
     assert x.shape == (48, *shape) and x.dtype == torch.float32 and torch.isfinite(x).all()
     for y in range(3):
@@ -599,20 +600,11 @@ def test_every_sampler_samples_every_path(name, path, prediction, time):
         assert float(mine.mean()) == pytest.approx(float(Toy.means[y]), abs=0.12)
         assert float(mine.std()) == pytest.approx(0.5, abs=0.12)
     assert asked.info["nfe"] == view.network.calls and seen and seen[0][0] == 0
-
-
-@pytest.mark.parametrize("name", NAMES)
-@pytest.mark.parametrize("path, prediction, time", VIEWS)
-def test_who_watches_sees_estimates_of_the_data(name, path, prediction, time):
-    """At the noisy end the estimate is the mean of the class, at the other the image itself."""
-    view, seen = toy_view(path, prediction, time), []
-    shape = (1, 8, 8)
-    asked = request(6, shape, steps=STEPS.get(name, 24), callback=lambda i, total, x, x0: seen.append(x0))
-    x = sampler(name)(view, asked)
     means = torch.tensor([float(Toy.means[y]) for y in asked.cond["y"]])
-    assert all(x0 is not None and x0.shape == x.shape for x0 in seen)
-    assert (seen[0].flatten(1).mean(1) - means).abs().max() < 0.3
-    assert (seen[-1] - x).abs().mean() < 0.2
+    first, last = seen[0][1], seen[-1][1]
+    assert all(x0 is not None and x0.shape == x.shape for _, x0 in seen)
+    assert (first.flatten(1).mean(1) - means)[:6].abs().max() < 0.3
+    assert (last - x)[:6].abs().mean() < 0.2
 
 
 @pytest.mark.parametrize("name", NAMES)

@@ -22,12 +22,12 @@ TRAININGS = {
 SMALL = ["train.steps=2", "train.batch_size=8", "train.preview_n=0", "train.precision=fp32", "train.save_every=2"]
 
 COMBINATIONS = [f"{n} {t}" for n in NETWORKS for t in TRAININGS]
-COMBINATIONS = [
-    pytest.param(c, marks=pytest.mark.slow) if c in ("adm-unet ddpm", "adm-unet edm") else c for c in COMBINATIONS
-]
+SLOW = ("adm-unet ddpm", "adm-unet edm")
 
 
-@pytest.fixture(scope="module", params=COMBINATIONS)
+@pytest.fixture(
+    scope="module", params=[pytest.param(c, marks=pytest.mark.slow) if c in SLOW else c for c in COMBINATIONS]
+)
 def run(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A run of one network by one training."""
     from vgm_cli import recipe as recipes
@@ -61,8 +61,15 @@ def test_sample_and_evaluate(run: Path, vgm, tmp_path: Path) -> None:
     assert {r["metric"] for r in results} >= {"fid", "kid"} and all(r["value"] == r["value"] for r in results)
 
 
+DISTILLED = [(c, method) for c in COMBINATIONS for method in ("dmd", "consistency", "rectified-flow", "scm")]
+QUICK = [("adm-unet flow", m) for m in ("dmd", "consistency")]  # test_distill has those of DiT
+QUICK += [(c, "rectified-flow") for c in ("adm-unet flow", "dit flow", "dit ddpm")]
+
+
 @pytest.mark.parametrize(
-    "method", ["dmd", "consistency", "rectified-flow", pytest.param("scm", marks=pytest.mark.slow)]
+    ("run", "method"),
+    [pytest.param(*case, marks=[] if case in QUICK else pytest.mark.slow) for case in DISTILLED],
+    indirect=["run"],
 )
 def test_distill(run: Path, vgm, tmp_path: Path, method: str) -> None:
     pairs = [] if method in ("consistency", "scm") else ["pairs.count=8", "pairs.steps=2"]

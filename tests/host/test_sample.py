@@ -90,7 +90,9 @@ def test_options_without_effect_are_told(run: Path, vgm, tmp_path: Path) -> None
     assert code == 0 and err.count(told) == 1 and "--steps has" not in err
     code, _, err = vgm(*sample, 2, "--out", tmp_path / "b.png")
     assert code == 0 and "no effect" not in err
-    last = ("--metrics", "fid", "--reference", "mnist5k", "--json")
+    few = {"images": np.random.default_rng(0).integers(0, 255, (16, 28, 28, 1), dtype=np.uint8)}
+    np.savez(tmp_path / "few.npz", **few, labels=np.arange(16) % 10)
+    last = ("--metrics", "fid", "--reference", tmp_path / "few.npz", "--json")
     code, _, err = vgm(*measure, 1, *last)
     assert code == 0 and err.count(told) == 1
     code, part, err = vgm(*measure, 200, *last)
@@ -204,6 +206,7 @@ def test_a_trace_of_a_sampler_without_steps_is_refused_before_anything_is_writte
 def test_trace_of_latents_shows_pictures(vgm, tmp_path: Path) -> None:
     """Behind a codec, states and estimates are decoded."""
     small = ["model.hidden_size=32", "model.depth=1", "model.num_heads=2", "train.steps=1", "train.preview_n=0"]
+    small += ["data.cache_latents=false"]
     assert vgm("train", "dit", *small, "train.batch_size=8", "train.precision=fp32", "--out", "latent")[0] == 0
     code, _, err = vgm("sample", "latent", "-n", 1, "--steps", 3, "--trace", "--out", "grid.png")
     assert code == 0, err
