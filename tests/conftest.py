@@ -10,6 +10,7 @@ import subprocess
 import sys
 import textwrap
 import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
 
 import pytest
@@ -138,9 +139,19 @@ class Forked:
 
     def kill(self, number: int = signal.SIGKILL) -> None:
         for child in self.children:
-            os.kill(child.pid or 0, number)
+            if child.exitcode is None:
+                os.kill(child.pid or 0, number)
 
 
 @pytest.fixture
-def forked() -> type[Forked]:
-    return Forked
+def forked() -> Iterator[Callable[..., Forked]]:
+    """forked("train", FILE, ranks=2).wait() -> (exit code, stdout, stderr); what a failed test leaves is killed."""
+    started: list[Forked] = []
+
+    def start(*args: object, ranks: int = 1, env: dict[str, str] | None = None) -> Forked:
+        started.append(Forked(*args, ranks=ranks, env=env))
+        return started[-1]
+
+    yield start
+    for job in started:
+        job.kill()

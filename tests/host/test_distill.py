@@ -6,6 +6,7 @@ import json
 import textwrap
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -215,7 +216,7 @@ def test_teacher_codec_and_data_come_along(vgm: Vgm, teachers: Callable[[str, st
     ],
 )
 def test_two_processes_equal_one(
-    teachers: Callable[[str, str], Path], tmp_path: Path, vgm: Vgm, forked: type, more: tuple[str, ...]
+    teachers: Callable[[str, str], Path], tmp_path: Path, vgm: Vgm, forked: Any, more: tuple[str, ...]
 ) -> None:
     """Pairs too, which the first process makes and all read; each number of processes has a cache of its own here."""
     teacher = teachers("dit", "flow")

@@ -7,6 +7,7 @@ import shutil
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -140,7 +141,7 @@ def test_an_interrupted_job_goes_on(run: Path, vgm, tmp_path: Path, kind: str) -
         assert not (tmp_path / "half.npz.parts").exists()
 
 
-def test_two_processes_make_the_same_images(run: Path, vgm, forked: type, tmp_path: Path) -> None:
+def test_two_processes_make_the_same_images(run: Path, vgm, forked: Any, tmp_path: Path) -> None:
     args = ("sample", run, "-n", 10, "--batch-size", 3)
     one = vgm(*args, "--out", tmp_path / "one.npz")
     two = forked(*args, "--out", tmp_path / "two.npz", ranks=2).wait()

@@ -7,6 +7,7 @@ import os
 import signal
 import time
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -88,7 +89,7 @@ def test_two_processes_equal_one(tiny: Path, tmp_path: Path, vgm, process: type)
     assert [r["loss"] for r in rows[0]] == pytest.approx([r["loss"] for r in rows[1]], rel=1e-4)
 
 
-def test_killed_at_any_moment_it_resumes_bit_exactly(tiny: Path, tmp_path: Path, forked: type) -> None:
+def test_killed_at_any_moment_it_resumes_bit_exactly(tiny: Path, tmp_path: Path, forked: Any) -> None:
     """SIGKILL, several times, then resume until done: identical to a run that was never killed."""
     long = ["train.steps=20", "train.save_every=1", "train.keep=3"]
     whole = forked("train", tiny, *long, "--out", tmp_path / "whole").wait()
@@ -111,7 +112,7 @@ def test_killed_at_any_moment_it_resumes_bit_exactly(tiny: Path, tmp_path: Path,
 
 
 @pytest.mark.parametrize(("number", "code"), [(signal.SIGTERM, 143), (signal.SIGINT, 130)])
-def test_signals_save_and_leave(tiny: Path, tmp_path: Path, forked: type, number: int, code: int) -> None:
+def test_signals_save_and_leave(tiny: Path, tmp_path: Path, forked: Any, number: int, code: int) -> None:
     run = tmp_path / "run"
     child = forked("train", tiny, "train.steps=100000", "train.save_every=100000", "--out", run)
     deadline = time.time() + 120

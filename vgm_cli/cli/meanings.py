@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import functools
 import inspect
 import io
 import re
@@ -37,7 +38,11 @@ def of_target(target: Any, names: Iterable[str]) -> dict[str, str]:
 
 def comments(place: type | Callable[..., Any], names: Iterable[str]) -> dict[str, str]:
     """{name: the comment on the line that introduces it}."""
-    wanted = set(names)
+    return _comments(place, frozenset(names))
+
+
+@functools.cache
+def _comments(place: type | Callable[..., Any], wanted: frozenset[str]) -> dict[str, str]:
     try:
         source = textwrap.dedent(inspect.getsource(place))
     except (OSError, TypeError):
