@@ -38,11 +38,13 @@ def of_target(target: Any, names: Iterable[str]) -> dict[str, str]:
 
 def comments(place: type | Callable[..., Any], names: Iterable[str]) -> dict[str, str]:
     """{name: the comment on the line that introduces it}."""
-    return _comments(place, frozenset(names))
+    found = _comments(place)
+    return {name: found[name] for name in found.keys() & set(names)}
 
 
 @functools.cache
-def _comments(place: type | Callable[..., Any], wanted: frozenset[str]) -> dict[str, str]:
+def _comments(place: type | Callable[..., Any]) -> dict[str, str]:
+    """The comments of all lines that a word opens."""
     try:
         source = textwrap.dedent(inspect.getsource(place))
     except (OSError, TypeError):
@@ -52,7 +54,7 @@ def _comments(place: type | Callable[..., Any], wanted: frozenset[str]) -> dict[
     try:
         for token in tokenize.generate_tokens(io.StringIO(source).readline):
             before = token.line[: token.start[1]]
-            if token.type == tokenize.NAME and token.string in wanted and not before.strip():
+            if token.type == tokenize.NAME and not before.strip():
                 line_name = token.string
             elif token.type == tokenize.COMMENT and line_name and before.strip() and "noqa" not in token.string:
                 found.setdefault(line_name, token.string.lstrip("# "))
