@@ -56,7 +56,7 @@ class LDMSampler(GaussianSampler):
     quantize_denoised: bool = False
     strength: Fraction | None = None
     crop: Side | None = None
-    crop_stride: Side = 64
+    crop_stride: Side = 64  # from one crop to the next
 
     completes = True
 
