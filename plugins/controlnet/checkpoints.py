@@ -25,6 +25,7 @@ from vgm_cli.nets.ldm_unet_checkpoints import (
 )
 from vgm_cli.nets.ldm_unet_checkpoints import plan as unet_plan
 from vgm_cli.nets.unet_checkpoints import indices, layers
+from vgm_cli.nn.meta import on_meta
 
 from .model import ControlNet, factor_of
 
@@ -76,7 +77,7 @@ def control_config(own: State) -> dict[str, Any]:
 def complete(own: dict[str, Tensor]) -> dict[str, Tensor]:
     """The same. KeyError: a tensor of the network is missing."""
     config = {**control_config(own), "num_heads": 1, "num_head_channels": None}
-    with torch.device("meta"):
+    with on_meta():
         names = ControlNet(**config, norm_groups=1).state_dict()
     for name in names:
         if name not in own:

@@ -215,7 +215,7 @@ def stand_on(source: Source, base: Path, layout: Layout | None) -> None:
         raise VgmError(f"{what} stands on no other network", "leave base= away", USAGE)
     header, own = ckpt.read_header(base), source.header
     network = ckpt.outline(base)[0]
-    with torch.device("meta"):
+    with on_meta():
         registry().build(source.kind, {"name": source.name, **source.config}, base=network)
     own.parts["base"] = ckpt.refer(base, header.component["name"])
     if "codec" in header.parts:
