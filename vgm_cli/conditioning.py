@@ -361,6 +361,9 @@ def build_parts(nodes: Mapping[str, Any], facts: Mapping[str, Any], codec: Any =
             kwargs |= {"channels": channels} if channels else {}
         condition: Condition = registry().build("condition", {"name": component.name, **kwargs}, codec=codec)
         if condition.column == "label" and not facts.get("num_classes"):
+            if isinstance(condition, nn.Module):  # the network has a place for what it makes
+                hint = "class sub-folders give labels; conditions.class=null, and a network that is told nothing"
+                raise VgmError(f"conditions.{name} is of classes, which the data does not have", hint, USAGE)
             continue
         kept = {k: v for k, v in kwargs.items() if k not in component.from_data or own.get(k) is not None}
         described = {"name": component.name, **kept}

@@ -91,6 +91,15 @@ def test_img2img_and_holes(vgm: Vgm, tmp_path: Path, digit: Path) -> None:
         assert code == 2 and told in err, err
 
 
+def test_pictures_without_classes(vgm: Vgm, tmp_path: Path, digit: Path) -> None:
+    args = ("train", "ldm", f"data.path={digit.parent}", "train.steps=1", "train.batch_size=4", "codec.fallback=null")
+    code, _, err = vgm(*args, "--out", tmp_path / "run")
+    assert code == 2 and "classes" in err and not (tmp_path / "run").exists()
+    none = ("conditions.class=null", "model.use_spatial_transformer=false", "model.context_dim=null")
+    code, _, err = vgm(*args, *none, "train.preview_n=0", "--out", tmp_path / "run")
+    assert code == 0, err
+
+
 def test_a_network_of_its_own_for_holes(vgm: Vgm, tmp_path: Path, digit: Path) -> None:
     mask = "operator: {name: inpainting, mask: lama}, keyword: concat, picture: concat, invert: true, fill: -1, low: -1"
     more = f"{digits(digit)}conditions: {{mask: {{{mask}, latents: true}}}}"
