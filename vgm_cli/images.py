@@ -153,6 +153,20 @@ def blended(new: Tensor, old: Tensor, made: Tensor, radius: float) -> Tensor:
     return new * share[:, None] + (1 - share[:, None]) * old
 
 
+def enlarged(image: np.ndarray, size: Sequence[int]) -> Tensor:
+    """A picture, uint8 (H, W, C), at another size (H', W') by Pillow's bicubic kernel: (C, H', W') in [-1, 1]."""
+    picture = Image.fromarray(image[..., 0] if image.shape[-1] == 1 else image)
+    a = np.asarray(picture.resize((size[1], size[0]), Image.Resampling.BICUBIC))
+    return torch.from_numpy(a.reshape(*size, -1) / 255 * 2 - 1).float().permute(2, 0, 1)
+
+
+def returned(x: Tensor, size: Sequence[int]) -> np.ndarray:
+    """A picture (C, H, W) about [-1, 1] at another size by torch's bicubic kernel: uint8 (H', W', C), truncated."""
+    y = torch.nn.functional.interpolate(x[None], size=tuple(size), mode="bicubic")[0]
+    a: np.ndarray = (y.permute(1, 2, 0) * 127.5 + 127.5).cpu().numpy().clip(0, 255).astype(np.uint8)
+    return a
+
+
 def blanks(like: Tensor, n: int) -> Tensor:
     """n tiles of the grey between tiles."""
     return like.new_full((n, *like.shape[1:]), SHADE / 127.5 - 1)

@@ -238,6 +238,48 @@ class CompletesImages(Protocol):
 
 
 @runtime_checkable
+class FollowsPictures(Protocol):
+    """A blind restoration method: its network follows the degraded picture, a condition on pictures, and is not told
+    how it came about, so that pictures may have any size.
+
+    blind: true. added: what is put behind every text; negative: the text that guidance leads away from where the user
+    gives none. tile: of how many pixels, or None.
+    """
+
+    blind: bool
+    added: str
+    negative: str
+    tile: int | None
+
+    def grain(self, model: Any, codec: Any) -> int:
+        """The number of pixels that a side has to be a multiple of."""
+        ...
+
+    def sizes(self, size: Sequence[int], side: int, least: int) -> tuple[tuple[int, int], tuple[int, int]]:
+        """For a picture of size (h, w): the size at which it is restored, and the size of the result. side: of the
+        images that the network was trained on; least: see grain."""
+        ...
+
+
+@runtime_checkable
+class FinishesImages(Protocol):
+    """A sampler that has the last word on decoded images."""
+
+    def finish(self, images: Tensor, request: Request) -> Tensor:
+        """images: (N, C, H, W) of what it returned for this request."""
+        ...
+
+
+@runtime_checkable
+class HasTiles(Protocol):
+    """A codec that can encode and decode in tiles. tile: of so many pixels; None: the whole at once. factor: side of an
+    image over side of its latents."""
+
+    tile: int | None
+    factor: int
+
+
+@runtime_checkable
 class HasFeatures(Protocol):
     """A network that shows what its layers compute: to a discriminator's head, to a loss on features.
 

@@ -19,6 +19,7 @@ from vgm_cli.convert_api import Diffusers, Files, Layout, Proof, Published
 from vgm_cli.errors import USAGE, VgmError, needs_extra
 from vgm_cli.nets.first_stage_checkpoints import (
     PROJECTION,
+    SECOND,
     first_stage_config,
     highest,
     is_first_stage,
@@ -35,9 +36,10 @@ State = Mapping[str, Tensor]
 
 
 def recognise(names: Iterable[str], quantised: bool) -> bool:
-    """A CompVis first stage, bare or inside a diffusion checkpoint; VA-VAE's projection makes it another layout."""
+    """A CompVis first stage, bare or inside a diffusion checkpoint; VA-VAE's projection and SUPIR's second encoder make
+    it another layout."""
     own = own_names(names)
-    return is_first_stage(own) and ("quantize.embedding.weight" in own) == quantised and PROJECTION not in own
+    return is_first_stage(own) and ("quantize.embedding.weight" in own) == quantised and not {PROJECTION, SECOND} & set(own)
 
 
 def config_from(state: State) -> dict[str, Any]:

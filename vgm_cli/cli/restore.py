@@ -65,13 +65,19 @@ def restore(
     method: Annotated[
         str,
         typer.Option(
-            help="dps, mcg, projection, ddrm, pigdm, diffpir, consistency-edit; of models of tokens their own sampler.",
+            help="dps, mcg, projection, ddrm, pigdm, diffpir, consistency-edit, supir; of models of tokens their own "
+            "sampler.",
             autocompletion=methods,
         ),
     ] = "dps",
     degrade: Annotated[
-        bool, typer.Option("--degrade/--degraded", help="The input is whole and is degraded first, or it is degraded.")
-    ] = True,
+        bool | None,
+        typer.Option(
+            "--degrade/--degraded",
+            help="The input is whole and is degraded first, or it is degraded. Default: whole; of supir degraded, "
+            "unless a --task is named.",
+        ),
+    ] = None,
     truth: Annotated[str | None, typer.Option(help="The whole images of a degraded input, to measure against.")] = None,
     noise: Annotated[
         str | None, typer.Option(help="none, gaussian, poisson. Default: gaussian; of a degraded input none.")
@@ -86,9 +92,27 @@ def restore(
     prompt: Annotated[
         list[str] | None, typer.Option(help="A text, of a model that reads one; several are taken in turn.")
     ] = None,
+    negative: Annotated[str | None, typer.Option(help="A text to be guided away from.")] = None,
     hint: Annotated[
         list[str] | None, typer.Option(metavar="IMG|DIR", help="A picture to follow, of a model that takes one.")
     ] = None,
+    upscale: Annotated[
+        float | None, typer.Option(help="supir: sides of the result over those of the input. Default: 1.")
+    ] = None,
+    tile: Annotated[
+        int | None, typer.Option(metavar="PIXELS", help="supir: work in tiles of this size, which takes less memory.")
+    ] = None,
+    tile_prompts: Annotated[
+        Path | None, typer.Option(metavar="FILE", help="supir: a text for each tile of one picture, one a line.")
+    ] = None,
+    colour_fix: Annotated[
+        str | None,
+        typer.Option("--color-fix", "--colour-fix", help="supir: wavelet, adain or none. Default: wavelet."),
+    ] = None,
+    precision: Annotated[
+        str, typer.Option(help="fp32 | bf16: activations, and of supir weights, in half the bytes.")
+    ] = "fp32",
+    offload: Annotated[bool, typer.Option("--offload", help="supir: encoders of texts stay on the CPU.")] = False,
     steps: Annotated[int | None, typer.Option(help="Steps of the method. Default: its own.", min=1)] = None,
     tries: Annotated[
         int, typer.Option(help="Walks per image; the one that fits the measurement best is kept.", min=1)
@@ -123,6 +147,8 @@ def restore(
 
         vgm restore --model RUN --method maskgit --mask lower --input mnist5k
 
+        vgm restore --model RUN --method supir --input photos --prompt "a street" --upscale 2 --tile 1024
+
     Next: the folder's grid.png (degraded, restored, truth) and results.json.
     """
     from vgm_cli.engine.restore import records, setup
@@ -137,6 +163,8 @@ def restore(
         raise engine.no_model()
     if source is None:
         raise VgmError("no input is given", "--input IMAGE|FOLDER, or a shipped set: --input mnist5k", USAGE)
+    if degrade is None:
+        degrade = task is not None or mask is not None or not setup.is_blind(method)
     if truth is not None and degrade:
         raise VgmError("--truth belongs to --degraded: without it the input is the truth", code=USAGE)
     overrides = overrides or []
@@ -145,6 +173,8 @@ def restore(
             raise VgmError(f"--mask says which pixels are kept, it is not for {task}", "--task inpainting", USAGE)
         task, overrides = "inpainting", [f"task.mask={json.dumps(mask)}", *overrides]
     task = task or "super-resolution"
+    told = {"upscale": upscale, "tile": tile, "colour_fix": colour_fix}
+    overrides = [*overrides, *(f"method.{key}={value}" for key, value in told.items() if value is not None)]
     allow_typed([task, method, *overrides])
     steps = fit(steps, Steps | None, "--steps")
     clean = not degrade or mask is not None
@@ -152,7 +182,7 @@ def restore(
     if out is not None:
         records.check_folder(out, overwrite)
     loaded, where = open_model(model, weights, device)
-    if noise is None and mask is None:
+    if noise is None and mask is None and (degrade or not setup.is_blind(method)):
         ui.info(setup.assumed(settings, degrade))
     try:
         results = engine.run(
@@ -167,6 +197,10 @@ def restore(
             label=label,
             prompts=prompt or [],
             hints=hint or [],
+            negative=negative,
+            tile_prompts=tile_prompts,
+            precision=precision,
+            offload=offload,
             seed=seed,
             steps=steps,
             tries=tries,
@@ -181,7 +215,8 @@ def restore(
         text = "interrupted: nothing is written, what was there is unchanged"
         raise VgmError(text, "a folder of results is made at its end; -n takes fewer images", INTERRUPTED) from e
     ui.document(results)
-    ui.table(["", "PSNR", "SSIM", "LPIPS", "residual"], summary(results))
+    if rows := summary(results):
+        ui.table(["", "PSNR", "SSIM", "LPIPS", "residual"], rows)
     if "gain" in results:
         ui.info(f"{results['gain']:+.2f} dB PSNR over the baseline")
     count = f"{results['n']} image{'s' * (results['n'] > 1)}"

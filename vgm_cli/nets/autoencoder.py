@@ -41,10 +41,14 @@ class ResnetBlock(nn.Module):
         if in_channels != out_channels:
             self.nin_shortcut = nn.Conv2d(in_channels, out_channels, 1)
 
+    def shortcut(self, x: Tensor) -> Tensor:
+        """What the block's work is added to."""
+        return self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x
+
     def forward(self, x: Tensor) -> Tensor:
         h = self.conv1(F.silu(self.norm1(x)))
         h = self.conv2(self.dropout(F.silu(self.norm2(h))))
-        return h + (self.nin_shortcut(x) if hasattr(self, "nin_shortcut") else x)
+        return h + self.shortcut(x)
 
 
 class AttnBlock(nn.Module):
@@ -58,11 +62,14 @@ class AttnBlock(nn.Module):
         self.v = nn.Conv2d(channels, channels, 1)
         self.proj_out = nn.Conv2d(channels, channels, 1)
 
-    def forward(self, x: Tensor) -> Tensor:
-        n = self.norm(x)
+    def attend(self, n: Tensor) -> Tensor:
+        """The block's work on normalised features n (B, C, h, w)."""
         q, k, v = (f(n).flatten(2).transpose(1, 2)[:, None] for f in (self.q, self.k, self.v))  # (B, 1, hw, C)
         h = F.scaled_dot_product_attention(q, k, v)[:, 0].transpose(1, 2)  # (B, C, hw)
-        return x + self.proj_out(h.reshape(x.shape))
+        return self.proj_out(h.reshape(n.shape))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return x + self.attend(self.norm(x))
 
 
 class LinAttnBlock(nn.Module):

@@ -16,8 +16,9 @@ from torch import Tensor
 State = Mapping[str, Tensor]
 PREFIX = "first_stage_model."
 PROJECTION = "linear_proj.weight"  # VA-VAE's
+SECOND = "denoise_encoder.conv_in.weight"  # of SUPIR's second encoder
 PARTS = ("encoder.", "decoder.", "quant_conv.", "post_quant_conv.", "quantize.", "latent_mean", "latent_std",
-         "linear_proj.")  # fmt: skip
+         "linear_proj.", "denoise_encoder.")  # fmt: skip
 NEEDED = ("encoder.conv_in.weight", "decoder.conv_out.weight", "quant_conv.weight", "post_quant_conv.weight")
 
 

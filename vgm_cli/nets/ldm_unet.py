@@ -95,8 +95,10 @@ class LDMEncoder(nn.Module):
         out_channels: Width | None = None,  # of the decoder; None: in_channels
         n_embed: Vocabulary | None = None,  # codes of a codebook: the decoder gives their logits, instead of a map
     ):
+        keywords = {k: v for k, v in locals().items() if k not in ("self", "__class__")}
         check_side(image_size, channel_mult)
         super().__init__()
+        self.keywords = keywords  # for networks that are made like this one
         levels = len(channel_mult)
         self.in_channels, self.concat_channels = in_channels, concat_channels
         self.model_channels, self.emb_channels = model_channels, 4 * model_channels

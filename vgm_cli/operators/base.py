@@ -14,6 +14,7 @@ from torch import Tensor
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.nn.shapes import expand
 from vgm_cli.operators.noise import Clean, Noise
+from vgm_cli.operators.resize import resized
 
 RCOND = 1e-4  # singular values below this share of the largest one count as 0 in the pseudo-inverse
 
@@ -135,6 +136,12 @@ class Operator(ABC):
     def picture(self, y: Tensor) -> Tensor:
         """The measurement as an image (B, C, H, W) to look at."""
         return y
+
+    def enlarged(self, y: Tensor) -> Tensor:
+        """The measurement as a network that follows pictures is shown it, (B, C, H, W): a smaller picture is enlarged
+        bicubically."""
+        seen = y if y.ndim == 4 and y.shape[1] == self.shape[0] else self.picture(y)
+        return seen if seen.shape[2:] == self.shape[1:] else resized(seen, self.shape[1:])
 
     def not_linear(self, what: str) -> VgmError:
         return VgmError(f"{self.name or type(self).__name__} is not linear: it has no {what}", "--method dps", USAGE)

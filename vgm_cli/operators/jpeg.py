@@ -8,6 +8,8 @@ from __future__ import annotations
 
 import io
 import math
+from collections.abc import Callable
+from functools import cache
 from typing import Literal
 
 import numpy as np
@@ -46,9 +48,11 @@ def table(base: tuple[tuple[int, ...], ...], quality: int) -> Tensor:
     return ((torch.tensor(base) * scale + 50) // 100).clamp(1, 255).double()
 
 
+@cache
 def dct_matrix() -> Tensor:
     """(8, 8) orthonormal DCT-II."""
-    k, n = torch.arange(8.0, dtype=torch.float64)[:, None], torch.arange(8.0, dtype=torch.float64)
+    n = torch.arange(8.0, dtype=torch.float64, device="cpu")
+    k = n[:, None]
     m = torch.cos(math.pi * (2 * n + 1) * k / 16) / 2
     m[0] /= math.sqrt(2)
     return m
@@ -125,3 +129,40 @@ def padded(x: Tensor, multiple: int) -> Tensor:
     """The last row and column repeated up to a multiple."""
     h, w = x.shape[-2:]
     return F.pad(x, (0, -w % multiple, 0, -h % multiple), mode="replicate")
+
+
+# -- Real-ESRGAN's ---------------------------------------------------------------------------------------------------
+
+SOFT_YCC = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688, -0.081312))
+SOFT_RGB = ((1.0, 0.0, 1.402), (1.0, -0.344136, -0.714136), (1.0, 1.772, 0.0))
+
+
+def cubic_round(x: Tensor) -> Tensor:
+    """Rounding with a gradient: the nearest integer and the cube of what is left."""
+    return x.round() + (x - x.round()) ** 3
+
+
+def soft_jpeg(x: Tensor, quality: Tensor, rounding: Callable[[Tensor], Tensor] = torch.round) -> Tensor:
+    """JPEG as Real-ESRGAN has it (XPixelGroup/BasicSR@8d56e3a basicsr/utils/diffjpeg.py): colour images x (B, 3, H, W)
+    in [0, 1], quality (B,) that need not be whole, 4:2:0.
+
+    Unlike the operator's: coefficients alone are rounded, divisors are neither rounded nor limited and those of the
+    brightness are transposed, sides are filled up with zeros to multiples of 16.
+    """
+    h, w = x.shape[2:]
+    factor = torch.where(quality < 50, 5000 / quality, 200 - 2 * quality).to(x).view(-1, 1, 1, 1, 1, 1) / 100
+    x = F.pad(x, (0, -w % 16, 0, -h % 16))
+    ycc = torch.einsum("dc,bchw->bdhw", torch.tensor(SOFT_YCC).to(x), x * 255)
+    y, colours = ycc[:, :1] - 128, F.avg_pool2d(ycc[:, 1:], 2)
+
+    def plane(part: Tensor, base: Tensor) -> Tensor:
+        b, c, height, width = part.shape
+        d, q = dct_matrix().to(part), base.to(part) * factor
+        blocks = part.view(b, c, height // 8, 8, width // 8, 8).transpose(3, 4)
+        coefficients = rounding(d @ blocks @ d.T / q) * q
+        return (d.T @ coefficients @ d).transpose(3, 4).reshape(part.shape)
+
+    y = plane(y, torch.tensor(LUMINANCE).T) + 128
+    colours = F.interpolate(plane(colours, torch.tensor(CHROMINANCE)), scale_factor=2, mode="nearest")
+    out = torch.einsum("dc,bchw->bdhw", torch.tensor(SOFT_RGB).to(x), torch.cat([y, colours], 1))
+    return out.clamp(0, 255)[..., :h, :w] / 255

@@ -1,11 +1,14 @@
-"""Blur kernels of synthetic degradations, convolution by them, and resizing as OpenCV does it.
+"""Blur kernels of synthetic degradations, convolution by them, sharpening, and resizing as OpenCV does it.
 
-The kernels are those of BSRGAN (Zhang et al. 2021, arXiv 2103.14006) and Real-ESRGAN (Wang et al. 2021, arXiv
-2107.10833); CompVis/latent-diffusion@a506df5 ldm/modules/image_degradation/bsrgan_light.py has the same.
+The kernels are those of BSRGAN (Zhang et al. 2021, arXiv 2103.14006; CompVis/latent-diffusion@a506df5
+ldm/modules/image_degradation/bsrgan_light.py) and of Real-ESRGAN (Wang et al. 2021, arXiv 2107.10833;
+XPixelGroup/BasicSR@8d56e3a basicsr/data/degradations.py, basicsr/utils/img_process_util.py): (size, size) float64,
+summing to 1.
 """
 
 from __future__ import annotations
 
+import math
 from typing import Literal
 
 import numpy as np
@@ -27,16 +30,49 @@ def gaussian_kernel(size: int, std: float) -> Tensor:
     return kernel / kernel.sum()
 
 
-def anisotropic_kernel(size: int, angle: float, long: float, short: float) -> Tensor:
-    """(size, size) float64, summing to 1: a Gaussian with the variance `long` along the direction `angle` (radians)
-    and `short` across."""
+def squared_distances(size: int, angle: float, long: float, short: float) -> Tensor:
+    """(size, size) float64: the squared distance of every tap from the middle, in units of the variances `long` along
+    the direction `angle` (radians) and `short` across."""
     cos, sin = np.cos(angle), np.sin(angle)
     axes = np.array([[cos, sin], [sin, -cos]])
     inverse = torch.from_numpy(axes @ np.diag([1 / long, 1 / short]) @ axes)
     at = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
     grid = torch.stack(torch.meshgrid(at, at, indexing="xy"), -1)  # (size, size, 2) of x and y
-    kernel = torch.exp(-0.5 * torch.einsum("hwi,ij,hwj->hw", grid, inverse, grid))
+    return torch.einsum("hwi,ij,hwj->hw", grid, inverse, grid)
+
+
+def anisotropic_kernel(size: int, angle: float, long: float, short: float) -> Tensor:
+    """A Gaussian with the variance `long` along the direction `angle` (radians) and `short` across."""
+    kernel = torch.exp(-0.5 * squared_distances(size, angle, long, short))
     return kernel / kernel.sum()
+
+
+def generalised_kernel(size: int, angle: float, long: float, short: float, beta: float) -> Tensor:
+    """The same of the squared distance to the power beta: below 1 with heavy tails, above 1 flat on top."""
+    kernel = torch.exp(-0.5 * squared_distances(size, angle, long, short) ** beta)
+    return kernel / kernel.sum()
+
+
+def plateau_kernel(size: int, angle: float, long: float, short: float, beta: float) -> Tensor:
+    """1 / (1 + d^beta) of the squared distance d."""
+    kernel = 1 / (1 + squared_distances(size, angle, long, short) ** beta)
+    return kernel / kernel.sum()
+
+
+def lowpass_kernel(size: int, cutoff: float) -> Tensor:
+    """The circular low-pass filter of a cutoff in radians (pi keeps all), which rings as sharpened pictures do. size:
+    odd."""
+    at = torch.arange(size, dtype=torch.float64) - (size - 1) / 2
+    r = torch.hypot(at[:, None], at)
+    r[size // 2, size // 2] = 1.0
+    kernel = cutoff * torch.special.bessel_j1(cutoff * r) / (2 * math.pi * r)
+    kernel[size // 2, size // 2] = cutoff**2 / (4 * math.pi)
+    return kernel / kernel.sum()
+
+
+def with_zeros(kernel: Tensor, size: int) -> Tensor:
+    """The kernel with zeros around it, (size, size)."""
+    return F.pad(kernel, [(size - len(kernel)) // 2] * 4)
 
 
 def shifted_kernel(kernel: Tensor, shift: float) -> Tensor:
@@ -65,6 +101,26 @@ def convolved(x: Tensor, kernel: Tensor, border: Literal["mirror", "wrap"] = "mi
         x = x.index_select(axis, at.to(x.device))
     weight = kernel.flip(0, 1).to(x)[None, None].expand(c, 1, -1, -1)
     return F.conv2d(x, weight, groups=c)
+
+
+def filtered(x: Tensor, kernels: Tensor) -> Tensor:
+    """x (B, C, H, W), each image cross-correlated with its own kernel of (B or 1, k, k), k odd; borders are reflected,
+    the border pixel not repeated."""
+    (b, c, h, w), k = x.shape, kernels.shape[-1]
+    rows, columns = (mirrored(torch.arange(-(k // 2), n + k // 2, device=x.device), n) for n in (h, w))
+    wide = x[:, :, rows][:, :, :, columns].reshape(1, b * c, h + k - 1, w + k - 1)
+    own = kernels.to(x).expand(b, k, k).repeat_interleave(c, 0)[:, None]
+    return F.conv2d(wide, own, groups=b * c).view(b, c, h, w)
+
+
+def sharpened(x: Tensor, weight: float = 0.5, size: int = 51, threshold: float = 10.0) -> Tensor:
+    """Unsharp masking of images (B, C, H, W) in [0, 1] where they differ from their blurred version by more than
+    threshold / 255; the transition is blurred, too. The width of the blur follows from its size, as in OpenCV."""
+    sigma = 0.3 * ((size - 1) * 0.5 - 1) + 0.8
+    blur = anisotropic_kernel(size, 0.0, sigma**2, sigma**2)[None].float()
+    residual = x - filtered(x, blur)
+    mask = filtered(((residual.abs() * 255) > threshold).to(x), blur)
+    return mask * (x + weight * residual).clamp(0, 1) + (1 - mask) * x
 
 
 def cubic(x: Tensor) -> Tensor:

@@ -14,6 +14,8 @@ OPERATORS = {
     "colorization": ("separable:Colorization", "only a grey image is known"),
     "jpeg": ("jpeg:JPEG", "JPEG compression of quality `quality`"),
     "bsr": ("bsr:BSR", "blur, reduction, noise and JPEG in a drawn order (BSRGAN's light form)"),
+    "real-esrgan": ("realistic:RealESRGAN", "blur, resizing, noise and JPEG, twice, each image in its own way"),
+    "classical": ("realistic:Classical", "blur, bicubic reduction, noise and JPEG, each once"),
     "denoising": ("separable:Denoising", "nothing but noise"),
 }
 

@@ -8,9 +8,11 @@ weights normalised. Cubic: Keys with a = -1/2. Deviation: a kernel of which a si
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from vgm_cli.errors import unknown
 
@@ -85,3 +87,9 @@ def matrix(
     out = np.zeros((n_out, n_in))
     np.add.at(out, (np.arange(n_out)[:, None], index), weight)
     return out
+
+
+def resized(x: Tensor, size: Sequence[int]) -> Tensor:
+    """Pictures x (B, C, h, w) at another size (H, W), bicubically."""
+    rows, columns = (torch.from_numpy(matrix(n, m, m / n)).to(x) for n, m in zip(x.shape[2:], size))
+    return rows @ x @ columns.T

@@ -48,14 +48,13 @@ def figures(done: Restored, inputs: Inputs, perceptual: Perceptual | None) -> di
     out: dict[str, Any] = {"restored": {"residual": mean(done.residual.tolist())}}
     if inputs.truth is not None:
         sides = {"restored": done.images}
-        if done.baseline is not None:
-            sides["baseline"] = done.baseline
+        sides |= {k: v for k, v in (("baseline", done.baseline), ("stage1", done.stage1)) if v is not None}
         for side, x in sides.items():
             measured = compare(x, inputs.truth, perceptual)
             out[side] = {**out.get(side, {}), **{k: mean(v) for k, v in measured.items()}}
             for k, values in measured.items():
                 for row, value in zip(rows, values):
-                    row[k if side == "restored" else f"baseline_{k}"] = value if math.isfinite(value) else None
+                    row[k if side == "restored" else f"{side}_{k}"] = value if math.isfinite(value) else None
         if "baseline" in out and None not in (out["restored"]["psnr"], out["baseline"]["psnr"]):
             out["gain"] = out["restored"]["psnr"] - out["baseline"]["psnr"]
     return {**out, "images": rows}
@@ -75,7 +74,7 @@ def summary(results: Mapping[str, Any]) -> list[list[str]]:
     """Rows of the printed table: what, PSNR, SSIM, LPIPS, residual."""
     show = lambda v, digits: "-" if v is None else f"{v:.{digits}f}"
     rows = []
-    for side in ("baseline", "restored"):
+    for side in ("baseline", "stage1", "restored"):
         if side in results:
             m = results[side]
             digits = (("psnr", 2), ("ssim", 4), ("lpips", 4), ("residual", 3))

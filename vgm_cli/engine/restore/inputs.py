@@ -29,6 +29,7 @@ class Inputs:
     truth: Tensor | None = None
     measured: Tensor | None = None
     labels: list[int] | None = None
+    texts: list[str] | None = None
     source: str = ""
 
     def __len__(self) -> int:
@@ -65,10 +66,12 @@ def open_truth(source: str, shape: tuple[int, int, int], n: int | None, split: s
         found = dataset.source.header(int(dataset.rows[i]))
         check_large_enough(found[:2], shape, dataset.name(i))
     labels = dataset.labels()
+    texts = dataset.gather(rows)["text"] if dataset.facts.captions else None
     return Inputs(
         [Path(dataset.name(i)).with_suffix("").as_posix() for i in rows],
         dataset.pixels(rows),
         labels=None if labels is None else [int(labels[i]) for i in rows],
+        texts=texts,
         source=dataset.facts.root,
     )
 

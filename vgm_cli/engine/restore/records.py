@@ -32,12 +32,14 @@ class Restored:
     residual: Tensor  # (N,) |y - A(image)|
     curve: Tensor
     state: dict[str, Tensor]
+    stage1: Tensor | None = None  # what a method of two stages makes first, like images
     info: dict[str, Any] = field(default_factory=dict)
 
 
 WRITTEN = (
     "restored",
     "degraded",
+    "stage1",
     "grid.png",
     "measurements.npz",
     "drawn.safetensors",
@@ -79,10 +81,11 @@ def write(
 def write_records(folder: Path, done: Restored, inputs: Inputs, record: dict[str, Any]) -> None:
     meta = {"vgm": atomic.dump_json({"version": __version__, "command": "restore", **record})}
     names = [f"{i:06d}.png" for i in range(len(inputs))]
-    for part, x in (("restored", done.images), ("degraded", done.pictures)):
+    parts = {"degraded": done.pictures, "stage1": done.stage1, "restored": done.images}
+    rows = {name: x for name, x in parts.items() if x is not None}
+    for part, x in rows.items():
         for i, image in enumerate(to_uint8(x).permute(0, 2, 3, 1).numpy()):
             save_png(image, folder / part / names[i], {**meta, "vgm.item": str(i)})
-    rows = {"degraded": done.pictures, "restored": done.images}
     if inputs.truth is not None:
         rows["truth"] = inputs.truth
     save_png(compared(rows, GRID_ITEMS), folder / "grid.png", meta)

@@ -14,15 +14,25 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgm_cli.api import CompletesImages, Request, RestorationMethod, TakesSteps, generators, seed_of
+from vgm_cli.api import (
+    CompletesImages,
+    FinishesImages,
+    FollowsPictures,
+    Request,
+    RestorationMethod,
+    TakesSteps,
+    generators,
+    seed_of,
+)
 from vgm_cli.conditioning import unconditional
 from vgm_cli.engine.checkpoint import Loaded
+from vgm_cli.engine.restore import blind
 from vgm_cli.engine.restore.figures import figures, perceptual_from
 from vgm_cli.engine.restore.inputs import Inputs, open_measured, open_truth
 from vgm_cli.engine.restore.records import Restored, check_folder, default_folder, write
 from vgm_cli.engine.restore.setup import Settings, adopt_own_settings, build_method
-from vgm_cli.engine.sample.loop import each_step, refuse_non_finite
-from vgm_cli.engine.sample.setup import named, words_for
+from vgm_cli.engine.sample.loop import autocast, each_step, refuse_non_finite
+from vgm_cli.engine.sample.setup import named, negative_for, words_for
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.images import blended
 from vgm_cli.operators.base import Operator
@@ -51,11 +61,13 @@ def given_for(
     prompts: Sequence[str] = (),
     hints: Sequence[str] = (),
     data: Sequence[int] | None = None,
+    later: Sequence[str] = (),
 ) -> dict[str, Sequence[Any]]:
     """{condition: an item for each of n images}; conditions that are left out are no condition, where the network has
     one.
 
-    label: "data" for those of the input, or classes. VgmError: no such conditions, or one is missing.
+    label: "data" for those of the input, or classes. later: conditions whose items come later. VgmError: no such
+    conditions, or one is missing.
     """
     conditions = loaded.conditions
     words = words_for(conditions, "" if label == "data" else label, prompts, hints)
@@ -69,7 +81,7 @@ def given_for(
         given[known.name] = labels_of(data, len(known.condition.choices), label)
     if not nothing:
         for part in conditions.parts.values():
-            if part.name not in given:
+            if part.name not in given and part.name not in later:
                 part.in_turn(range(n))  # says what is missing
     return given
 
@@ -103,6 +115,7 @@ def restore(
     settings: Settings,
     *,
     given: Mapping[str, Sequence[Any]],
+    negative: Mapping[str, Sequence[Any]] | None = None,
     seed: int = 0,
     steps: int | None = None,
     tries: int = 1,
@@ -111,8 +124,9 @@ def restore(
     device: torch.device | str = "cpu",
     progress: Any = None,
 ) -> Restored:
-    """Degrade where that is asked, and restore. given: {condition: an item for each image}. tries: walks per image;
-    what fits the measurement best is kept. blend: of a method that completes images, see images.blended."""
+    """Degrade where that is asked, and restore. given: {condition: an item for each image}; negative: {condition: an
+    item that guidance leads away from}. tries: walks per image; what fits the measurement best is kept. blend: of a
+    method that completes images, see images.blended."""
     device = torch.device(device)
     method = build_method(loaded, settings.method, str(loaded.path))
     shape = image_shape(loaded)
@@ -130,7 +144,9 @@ def restore(
             else:
                 y = inputs.measured[start:stop].to(device)
         known = knowledge(loaded, method, operator, y, inputs.whole(start, stop))
-        items = {name: own[start:stop] for name, own in given.items()}
+        items: dict[str, Any] = {name: own[start:stop] for name, own in given.items()}
+        if isinstance(method, FollowsPictures):
+            items[blind.part_of(loaded).name] = operator.enlarged(y).float().clamp(-1, 1)
         best: dict[str, Any] = {}
         for k in range(tries):
             done = start * tries + k * (stop - start)
@@ -140,7 +156,7 @@ def restore(
                 generators=generators(seed_of("restore", seed, i, k) for i in range(start, stop)),
                 cond=condition(loaded, items, stop - start, device),
                 asked=loaded.conditions.asked(items),
-                null=loaded.conditions.null(device),
+                null=loaded.conditions.null(device, negative),
                 steps=steps,
                 guidance_scale=settings.guidance_scale,
                 device=device,
@@ -152,6 +168,8 @@ def restore(
                 x = method(loaded.view, request)
                 x = loaded.codec.decode(x.float() if x.is_floating_point() else x) if loaded.codec is not None else x
                 x = x.float()
+                if isinstance(method, FinishesImages):
+                    x = method.finish(x, request)
                 if blend is not None:
                     made = request.info.get("made", ~known["mask"][:, 0])
                     x = blended(x, inputs.whole(start, stop).to(x), made, blend)
@@ -170,12 +188,13 @@ def restore(
                 }
             )
     joined = {k: torch.cat([b[k] for b in batches]) for k in ("images", "pictures", "measured", "residual")}
+    stage1 = torch.cat([b["stage1"] for b in batches]) if batches[0].get("stage1") is not None else None
     baseline = None if batches[0]["baseline"] is None else torch.cat([b["baseline"] for b in batches])
     curve = torch.cat([b["curve"] for b in batches], dim=1)
     state = {k: torch.cat([b["state"][k] for b in batches]) for k in batches[0]["state"]}
     notes = list(dict.fromkeys(text for b in batches for text in b["notes"]))
     info = {"nfe": batches[0].get("nfe"), "notes": notes}
-    return Restored(**joined, baseline=baseline, curve=curve, state=state, info=info)
+    return Restored(**joined, baseline=baseline, curve=curve, state=state, stage1=stage1, info=info)
 
 
 def knowledge(
@@ -219,6 +238,7 @@ def keep_best(best: dict[str, Any], x: Tensor, residual: Tensor, info: Mapping[s
     curve = torch.stack(info["residual"]) if info.get("residual") else torch.zeros(0, len(x))
     if not best:
         best.update(images=x, residual=residual, curve=curve, nfe=info.get("nfe"), notes=info.get("notes", []))
+        best["stage1"] = info["stage1"].float().cpu() if "stage1" in info else None
         return
     better = residual < best["residual"]
     best["images"] = torch.where(better.view(-1, 1, 1, 1), x, best["images"])
@@ -239,11 +259,15 @@ def run(
     label: str = "",
     prompts: Sequence[str] = (),
     hints: Sequence[str] = (),
+    negative: str | None = None,
+    tile_prompts: Path | None = None,
     seed: int = 0,
     steps: int | None = None,
     tries: int = 1,
     blend: float | None = None,
     batch_size: int = 64,
+    precision: str = "fp32",
+    offload: bool = False,
     lpips: str | None = None,
     out: Path | None = None,
     overwrite: bool = False,
@@ -253,6 +277,9 @@ def run(
     began = time.perf_counter()
     adopt_own_settings(loaded, settings)
     method = build_method(loaded, settings.method, model)  # refused before anything is opened
+    follows = isinstance(method, FollowsPictures)
+    if not follows and (tile_prompts is not None or offload):
+        raise VgmError("--tile-prompts and --offload are for methods that follow pictures", "--method supir", USAGE)
     if steps is not None and not isinstance(method, TakesSteps):
         ui.warn(f"--steps has no effect on {settings.method['name']}")
         steps = None
@@ -260,9 +287,33 @@ def run(
         ui.warn(f"--blend has no effect on {settings.method['name']}, which keeps no pixels")
         blend = None
     shape = image_shape(loaded)
+    if follows and precision == "bf16":
+        loaded.model.to(torch.bfloat16)
     folder = out or default_folder(loaded, settings, seed, steps)
     check_folder(folder, overwrite)
     perceptual = perceptual_from(lpips)
+    if follows and not degrade:
+        if truth is not None:
+            raise VgmError("pictures of any size are not measured", "--task degrades whole images first", USAGE)
+        with autocast(precision, torch.device(device)):
+            return blind.restore_files(
+                loaded,
+                method,
+                source,
+                folder,
+                shape,
+                n=n,
+                prompts=prompts,
+                tile_prompts=tile_prompts,
+                negative=negative,
+                seed=seed,
+                steps=steps,
+                guidance_scale=settings.guidance_scale,
+                precision=precision,
+                offload=offload,
+                device=torch.device(device),
+                record=recorded(loaded, model, settings, {"input": source, "seed": seed, "steps": steps}),
+            )
     if degrade:
         inputs = open_truth(source, shape, n, split)
     else:
@@ -280,15 +331,23 @@ def run(
             if len(known) != len(inputs):
                 raise VgmError(f"{truth} has {len(known)} images, {source} has {len(inputs)}", code=USAGE)
             inputs.truth, inputs.labels = known.truth, known.labels
-    given = given_for(loaded, len(inputs), label, prompts, hints, inputs.labels)
+    away: dict[str, Any] = negative_for(loaded.conditions, negative)
+    later: list[str] = []
+    if isinstance(method, FollowsPictures):
+        later, away = [blind.part_of(loaded).name], blind.away_from(loaded.conditions, method, negative)
+        texts = blind.texts_for(method, prompts, inputs.texts, len(inputs))
+        prompts = texts if loaded.conditions.on("text") else prompts
+        blind.use_tiles(loaded, method)
+    given = given_for(loaded, len(inputs), label, prompts, hints, inputs.labels, later)
     part = loaded.conditions.of_column("label")
     labels = None if part is None or part.name not in given else list(given[part.name])
-    with Progress("restoring", len(inputs) * tries, every=10) as progress:
+    with Progress("restoring", len(inputs) * tries, every=10) as progress, autocast(precision, torch.device(device)):
         done = restore(
             loaded,
             inputs,
             settings,
             given=given,
+            negative=away,
             seed=seed,
             steps=steps,
             tries=tries,
@@ -297,14 +356,9 @@ def run(
             device=device,
             progress=progress,
         )
-    record = {
-        "model": named(loaded, model),
-        "weights": loaded.header.weights,
-        "step": loaded.header.step,
+    own = {
         "task": settings.task,
         "noise": settings.noise_node if not isinstance(settings.noise, Clean) else {"name": "none"},
-        "method": settings.method,
-        "guidance_scale": settings.guidance_scale,
         "steps": steps,
         "tries": tries,
         "blend": blend,
@@ -314,13 +368,26 @@ def run(
         "n": len(inputs),
         "seed": seed,
         "labels": labels,
-        **({"prompts": list(prompts)} if prompts else {}),
+        **({"prompts": list(dict.fromkeys(prompts))} if prompts else {}),
+        **({"negative": negative} if negative is not None else {}),
         **({"hints": list(hints)} if hints else {}),
         "nfe": done.info["nfe"],
         "notes": done.info["notes"],
         "seconds": round(time.perf_counter() - began, 2),
     }
-    return write(folder, done, inputs, record, figures(done, inputs, perceptual))
+    return write(folder, done, inputs, recorded(loaded, model, settings, own), figures(done, inputs, perceptual))
+
+
+def recorded(loaded: Loaded, model: str, settings: Settings, own: Mapping[str, Any]) -> dict[str, Any]:
+    """What results.json says of model and method, and `own`."""
+    return {
+        "model": named(loaded, model),
+        "weights": loaded.header.weights,
+        "step": loaded.header.step,
+        "method": settings.method,
+        "guidance_scale": settings.guidance_scale,
+        **own,
+    }
 
 
 def no_model() -> VgmError:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from vgm_cli import foreign
-from vgm_cli.api import RestorationMethod
+from vgm_cli.api import FollowsPictures, RestorationMethod
 from vgm_cli.engine.checkpoint import Loaded
 from vgm_cli.errors import USAGE, VgmError, unknown
 from vgm_cli.operators.noise import Noise, noise_class
@@ -72,6 +72,14 @@ def settings_for(task: str, method: str, noise: str, overrides: Sequence[str]) -
         nodes[owners[0]][key] = parse_yaml(value, text)
     built = added(**bind(added, nodes["noise"], {}, f"{noise} noise"))
     return Settings(nodes["task"], nodes["method"], built, {"name": noise, **nodes["noise"]})
+
+
+def is_blind(method: str) -> bool:
+    """Whether a method follows degraded pictures without asking how they came about (`offers.FollowsPictures`)."""
+    try:
+        return isinstance(registry().build("sampler", {"name": method}), FollowsPictures)
+    except VgmError:  # it needs settings, or there is none of this name
+        return False
 
 
 def keywords(target: Any) -> list[str]:

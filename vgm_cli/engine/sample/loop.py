@@ -17,7 +17,7 @@ import torch
 from torch import Tensor
 
 from vgm_cli import atomic
-from vgm_cli.api import Request, TakesSteps, generators, seed_of
+from vgm_cli.api import FinishesImages, Request, TakesSteps, generators, seed_of
 from vgm_cli.conditioning import Conditions
 from vgm_cli.data import Dataset
 from vgm_cli.data.latents import to_model
@@ -246,7 +246,7 @@ def made(loaded: Loaded, plan: Plan, sampler: Any, request: Request) -> Tensor:
             text = f"the sampler {name} asks for '{e.name}', which {network} does not have"
             raise VgmError(text, "`vgm ls samplers` shows others", USAGE) from e
         x: Tensor = z if loaded.codec is None else loaded.codec.decode(z.float() if z.is_floating_point() else z)
-    return x
+        return sampler.finish(x, request) if isinstance(sampler, FinishesImages) else x
 
 
 Callback = Callable[[int, int, Tensor, Tensor | None], None]
