@@ -14,11 +14,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from vgm_cli.convert_api import Files, Layout, Published
+from vgm_cli.convert_api import Files, Layout, Proof, Published
 from vgm_cli.nets.first_stage_checkpoints import SECOND, first_stage_config, is_first_stage, own_names, to_ours
 from vgm_cli.nets.ldm_unet_checkpoints import unet_config
 from vgm_cli.nets.text_presets import SDXL
 from vgm_cli.nets.unet_checkpoints import indices
+from vgm_cli.nn.example import noise
+
+from .layers import ZeroSFT
 
 State = Mapping[str, Tensor]
 CONTROL, PROJECT = "model.control_model.", "model.diffusion_model.project_modules."
@@ -71,6 +74,25 @@ def header(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+def control_forward(network: Any, config: Mapping[str, Any]) -> Tensor:
+    """The control's maps, and what each connector makes of its map and of noise: without the U-Net that is steered."""
+    given = network.example(config)
+    told = {k: given[k] for k in ("context", "vector") if k in given}
+    maps = network.control(given["control"], given["t"], given["x"], **told)
+    found, at = [m.flatten() for m in maps], 0
+    for layer in network.project_modules:
+        c = maps[at]
+        if isinstance(layer, ZeroSFT):
+            skip = layer.zero_conv.out_channels
+            decoder = layer.zero_mul.out_channels - skip
+            h = noise(len(c), skip, *c.shape[2:])
+            found.append(layer(c, h, noise(len(c), decoder, *c.shape[2:]) if decoder else None).flatten())
+            at += 1
+        else:  # behind it stands the connector of the same map
+            found.append(layer(c, noise(len(c), layer.norm1.num_channels, *c.shape[2:])).flatten())
+    return torch.cat(found)
+
+
 CONTROL_LAYOUT = Layout(
     name="supir",
     component="supir",
@@ -80,6 +102,7 @@ CONTROL_LAYOUT = Layout(
     config=control_config,
     files=Files(wrapper="state_dict", names=names_of),
     published=Published(header=header),
+    proof=Proof(forward=control_forward),
     summary="SUPIR's control and connectors (SUPIR-v0Q.ckpt, SUPIR-v0F.ckpt); base=FILE names the U-Net",
 )
 

@@ -129,6 +129,8 @@ TINY: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "stylegan2": (STYLE | NARROW | {"num_classes": 3, "embed": 5}, ()),
     "stylegan2-discriminator": ({"size": 16, "architecture": "skip"} | NARROW, ()),
     "stylegan2-tf": (STYLE | NARROW, ()),
+    "supir": ({"unet": UNET, "control_depth": (1, 1)}, ()),
+    "supir-autoencoder": (STAGE, ()),
     "tarflow": (TAR | {"num_classes": 4}, ()),
     "va-vae": (STAGE | {"feature_dim": 6}, ()),
     "vae-pythae": ({"size": 8, "latent_dim": 3, "hidden": [12], "architecture": "mlp", "activation": "relu"}, ()),

@@ -3,13 +3,19 @@
 from __future__ import annotations
 
 import ast
+import json
 import math
-from collections.abc import Iterator
+import os
+from collections.abc import Callable, Iterator
+from pathlib import Path
 from typing import Any
 
 import numpy as np
+import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
+from safetensors.torch import load_file
 from test_ldm import hashed, unet_keywords
 from torch import Tensor, nn
 from vgm_plugins.supir import checkpoints as ck
@@ -33,6 +39,8 @@ from vgm_cli.api import Request, generators
 from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.diffusion.guidance import extrapolate
 from vgm_cli.diffusion.path import DiscreteVPPath
+from vgm_cli.engine import checkpoint as ckpt
+from vgm_cli.errors import VgmError
 from vgm_cli.images import enlarged, returned
 from vgm_cli.nets.clip_text import SDXLText
 from vgm_cli.nets.first_stage import DiagonalGaussian
@@ -462,3 +470,184 @@ def test_published_sizes() -> None:
     assert count(whole.project_modules) == 54_797_440
     assert count(whole.control) == 1_243_378_880 and count(trimmed.control) < 0.5 * count(whole.control)
     assert count(codec) - count(codec.denoise_encoder) == 83_653_863
+
+
+def test_the_start_is_the_bases_encoder() -> None:
+    """The control begins as a copy, or as the first blocks of one; a network that is steered otherwise is refused."""
+    torch.manual_seed(0)
+    sizes: dict[str, Any] = {"image_size": 8, "model_channels": 32, "num_res_blocks": 1, "channel_mult": (1, 2)}
+    own: dict[str, Any] = {"attention_resolutions": (2,), "num_heads": 2, "context_dim": 8, "transformer_depth": (1, 2)}
+    base = LDMUNet(**sizes, **own).requires_grad_(False)
+    for depth, blocks in ((None, 2), ((1, 1), 1)):
+        network = SUPIRUNet(base, control_depth=depth)
+        theirs, ours = base.state_dict(), network.control.state_dict()
+        copied = [k for k in ours if k in theirs]
+        assert len(copied) == len(ours) - 2 and all(torch.equal(ours[k], theirs[k]) for k in copied)
+        assert len(network.control.middle_block[1].transformer_blocks) == blocks
+        x, t, context = torch.randn(2, 4, 8, 8), torch.tensor([3.0, 700.0]), torch.randn(2, 5, 8)
+        out = network(x, t, context, control=x, control_scale=0.0)
+        assert torch.allclose(out, base(x, t, context), atol=1e-6)
+        network(x, t, context, control=x).square().sum().backward()
+        assert all(p.grad is None for p in base.parameters())
+        assert network.project_modules[0].zero_mul.weight.grad is not None
+    for wrong in ((1,), (2, 2), (1, 3), (1, 0)):
+        with pytest.raises(VgmError, match="control_depth"):
+            SUPIRUNet(base, control_depth=wrong)
+    for wrong_base in (None, nn.Identity(), LDMUNet(**sizes, **own, concat_channels=1)):
+        with pytest.raises(VgmError, match="SUPIR steers"):
+            SUPIRUNet(wrong_base)
+
+
+def test_sizes_of_a_small_network() -> None:
+    sampler = SUPIRSampler(upscale=2)
+    assert sampler.sizes((20, 33), 32, 8) == ((40, 64), (40, 66))
+    assert sampler.sizes((8, 8), 32, 8) == ((32, 32), (16, 16))
+
+
+def test_tiles_cover_and_a_whole_is_undivided() -> None:
+    x = torch.randn(1, 4, 9, 14)
+    for tiles in (Tiles(4, 2), Tiles(4, 3), Tiles(20, 7)):
+        assert torch.allclose(tiles.blend(lambda i, box: x[:, :, box[0], box[1]], x), x, atol=1e-6)
+    assert len(Tiles(4, 2).boxes(9, 14)) == 4 * 6 and len(Tiles(20, 7).boxes(9, 14)) == 1
+
+
+# -- training and restoring, through the commands ----------------------------------------------------------------------
+
+WORDS = "[a, red, blue, green, yellow, circle, square, triangle, bad]"
+CODEC = "ch: 8, ch_mult: [1, 2], num_res_blocks: 1, attn_type: none, norm_groups: 4, latent_stats: true"
+RECIPES = {
+    "codec": f"""
+model: {{name: autoencoder-kl, {CODEC}}}
+objective: {{name: autoencoder, pixel_loss: l2, kl_weight: 1.0e-2, reduction: mean}}""",
+    "prior": f"""
+model: {{name: ldm-unet, model_channels: 16, num_res_blocks: 1, channel_mult: [1, 2], attention_resolutions: [2],
+        num_heads: 2, context_dim: 16, norm_groups: 8}}
+codec: {{name: autoencoder-kl, weights: codec}}
+conditions: {{text: {{name: words, words: {WORDS}, width: 16, length: 4, train: true, dropout: 0.1}}}}
+objective: {{name: ldm}}""",
+    "encoder": f"""
+model: {{name: supir-autoencoder, {CODEC}, scale_factor: 1.0, weights: codec, partial: true}}
+conditions: {{degraded: {{name: hint, keyword: degraded, low: -1.0, operator: {{name: classical}}}}}}
+objective: {{name: supir-encoder}}""",
+    "supir": f"""
+model: {{name: supir, control_depth: [1, 1]}}
+roles: {{base: {{run: prior}}}}
+codec: {{name: supir-autoencoder, weights: encoder}}
+conditions:
+  text: {{name: words, words: {WORDS}, width: 16, length: 4, weights: prior}}
+  control: {{name: degraded, operator: {{name: real-esrgan, sharpen: false}}}}
+objective: {{name: supir, negative_share: 0.5, negative_prompt: bad, negative_degradation: {{sharpen: false}}}}
+sampler: {{name: supir, steps: 2, added: "", negative: bad}}""",
+}
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder of four small runs of four steps each: codec, prior, encoder, supir."""
+    from vgm_cli.__main__ import run
+
+    folder = tmp_path_factory.mktemp("supir")
+    back = Path.cwd()
+    os.chdir(folder)
+    try:
+        for name, text in RECIPES.items():
+            more = "\ndata: {path: shapes, labels: false, count: null}\noptimizer: {name: adamw, lr: 1.0e-3}"
+            more += "\ntrain: {steps: 3, batch_size: 4, ema: [], save_every: 3, preview_n: 0, precision: fp32}\n"
+            Path(f"{name}.yaml").write_text(f"paper: supir{text}{more}")
+            assert run(["train", f"{name}.yaml", "--out", name, "--track", "none"]) == 0, name
+    finally:
+        os.chdir(back)
+    return folder
+
+
+Call = Callable[..., tuple[int, str, str]]
+
+
+def test_a_checkpoint_holds_what_was_trained(trained: Path) -> None:
+    loaded = ckpt.load(trained / "supir")
+    state = load_file(ckpt.resolve(trained / "supir"))
+    assert {n.split(".")[0] for n in state} == {"control", "project_modules"}
+    base, encoder = (load_file(ckpt.resolve(trained / n)) for n in ("prior", "encoder"))
+    assert torch.equal(loaded.model.base.state_dict()["out.2.weight"], base["out.2.weight"])
+    first, codec = ckpt.load_codec(loaded.header, loaded.path), load_file(ckpt.resolve(trained / "codec"))
+    assert all(torch.equal(encoder[k], v) for k, v in codec.items())  # the rest of the codec is fixed
+    assert not torch.equal(encoder["denoise_encoder.conv_in.weight"], encoder["encoder.conv_in.weight"])
+    assert isinstance(first, RobustAutoencoderKL)
+
+
+def test_pictures_of_any_size_are_restored(trained: Path, vgm: Call) -> None:
+    rng = np.random.RandomState(0)
+    Path("in").mkdir()
+    for name, size in (("a.png", (20, 30)), ("b.png", (40, 33))):
+        Image.fromarray(rng.randint(0, 255, (*size, 3), dtype=np.uint8)).save(f"in/{name}")
+    Path("in/a.txt").write_text("a red circle")
+    own = ["restore", "--method", "supir", "--model", str(trained / "supir"), "--input"]
+    code, out, err = vgm(*own, "in", "--upscale", "2", "--out", "out", "--json")
+    assert code == 0, err
+    assert "of memory (network" in err
+    found = json.loads(out)
+    assert [(r["text"], r["size"]) for r in found["images"]] == [("a red circle", [40, 60]), ("", [80, 66])]
+    assert Image.open("out/restored/a.png").size == (60, 40) and Image.open("out/stage1/b.png").size == (66, 80)
+    code, _, err = vgm(*own, "in/b.png", "--tile", "16", "--color-fix", "adain", "--prompt", "a blue square",
+                       "--precision", "bf16", "--offload", "restore=4", "s_churn=0", "--out", "tiled")  # fmt: skip
+    assert code == 0, err
+    Path("texts.txt").write_text("a red circle\n" * 6)
+    code, _, err = vgm(*own, "in/b.png", "--tile", "24", "--tile-prompts", "texts.txt", "--out", "local", "stage=1")
+    assert code == 0, err
+    code, _, err = vgm(*own, "in", "--truth", "in", "--out", "no")
+    assert code == 2 and "any size" in err
+    code, _, err = vgm("restore", "--method", "supir", "--model", str(trained / "prior"), "--input", "in")
+    assert code == 2 and "no SUPIR network" in err
+    code, _, err = vgm("restore", "--method", "dps", "--model", str(trained / "prior"), "--input", "in", "--tile", "8")
+    assert code == 2 and "tile" in err
+
+
+def test_degraded_images_are_measured_with_their_first_stage(trained: Path, vgm: Call) -> None:
+    args = ["restore", "--method", "supir", "--model", str(trained / "supir"), "--input", "shapes", "-n", "3"]
+    code, out, err = vgm(*args, "--task", "classical", "task.noise=5", "--out", "a", "--json")
+    assert code == 0, err
+    found = json.loads(out)
+    assert {"baseline", "stage1", "restored"} <= found.keys() and found["noise"] == {"name": "none"}
+    assert {p.name for p in Path("a").iterdir()} >= {"restored", "stage1", "degraded", "grid.png"}
+    code, out, err = vgm(*args, "--task", "classical", "task.noise=5", "--out", "b", "--batch-size", "2", "--json")
+    assert code == 0 and json.loads(out)["restored"]["psnr"] == pytest.approx(found["restored"]["psnr"], abs=1e-3)
+    code, _, err = vgm("sample", str(trained / "supir"), "--hint", "a/degraded/000000.png", "-n", "1", "--prompt", "a")
+    assert code == 0, err
+
+
+def test_published_files_convert_upon_sdxls(trained: Path, vgm: Call) -> None:
+    """A file of the control, the connectors and the second encoder, upon one of the rest."""
+    code, _, err = vgm("convert", str(trained / "supir"), "control.pt", "--to", "supir")
+    assert code == 0, err
+    code, _, err = vgm("convert", str(trained / "encoder"), "stage.pt", "--to", "supir-autoencoder")
+    assert code == 0, err
+    control, stage = (torch.load(n, weights_only=True) for n in ("control.pt", "stage.pt"))
+    control, stage = control.get("state_dict", control), stage.get("state_dict", stage)
+    stage = {f"first_stage_model.{k}": v for k, v in stage.items()}
+    second = {k: v for k, v in stage.items() if "denoise_encoder" in k}
+    torch.save({**control, **second}, "SUPIR-v0Q.ckpt")
+    torch.save({"state_dict": {k: v for k, v in stage.items() if k not in second}}, "sdxl.ckpt")
+    code, _, err = vgm(
+        "convert", "SUPIR-v0Q.ckpt", "codec.safetensors", "--from", "supir-autoencoder", "--on", "sdxl.ckpt"
+    )
+    assert code == 0 and "tensors are sdxl.ckpt's" in err, err
+    assert load_file("codec.safetensors").keys() == load_file(ckpt.resolve(trained / "encoder")).keys()
+    base = ckpt.resolve(trained / "prior")
+    own = [f"base={base}", "--codec", "codec.safetensors"]
+    code, _, err = vgm("convert", "SUPIR-v0Q.ckpt", "supir.safetensors", "--from", "supir", *own)
+    assert code == 0, err
+    header = ckpt.read_header(Path("supir.safetensors"))
+    assert header.parts["base"].component == "ldm-unet" and header.view["prediction"] == "eps"
+
+
+def test_resuming_is_bit_exact(trained: Path, vgm: Call) -> None:
+    """Negative samples, degradations and the copied start are functions of the step."""
+    os.chdir(trained)
+    for name in ("encoder", "supir"):
+        for out, more in (("whole", []), ("parts", ["--stop-after", "1"])):
+            code, _, err = vgm("train", f"{name}.yaml", "--out", f"{name}-{out}", "train.steps=2", *more)
+            assert code == 0, err
+        code, _, err = vgm("train", "--resume", "--out", f"{name}-parts")
+        assert code == 0, err
+        whole, parts = (load_file(ckpt.resolve(f"{name}-{o}")) for o in ("whole", "parts"))
+        assert all(torch.equal(parts[k], v) for k, v in whole.items()), name

@@ -54,6 +54,10 @@ def convert(
         str | None,
         typer.Option(help="Converted codec that decodes this network's samples.", autocompletion=complete.runs),
     ] = None,
+    on: Annotated[
+        str | None,
+        typer.Option(metavar="FILE", help="A published file whose tensors are taken where SRC has none."),
+    ] = None,
     max_shard_size: Annotated[str, typer.Option(help="Larger .safetensors are split.")] = "5GB",
     trust_pickle: Annotated[
         bool, typer.Option("--trust-pickle", help="Open SRC even if it runs code. Only for files you trust.")
@@ -90,6 +94,7 @@ def convert(
         trust=trust_pickle,
         max_shard_size=max_shard_size,
         codec=codec,
+        on=on,
         overrides=overrides or [],
         overwrite=overwrite or force,
     )

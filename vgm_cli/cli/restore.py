@@ -177,12 +177,12 @@ def restore(
     overrides = [*overrides, *(f"method.{key}={value}" for key, value in told.items() if value is not None)]
     allow_typed([task, method, *overrides])
     steps = fit(steps, Steps | None, "--steps")
-    clean = not degrade or mask is not None
+    clean = not degrade or mask is not None or setup.is_blind(method)  # a blind method's tasks have their own noise
     settings = setup.settings_for(task, method, noise or ("none" if clean else "gaussian"), overrides)
     if out is not None:
         records.check_folder(out, overwrite)
     loaded, where = open_model(model, weights, device)
-    if noise is None and mask is None and (degrade or not setup.is_blind(method)):
+    if noise is None and mask is None and not setup.is_blind(method):
         ui.info(setup.assumed(settings, degrade))
     try:
         results = engine.run(

@@ -28,6 +28,7 @@ from vgm_cli.operators.separable import GaussianDeblurring, SuperResolution
 from vgm_cli.ranges import Count, Fraction, NonNegative, Percent
 
 Mode = Literal["area", "bilinear", "bicubic"]
+Shares = tuple[float, float, float, float, float, float]
 MODES: tuple[Mode, ...] = ("area", "bilinear", "bicubic")
 GREY = (0.2989, 0.587, 0.114)
 Normal = Callable[[tuple[int, ...]], Tensor]
@@ -61,6 +62,11 @@ def poisson_noise(x: Tensor, scale: Tensor, grey: Tensor, counts: Counts) -> Ten
     if bool(grey.any()):
         shared = noise(torch.einsum("c,bchw->bhw", torch.tensor(GREY).to(x), x)[:, None])
     return (x + scale.to(x).view(-1, 1, 1, 1) * torch.where(alike, shared, noise(x))).clamp(0, 1)
+
+
+def straight(x: Tensor) -> Tensor:
+    """Nearest integers, halves to even; gradient 1."""
+    return x + (x.round() - x).detach()
 
 
 # -- the two rounds --------------------------------------------------------------------------------------------------
@@ -102,7 +108,7 @@ class Course:
         one, two = self.first, self.second
         out = x if one.kernel is None else blur.filtered(x, one.kernel)
         out = F.interpolate(out, scale_factor=one.scale, mode=one.mode)
-        out = soft_jpeg(one.noisy(out, normal, counts), one.quality)
+        out = soft_jpeg(one.noisy(out, normal, counts), one.quality, straight)
         out = out if two.kernel is None else blur.filtered(out, two.kernel)
         size = max(1, int(height / scale * two.scale)), max(1, int(width / scale * two.scale))
         out = two.noisy(F.interpolate(out, size=size, mode=two.mode), normal, counts)
@@ -111,10 +117,10 @@ class Course:
             return blur.filtered(F.interpolate(seen, size=(height // scale, width // scale), mode=self.back), self.sinc)
 
         if self.jpeg_last:
-            out = soft_jpeg(back(out).clamp(0, 1), two.quality)
+            out = soft_jpeg(back(out).clamp(0, 1), two.quality, straight)
         else:
-            out = back(soft_jpeg(out.clamp(0, 1), two.quality))
-        return (out * 255).round().clamp(0, 255) / 255
+            out = back(soft_jpeg(out.clamp(0, 1), two.quality, straight))
+        return straight(out * 255).clamp(0, 255) / 255
 
 
 Range = tuple[float, float]
@@ -194,30 +200,37 @@ class RealESRGAN(Operator):
         scale: Count = 4,  # sides become so many times smaller; 1: they stay
         sharpen: bool = True,  # images are sharpened first
         kernel_sizes: tuple[int, int] = (7, 21),  # smallest and largest side of blur kernels
-        kernel_prob: tuple[float, float, float, float, float, float] = (0.45, 0.25, 0.12, 0.03, 0.12, 0.03),  # of FORMS
-        kernel_prob2: tuple[float, float, float, float, float, float] = (0.45, 0.25, 0.12, 0.03, 0.12, 0.03),
+        kernel_prob: Shares = (0.45, 0.25, 0.12, 0.03, 0.12, 0.03),  # of FORMS
+        kernel_prob2: tuple[float, float, float, float, float, float] = (
+            0.45,
+            0.25,
+            0.12,
+            0.03,
+            0.12,
+            0.03,
+        ),  # of the second round
         blur_prob: Fraction = 1.0,  # share of images that are blurred
-        blur_prob2: Fraction = 0.8,
+        blur_prob2: Fraction = 0.8,  # of the second round
         sinc_prob: Fraction = 0.1,  # share of blurs by a low-pass filter
-        sinc_prob2: Fraction = 0.1,
+        sinc_prob2: Fraction = 0.1,  # of the second round
         blur_sigma: tuple[float, float] = (0.2, 3.0),  # widths of blurs in pixels
-        blur_sigma2: tuple[float, float] = (0.2, 1.5),
+        blur_sigma2: tuple[float, float] = (0.2, 1.5),  # of the second round
         betag_range: tuple[float, float] = (0.5, 4.0),  # exponents of generalised Gaussians, of both rounds
         betap_range: tuple[float, float] = (1.0, 2.0),  # exponents of plateaus
         resize_prob: tuple[float, float, float] = (0.2, 0.7, 0.1),  # larger, smaller, as it is
-        resize_prob2: tuple[float, float, float] = (0.3, 0.4, 0.3),
+        resize_prob2: tuple[float, float, float] = (0.3, 0.4, 0.3),  # of the second round
         resize_range: tuple[float, float] = (0.15, 1.5),  # smallest and largest factor
-        resize_range2: tuple[float, float] = (0.3, 1.2),
+        resize_range2: tuple[float, float] = (0.3, 1.2),  # of the second round
         gaussian_noise_prob: Fraction = 0.5,  # share of Gaussian noise; else shot noise
-        gaussian_noise_prob2: Fraction = 0.5,
+        gaussian_noise_prob2: Fraction = 0.5,  # of the second round
         noise_range: tuple[float, float] = (1.0, 30.0),  # deviations in units of 1 / 255
-        noise_range2: tuple[float, float] = (1.0, 25.0),
+        noise_range2: tuple[float, float] = (1.0, 25.0),  # of the second round
         poisson_scale_range: tuple[float, float] = (0.05, 3.0),  # factors on shot noise
-        poisson_scale_range2: tuple[float, float] = (0.05, 2.5),
+        poisson_scale_range2: tuple[float, float] = (0.05, 2.5),  # of the second round
         gray_noise_prob: Fraction = 0.4,  # share of noise that is the same in all channels
-        gray_noise_prob2: Fraction = 0.4,
+        gray_noise_prob2: Fraction = 0.4,  # of the second round
         jpeg_range: tuple[float, float] = (30.0, 95.0),  # qualities
-        jpeg_range2: tuple[float, float] = (30.0, 95.0),
+        jpeg_range2: tuple[float, float] = (30.0, 95.0),  # of the second round
         final_sinc_prob: Fraction = 0.8,  # share of images with a low-pass filter at the end
     ):
         if not 1 <= kernel_sizes[0] <= kernel_sizes[1] or kernel_sizes[0] % 2 == 0 or kernel_sizes[1] % 2 == 0:
@@ -247,6 +260,8 @@ class RealESRGAN(Operator):
         )  # fmt: skip
 
     def prepare(self, generators: Sequence[torch.Generator]) -> None:
+        if self.shape[0] not in (1, 3):
+            raise VgmError(f"{self.name} degrades pictures of 1 or 3 channels, not {self.shape[0]}", code=USAGE)
         if min(self.shape[1:]) < self.scale:
             raise VgmError(f"scale={self.scale} leaves nothing of {self.shape[1]}x{self.shape[2]} pixels", code=USAGE)
         self.courses = [self.draw(numpy_rng(g)) for g in generators]
@@ -280,9 +295,19 @@ class RealESRGAN(Operator):
             return torch.randn(shape, generator=drawn)
 
         def counts(rates: Tensor) -> Tensor:
-            return torch.poisson(rates.cpu(), generator=drawn)
+            return torch.poisson(rates.detach().cpu(), generator=drawn)
 
         return course(row, self.scale, normal, counts)
+
+    def state(self) -> dict[str, Tensor]:
+        """The kernels of every image (one that changes nothing where there is no blur) and its JPEG qualities."""
+        none = blur.with_zeros(torch.ones(1, 1), self.kernel_sizes[1])[None]
+        kernels = {
+            name: torch.cat([none if k is None else k for k in (getattr(c, name).kernel for c in self.courses)])
+            for name in ("first", "second")
+        }
+        quality = torch.stack([torch.cat([c.first.quality, c.second.quality]) for c in self.courses])
+        return {**kernels, "sinc": torch.cat([c.sinc for c in self.courses]), "quality": quality}
 
     def baseline(self, y: Tensor) -> Tensor:
         """Bicubic enlargement."""
@@ -295,8 +320,8 @@ class RealESRGAN(Operator):
 class Classical(Operator):
     """Blur, bicubic reduction, Gaussian noise and JPEG, each once: the degradations that restoration is measured on.
 
-    SUPIR's table 1 (arXiv 2401.13627): scale 4 and 8; blur 2 and scale 4; scale 4 and noise 40; blur 2, scale 4, noise
-    20 and JPEG 50.
+    SUPIR's table 1 (arXiv 2401.13627) has scale 4 and 8 alone, blur 2 and scale 4, scale 4 and noise 40, and the
+    default, all of them.
     """
 
     name = "classical"
@@ -304,10 +329,10 @@ class Classical(Operator):
 
     def __init__(
         self,
-        blur: NonNegative = 0.0,  # width of a Gaussian in pixels; 0: none
+        blur: NonNegative = 2.0,  # width of a Gaussian in pixels; 0: none
         scale: Count = 4,  # sides become so many times smaller
-        noise: NonNegative = 0.0,  # deviation in units of 1 / 255
-        jpeg: Percent | None = None,  # quality; None: no JPEG
+        noise: NonNegative = 20.0,  # deviation in units of 1 / 255
+        jpeg: Percent | None = 50,  # quality; None: no JPEG
     ):
         self.noise_level, self.scale = noise, scale
         self.blur = GaussianDeblurring(2 * int(4 * blur + 0.5) + 1, blur) if blur else None

@@ -260,6 +260,7 @@ def convert(
     trust: bool = False,
     max_shard_size: str = "5GB",
     codec: str | None = None,
+    on: str | None = None,
     overrides: Sequence[str] = (),
     overwrite: bool = False,
 ) -> dict[str, Any]:
@@ -280,7 +281,7 @@ def convert(
         return transfer(src, dst, named, from_, trust, limit)
     if to is not None and to != OURS:
         layouts.find(to)  # a misspelt name is told before gigabytes are read
-    source = open_source(src, from_, weights, trust, overrides)
+    source = open_source(src, from_, weights, trust, overrides, on)
     if dst.exists() and dst.resolve() == source.path.resolve():
         raise VgmError(f"{dst} is the source itself", "convert it to another name", USAGE)
     job = prepare(source, dst, to, dtype)

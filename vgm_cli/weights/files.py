@@ -7,7 +7,7 @@ import errno
 import itertools
 import re
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any
 
@@ -38,6 +38,7 @@ class Weights:
     metadata: dict[str, str] = field(default_factory=dict)
     json: dict[str, Any] = field(default_factory=dict)
     remarks: list[str] = field(default_factory=list)
+    below: frozenset[str] = frozenset()  # names of tensors that come from another file, see `upon`
 
     @property
     def ours(self) -> bool:
@@ -59,6 +60,18 @@ class Weights:
     def lacks(self, weights: str | None, names: Iterable[str]) -> VgmError:
         have = ", ".join(n for n in sorted(names, key=is_average) if n) or "a bare state"
         return VgmError(f"{self.path} holds no '{weights}' weights", f"it holds {have}", USAGE)
+
+
+def upon(top: Weights, bottom: Weights) -> Weights:
+    """A file that holds a part of a network, upon one that holds the rest: the tensors of both, those of `top` first.
+    VgmError: one of them is a file of ours."""
+    if top.ours or bottom.ours:
+        raise VgmError("--on puts a published file upon another published one", "files of ours are whole", USAGE)
+    rest = max(bottom.entries.values(), key=len)
+    own = max(top.entries, key=lambda n: len(top.entries[n]))
+    merged = {**rest, **top.entries[own]}
+    entries = {**top.entries, own: merged}
+    return replace(top, entries=entries, below=frozenset(rest.keys() - top.entries[own].keys()))
 
 
 def asked(weights: str | None, name: str) -> bool:

@@ -85,13 +85,17 @@ def open_source(
     weights: str | None = None,
     trust: bool = False,
     overrides: Sequence[str] = (),
+    on: str | Path | None = None,
 ) -> Source:
     """Read a run, a file of ours or a published checkpoint into a Source.
 
     weights: which of several networks to take, see files.Weights.pick. overrides: KEY=VALUE for the constructor, where
-    the file does not say it. VgmError: the file is of unknown or ambiguous layout, incomplete or refused.
+    the file does not say it. on: a published file whose tensors are taken where the first lacks them. VgmError: the
+    file is of unknown or ambiguous layout, incomplete or refused.
     """
     found = weight_files.read(weight_files.locate(source, weights), trust)
+    if on is not None:
+        found = weight_files.upon(found, weight_files.read(weight_files.locate(on), trust))
     if found.ours:
         if from_ not in (None, OURS):
             raise VgmError(f"{found.path} is a file of ours, not '{from_}'", "leave --from away", USAGE)
@@ -101,6 +105,8 @@ def open_source(
     if from_ == OURS:
         raise VgmError(f"{found.path} does not say what network it holds", "--from names a layout", USAGE)
     entry, state, converter, remarks = recognise(found, from_, weights)
+    if found.below:
+        remarks = [*remarks, from_below(found, state, converter, str(on))]
     words, of_parts = split_words(overrides, converter) if from_ is None else (overrides, {})
     taken = foreign_source(found, entry, state, converter, [*found.remarks, *remarks], words)
     if from_ is None:
@@ -109,6 +115,14 @@ def open_source(
         taken.left_out = [n for n in taken.left_out if n not in used]
         taken.remarks += [f"{role}: {text}" for role, part in taken.parts.items() for text in part.remarks]
     return taken
+
+
+def from_below(found: Weights, state: State, layout: Layout, on: str) -> str:
+    """How many of a network's tensors another file had to give."""
+    own = layout.files.names(state).values()
+    lacking = sorted(k for k in own if k in found.below)
+    said = f"{len(lacking)} of {len(own)} tensors are {on}'s, which {found.path.name} lacks"
+    return said + (f", first {lacking[0]}" if lacking else "")
 
 
 def split_words(overrides: Sequence[str], layout: Layout) -> tuple[list[str], dict[str, list[str]]]:

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from vgm_cli import __version__, atomic
 from vgm_cli.api import FinishesImages, FollowsPictures, HasTiles, Request, generators, seed_of
@@ -61,6 +61,13 @@ def use_tiles(loaded: Loaded, method: FollowsPictures) -> None:
     if method.tile is not None and isinstance(loaded.codec, HasTiles) and loaded.codec.tile is None:
         factor = loaded.codec.factor
         loaded.codec.tile = max(2 * factor, method.tile // 2 // factor * factor)
+
+
+def halve(network: nn.Module) -> None:
+    """Linear and convolutional layers in bf16, where nearly all weights are; normalisations stay as they are."""
+    for module in network.modules():
+        if isinstance(module, nn.Linear | nn.Conv2d):
+            module.to(torch.bfloat16)
 
 
 def caption_beside(file: Path) -> str | None:

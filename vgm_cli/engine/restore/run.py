@@ -288,7 +288,7 @@ def run(
         blend = None
     shape = image_shape(loaded)
     if follows and precision == "bf16":
-        loaded.model.to(torch.bfloat16)
+        blind.halve(loaded.model)
     folder = out or default_folder(loaded, settings, seed, steps)
     check_folder(folder, overwrite)
     perceptual = perceptual_from(lpips)
