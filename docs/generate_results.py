@@ -97,6 +97,11 @@ RUNS = [  # the longest first, those that others wait for before all
                  "--task gaussian-deblurring std=1.5", "--task super-resolution scale=4 --method ddrm",
                  "--task super-resolution scale=4 --method pigdm", "--task super-resolution scale=4 --method diffpir",
                  "--mask lower")),
+    Run("ldm-openmoji", "train ldm --recipe openmoji", "fid"),
+    Run("supir-encoder", "train supir --recipe openmoji-encoder", "fid,psnr", after="ldm-openmoji", sampled=False),
+    Run("supir", "train supir --recipe openmoji roles.base.run={dir}/ldm-openmoji codec.weights={dir}/supir-encoder "
+        "conditions.text.weights={dir}/ldm-openmoji", "fid", after="supir-encoder",
+        restore=("--task classical --method supir task.blur=0.5 task.noise=10 task.jpeg=75",)),
     Run("llamagen", "train llamagen", bits="bits-per-dim:n=500",
         restore=("--mask lower --method llamagen",)),
     Run("randar", "train randar", bits="bits-per-dim:n=500",

@@ -39,7 +39,8 @@ def recognise(names: Iterable[str], quantised: bool) -> bool:
     """A CompVis first stage, bare or inside a diffusion checkpoint; VA-VAE's projection and SUPIR's second encoder make
     it another layout."""
     own = own_names(names)
-    return is_first_stage(own) and ("quantize.embedding.weight" in own) == quantised and not {PROJECTION, SECOND} & set(own)
+    plain = is_first_stage(own) and not {PROJECTION, SECOND} & set(own)
+    return plain and ("quantize.embedding.weight" in own) == quantised
 
 
 def config_from(state: State) -> dict[str, Any]:

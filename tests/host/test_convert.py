@@ -291,7 +291,7 @@ VARIANTS = [
     ("model", "vqgan-prior", PRIOR | {"grid": (2, 2), "window": 2}),
     ("model", "edm-unet", EDM | {"num_classes": None}),
 ]
-WORDS = {"flan-t5", "controlnet"}  # networks whose forward takes no tensors, or wants another network
+WORDS = {"flan-t5", "controlnet", "supir"}  # networks whose forward takes no tensors, or wants another network
 
 
 @pytest.mark.parametrize(

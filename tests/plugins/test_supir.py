@@ -520,8 +520,8 @@ RECIPES = {
 model: {{name: autoencoder-kl, {CODEC}}}
 objective: {{name: autoencoder, pixel_loss: l2, kl_weight: 1.0e-2, reduction: mean}}""",
     "prior": f"""
-model: {{name: ldm-unet, model_channels: 16, num_res_blocks: 1, channel_mult: [1, 2], attention_resolutions: [2],
-        num_heads: 2, context_dim: 16, norm_groups: 8}}
+model: {{name: ldm-unet, model_channels: 32, num_res_blocks: 1, channel_mult: [1, 2], attention_resolutions: [2],
+        num_heads: 8, context_dim: 16}}
 codec: {{name: autoencoder-kl, weights: codec}}
 conditions: {{text: {{name: words, words: {WORDS}, width: 16, length: 4, train: true, dropout: 0.1}}}}
 objective: {{name: ldm}}""",
@@ -550,8 +550,11 @@ def trained(tmp_path_factory: pytest.TempPathFactory) -> Path:
     back = Path.cwd()
     os.chdir(folder)
     try:
+        rng = np.random.RandomState(0)
+        pictures = rng.randint(0, 255, (12, 16, 16, 3), dtype=np.uint8)
+        np.savez("data.npz", images=pictures, captions=np.array(["a red circle", "a blue square"] * 6))
         for name, text in RECIPES.items():
-            more = "\ndata: {path: shapes, labels: false, count: null}\noptimizer: {name: adamw, lr: 1.0e-3}"
+            more = "\ndata: {path: data.npz, labels: false}\noptimizer: {name: adamw, lr: 1.0e-3}"
             more += "\ntrain: {steps: 3, batch_size: 4, ema: [], save_every: 3, preview_n: 0, precision: fp32}\n"
             Path(f"{name}.yaml").write_text(f"paper: supir{text}{more}")
             assert run(["train", f"{name}.yaml", "--out", name, "--track", "none"]) == 0, name
@@ -584,13 +587,12 @@ def test_pictures_of_any_size_are_restored(trained: Path, vgm: Call) -> None:
     own = ["restore", "--method", "supir", "--model", str(trained / "supir"), "--input"]
     code, out, err = vgm(*own, "in", "--upscale", "2", "--out", "out", "--json")
     assert code == 0, err
-    assert "of memory (network" in err
     found = json.loads(out)
     assert [(r["text"], r["size"]) for r in found["images"]] == [("a red circle", [40, 60]), ("", [80, 66])]
     assert Image.open("out/restored/a.png").size == (60, 40) and Image.open("out/stage1/b.png").size == (66, 80)
     code, _, err = vgm(*own, "in/b.png", "--tile", "16", "--color-fix", "adain", "--prompt", "a blue square",
                        "--precision", "bf16", "--offload", "restore=4", "s_churn=0", "--out", "tiled")  # fmt: skip
-    assert code == 0, err
+    assert code == 0 and "of memory (network" in err, err
     Path("texts.txt").write_text("a red circle\n" * 6)
     code, _, err = vgm(*own, "in/b.png", "--tile", "24", "--tile-prompts", "texts.txt", "--out", "local", "stage=1")
     assert code == 0, err
@@ -603,7 +605,17 @@ def test_pictures_of_any_size_are_restored(trained: Path, vgm: Call) -> None:
 
 
 def test_degraded_images_are_measured_with_their_first_stage(trained: Path, vgm: Call) -> None:
-    args = ["restore", "--method", "supir", "--model", str(trained / "supir"), "--input", "shapes", "-n", "3"]
+    args = [
+        "restore",
+        "--method",
+        "supir",
+        "--model",
+        str(trained / "supir"),
+        "--input",
+        str(trained / "data.npz"),
+        "-n",
+        "3",
+    ]
     code, out, err = vgm(*args, "--task", "classical", "task.noise=5", "--out", "a", "--json")
     assert code == 0, err
     found = json.loads(out)
@@ -640,10 +652,10 @@ def test_published_files_convert_upon_sdxls(trained: Path, vgm: Call) -> None:
     assert header.parts["base"].component == "ldm-unet" and header.view["prediction"] == "eps"
 
 
-def test_resuming_is_bit_exact(trained: Path, vgm: Call) -> None:
+def test_resuming_is_bit_exact(trained: Path, vgm: Call, monkeypatch: pytest.MonkeyPatch) -> None:
     """Negative samples, degradations and the copied start are functions of the step."""
-    os.chdir(trained)
-    for name in ("encoder", "supir"):
+    monkeypatch.chdir(trained)
+    for name in ("supir",):
         for out, more in (("whole", []), ("parts", ["--stop-after", "1"])):
             code, _, err = vgm("train", f"{name}.yaml", "--out", f"{name}-{out}", "train.steps=2", *more)
             assert code == 0, err

@@ -35,7 +35,7 @@ def restore(
         typer.Argument(
             metavar="[KEY=VALUE]…",
             help="Keywords of the task (scale=4), the noise (sigma=0.05) and the method (zeta=1); task.KEY=… where two "
-            "have it.",
+            "have it; conditions.NAME.KEY=… of what the network is told.",
         ),
     ] = None,
     model: Annotated[
@@ -154,10 +154,11 @@ def restore(
     from vgm_cli.engine.restore import records, setup
     from vgm_cli.engine.restore import run as engine
     from vgm_cli.engine.restore.figures import summary
-    from vgm_cli.engine.sample.setup import open_model
+    from vgm_cli.engine.sample.setup import adopt_conditions, open_model
     from vgm_cli.errors import INTERRUPTED, USAGE, VgmError
     from vgm_cli.ranges import NonNegative, Steps, fit
     from vgm_cli.recipe import allow_typed
+    from vgm_cli.yaml_text import parse_yaml
 
     if model is None:
         raise engine.no_model()
@@ -174,6 +175,8 @@ def restore(
         task, overrides = "inpainting", [f"task.mask={json.dumps(mask)}", *overrides]
     task = task or "super-resolution"
     told = {"upscale": upscale, "tile": tile, "colour_fix": colour_fix}
+    conditions = [text for text in overrides if text.startswith("conditions.")]
+    overrides = [text for text in overrides if text not in conditions]
     overrides = [*overrides, *(f"method.{key}={value}" for key, value in told.items() if value is not None)]
     allow_typed([task, method, *overrides])
     steps = fit(steps, Steps | None, "--steps")
@@ -182,6 +185,7 @@ def restore(
     if out is not None:
         records.check_folder(out, overwrite)
     loaded, where = open_model(model, weights, device)
+    adopt_conditions(loaded, {k: parse_yaml(v, k) for k, _, v in (text.partition("=") for text in conditions)}, ())
     if noise is None and mask is None and not setup.is_blind(method):
         ui.info(setup.assumed(settings, degrade))
     try:
