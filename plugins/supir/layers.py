@@ -26,6 +26,7 @@ class ZeroSFT(nn.Module):
     def __init__(self, control: int, skip: int, decoder: int = 0, groups: int = 32):
         super().__init__()
         both = skip + decoder
+        self.decoder = decoder
         self.param_free_norm = GroupNorm32(both, groups)  # with weights all the same
         self.mlp_shared = nn.Sequential(nn.Conv2d(control, HIDDEN, 3, padding=1), nn.SiLU())
         self.zero_mul = zero(nn.Conv2d(HIDDEN, both, 3, padding=1))

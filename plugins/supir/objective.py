@@ -80,8 +80,8 @@ class SUPIRObjective(GaussianObjective):
         codec: Codec | None = None,  # the recipe's, which makes negative samples
         conditions: Any = None,  # what the network is told, by which negative words are encoded
         schedule: str = "scaled_linear",  # of beta, see vgm_cli/diffusion/discrete/betas.py
-        beta_start: float = 0.00085,
-        beta_end: float = 0.012,
+        beta_start: float = 0.00085,  # of the first timestep
+        beta_end: float = 0.012,  # of the last
         steps: Steps = 1000,  # timesteps
         negative_share: Fraction = 0.0,  # of rows that become negative samples
         negative_degradation: dict[str, Any] | None = None,  # keywords of real-esrgan, which makes them bad

@@ -154,7 +154,7 @@ def restore(
     from vgm_cli.engine.restore import records, setup
     from vgm_cli.engine.restore import run as engine
     from vgm_cli.engine.restore.figures import summary
-    from vgm_cli.engine.sample.setup import adopt_conditions, open_model
+    from vgm_cli.engine.sample.setup import adopt_conditions, device_for, open_model, precision_of
     from vgm_cli.errors import INTERRUPTED, USAGE, VgmError
     from vgm_cli.ranges import NonNegative, Steps, fit
     from vgm_cli.recipe import allow_typed
@@ -164,8 +164,8 @@ def restore(
         raise engine.no_model()
     if source is None:
         raise VgmError("no input is given", "--input IMAGE|FOLDER, or a shipped set: --input mnist5k", USAGE)
-    if degrade is None:
-        degrade = task is not None or mask is not None or not setup.is_blind(method)
+    follows = setup.is_blind(method)
+    degrade = task is not None or mask is not None or not follows if degrade is None else degrade
     if truth is not None and degrade:
         raise VgmError("--truth belongs to --degraded: without it the input is the truth", code=USAGE)
     overrides = overrides or []
@@ -180,13 +180,14 @@ def restore(
     overrides = [*overrides, *(f"method.{key}={value}" for key, value in told.items() if value is not None)]
     allow_typed([task, method, *overrides])
     steps = fit(steps, Steps | None, "--steps")
-    clean = not degrade or mask is not None or setup.is_blind(method)  # a blind method's tasks have their own noise
+    clean = not degrade or mask is not None or follows  # a blind method's tasks have their own noise
     settings = setup.settings_for(task, method, noise or ("none" if clean else "gaussian"), overrides)
     if out is not None:
         records.check_folder(out, overwrite)
-    loaded, where = open_model(model, weights, device)
+    loaded, where = open_model(model, weights, "cpu" if follows else device)
+    where = device_for(device) if follows else where
     adopt_conditions(loaded, {k: parse_yaml(v, k) for k, _, v in (text.partition("=") for text in conditions)}, ())
-    if noise is None and mask is None and not setup.is_blind(method):
+    if noise is None and mask is None and not follows:
         ui.info(setup.assumed(settings, degrade))
     try:
         results = engine.run(
@@ -203,7 +204,7 @@ def restore(
             hints=hint or [],
             negative=negative,
             tile_prompts=tile_prompts,
-            precision=precision,
+            precision=precision_of(loaded, precision),
             offload=offload,
             seed=seed,
             steps=steps,

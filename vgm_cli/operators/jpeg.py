@@ -137,11 +137,6 @@ SOFT_YCC = ((0.299, 0.587, 0.114), (-0.168736, -0.331264, 0.5), (0.5, -0.418688,
 SOFT_RGB = ((1.0, 0.0, 1.402), (1.0, -0.344136, -0.714136), (1.0, 1.772, 0.0))
 
 
-def cubic_round(x: Tensor) -> Tensor:
-    """Rounding with a gradient: the nearest integer and the cube of what is left."""
-    return x.round() + (x - x.round()) ** 3
-
-
 def soft_jpeg(x: Tensor, quality: Tensor, rounding: Callable[[Tensor], Tensor] = torch.round) -> Tensor:
     """JPEG as Real-ESRGAN has it (XPixelGroup/BasicSR@8d56e3a basicsr/utils/diffjpeg.py): colour images x (B, 3, H, W)
     in [0, 1], quality (B,) that need not be whole, 4:2:0.

@@ -63,11 +63,16 @@ def use_tiles(loaded: Loaded, method: FollowsPictures) -> None:
         loaded.codec.tile = max(2 * factor, method.tile // 2 // factor * factor)
 
 
-def halve(network: nn.Module) -> None:
-    """Linear and convolutional layers in bf16, where nearly all weights are; normalisations stay as they are."""
-    for module in network.modules():
+def place(loaded: Loaded, device: torch.device, precision: str, offload: bool) -> None:
+    """Network and codec on the device, with offload the encoders of texts on the CPU. bf16: of the network's linear and
+    convolutional layers, where nearly all weights are; normalisations stay as they are."""
+    for module in loaded.model.modules() if precision == "bf16" else ():
         if isinstance(module, nn.Linear | nn.Conv2d):
             module.to(torch.bfloat16)
+    loaded.model.to(device)
+    if isinstance(loaded.codec, nn.Module):
+        loaded.codec.to(device)
+    loaded.conditions.to(torch.device("cpu") if offload else device)
 
 
 def caption_beside(file: Path) -> str | None:
@@ -138,7 +143,6 @@ def restore_files(
     own = [c or "" for c in captions] if any(captions) else None
     texts = texts_for(method, prompts, own, len(files))
     where = torch.device("cpu") if offload else device
-    conditions.to(where)
     readers = conditions.on("text")
     if texts and not readers and prompts:
         raise VgmError("this network takes no --prompt", code=USAGE)
@@ -157,7 +161,7 @@ def restore_files(
             items = {p.name: p.condition.parse(words) for p in readers} if words else {}
             cond = moved(conditions.null(where, guided=False), device) if not items else {}
             cond |= moved(conditions.encode(items, where), device)
-            cond |= conditions.encode({part.name: x}, device)
+            cond |= conditions.encoded(part, x, device)
             request = Request(
                 shape=tuple(cond_shape(cond, loaded)),
                 generators=generators([seed_of("restore", seed, i)]),

@@ -73,7 +73,8 @@ class Bound(nn.Module):
 def work_space(module: nn.Module, name: str, **given: Tensor) -> int:
     """Bytes of the largest work space of module.name(**given), whose tensors are on the meta device."""
     bound = Bound(module, name)
-    state = {k: v.to("meta") for k, v in (*bound.named_parameters(), *bound.named_buffers())}
+    tensors = (*bound.named_parameters(), *bound.named_buffers())  # as fp32, whatever their precision is
+    state = {k: v.to("meta", torch.float32 if v.is_floating_point() else v.dtype) for k, v in tensors}
     with torch.no_grad(), Fused(), Peak() as peak:
         out = torch.func.functional_call(bound, state, kwargs=given)
         del out

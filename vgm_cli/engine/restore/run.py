@@ -286,9 +286,9 @@ def run(
     if blend is not None and not isinstance(method, CompletesImages):
         ui.warn(f"--blend has no effect on {settings.method['name']}, which keeps no pixels")
         blend = None
+    if follows:  # it was loaded on the CPU: what is halved or stays there never fills a card
+        blind.place(loaded, torch.device(device), precision, offload)
     shape = image_shape(loaded)
-    if follows and precision == "bf16":
-        blind.halve(loaded.model)
     folder = out or default_folder(loaded, settings, seed, steps)
     check_folder(folder, overwrite)
     perceptual = perceptual_from(lpips)
