@@ -201,14 +201,7 @@ class RealESRGAN(Operator):
         sharpen: bool = True,  # images are sharpened first
         kernel_sizes: tuple[int, int] = (7, 21),  # smallest and largest side of blur kernels
         kernel_prob: Shares = (0.45, 0.25, 0.12, 0.03, 0.12, 0.03),  # of FORMS
-        kernel_prob2: tuple[float, float, float, float, float, float] = (
-            0.45,
-            0.25,
-            0.12,
-            0.03,
-            0.12,
-            0.03,
-        ),  # of the second round
+        kernel_prob2: Shares = (0.45, 0.25, 0.12, 0.03, 0.12, 0.03),  # of the second round
         blur_prob: Fraction = 1.0,  # share of images that are blurred
         blur_prob2: Fraction = 0.8,  # of the second round
         sinc_prob: Fraction = 0.1,  # share of blurs by a low-pass filter
