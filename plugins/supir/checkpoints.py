@@ -83,10 +83,8 @@ def control_forward(network: Any, config: Mapping[str, Any]) -> Tensor:
     for layer in network.project_modules:
         c = maps[at]
         if isinstance(layer, ZeroSFT):
-            both = layer.param_free_norm.num_channels
-            skip = both - layer.decoder
             before = noise(len(c), layer.decoder, *c.shape[2:]) if layer.decoder else None
-            found.append(layer(c, noise(len(c), skip, *c.shape[2:]), before).flatten())
+            found.append(layer(c, noise(len(c), layer.skip, *c.shape[2:]), before).flatten())
             at += 1
         else:  # behind it stands the connector of the same map
             found.append(layer(c, noise(len(c), layer.norm1.num_channels, *c.shape[2:])).flatten())

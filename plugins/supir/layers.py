@@ -20,14 +20,15 @@ class ZeroSFT(nn.Module):
 
     forward(c, h, before, scale): c (N, control, H, W), h (N, skip, H, W), before (N, decoder, H, W) or None -> (N,
     decoder + skip, H, W). scale 0 gives the two as they are; 1 normalises and modulates them. At the start the
-    modulation is none, but the normalisation is not: the network is then not yet the one that it steers.
+    modulation is none, but the normalisation (which norm=False leaves out) is not: the network is then not yet the one
+    that it steers.
     """
 
-    def __init__(self, control: int, skip: int, decoder: int = 0, groups: int = 32):
+    def __init__(self, control: int, skip: int, decoder: int = 0, groups: int = 32, norm: bool = True):
         super().__init__()
         both = skip + decoder
-        self.decoder = decoder
-        self.param_free_norm = GroupNorm32(both, groups)  # with weights all the same
+        self.skip, self.decoder = skip, decoder
+        self.param_free_norm = GroupNorm32(both, groups) if norm else nn.Identity()  # with weights all the same
         self.mlp_shared = nn.Sequential(nn.Conv2d(control, HIDDEN, 3, padding=1), nn.SiLU())
         self.zero_mul = zero(nn.Conv2d(HIDDEN, both, 3, padding=1))
         self.zero_add = zero(nn.Conv2d(HIDDEN, both, 3, padding=1))

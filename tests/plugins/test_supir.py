@@ -155,8 +155,7 @@ def degradation(case: GoldenCase) -> None:
 @torch.no_grad()
 def zero_sft(case: GoldenCase) -> None:
     config, given = case.config, case.inputs
-    assert config["norm"]
-    layer = ZeroSFT(config["label_nc"], config["norm_nc"], config["concat_channels"])
+    layer = ZeroSFT(config["label_nc"], config["norm_nc"], config["concat_channels"], norm=config["norm"])
     layer.load_state_dict(case.state)
     before = given["h_ori"] if config["concat_channels"] else None
     for name, want in case.outputs.items():
@@ -205,7 +204,9 @@ def control_and_unet(case: GoldenCase) -> None:
     )
     found = ck.control_config(state)
     assert found["unet"]["vector_dim"] == keywords["vector_dim"]
-    network = SUPIRUNet(base, control_depth=steer["transformer_depth"], input_upscale=steer["input_upscale"]).eval()
+    depth = steer["transformer_depth"]
+    depth = [depth] * len(keywords["channel_mult"]) if isinstance(depth, int) else depth
+    network = SUPIRUNet(base, control_depth=depth, input_upscale=steer["input_upscale"]).eval()
     own = ck.control_to_ours({k: state[k] for k in ck.names_of(state)})
     missing, unexpected = network.load_state_dict(own, strict=False)
     assert not unexpected and not [n for n in missing if not n.startswith("base.")]
@@ -272,7 +273,9 @@ def vector(case: GoldenCase) -> None:
 @golden.check(lambda c: c.source.endswith("DiscreteDenoiserWithControl"))
 def discrete_denoiser(case: GoldenCase) -> None:
     config, x = case.config, case.inputs["x"]
-    path = DiscreteVPPath("scaled_linear", config["num_idx"], 0.00085, 0.012)
+    table = levels(PATH) if config["num_idx"] == PATH.steps else sigmas(PATH, config["num_idx"]).flip(0)[1:]
+    bar = 1 / (1 + table**2)
+    path = DiscreteVPPath(betas=(1 - bar / torch.cat([torch.ones(1, dtype=torch.float64), bar[:-1]])).tolist())
     table = levels(path)
     assert_close(table, case.outputs["sigmas"], 1e-5, "sigmas")
     index = nearest(case.inputs["sigma"], table)
@@ -444,7 +447,7 @@ def pipeline(case: GoldenCase) -> None:
         shape=(4, 1, 1),
         generators=generators(range(rows)),
         cond={"control": codec.degraded_latents(x), "text": case.inputs["cond"].expand(rows, 1)},
-        null={"text": case.inputs["uncond"][:1]},
+        null={"text": case.inputs["uncond"].expand(rows, 1)},
     )
     assert sorted(k for k in case.inputs if k.startswith("draw_")) == case.draw_order
     request.draws = iter([case.inputs[k] for k in case.draw_order])
