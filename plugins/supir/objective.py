@@ -8,7 +8,7 @@ the batch itself, degraded, and is told the negative words.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from typing import Any
+from typing import Any, Literal
 
 import torch
 from torch import Tensor, nn
@@ -83,6 +83,7 @@ class SUPIRObjective(GaussianObjective):
         beta_start: float = 0.00085,  # of the first timestep
         beta_end: float = 0.012,  # of the last
         steps: Steps = 1000,  # timesteps
+        prediction: Literal["eps", "v"] = "eps",  # what the steered network gives
         negative_share: Fraction = 0.0,  # of rows that become negative samples
         negative_degradation: dict[str, Any] | None = None,  # keywords of real-esrgan, which makes them bad
         negative_prompt: str = NEGATIVE,  # what they are told
@@ -90,7 +91,7 @@ class SUPIRObjective(GaussianObjective):
         if not isinstance(model, SUPIRUNet):
             raise VgmError("SUPIR's objective trains a SUPIR network", "model.name=supir", USAGE)
         ends = {"beta_start": beta_start, "beta_end": beta_end}
-        super().__init__(model, {"name": "vp-discrete", "schedule": schedule, "steps": steps, **ends}, "eps")
+        super().__init__(model, {"name": "vp-discrete", "schedule": schedule, "steps": steps, **ends}, prediction)
         self.share, self.prompt, self.codec, self.conditions = negative_share, negative_prompt, codec, conditions
         self.operator = RealESRGAN(**{"scale": 1, **(negative_degradation or {})})
         self.text: str | None = None

@@ -3,7 +3,7 @@ DPM-Solver++(2M) SDE; guidance and control that change with the noise level; til
 
 Yu et al. 2024 (arXiv 2401.13627), sec. 3.3. Official code: Fanghua-Yu/SUPIR@bda91af
 sgm/modules/diffusionmodules/{sampling,guiders,denoiser}.py, SUPIR/models/SUPIR_model.py batchify_sample, SUPIR/util.py
-PIL2Tensor. The noise level counts over a constant, 14.6146, whatever the schedule is, as officially.
+PIL2Tensor. The noise level counts over SDXL's highest, 14.6146.
 """
 
 from __future__ import annotations
@@ -61,9 +61,15 @@ def sigmas(path: DiscreteVPPath, steps: int) -> Tensor:
     return timesteps.append_zero(levels(path)[torch.from_numpy(index)])
 
 
-def linear(at_data: float, at_noise: float, sigma: float) -> float:
+def highest(path: DiscreteVPPath) -> float:
+    """The level over which others count: the official constant on SDXL's schedule, on others the last one."""
+    top = float(levels(path)[-1])
+    return SIGMA_MAX if abs(top - SIGMA_MAX) < 1e-3 else top
+
+
+def linear(at_data: float, at_noise: float, sigma: float, sigma_max: float = SIGMA_MAX) -> float:
     """A number that goes from at_noise, where all is noise, to at_data with the noise level."""
-    return (at_noise - at_data) * sigma / SIGMA_MAX + at_data
+    return (at_noise - at_data) * sigma / sigma_max + at_data
 
 
 # -- solvers -----------------------------------------------------------------------------------------------------------
@@ -83,6 +89,7 @@ def restore_edm(
     s_noise: float = 1.003,  # deviation of the noise that is added
     control: float = 1.0,  # control scale
     control_start: float | None = None,  # at the highest level; None: the same
+    sigma_max: float = SIGMA_MAX,  # the highest level
     noise: Callable[[], Tensor],  # the next draw like x
     always_draws: bool = False,  # draws are made where no noise is added, too
     callback: Callable[[int, Tensor, Tensor | None], None] | None = None,  # (i, x, x0)
@@ -96,9 +103,10 @@ def restore_edm(
         drawn = noise() if gamma > 0 or always_draws else None
         if gamma > 0 and drawn is not None:
             x = x + drawn * (s_noise * math.sqrt(raised**2 - sigma**2))
-        x0 = estimate(x, raised, control if control_start is None else linear(control, control_start, sigma))
+        scale = control if control_start is None else linear(control, control_start, sigma, sigma_max)
+        x0 = estimate(x, raised, scale)
         if after > restore_min and restore > 0:
-            x0 = x0 - (x0 - centre) * (sigma / SIGMA_MAX) ** restore
+            x0 = x0 - (x0 - centre) * (sigma / sigma_max) ** restore
         if callback is not None:
             callback(i, x, x0)
         x = x + (x - x0) * ((after - raised) / raised)
@@ -245,6 +253,7 @@ class SUPIRSampler:
             s_tmin=self.s_tmin,
             s_tmax=self.s_tmax,
             control_start=self.control_start,
+            sigma_max=highest(path),
             always_draws=tiles is not None,
             **keywords,
         ).float()
@@ -259,7 +268,7 @@ class SUPIRSampler:
         every keyword for each tile, such as a text of its own."""
         n, scale = len(request), self.guidance_scale if request.guidance_scale is None else request.guidance_scale
         start = scale if self.guidance_start is None else self.guidance_start
-        cond = dict(request.cond)
+        cond, top = dict(request.cond), highest(view.path)
         plain = len(cond) == 1 or scale == start == 1  # nothing to be guided by, or not at all
         null = {} if plain else unconditional(view.network, cond, request.null)
         request.info["nfe"] = 0
@@ -271,7 +280,7 @@ class SUPIRSampler:
                 return self.estimate(view, x, sigma, wanted, control)
             both = {k: torch.cat([worse[k].to(v), v]) for k, v in wanted.items()}
             away, towards = self.estimate(view, torch.cat([x, x]), sigma, both, control).chunk(2)
-            return extrapolate((away, towards), (linear(scale, start, sigma),))
+            return extrapolate((away, towards), (linear(scale, start, sigma, top),))
 
         if tiles is None:
             return estimate

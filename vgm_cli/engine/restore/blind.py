@@ -154,7 +154,7 @@ def restore_files(
     with atomic.replacing_folder(folder) as temp, Progress("restoring", len(files), every=1) as progress:
         for i, (file, name) in enumerate(zip(files, names_of(files))):
             picture = Picture.open(file, name, shape[0], method, shape[1], least)
-            x = enlarged(picture.pixels, picture.at)[None].to(device)
+            x: Any = enlarged(picture.pixels, picture.at)[None].to(device)
             if i == 0:
                 memory.tell(loaded, method, picture.at, precision)
             words = tiles or ([texts[i]] if texts else [])
