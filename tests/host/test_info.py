@@ -163,7 +163,7 @@ def test_completion_needs_no_torch() -> None:
         "import sys; from vgm_cli.cli import complete as c; "
         "from types import SimpleNamespace as ctx; one, none = ctx(params={'paper': 'sit'}), ctx(params={});"
         "assert c.papers('di') == ['dit'] and 'dit/mnist' in c.trainable('di') and 'train.steps=' in c.keys('train.st');"
-        "assert c.recipes(one, '') == ['imagenet256', 'mnist', 'text'] and 'imagenet512' in c.recipes(none, 'ima');"
+        "assert c.recipes(one, '') == ['imagenet256', 'mnist', 'openmoji', 'text'] and 'imagenet512' in c.recipes(none, 'ima');"
         "assert c.methods('') == ['add', 'consistency', 'dmd', 'meanflow', 'rectified-flow', 'scm'] and c.rl_methods('') == ['flow-grpo'];"
         "assert 'heun' in c.samplers('h'); sys.exit('torch' in sys.modules)"
     )
