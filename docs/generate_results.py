@@ -125,11 +125,11 @@ RUNS = [  # the longest first, those that others wait for before all
     Run("vae", "train vae", "fid", bits=VAE_BITS),
     Run("vae-8bit", "train vae --recipe mnist-8bit", "fid", bits=VAE_BITS),
     Run("ldm", "train ldm --recipe mnist"),
-    Run("emoji-codec", "train ldm --recipe openmoji-codec", "fid,psnr", sampled=False),
-    Run("emoji-ldm", "train ldm --recipe openmoji", "fid"),
-    Run("emoji-sit", "train sit --recipe openmoji", "fid"),
-    Run("emoji-add", "distill add --recipe openmoji --teacher {dir}/emoji-ldm", "fid", after="emoji-ldm"),
-    Run("emoji-controlnet", "train controlnet --recipe openmoji --base {dir}/emoji-ldm", "fid", after="emoji-ldm"),
+    Run("ldm-openmoji-codec", "train ldm --recipe openmoji-codec", "fid,psnr", sampled=False),
+    Run("ldm-openmoji", "train ldm --recipe openmoji", "fid"),
+    Run("sit-openmoji", "train sit --recipe openmoji", "fid"),
+    Run("add-openmoji", "distill add --recipe openmoji --teacher {dir}/ldm-openmoji", "fid", after="ldm-openmoji"),
+    Run("controlnet-openmoji", "train controlnet --recipe openmoji --base {dir}/ldm-openmoji", "fid", after="ldm-openmoji"),
 ]  # fmt: skip
 
 # -- rows that nobody wrote ----------------------------------------------------------------------------------------------
