@@ -345,7 +345,7 @@ def test_words_go_where_they_belong() -> None:
         (["--model", "flow", "--input", "tiny.png", "--degraded", "--truth", "whole"], 2, "3 images"),
         (["--model", "flow", "--input", "whole", "--truth", "whole"], 2, "belongs to --degraded"),
         (["--model", "flow", "--input", "whole", "-n", 9], 2, "the input has 3 images"),
-        (["--model", "flow", "--input", "mnist5k", "--split", "val"], 2, "no split"),
+        (["--model", "flow", "--input", "mnist5k", "--split", "dev"], 2, "no split"),
         (["--model", "flow", "--input", "whole", "--label", "12"], 2, "label 12"),
         (["--model", "flow", "--input", "whole", "--label", "data"], 2, "no labels"),
         (["--model", "strict", "--input", "whole"], 2, "needs labels"),
