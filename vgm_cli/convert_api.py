@@ -126,7 +126,7 @@ class Layout:
     published: Published = Published()
     diffusers: Diffusers | None = None
     proof: Proof = Proof()
-    beside: Mapping[str, Mapping[str, str]] = field(default_factory=dict)
+    beside: Mapping[str, Mapping[str, str]] = field(default_factory=dict, hash=False)
 
     def own(self, state: State) -> State:
         """The network's own tensors of a file, under the layout's present names."""

@@ -23,7 +23,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_convert import DIT, TINY, state_of
 
 Call = Callable[..., tuple[int, str, str]]
-NAMED_ONLY = ("glow-average",)  # chosen by --from: their names are another layout's
+# chosen by --from: their names are another layout's
+NAMED_ONLY = ("glow-average", "ldm-unet-turbo", "ldm-unet-turbo-diffusers")
 ALIKE = {"consistency": "adm-unet", "glow-average": "glow"}
 
 

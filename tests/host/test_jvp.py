@@ -44,6 +44,10 @@ NETWORKS = {
     "ncsnpp": yaml.safe_load(
         "{image_size: 8, in_channels: 2, nf: 16, ch_mult: [1, 2], num_res_blocks: 1, attn_resolutions: [4], num_classes: 3}"
     ),
+    "ldm-unet": yaml.safe_load(
+        "{image_size: 8, in_channels: 2, model_channels: 32, num_res_blocks: 1, channel_mult: [1, 2], num_classes: 3, "
+        "attention_resolutions: [2], num_heads: 2, context_dim: null}"
+    ),
     "edm-unet": yaml.safe_load(
         "{img_resolution: 8, in_channels: 2, out_channels: 2, model_channels: 16, channel_mult: [1, 2], num_blocks: 1, "
         "attn_resolutions: [4], num_classes: 3}"

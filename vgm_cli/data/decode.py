@@ -116,7 +116,7 @@ def open_image(file: File) -> Image.Image:
     if image.width * image.height > most:
         image.close()
         raise Unreadable(f"{image.width}×{image.height} pixels are more than {most:,}, which VGM_MAX_PIXELS allows")
-    if any(t[0] == "fits_gzip" for t in getattr(image, "tile", ())):
+    if any(t[0] == "fits_gzip" for t in image.tile):
         raise Unreadable("a packed FITS file, whose size is not known before it is unpacked")
     return image
 
