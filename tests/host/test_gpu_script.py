@@ -108,26 +108,20 @@ def digits(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.mark.slow
-def test_sharded_over_two_processes_equals_one(tiny: Path, tmp_path: Path, process: type) -> None:
-    """FSDP2: 4 steps in two processes, and 4 more that go on from there unsharded in one, leave the weights, averages
-    and moments of 8 unsharded steps."""
-    sharded = process(
-        *(
-            "train",
-            tiny,
-            "--out",
-            tmp_path / "two",
-            "--nproc",
-            2,
-            "--stop-after",
-            4,
-            "train.fsdp=true",
-            "train.clip=1.0",
-        )
-    ).wait()
-    assert sharded[0] == 0, sharded[2]
-    whole = recipes.load(str(tiny), None, ["train.clip=1.0", "train.fsdp=true"])
-    trainers.train(whole, tmp_path / "two", resume=True)
+@pytest.mark.parametrize("again", ["sharded", "alone"])
+def test_sharded_over_two_processes_equals_one(again: str, tiny: Path, tmp_path: Path, process: type) -> None:
+    """FSDP2: 4 steps in two processes, and 4 more that go on from there, sharded as before or unsharded in one, leave
+    the weights, averages and moments of 8 unsharded steps."""
+    settings = ("train.fsdp=true", "train.clip=1.0")
+    out = ("--out", tmp_path / "two")
+    done = process("train", tiny, *out, "--nproc", 2, "--stop-after", 4, *settings).wait()
+    assert done[0] == 0, done[2]
+    whole = recipes.load(str(tiny), None, list(settings))
+    if again == "sharded":
+        done = process("train", tiny, *out, "--nproc", 2, "--resume", *settings).wait()
+        assert done[0] == 0, done[2]
+    else:
+        trainers.train(whole, tmp_path / "two", resume=True)
     trainers.train(whole, tmp_path / "one")
     for file in ("model", "ema-0.9", "trainer"):
         for step in (4, 8):
