@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
 
 import torch
+from torch import nn
 from torch.overrides import TorchFunctionMode
 
 
@@ -27,3 +29,11 @@ def on_meta() -> Iterator[None]:
     """Networks built inside have no memory and draw no numbers."""
     with torch.device("meta"), NoDraws():
         yield
+
+
+def with_zeros(module: nn.Module, device: torch.device) -> nn.Module:
+    """A copy of a meta module with zeros for weights: what it computes takes as long as the real one's."""
+    made = copy.deepcopy(module).to_empty(device=device)
+    for tensor in (*made.parameters(), *made.buffers()):
+        tensor.detach().zero_()
+    return made

@@ -117,10 +117,11 @@ def estimate(loaded: Loaded, method: FollowsPictures, size: tuple[int, int], pre
 
 
 def tell(loaded: Loaded, method: FollowsPictures, size: tuple[int, int], precision: str) -> None:
-    """Print the estimate. Nothing where it cannot be made."""
+    """Print the estimate, or that it cannot be made: a network may look at values, which the meta device has not."""
     try:
         parts = estimate(loaded, method, size, precision)
-    except (RuntimeError, NotImplementedError, TypeError, AttributeError):
+    except (RuntimeError, NotImplementedError):
+        ui.info("the memory that a picture needs cannot be estimated for this network")
         return
     held = sum(parts.get(k, 0) for k in ("network", "codec", "texts"))
     total = held + max(parts.get("sampling", 0), parts.get("decoding", 0))

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import copy
 import math
 import time
 from dataclasses import asdict, dataclass
@@ -24,6 +23,7 @@ from vgm_cli.engine.tokens import TokenCodec
 from vgm_cli.engine.train import optim
 from vgm_cli.engine.train.data_feed import IN_MEMORY
 from vgm_cli.engine.train.scale import LINK, LatentCache, Traffic, latent_cache, tokens_of, traffic
+from vgm_cli.nn.meta import with_zeros
 from vgm_cli.recipe import Recipe
 from vgm_cli.ui import duration, human, ui
 
@@ -275,7 +275,7 @@ def time_steps(
             return None, f"not timed: one image takes {human(flops_image)} FLOPs, minutes on this CPU"
     n = max(2, min(share, int(affordable / max(flops_image, 1))))
     ui.info(f"timing {recipe.name} with {n} images on {device.type}, at most about {TIMED_SECONDS:.0f} s …")
-    codec = {"codec": with_zeros(planned.codec, device)} if planned else {}
+    codec = {"codec": at_hand(planned.codec, device)} if planned else {}
     built = build.build_objective(recipe, facts, {**codec, **build.plan_roles(recipe, facts, codec.get("codec"))})
     for network in built.networks.values():
         network.to(device)
@@ -299,16 +299,11 @@ def time_steps(
     return seconds, note + (f"; {world} processes are taken to be as fast as one)" if world > 1 else ")")
 
 
-def with_zeros(codec: Any, device: torch.device) -> Any:
-    """A copy of a planned codec whose weights are zeros instead of on the meta device: objectives that compute through
-    it take their time."""
-    made = copy.deepcopy(codec)
-    module = made.codec if isinstance(made, TokenCodec) else made
-    if isinstance(module, nn.Module):
-        module.to_empty(device=device)
-        for tensor in (*module.parameters(), *module.buffers()):
-            tensor.detach().zero_()
-    return made
+def at_hand(codec: Any, device: torch.device) -> Any:
+    """A planned codec as objectives that compute through it need it: off the meta device."""
+    if isinstance(codec, TokenCodec):
+        return TokenCodec(at_hand(codec.codec, device))
+    return with_zeros(codec, device) if isinstance(codec, nn.Module) else codec
 
 
 def show_plan(plan: RunPlan) -> None:

@@ -13,6 +13,7 @@ from torch.utils.flop_counter import FlopCounterMode
 
 from vgm_cli.api import Phase, Repeats
 from vgm_cli.engine.train import optim
+from vgm_cli.nn.meta import with_zeros
 
 LINK = 25e9  # bytes per second that a plan assumes of the slowest link: 200 Gbit/s, one InfiniBand HDR port
 ENCODE_SECONDS = 1.0  # a codec that would take longer for two images at best is not timed on a CPU
@@ -84,9 +85,7 @@ def latent_cache(
     if flops is None or (device.type == "cpu" and 2 * flops > ENCODE_SECONDS * rate):
         seconds = None if flops is None else flops * forms * count / (rate / 2)
         return LatentCache(count, size, flops, seconds, "estimated at half the rate of a matrix product here")
-    real = codec.to_empty(device=device)
-    for tensor in (*real.parameters(), *real.buffers()):
-        tensor.zero_()
+    real: Any = with_zeros(codec, device)
     images = torch.zeros(8 if device.type == "cuda" else 2, *image, device=device)
     times = []
     for _ in range(3):
