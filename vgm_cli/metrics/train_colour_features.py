@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vgm_cli import atomic
+from vgm_cli.metrics.train_features import fit
 from vgm_cli.nets.colour_features import KIND, ColourCNN, to_small
 from vgm_cli.nn import augment
 
@@ -76,36 +77,32 @@ def train(
     every = to_small(pictures)
     x, y = every[~out], labels[~out]
     net, average = ColourCNN(), ColourCNN()
-    average.load_state_dict(net.state_dict())
     which = torch.nn.Linear(net.dim, len(x), bias=False)  # a direction for each picture
-    weights = [p for p in [*net.parameters(), *which.parameters()] if p.ndim > 1]
-    plain = [p for p in net.parameters() if p.ndim <= 1]
-    groups = [{"params": weights, "weight_decay": WEIGHT_DECAY}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LR)
-    steps = epochs * (len(x) // BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps, pct_start=0.15)
-    for epoch in range(epochs):
-        net.train()
-        for rows in torch.randperm(len(x), generator=g).split(BATCH):
-            if len(rows) < BATCH:
-                continue
-            features, logits = net(changed(x[rows], g))
-            alike = SCALE * F.normalize(features) @ F.normalize(which.weight).T
-            loss = F.cross_entropy(alike, rows) + F.cross_entropy(logits, y[rows], label_smoothing=SMOOTHING)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            with torch.no_grad():
-                for a, b in zip(average.state_dict().values(), net.state_dict().values()):
-                    a.lerp_(b, 1 - AVERAGE) if a.is_floating_point() else a.copy_(b)
-        if log and (epoch + 1) % 10 == 0:
+
+    def loss_of(rows: Tensor) -> Tensor:
+        features, logits = net(changed(x[rows], g))
+        alike = SCALE * F.normalize(features) @ F.normalize(which.weight).T
+        return F.cross_entropy(alike, rows) + F.cross_entropy(logits, y[rows], label_smoothing=SMOOTHING)
+
+    def report(epoch: int, loss: float) -> None:
+        if log and epoch % 10 == 0:
             found = {k: round(v, 3) for k, v in scores(average.eval(), every, labels, out).items()}
-            print(f"epoch {epoch + 1}: loss {loss.item():.3f}, {found}", flush=True)
-    average.load_state_dict(
-        {k: v.half().float() if v.is_floating_point() else v for k, v in average.state_dict().items()}
+            print(f"epoch {epoch}: loss {loss:.3f}, {found}", flush=True)
+
+    fit(
+        net,
+        average,
+        loss_of,
+        len(x),
+        g,
+        epochs=epochs,
+        batch=BATCH,
+        lr=LR,
+        weight_decay=WEIGHT_DECAY,
+        decay=AVERAGE,
+        beside=which,
+        report=report,
     )
-    average.eval().requires_grad_(False)
     return average, scores(average, every, labels, out)
 
 

@@ -20,6 +20,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from vgm_cli import atomic
+from vgm_cli.metrics.train_features import fit
 from vgm_cli.nets.mnist_features import KIND, MnistCNN
 
 PACKAGE = Path(str(resources.files("vgm_cli")))
@@ -68,33 +69,28 @@ def train(
     out = held_out(len(images))
     x, y = images[~out].float() / 255, labels[~out]
     net, average = MnistCNN(), MnistCNN()
-    average.load_state_dict(net.state_dict())
-    decay = [p for p in net.parameters() if p.ndim > 1]
-    plain = [p for p in net.parameters() if p.ndim <= 1]
-    groups = [{"params": decay, "weight_decay": WEIGHT_DECAY}, {"params": plain, "weight_decay": 0.0}]
-    optimizer = torch.optim.AdamW(groups, lr=LR)
-    steps = epochs * (len(x) // BATCH)
-    schedule = torch.optim.lr_scheduler.OneCycleLR(optimizer, LR, total_steps=steps, pct_start=0.15)
-    for epoch in range(epochs):
-        net.train()
-        for rows in torch.randperm(len(x), generator=g).split(BATCH):
-            if len(rows) < BATCH:
-                continue
-            loss = F.cross_entropy(net(augment(x[rows], g))[1], y[rows], label_smoothing=SMOOTHING)
-            optimizer.zero_grad(set_to_none=True)
-            loss.backward()
-            optimizer.step()
-            schedule.step()
-            with torch.no_grad():
-                for a, b in zip(average.state_dict().values(), net.state_dict().values()):
-                    a.lerp_(b, 1 - AVERAGE) if a.is_floating_point() else a.copy_(b)
-        if log and (epoch + 1) % 5 == 0:
+
+    def loss_of(rows: Tensor) -> Tensor:
+        return F.cross_entropy(net(augment(x[rows], g))[1], y[rows], label_smoothing=SMOOTHING)
+
+    def report(epoch: int, loss: float) -> None:
+        if log and epoch % 5 == 0:
             score = accuracy(average.eval(), images[out].float() / 255, labels[out])
-            print(f"epoch {epoch + 1}: loss {loss.item():.4f}, held-out accuracy {score:.4f}", flush=True)
-    average.load_state_dict(
-        {k: v.half().float() if v.is_floating_point() else v for k, v in average.state_dict().items()}
+            print(f"epoch {epoch}: loss {loss:.4f}, held-out accuracy {score:.4f}", flush=True)
+
+    fit(
+        net,
+        average,
+        loss_of,
+        len(x),
+        g,
+        epochs=epochs,
+        batch=BATCH,
+        lr=LR,
+        weight_decay=WEIGHT_DECAY,
+        decay=AVERAGE,
+        report=report,
     )
-    average.eval().requires_grad_(False)
     return average, accuracy(average, images[out].float() / 255, labels[out])
 
 
