@@ -16,34 +16,40 @@ from __future__ import annotations
 
 import argparse
 import json
+import math
 import os
 import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from concurrent.futures import FIRST_COMPLETED, Future, ThreadPoolExecutor, wait
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from pathlib import Path
 from threading import Lock
 from typing import Any
 
 import results_page
+import results_tables
 import yaml
 
 from vgm_cli.atomic import write_json, write_text
+from vgm_cli.errors import VgmError
 
 DOCS = Path(__file__).parent
 QUALITY = "fid,class-accuracy"
 VAE_BITS = "bits-per-dim:n=256:samples=1,bits-per-dim:n=256:samples=100"
 ASKED = 2000  # samples of a figure
+CAPTIONS, PAIRED = 256, 200  # samples that are asked for by captions, and by test pictures' words and hints
 
 
 @dataclass(frozen=True)
 class Run:
-    """command makes the run ({dir}: where other runs lie, of which it needs `after`); metrics are of samples, bits
-    what is measured on the model itself, of images that it left out; restore: options of `vgm restore` with the run as a prior."""
+    """command makes the run ({dir}: where other runs lie, of which it needs `after`); metrics are of its samples, or of
+    a codec's reconstructions, paired of samples asked for by every test picture's own words and hint, bits of the model
+    itself and test images. samples: how many, where it is not the board's number. variants: options of `vgm sample` for
+    FEW samples more; restore: options of `vgm restore` with the run as a prior."""
 
     name: str
     command: str
@@ -51,83 +57,100 @@ class Run:
     after: str = ""
     bits: str = ""
     sampled: bool = True
+    paired: str = ""
+    samples: int = ASKED
+    variants: tuple[str, ...] = ()
     restore: tuple[str, ...] = ()
 
 
-RUNS = [  # the longest first, those that others wait for before all
-    Run("sit", "train sit", bits="bits-per-dim:n=50"),
-    Run("rectified-flow", "train rectified-flow", bits="bits-per-dim:n=50,straightness"),
-    Run("dmd", "distill dmd --teacher {dir}/sit", after="sit"),
-    Run("add", "distill add --teacher {dir}/sit", after="sit"),
-    Run("add-without-adversary", "distill add --recipe mnist-distillation-only --teacher {dir}/sit", after="sit"),
-    Run("consistency-distilled", "distill consistency --teacher {dir}/sit", after="sit"),
-    Run("consistency", "train consistency"),
-    Run("meanflow", "train meanflow"),
-    Run("meanflow-finetune", "distill meanflow --recipe mnist-finetune --teacher {dir}/sit", after="sit"),
-    Run("scm-distilled", "distill scm --recipe mnist-scd --teacher {dir}/sit", after="sit"),
-    Run("scm-from-data", "distill scm --recipe mnist-sct --teacher {dir}/sit", after="sit"),
-    Run("scm", "train scm"),
-    Run("dit", "train dit", bits="bits-per-dim:n=50"),
-    Run("ldm", "train ldm"),
-    Run("lightningdit", "train lightningdit", bits="bits-per-dim:n=50"),
+FEW = 500  # samples of rows whose samples take long, and of other samplers than the run's own
+EMOJIS: dict[str, Any] = {"metrics": "fid", "samples": FEW}  # guided networks of many steps
+ODES = tuple(f"--sampler score-sde-ode rtol={tol} atol={tol}" for tol in ("1e-2", "1e-4"))
+
+
+def corrected(snr: float) -> tuple[str, ...]:
+    """Predictor and corrector of score-sde, in few steps and in more."""
+    return tuple(f"--steps {n} predictor=reverse-diffusion corrector=langevin snr={snr}" for n in (25, 100))
+
+
+RUNS = [  # the cheapest first, each after the one that it needs
+    Run("vae", "train vae", "fid", bits=VAE_BITS),
+    Run("vqvae", "train vqvae", "fid,psnr", sampled=False),
+    Run("vqgan", "train vqgan", "fid,psnr", sampled=False),
+    Run("vae-8bit", "train vae --recipe mnist-8bit", "fid", bits=VAE_BITS),
+    Run("vqvae-likelihood", "train vqvae --recipe mnist-likelihood", "fid,psnr", bits="bits-per-dim:n=500", sampled=False),
+    Run("var-tokenizer", "train var --recipe mnist-tokenizer", "fid,psnr", sampled=False),
     Run("vavae", "train lightningdit --recipe mnist-vavae", "fid,psnr", sampled=False),
-    Run("lightningdit-vavae", "train lightningdit --codec {dir}/vavae", after="vavae"),
     Run("plain-codec", "train lightningdit --recipe mnist-vavae objective.vf_weight=0", "fid,psnr", sampled=False),
-    Run("lightningdit-plain-codec", "train lightningdit --codec {dir}/plain-codec", after="plain-codec"),
-    Run("stylegan", "train stylegan"),
-    Run("vdmpp", "train vdmpp", bits="bits-per-dim:n=50,bits-per-dim:n=50:method=elbo"),
-    Run("vdm", "train vdmpp --recipe mnist-vdm", "fid", bits="bits-per-dim:n=500:method=elbo"),
-    Run("score-sde", "train score-sde", "fid", bits="bits-per-dim:n=50",
-        restore=("--mask lower --method score-sde-restore steps=200",)),
-    Run("score-sde-subvp", "train score-sde --recipe mnist-subvp", "fid", bits="bits-per-dim:n=50"),
-    Run("score-sde-ve", "train score-sde --recipe mnist-ve", "fid", bits="bits-per-dim:n=50"),
-    Run("glow", "train glow", bits="bits-per-dim:n=256"),
-    Run("starflow", "train starflow", bits="bits-per-dim:n=256",
-        restore=("--mask lower --method starflow-inpaint",)),
-    Run("starflow-pixels", "train starflow --recipe mnist-pixels", bits="bits-per-dim:n=500"),
-    Run("flow-grpo", "finetune-rl flow-grpo --model {dir}/rectified-flow", after="rectified-flow"),
+    Run("ldm-openmoji-codec", "train ldm --recipe openmoji-codec", "fid,psnr", sampled=False),
+    Run("var", "train var --codec {dir}/var-tokenizer", after="var-tokenizer", bits="bits-per-dim:n=500",
+        restore=("--mask lower --method var",)),
+    Run("maskgit", "train maskgit",
+        restore=("--mask lower --method maskgit",)),
+    Run("randar", "train randar", bits="bits-per-dim:n=500",
+        restore=("--mask lower --method randar",)),
+    Run("llamagen", "train llamagen", bits="bits-per-dim:n=500",
+        restore=("--mask lower --method llamagen",)),
+    Run("vqgan-prior", "train vqgan --recipe mnist-prior", bits="bits-per-dim:n=500"),
+    Run("vqvae-prior", "train vqvae --recipe mnist-prior --codec {dir}/vqvae", after="vqvae", bits="bits-per-dim:n=500"),
+    Run("sit", "train sit", bits="bits-per-dim:n=50"),
+    Run("meanflow-finetune", "distill meanflow --recipe mnist-finetune --teacher {dir}/sit", after="sit"),
+    Run("dmd", "distill dmd --teacher {dir}/sit", after="sit"),
+    Run("scm-distilled", "distill scm --recipe mnist-scd --teacher {dir}/sit", after="sit"),
+    Run("consistency-distilled", "distill consistency --teacher {dir}/sit", after="sit"),
+    Run("add", "distill add --teacher {dir}/sit", after="sit"),
+    Run("rectified-flow", "train rectified-flow", bits="bits-per-dim:n=50,straightness"),
     Run("rectified-flow-2", "distill rectified-flow --recipe mnist-reflow --teacher {dir}/rectified-flow",
         after="rectified-flow", bits="straightness"),
     Run("rectified-flow-1", "distill rectified-flow --recipe mnist-distill --teacher {dir}/rectified-flow-2",
         after="rectified-flow-2"),
-    Run("adm-unet", "train adm-unet", bits="bits-per-dim:n=50"),
+    Run("flow-grpo", "finetune-rl flow-grpo --model {dir}/rectified-flow", after="rectified-flow"),
+    Run("meanflow", "train meanflow"),
+    Run("scm", "train scm"),
+    Run("consistency", "train consistency"),
+    Run("starflow", "train starflow", bits="bits-per-dim:n=256",
+        restore=("--mask lower --method starflow-inpaint",)),
+    Run("glow", "train glow", bits="bits-per-dim:n=256"),
+    Run("stylegan", "train stylegan"),
+    Run("mar", "train mar",
+        restore=("--mask lower --method mar",)),
     Run("dps", "train dps", bits="bits-per-dim:n=50",
         restore=("--task super-resolution scale=4", "--task inpainting mask=box box=10", "--task inpainting mask=box",
                  "--task inpainting mask=box --label data",
                  "--task gaussian-deblurring std=1.5", "--task super-resolution scale=4 --method ddrm",
                  "--task super-resolution scale=4 --method pigdm", "--task super-resolution scale=4 --method diffpir",
                  "--mask lower")),
-    Run("ldm-openmoji", "train ldm --recipe openmoji", "fid"),
-    Run("supir-encoder", "train supir --recipe openmoji-encoder", "fid,psnr", after="ldm-openmoji", sampled=False),
-    Run("supir", "train supir --recipe openmoji roles.base.run={dir}/ldm-openmoji codec.weights={dir}/supir-encoder "
-        "conditions.text.weights={dir}/ldm-openmoji", "fid", after="supir-encoder",
-        restore=("--task classical --method supir task.blur=0.5 task.noise=10 task.jpeg=75",)),
-    Run("llamagen", "train llamagen", bits="bits-per-dim:n=500",
-        restore=("--mask lower --method llamagen",)),
-    Run("randar", "train randar", bits="bits-per-dim:n=500",
-        restore=("--mask lower --method randar",)),
-    Run("maskgit", "train maskgit",
-        restore=("--mask lower --method maskgit",)),
+    Run("adm-unet", "train adm-unet", bits="bits-per-dim:n=50"),
+    Run("ldm", "train ldm"),
+    Run("vdmpp", "train vdmpp", bits="bits-per-dim:n=50,bits-per-dim:n=50:method=elbo"),
+    Run("dit", "train dit", bits="bits-per-dim:n=50"),
+    Run("lightningdit", "train lightningdit", bits="bits-per-dim:n=50"),
+    Run("score-sde", "train score-sde", "fid", bits="bits-per-dim:n=50", variants=(*corrected(0.05), *ODES),
+        restore=("--mask lower --method score-sde-restore steps=200",)),
+    Run("score-sde-subvp", "train score-sde --recipe mnist-subvp", "fid", bits="bits-per-dim:n=50",
+        variants=(*corrected(0.05), *ODES)),
+    Run("score-sde-ve", "train score-sde --recipe mnist-ve", "fid", bits="bits-per-dim:n=50",
+        variants=(*corrected(0.16), *ODES)),
+    Run("vdm", "train vdmpp --recipe mnist-vdm", "fid", bits="bits-per-dim:n=500:method=elbo"),
+    Run("scm-from-data", "distill scm --recipe mnist-sct --teacher {dir}/sit", after="sit"),
+    Run("add-without-adversary", "distill add --recipe mnist-distillation-only --teacher {dir}/sit", after="sit"),
     Run("maskgit-halton", "train maskgit sampler=halton"),
-    Run("mar", "train mar",
-        restore=("--mask lower --method mar",)),
-    Run("var-tokenizer", "train var --recipe mnist-tokenizer", "fid,psnr", sampled=False),
-    Run("var", "train var --codec {dir}/var-tokenizer", after="var-tokenizer", bits="bits-per-dim:n=500",
-        restore=("--mask lower --method var",)),
-    Run("vqgan", "train vqgan", "fid,psnr", sampled=False),
-    Run("vqgan-prior", "train vqgan --recipe mnist-prior", bits="bits-per-dim:n=500"),
-    Run("vqvae", "train vqvae", "fid,psnr", sampled=False),
-    Run("vqvae-prior", "train vqvae --recipe mnist-prior --codec {dir}/vqvae", after="vqvae", bits="bits-per-dim:n=500"),
-    Run("vqvae-likelihood", "train vqvae --recipe mnist-likelihood", "fid,psnr", bits="bits-per-dim:n=500", sampled=False),
     Run("vqvae-likelihood-prior",
         "train vqvae --recipe mnist-prior --codec {dir}/vqvae-likelihood data.split=train",
         after="vqvae-likelihood", bits="bits-per-dim:n=500"),
-    Run("vae", "train vae", "fid", bits=VAE_BITS),
-    Run("vae-8bit", "train vae --recipe mnist-8bit", "fid", bits=VAE_BITS),
-    Run("ldm-openmoji-codec", "train ldm --recipe openmoji-codec", "fid,psnr", sampled=False),
-    Run("sit-openmoji", "train sit --recipe openmoji", "fid"),
-    Run("add-openmoji", "distill add --recipe openmoji --teacher {dir}/ldm-openmoji", "fid", after="ldm-openmoji"),
-    Run("controlnet-openmoji", "train controlnet --recipe openmoji --base {dir}/ldm-openmoji", "fid", after="ldm-openmoji"),
+    Run("starflow-pixels", "train starflow --recipe mnist-pixels", bits="bits-per-dim:n=500"),
+    Run("lightningdit-vavae", "train lightningdit --codec {dir}/vavae", after="vavae"),
+    Run("lightningdit-plain-codec", "train lightningdit --codec {dir}/plain-codec", after="plain-codec"),
+    Run("ldm-openmoji", "train ldm --recipe openmoji", **EMOJIS, variants=("--steps 1",)),
+    Run("add-openmoji", "distill add --recipe openmoji --teacher {dir}/ldm-openmoji", **EMOJIS, after="ldm-openmoji"),
+    Run("supir-encoder", "train supir --recipe openmoji-encoder", "fid,psnr", after="ldm-openmoji", sampled=False),
+    Run("supir", "train supir --recipe openmoji roles.base.run={dir}/ldm-openmoji codec.weights={dir}/supir-encoder "
+        "conditions.text.weights={dir}/ldm-openmoji", "", after="supir-encoder", sampled=False,
+        paired="fid,retrieval,edge-f1",
+        restore=("--task classical --method supir task.blur=0.5 task.noise=10 task.jpeg=75",)),
+    Run("controlnet-openmoji", "train controlnet --recipe openmoji --base {dir}/ldm-openmoji", **EMOJIS,
+        after="ldm-openmoji", paired="retrieval,edge-f1"),
+    Run("sit-openmoji", "train sit --recipe openmoji", **EMOJIS, variants=("--steps 2 method=euler",)),
 ]  # fmt: skip
 
 # -- rows that nobody wrote ----------------------------------------------------------------------------------------------
@@ -158,6 +181,7 @@ def all_runs() -> list[Run]:
                 QUALITY if labelled else "fid,psnr" if "codec" in name else "fid",
                 after,
                 sampled="codec" not in name,
+                samples=FEW if name.startswith("openmoji") else ASKED,
             )
         )
     return [*RUNS, *rows]
@@ -246,32 +270,50 @@ class Board:
         kept.stage("trained", lambda: self.train(run, folder, call))
         if "failed" in kept.stages["trained"]:
             raise Failed(kept.stages["trained"]["failed"])
-        config = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+        config = read_config(folder)
         data, samples = str(config["data"]["path"]), self.runs / f"{run.name}.npz"
-        evaluate = partial(call, "evaluate")
+        n, few = min(self.samples, run.samples), min(self.samples, FEW)
+        test, evaluate = ("--reference", data, "--split", "test"), partial(call, "evaluate")
         if run.sampled:
-            asked = self.conditions(config, data)
-            to = ("--out", str(samples), "--overwrite")
-            kept.stage("sampled", lambda: call("sample", str(folder), "-n", str(self.samples), *asked, *to))
-            if not samples.exists():
-                return kept.stages
-            target, more = (str(samples),), f"{run.metrics},precision-recall"
+            kept.stage("sampled", lambda: self.sample(folder, config, n, samples, call))
+            target: tuple[str, ...] = (str(samples),)
         else:
-            target, more = (str(folder), "-n", str(min(self.samples, 500))), run.metrics
-        test = ("--reference", data, "--split", "test")
-        kept.stage("measured", lambda: evaluate(*target, "--metrics", more, *test))
-        kept.stage("measured-all", lambda: evaluate(*target, "--metrics", "fid", "--reference", data))
-        if run.sampled:
+            target = (str(folder), "-n", str(few))
+        if run.metrics and (samples.exists() or not run.sampled):
+            more = f"{run.metrics},precision-recall" if run.sampled else run.metrics
+            kept.stage("measured", lambda: evaluate(*target, "--metrics", more, *test))
+            kept.stage("measured-all", lambda: evaluate(*target, "--metrics", "fid", "--reference", data))
+        if samples.exists():
             held = ("--reference", data, "--split", "train", "--held-out", str(self.held_out(data, call)))
             kept.stage("memorised", lambda: evaluate(*target, "--metrics", "memorisation", *held))
-            if "text" in (config.get("conditions") or {}) and "retrieval" in known_metrics():
-                n = ("-n", str(min(self.samples, 500)))
-                kept.stage("caption", lambda: evaluate(str(folder), "--metrics", "retrieval", *n))  # of what it learned
+        if run.paired:
+            part = (*test, "-n", str(min(self.samples, PAIRED)))
+            kept.stage("paired", lambda: evaluate(str(folder), "--metrics", run.paired, *part))
+        elif "text" in (config.get("conditions") or {}) and "retrieval" in known_metrics():
+            asked = ("-n", str(min(self.samples, CAPTIONS)))
+            kept.stage("caption", lambda: evaluate(str(folder), "--metrics", "retrieval", *asked))  # of what it learned
         if run.bits:
             kept.stage("likelihood", lambda: evaluate(str(folder), "--metrics", run.bits, "--split", "test"))
+        for number, words in enumerate(run.variants):
+            file = self.runs / f"{run.name}-{number}.npz"
+            make = partial(self.variant, folder, config, words, few, file, test, call)
+            kept.stage(f"sampled {words}", make)
         for task in run.restore:
-            kept.stage(f"restored {task}", lambda task=task: self.restore(run, task, data, call))  # type: ignore[misc]
+            kept.stage(f"restored {task}", partial(self.restore, run, task, data, call))
         return kept.stages
+
+    def sample(self, folder: Path, config: dict[str, Any], n: int, out: Path, call: Call, words: str = "") -> Any:
+        asked = self.conditions(config, str(config["data"]["path"]), n)
+        to = ("--out", str(out), "--overwrite")
+        found = call("sample", str(folder), *words.split(), "-n", str(n), *asked, *to)
+        return {k: v for k, v in found.items() if k != "labels"}
+
+    def variant(
+        self, folder: Path, config: dict[str, Any], words: str, n: int, out: Path, test: tuple[str, ...], call: Call
+    ) -> dict[str, Any]:
+        """The run sampled in another way, and the FID of that."""
+        sampled = self.sample(folder, config, n, out, call, words)
+        return {"sampled": sampled, "results": call("evaluate", str(out), "--metrics", "fid", *test)}
 
     def train(self, run: Run, folder: Path, call: Call) -> dict[str, Any]:
         """Facts of the finished run, which is begun, continued or found complete."""
@@ -284,7 +326,7 @@ class Board:
         log = (folder / "metrics.jsonl").read_text(encoding="utf-8").splitlines()
         return {
             "command": f"vgm {command.format(dir='RUNS')} --out RUNS/{run.name}",
-            "data": str(yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))["data"]["path"]),
+            "data": str(read_config(folder)["data"]["path"]),
             "sampled": run.sampled,
             "seconds": trained["seconds"],
             "steps": trained["step"],
@@ -292,19 +334,24 @@ class Board:
             "log": json.loads(log[-1]) if log else {},
         }
 
-    def conditions(self, config: dict[str, Any], data: str) -> list[str]:
-        """Options that ask a model for captions that it has seen, since others have words that it does not know, and for
-        line art of the test images; none for classes, which take turns."""
+    def conditions(self, config: dict[str, Any], data: str, n: int) -> list[str]:
+        """Options that ask a model for n captions, and for hints of the test images; none for classes, which take turns.
+        Captions are evenly spaced ones that it has seen, since others have words that it does not know; with a hint,
+        those of the test images, too."""
         from vgm_cli.data import open_dataset
 
         given, parts = config.get("conditions") or {}, []
+        column = hint.get("column") if isinstance(hint := given.get("hint"), dict) else None
         if "text" in given:
-            words = self.runs / f"{Path(data).name}-train.txt"
+            part = "test" if column else "train"
             with self.packing:
-                dataset = open_dataset(data, split="train", quiet=True)
-                write_text(words, "\n".join(dataset.gather(list(range(len(dataset))))["text"]) + "\n")
+                dataset = open_dataset(data, split=part, quiet=True)
+                count = len(dataset) if column else min(n, len(dataset))
+                words = self.runs / f"{Path(data).name}-{part}-{count}.txt"
+                rows = [i * len(dataset) // count for i in range(count)]
+                write_text(words, "\n".join(dataset.gather(rows)["text"]) + "\n")
             parts += ["--prompts", str(words)]
-        if isinstance(hint := given.get("hint"), dict) and (column := hint.get("column")):
+        if column:
             folder = self.beside(data, f"-{column}")
             with self.packing:
                 save_column(data, column, folder)
@@ -330,6 +377,12 @@ class Board:
         found = call("restore", *options.split(), "--overwrite")
         kept = {k: found.get(k) for k in ("restored", "baseline", "gain", "seconds", "nfe", "n")}
         return {**kept, "task": task, "picture": str(out / "grid.png")}
+
+
+def read_config(folder: Path) -> dict[str, Any]:
+    """The recipe of a run."""
+    found: dict[str, Any] = yaml.safe_load((folder / "config.yaml").read_text(encoding="utf-8"))
+    return found
 
 
 def known_metrics() -> list[str]:
@@ -393,9 +446,17 @@ def run_all(runs: Sequence[Run], work: Callable[[Run], Any], jobs: int) -> dict[
 
 def again(rows: dict[str, dict[str, Any]], runs: Sequence[Run], count: int) -> list[Run]:
     """The first rows once more with another seed, those made from another run from the same."""
-    best = [name for name in results_page.ranked(rows) if "@" not in name][:count]
+    best = [name for name in results_tables.ranked(rows) if "@" not in name][:count]
     return [
-        replace(run, name=f"{run.name}@1", command=f"{run.command} train.seed=1", restore=(), bits="")
+        replace(
+            run,
+            name=f"{run.name}@1",
+            command=f"{run.command} train.seed=1",
+            bits="",
+            paired="",
+            variants=(),
+            restore=(),
+        )
         for run in runs
         if run.name in best
     ]
@@ -405,7 +466,46 @@ def rows_of(runs: Sequence[Run], folder: Path) -> dict[str, dict[str, Any]]:
     """{name: stages} of what was trained, in the order of the runs, other seeds at the end."""
     names = [run.name for run in runs] + [f"{run.name}@1" for run in runs]
     found = {name: Kept(folder / f"{name}.json").stages for name in names if (folder / f"{name}.json").exists()}
-    return {name: stages for name, stages in found.items() if "value" in stages.get("trained", {})}
+    return {
+        name: {**stages, **facts_of(folder / name.partition("@")[0])}
+        for name, stages in found.items()
+        if "value" in stages.get("trained", {})
+    }
+
+
+@cache
+def facts_of(folder: Path) -> dict[str, Any]:
+    """What the run itself says: its recipe, and the tokens that it writes, if it does."""
+    if not (folder / "config.yaml").exists():
+        return {}
+    config = read_config(folder)
+    facts: dict[str, Any] = {"config": {"value": config}}
+    if (config.get("codec") or {}).get("output") == "tokens" or config["paper"] == "mar":
+        try:
+            facts["tokens"] = {"value": tokens_of(folder)}
+        except VgmError as e:
+            facts["tokens"] = {"failed": str(e)}
+    return facts
+
+
+def tokens_of(run: Path) -> dict[str, Any] | None:
+    """How many tokens an image is by the codec of a run, of how many codes or of which length; None without a codec."""
+    from vgm_cli.engine import checkpoint as ckpt
+    from vgm_cli.engine import parts
+
+    path = ckpt.resolve(run)
+    header = ckpt.read_header(path)
+    if "codec" not in header.parts:
+        return None
+    ref, codec, side = header.parts["codec"], ckpt.load_codec(header, path), header.data["image_size"]
+    shape = codec.latent_shape((header.data["image_channels"], side, side))
+    codes = ref.output == "tokens"
+    return {
+        "tokenizer": ref.asset or parts.folder_of(parts.locate(ref, path, "codec")).name,
+        "count": math.prod(shape if codes else shape[1:]),
+        "vocabulary": codec.vocab_size if codes else None,
+        "channels": None if codes else shape[0],
+    }
 
 
 def publish(runs: Sequence[Run], board: Board, lost: dict[str, str], machine: str, docs: Path) -> None:
@@ -427,12 +527,14 @@ def leaderboard(
     runs: Sequence[Run],
     board: Board,
     *,
+    only: Collection[str] = (),
     jobs: int = 1,
     minutes: float = float("inf"),
     seeds: int = 0,
     docs: Path = DOCS,
 ) -> dict[str, str]:
-    """Make, measure and publish; {run that was left out: why}. A second call goes on."""
+    """Make and measure all runs, or `only` some, and publish what there is; {run that was left out: why}. A second call
+    goes on."""
     board.runs.mkdir(parents=True, exist_ok=True)
     (docs / "images").mkdir(parents=True, exist_ok=True)
     deadline = time.monotonic() + 60 * minutes
@@ -445,8 +547,9 @@ def leaderboard(
         with board.packing:
             publish(runs, board, {}, machine, docs)
 
-    lost = run_all(runs, work, jobs)
-    lost |= run_all(again(rows_of(runs, board.runs), runs, seeds), work, jobs)
+    chosen = [run for run in runs if not only or run.name in only]
+    lost = run_all(chosen, work, jobs)
+    lost |= run_all(again(rows_of(chosen, board.runs), chosen, seeds), work, jobs)
     publish(runs, board, lost, machine, docs)
     return lost
 
@@ -464,8 +567,7 @@ def main() -> None:
     only = set(filter(None, args.only.split(",")))
     if odd := only - {run.name for run in runs}:
         raise SystemExit(f"no such run: {', '.join(sorted(odd))}; known: {', '.join(run.name for run in runs)}")
-    chosen = [run for run in runs if not only or run.name in only]
-    lost = leaderboard(chosen, Board(args.runs), jobs=args.jobs, minutes=args.minutes, seeds=args.seeds)
+    lost = leaderboard(runs, Board(args.runs), only=only, jobs=args.jobs, minutes=args.minutes, seeds=args.seeds)
     for name, why in lost.items():
         print(f"{name}: {why}", file=sys.stderr)
 

@@ -633,6 +633,8 @@ def test_degraded_images_are_measured_with_their_first_stage(trained: Path, vgm:
     assert code == 0 and json.loads(out)["restored"]["psnr"] == pytest.approx(found["restored"]["psnr"], abs=1e-3)
     code, _, err = vgm("sample", str(trained / "supir"), "--hint", "a/degraded/000000.png", "-n", "1", "--prompt", "a")
     assert code == 0, err
+    code, out, err = vgm("evaluate", str(trained / "supir"), "--metrics", "edge-f1,retrieval", "-n", "6", "--json")
+    assert code == 0 and {r["metric"] for r in json.loads(out)} >= {"edge-f1", "edge-f1-other", "retrieval-top1"}, err
 
 
 def test_published_files_convert_upon_sdxls(trained: Path, vgm: Call) -> None:
