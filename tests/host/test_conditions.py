@@ -9,6 +9,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+import torch.nn.functional as F
 from torch import nn
 
 from vgm_cli import recipe as recipes
@@ -24,15 +25,24 @@ WORDS = ["a", *COLOURS, *SHAPES]
 Vgm = Callable[..., tuple[int, str, str]]
 
 
+def silhouettes(side: int = 16) -> dict[str, np.ndarray]:
+    x, y = np.arange(side) + 0.5 - side / 2, (np.arange(side)[:, None] + 0.5) / 2
+    circle = np.hypot(x, x[:, None]) <= side / 2
+    return {"circle": circle, "square": np.ones_like(circle), "triangle": abs(x) <= y}
+
+
 def judged(image: np.ndarray) -> str:
-    """What a picture (H, W, 3) of a coloured shape on white shows, by its mean colour and how it fills its box."""
+    """What a picture (H, W, 3) of a coloured shape on white shows: by its median colour, and by the silhouette that its
+    own, stretched to a square, has most in common with."""
     distance = np.abs(image.astype(float) - 255).max(-1)
     inside = distance > 0.5 * distance.max()
-    colour = image[inside].mean(0)
+    colour = np.median(image[inside], 0)
     name = min(COLOURS, key=lambda c: float(np.square(colour - COLOURS[c]).sum()))
-    rows, columns = inside.any(1).nonzero()[0], inside.any(0).nonzero()[0]
-    filled = inside.sum() / ((rows[-1] - rows[0] + 1) * (columns[-1] - columns[0] + 1))
-    return f"a {name} {'square' if filled > 0.89 else 'circle' if filled > 0.64 else 'triangle'}"
+    rows, columns = (inside.any(axis).nonzero()[0] for axis in (1, 0))
+    box = torch.tensor(inside[rows[0] : rows[-1] + 1, columns[0] : columns[-1] + 1], dtype=torch.float)
+    own = F.interpolate(box[None, None], (16, 16), mode="bilinear", align_corners=False)[0, 0].numpy() > 0.5
+    shape = max((forms := silhouettes()), key=lambda k: (own & forms[k]).sum() / (own | forms[k]).sum())
+    return f"a {name} {shape}"
 
 
 def test_the_judge_knows_the_shipped_shapes() -> None:
@@ -41,7 +51,7 @@ def test_the_judge_knows_the_shipped_shapes() -> None:
     data = open_dataset("shapes", split="test", quiet=True)
     images = data.images(range(len(data))).permute(0, 2, 3, 1).numpy()
     right = [judged(image) == data.caption(i) for i, image in enumerate(images)]
-    assert np.mean(right) > 0.95
+    assert np.mean(right) > 0.99
 
 
 class Null(nn.Module):
@@ -78,6 +88,8 @@ def test_words_are_read_by_the_word() -> None:
     context = encoder.encode(["a red circle", "A RED", "a mauve thing here"], torch.device("cpu"))["context"]
     assert torch.equal(context[0, :2], context[1, :2]) and not context[1, 2].any()
     assert torch.isfinite(context[2]).all(), "captions may have other words"
+    both = WordEncoder(WORDS, width=4, length=3, vector=True).encode(["a red circle", ""], torch.device("cpu"))
+    assert torch.equal(both["vector"], both["context"].sum(1)) and both["vector"].shape == (2, 4)
     for wrong, told in (("a mauve circle", "mauve"), ("a red red circle", "4 words")):
         with pytest.raises(VgmError, match=told):
             encoder.parse([wrong])
@@ -190,7 +202,7 @@ def test_texts_from_training_to_pictures(vgm: Vgm, tmp_run: Path) -> None:
 
 @pytest.mark.slow
 def test_the_text_recipe_obeys_its_prompts(vgm: Vgm, tmp_run: Path) -> None:
-    """At least 90 % of the colours that prompts ask for. The forms are printed: so short a training leaves them blobs."""
+    """At least 90 % of the colours that prompts ask for, and 75 % of the forms (by chance: 25 and 33 %)."""
     run, out, asked = tmp_run / "text", tmp_run / "x.npz", [f"a {c} {s}" for c in COLOURS for s in SHAPES]
     code, _, err = vgm("train", "sit", "--recipe", "text", "--out", run)
     assert code == 0, err
@@ -200,6 +212,6 @@ def test_the_text_recipe_obeys_its_prompts(vgm: Vgm, tmp_run: Path) -> None:
     shown = [judged(image).split() for image in np.load(out)["arr_0"]]
     wanted = [asked[i % len(asked)].split() for i in range(240)]
     colours = np.mean([a[1] == b[1] for a, b in zip(shown, wanted)])
-    both = np.mean([a == b for a, b in zip(shown, wanted)])
-    print(f"colours {colours:.3f}, colours and shapes {both:.3f}")
-    assert colours >= 0.9
+    forms = np.mean([a[2] == b[2] for a, b in zip(shown, wanted)])
+    print(f"colours {colours:.3f}, forms {forms:.3f}")
+    assert colours >= 0.9 and forms >= 0.75

@@ -61,7 +61,7 @@ class EncoderBlock(nn.Module):
 
 class WordEncoder(TextCondition):
     """The condition `words`: texts -> {"context": (B, length, width)}, one learned vector for each known word and one
-    for its place, and transformer blocks over them.
+    for its place, and transformer blocks over them; with `vector` also their sum {"vector": (B, width)}.
 
     Without blocks, places behind the last word are zero, and so is no text at all; with blocks they are padding, which
     is not masked, and no text is the empty one. In captions, a word that is not known has a vector of its own, and what
@@ -75,11 +75,12 @@ class WordEncoder(TextCondition):
         length: Few = 8,  # words of a text at most
         depth: Blocks = 0,  # transformer blocks
         heads: Depth = 4,  # their attention heads
+        vector: bool = False,  # the sum of the words' vectors, too, for networks that add one to the time
     ):
         super().__init__()
         if depth and width % heads:
             raise VgmError(f"width={width} does not divide into heads={heads}", "heads=4", USAGE)
-        self.words, self.width, self.length = list(words or []), width, length
+        self.words, self.width, self.length, self.vector = list(words or []), width, length, vector
         self.numbers_of = {word: UNKNOWN + 1 + i for i, word in enumerate(self.words)}
         self.vocabulary = UNKNOWN + 1 + len(self.words)
         self.word = nn.Embedding(self.vocabulary, width)
@@ -105,13 +106,16 @@ class WordEncoder(TextCondition):
         for row, text in zip(ids, items):
             own = [self.numbers_of.get(w, UNKNOWN) for w in split(text)][: self.length]
             row[: len(own)] = torch.tensor(own, dtype=torch.long)
-        return {"context": self(ids.to(device))}
+        return self.keywords(self(ids.to(device)))
+
+    def keywords(self, context: Tensor) -> dict[str, Tensor]:
+        return {"context": context, **({"vector": context.sum(1)} if self.vector else {})}
 
     def null(self, n: int, device: torch.device) -> dict[str, Tensor]:
         return super().null(n, device) if self.blocks else self.example(n, device)
 
     def example(self, n: int, device: torch.device) -> dict[str, Tensor]:
-        return {"context": torch.zeros(n, self.length, self.width, device=device)}
+        return self.keywords(torch.zeros(n, self.length, self.width, device=device))
 
     def forward(self, ids: Tensor) -> Tensor:
         """(B, length) word numbers -> (B, length, width)."""
