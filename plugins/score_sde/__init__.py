@@ -12,10 +12,11 @@ from collections.abc import Iterable
 from vgm_cli.hookspecs import Component, Paper, hookimpl
 
 CONVERTERS = (
-    ("score-sde", "PLAIN", "yang-song/score_sde_pytorch .pth: VE, or VP in continuous time"),
-    ("score-sde-subvp", "SUBVP", "the same, sub-VP"),
-    ("score-sde-vp-discrete", "DISCRETE", "the same, VP on DDPM's steps"),
-    ("score-sde-classifier", "CLASSIFIER", "yang-song/score_sde (flax): the classifier of noisy images"),
+    ("score-sde", "checkpoints:PLAIN", "yang-song/score_sde_pytorch .pth: VE, or VP in continuous time"),
+    ("score-sde-subvp", "checkpoints:SUBVP", "the same, sub-VP"),
+    ("score-sde-vp-discrete", "checkpoints:DISCRETE", "the same, VP on DDPM's steps"),
+    ("score-sde-classifier", "checkpoints:CLASSIFIER", "yang-song/score_sde (flax): the classifier of noisy images"),
+    ("score-sde-diffusers", "diffusers_checkpoints:DIFFUSERS", "diffusers UNet2DModel of NCSN++, VE: google/ncsnpp-*"),
 )
 
 
@@ -82,7 +83,7 @@ def vgm_components() -> Iterable[Component | Paper]:
             summary="restoration: inpainting, colorization and other linear tasks by predictor and corrector",
         ),
         *(
-            Component(kind="converter", name=name, target=f"{here}checkpoints:{attr}", summary=summary)
-            for name, attr, summary in CONVERTERS
+            Component(kind="converter", name=name, target=f"{here}{target}", summary=summary)
+            for name, target, summary in CONVERTERS
         ),
     ]

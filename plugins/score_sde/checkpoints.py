@@ -2,8 +2,8 @@
 
 The tensors do not say on which SDE a network was trained. Those with Fourier features are VE's in continuous time;
 positional ones are read as VP in continuous time, unless another layout is named (sub-VP, discrete VP), or
-scale_by_sigma=true is, which is VE's discrete ladder. diffusers hosts the networks of 256 and 1024 pixels
-(google/ncsnpp-*).
+scale_by_sigma=true is, which is VE's discrete ladder. Networks of 256 and 1024 pixels are in diffusers' layout, too:
+diffusers_checkpoints.py.
 """
 
 from __future__ import annotations

@@ -52,6 +52,9 @@ PRIOR = {"vocab_size": 16, "n_layer": 2, "n_head": 1, "n_embd": 64, "condition":
 FLOW = {"in_channels": 4, "img_size": 4, "channels": 64, "layers_per_block": (1, 2)}
 TAR = {"in_channels": 3, "img_size": 6, "patch_size": 2, "channels": 64, "num_blocks": 2, "layers_per_block": 1}
 NCSN = {"image_size": 32, "nf": 16, "ch_mult": (1, 2), "num_res_blocks": 1}
+PYRAMID = {"nf": 32, "ch_mult": (1, 4), "fir": True, "progressive": "output_skip", "progressive_input": "input_skip",
+           "embedding_type": "fourier", "scale_by_sigma": True, "centered": False, "sigma_max": 348.0,
+           "num_scales": 2000}  # fmt: skip
 WIDTHS = (6, 6, 6, 6, 4, 4, 3, 2, 2)
 MASKED = {"vocab_size": 20, "grid": (4, 4), "num_classes": 3}
 UNET = {"image_size": 8, "in_channels": 3, "model_channels": 64, "num_res_blocks": 1, "channel_mult": (1, 2)}
@@ -114,6 +117,7 @@ TINY: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "scm-mnist": ({"base_dim": 8, "dim_mults": (1, 2), "time_embedding_dim": 16}, ()),
     "score-sde": (NCSN, ()),
     "score-sde-classifier": ({"blocks_per_group": 2, "channel_multiplier": 1, "num_classes": 4}, ()),
+    "score-sde-diffusers": (NCSN | PYRAMID, ()),
     "score-sde-subvp": (NCSN, ()),
     "score-sde-vp-discrete": (NCSN, ()),
     "sdxl-text": ({"clip": TOWER | {"skip": 1, "norm": False, "head": 0, "activation": "quick-gelu"},
@@ -636,6 +640,8 @@ def ours_of(component: str, config: dict[str, Any], view: dict[str, Any] | None 
 SMALL_DIT = {**DIT, "input_size": 7, "patch_size": 1, "num_heads": 2}
 SMALL_UNET = {**ADM, "image_size": 28, "in_channels": 1, "model_channels": 16, "channel_mult": [1, 2], "num_classes": 10,
               "attention_resolutions": [2], "num_head_channels": 16, "norm_groups": 8, "null_class": True}  # fmt: skip
+SMALL_PYRAMID = {**NCSN, **PYRAMID, "ch_mult": [1, 4, 4], "attn_resolutions": [8], "sigma_max": 380.0, "num_scales": 1000,
+                 "centered": True, "dropout": 0.0}  # fmt: skip
 
 
 @pytest.mark.parametrize(
@@ -643,6 +649,7 @@ SMALL_UNET = {**ADM, "image_size": 28, "in_channels": 1, "model_channels": 16, "
     [
         ("dit", SMALL_DIT, "dit-diffusers", []),
         ("adm-unet", SMALL_UNET, "adm-unet-diffusers-legacy", ["num_classes=10", "null_class=true"]),
+        ("ncsnpp", SMALL_PYRAMID, "score-sde-diffusers", []),
     ],
 )
 def test_our_own_sizes_go_to_a_folder_of_diffusers(
@@ -658,7 +665,7 @@ def test_our_own_sizes_go_to_a_folder_of_diffusers(
     assert same(load_file("again.safetensors"), state)
     kwargs = ckpt.read_header(Path("again.safetensors")).component["kwargs"]
     assert {k: kwargs[k] for k in config if k in kwargs} == {k: v for k, v in config.items() if k in kwargs}
-    if component == "adm-unet":  # the group's and the head's width are told by config.json alone
+    if component != "dit":  # the group's and the head's width, and noise levels, are told by config.json alone
         check(vgm("convert", "o.safetensors", "x.pt", "--to", layout), 2, "a folder, with its config.json")
 
 

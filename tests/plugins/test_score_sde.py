@@ -13,6 +13,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from vgm_plugins.score_sde.checkpoints import CLASSIFIER, DISCRETE, PLAIN, SUBVP
 from vgm_plugins.score_sde.classifier import NoisyWideResNet
+from vgm_plugins.score_sde.diffusers_checkpoints import DIFFUSERS
 from vgm_plugins.score_sde.objective import ScoreMatching, continuous_losses, ddpm_losses, smld_losses, view_of
 from vgm_plugins.score_sde.predictors import correct, predict
 from vgm_plugins.score_sde.process import Process
@@ -745,6 +746,36 @@ def test_layouts_say_how_a_network_is_looked_at(tmp_path: Path, vgm: Any) -> Non
     again = NCSNpp(**PLAIN.config(state))
     again.load_state_dict(PLAIN.to_ours(state))
     assert not again.centered and again.scale_by_sigma
+
+
+def test_folders_of_diffusers_of_any_age() -> None:
+    """Attention by its old names, Fourier features twice; what diffusers has no blocks for is refused."""
+    own = VE | {"nf": 32, "ch_mult": (1, 4), "progressive": "output_skip", "progressive_input": "input_skip"}
+    model = tiny(**own, image_size=32, attn_resolutions=(16,), in_channels=3, fir=True)
+    state = model.state_dict()
+    theirs = DIFFUSERS.from_ours(state)
+    names = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
+    old = {}
+    for name, tensor in theirs.items():
+        for new, before in names.items():
+            name = name.replace(f".{new}.", f".{before}.")
+        old[name] = tensor
+    old["time_proj.W"] = old["time_proj.weight"]
+    assert DIFFUSERS.recognise(old) and DIFFUSERS.own(old).keys() == theirs.keys()
+    again = DIFFUSERS.to_ours(old)
+    assert all(torch.equal(again[k], v) for k, v in state.items() if k != "sigmas") and again.keys() == state.keys()
+    assert len(again["sigmas"]) == 2000 and again["sigmas"][0] == pytest.approx(348)
+    said = DIFFUSERS.published.header(DIFFUSERS.config(old))
+    assert said["view"]["path"]["name"] == "ve" and said["view"]["time"] == "sigma"
+    with pytest.raises(VgmError, match="cannot express"):
+        DIFFUSERS.from_ours(
+            tiny(image_size=32, nf=16, ch_mult=(1, 2), attn_resolutions=(16,), in_channels=3).state_dict()
+        )
+    whole = own | {"image_size": 32, "in_channels": 3, "fir": True, "num_scales": 2000, "sigma_max": 348.0}
+    for wrong, says in (({"ch_mult": (1, 2)}, "too few"), ({"norm_groups": 4}, "groups"), ({"fir": False}, "fir is False"),
+                        ({"sigma_max": 50.0}, "0.01 to 50 in 2000")):  # fmt: skip
+        with pytest.raises(VgmError, match=says):
+            DIFFUSERS.allows({**whole, **wrong})
 
 
 SHRUNK = ("model.nf=8", "model.ch_mult=[1, 1]", "model.attn_resolutions=[]")

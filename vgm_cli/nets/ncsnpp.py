@@ -43,6 +43,11 @@ Progressive = Literal["none", "output_skip", "residual"]
 ProgressiveInput = Literal["none", "input_skip", "residual"]
 
 
+def noise_levels(sigma_min: float, sigma_max: float, num_scales: int) -> Tensor:
+    """(num_scales,) float32, from sigma_max down to sigma_min in equal ratios."""
+    return torch.linspace(math.log(sigma_max), math.log(sigma_min), num_scales, dtype=torch.float64).exp().float()
+
+
 class NCSNpp(nn.Module):
     """NCSN++ and DDPM++ (Song et al. 2021): a velocity, score or noise network. The defaults are DDPM++ for 32 pixels.
 
@@ -106,9 +111,8 @@ class NCSNpp(nn.Module):
         if self.null_class:
             self.null_condition = self._null_condition  # api.NullCondition: absent without a null class
         self.act = ACTIVATIONS[nonlinearity]
-        ladder = torch.linspace(math.log(sigma_max), math.log(sigma_min), num_scales, dtype=torch.float64)
         self.sigmas: Tensor
-        self.register_buffer("sigmas", ladder.exp().float())
+        self.register_buffer("sigmas", noise_levels(sigma_min, sigma_max, num_scales))
 
         if norm_groups and any(nf * m % norm_groups for m in ch_mult):
             raise VgmError(f"{norm_groups} groups do not divide every width", f"nf a multiple of {norm_groups}", USAGE)
