@@ -35,7 +35,7 @@ CACHED = 2**30  # bytes of features of a frozen encoder that are kept
 OPTIONS = {"label": "--label", "text": "--prompt"}  # on the command line; of all other columns: --hint
 ASK = {
     "label": ("this network is told a class", "--label 3,7"),
-    "text": ("this model draws what a text says", '--prompt "a red circle", or --prompts FILE'),
+    "text": ("this model draws what a text says", "--prompt TEXT, or --prompts FILE"),
 }
 
 
@@ -356,13 +356,15 @@ def build_parts(nodes: Mapping[str, Any], facts: Mapping[str, Any], codec: Any =
         if "column" in params and node.get("column"):
             kwargs["column"] = node["column"]
         if "channels" in params and kwargs.get("channels") is None:
-            column = node.get("column") or component.name
-            channels = (facts.get("columns") or {}).get(column) or facts.get("image_channels")
-            kwargs |= {"channels": channels} if channels else {}
+            own_channels = (facts.get("columns") or {}).get(node.get("column") or component.name)
+            kwargs |= {k: v for k, v in {"channels": own_channels or facts.get("image_channels")}.items() if v}
         condition: Condition = registry().build("condition", {"name": component.name, **kwargs}, codec=codec)
         if condition.column == "label" and not facts.get("num_classes"):
             if isinstance(condition, nn.Module):  # the network has a place for what it makes
-                hint = "class sub-folders give labels; conditions.class=null, and a network that is told nothing"
+                hint = f"class sub-folders give labels; conditions.{name}=null, and a network that is told nothing"
+                if facts.get("captions") and kwargs.get("width"):
+                    words = f"{{name: words, width: {kwargs['width']}, train: true, dropout: 0.1}}"
+                    hint = f"told its captions: conditions.{name}=null 'conditions.text={words}'"
                 raise VgmError(f"conditions.{name} is of classes, which the data does not have", hint, USAGE)
             continue
         kept = {k: v for k, v in kwargs.items() if k not in component.from_data or own.get(k) is not None}

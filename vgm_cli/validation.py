@@ -66,7 +66,7 @@ def before_start(recipe: Recipe, world: int = 1, reads_data: bool = True) -> Any
     from vgm_cli.engine.train import data_feed
 
     dataset, _ = data_feed.open_images(recipe)
-    check_files(recipe.config.get("conditions") or {})
+    check_files(recipe.config.get("conditions") or {}, recipe.name)
     facts = build.facts_for(recipe, dataset)
     node, planned = recipe.config.get("codec"), None
     if node:

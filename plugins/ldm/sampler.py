@@ -34,7 +34,8 @@ def official_timesteps(count: int, total: int) -> Tensor:
         raise VgmError(f"steps={count}: between 1 and {total}", code=USAGE)
     found = torch.arange(0, total, total // count) + 1
     if found[-1] >= total:
-        raise VgmError(f"steps={count}: the last of these timesteps is {int(found[-1])} of {total}", "one more", USAGE)
+        fewer = next(n for n in range(count, 0, -1) if (total - 1) % (total // n))
+        raise VgmError(f"steps={count}: the last of these timesteps is {total} of {total}", f"--steps {fewer}", USAGE)
     return found
 
 

@@ -290,7 +290,7 @@ class STARFlow(Flow):
             y = torch.full((n,), self.num_classes, device=like.device) if y is None else y
             return (y[:, None, None] == torch.arange(self.txt_dim, device=y.device)).to(like.dtype)
         if "context" not in cond:
-            raise VgmError("this model draws what a text says", '--prompt "a red circle", or --prompts FILE', USAGE)
+            raise VgmError("this model draws what a text says", "--prompt TEXT, or --prompts FILE", USAGE)
         return cond["context"].to(like.dtype)
 
     def table(self, grid: tuple[int, int], text: int, head_dim: int) -> Tensor:

@@ -15,10 +15,11 @@ from torch import nn
 from vgm_cli import recipe as recipes
 from vgm_cli import renamed
 from vgm_cli.api import Step
-from vgm_cli.conditioning import ClassLabel, Conditions, Part, unconditional
+from vgm_cli.conditioning import ClassLabel, Conditions, Part, build_parts, unconditional
 from vgm_cli.data.arrays import COLOURS, SHAPES
 from vgm_cli.errors import VgmError
 from vgm_cli.nets.text import WordEncoder
+from vgm_cli.overrides import parse_yaml
 from vgm_cli.registry import registry
 
 WORDS = ["a", *COLOURS, *SHAPES]
@@ -73,6 +74,16 @@ def test_a_condition_without_its_column_is_told() -> None:
     with pytest.raises(VgmError, match=r"conditions\.text reads 'text'") as e:
         Conditions([Part("text", WordEncoder(WORDS), "text")]).apply({"label": torch.arange(2)}, Step(0))
     assert e.value.code == 2
+
+
+def test_captions_are_offered_in_place_of_classes() -> None:
+    """A network with a place for a class is refused pictures without any, and the way out is one that works."""
+    with pytest.raises(VgmError, match="of classes") as refused:
+        build_parts({"class": {"name": "class-token", "width": 8}}, {"captions": True, "words": WORDS})
+    assert "conditions.class=null" in refused.value.hint
+    node = parse_yaml(refused.value.hint.split("conditions.text=")[1].rstrip("'"), "")
+    part = build_parts({"class": None, "text": node}, {"captions": True, "words": WORDS})[0]
+    assert part.trained and part.condition.encode(["a red circle"], torch.device("cpu"))["context"].shape == (1, 8, 8)
 
 
 def test_no_condition_beside_one() -> None:
@@ -173,7 +184,7 @@ def test_texts_from_training_to_pictures(vgm: Vgm, tmp_run: Path) -> None:
     """The encoder is trained, kept beside the network, found again; a picture depends on its prompt and number alone."""
     run = tmp_run / "text"
     code, _, err = vgm("train", "sit", "--recipe", "text", *TINY, "--out", run)
-    assert code == 0, err
+    assert code == 0 and f"next: vgm sample {run} --prompt 'a " in err, err
     step = run / "checkpoints/step-00000002"
     assert (step / "text.safetensors").is_file()
 
@@ -188,7 +199,7 @@ def test_texts_from_training_to_pictures(vgm: Vgm, tmp_run: Path) -> None:
     assert abs(images - drawn(*two, "--batch-size", 2)).max() <= 1
     assert abs(images[::2] - drawn("--prompt", "a red circle", "--guidance-scale", 3)[::2]).max() <= 1
     code, _, err = vgm("sample", run, "--prompt", "a purple circle", "--out", tmp_run / "y.png")
-    assert code == 2 and "purple" in err
+    assert code == 2 and "purple" in err and "triangle" in err
     code, _, err = vgm(
         "sample", run, "-n", 2, "--steps", 2, *two[:4], "--negative", "a triangle", "--out", tmp_run / "y.png"
     )

@@ -270,11 +270,15 @@ def test_errors_name_the_way_out(vgm: Vgm, teachers: Callable[[str, str], Path],
 
 
 def test_a_network_without_a_view_is_no_teacher(teachers: Callable[[str, str], Path], tmp_path: Path) -> None:
-    """Unless the recipe says how it is to be asked."""
+    """Unless it is a converted one, and the recipe says how it is to be asked."""
     path = ckpt.resolve(teachers("dit", "flow"))
     state, metadata = ckpt.read_tensors(path)
     header = ckpt.Header.parse(metadata, path)
     header.view = None
+    ckpt.save_network(tmp_path / "run.safetensors", state, header)
+    with pytest.raises(VgmError, match="no diffusion or flow network"):
+        engine.load("dmd", None, [], str(tmp_path / "run.safetensors"))
+    header.recipe = {}
     ckpt.save_network(tmp_path / "bare.safetensors", state, header)
     file = tmp_path / "own.yaml"
     file.write_text("base: dmd/mnist\nteacher: {view: null}\n")

@@ -714,6 +714,9 @@ def test_a_text_model_is_distilled(vgm: Any, tmp_path: Path, monkeypatch: pytest
     assert state["heads.0.cmapper.weight"].shape == (64, 8 + 96), "a text's width, and the picture's embedding"
     code, _, err = vgm("sample", "student", "--prompt", "a red circle", "-n", 2, "--out", "x.npz")
     assert code == 0, err
+    code, out, err = vgm("distill", "add", "--recipe", "openmoji", "--teacher", "told", "--print-config", "--json")
+    data = json.loads(out)["config"]["data"]
+    assert code == 0 and data["path"] == "shapes" and data["split"] is None, "the split was of the recipe's pictures"
 
 
 # -- what it is for ----------------------------------------------------------------------------------------------------

@@ -726,6 +726,21 @@ def test_a_paper_without_a_base_takes_none(vgm: Vgm, runs: dict[str, Path]) -> N
     assert code == 2 and "roles.base={run: RUN}" in err
 
 
+def test_pictures_are_of_the_size_that_the_base_saw(vgm: Vgm, runs: dict[str, Path]) -> None:
+    """The base's own size and its data, which are told of only where the command line names no others."""
+    base = Path(f"{runs['base']}-of-files")
+    Image.new("RGB", (16, 16)).save("0.png")
+    Path("0.txt").write_text("red circle")
+    code, _, err = vgm("train", runs["base"].parent / "base.yaml", "data.path=.", "--out", base)
+    assert code == 0, err
+    words = ("train", "controlnet", "--base", base, "--print-config")
+    data = json.loads(vgm(*words, "--json")[1])["config"]["data"]
+    assert (data["path"], data["size"], data["channels"]) == (".", 16, 3) and "data: ., as" in vgm(*words)[2]
+    other = (*words, "data.path=openmoji", "data.size=32")
+    data = json.loads(vgm(*other, "--json")[1])["config"]["data"]
+    assert (data["path"], data["size"]) == ("openmoji", 32) and "data: ., as" not in vgm(*other)[2]
+
+
 def test_pairs_as_fill50k_has_them(tmp_path: Path) -> None:
     rows = []
     for i in range(3):

@@ -1346,5 +1346,7 @@ def test_official_timesteps() -> None:
     """Every (1000 // S)-th one later by one: 17 are 18, 7 are 8, and 3 leave the table."""
     assert official_timesteps(50, 1000)[[0, 1, -1]].tolist() == [1, 21, 981]
     assert len(official_timesteps(17, 1000)) == 18 and len(official_timesteps(7, 1000)) == 8
-    with pytest.raises(VgmError, match="1000"):
-        official_timesteps(3, 1000)
+    for steps, fewer in ((3, 2), (27, 26), (999, 500)):
+        with pytest.raises(VgmError, match="1000") as refused:
+            official_timesteps(steps, 1000)
+        assert refused.value.hint == f"--steps {fewer}" and official_timesteps(fewer, 1000)[-1] < 1000

@@ -96,7 +96,7 @@ def based(paper: str, recipe: str | None, assignments: list[str], base: str) -> 
     if "base" not in (config.get("roles") or {}):
         raise VgmError(f"{name} is built on no other network", "--base is for recipes with roles.base", USAGE)
     distill.start_from("base", config, origins, ckpt.resolve(base), keep=True)
-    return recipes.finish(config, origins, name, assignments)
+    return distill.finish("base", config, origins, name, assignments)
 
 
 def engine(*args: Any, **options: Any) -> None:

@@ -59,13 +59,14 @@ def conditions_for(nodes: Mapping[str, Any], facts: Facts, model: Any = None, co
     return conditions
 
 
-def check_files(nodes: Mapping[str, Any]) -> None:
+def check_files(nodes: Mapping[str, Any], recipe: str) -> None:
     """VgmError (code 4): an encoder's weights or its tokenizer is a file of the user's, and none is named."""
     for name, node in nodes.items():
         for key in ("weights", "tokenizer"):
             if node is not None and key in node and node[key] is None:
                 where = f"conditions.{name}.{key}"
-                raise VgmError(f"this recipe needs a file for {where}", f"{where}=FILE", MISSING_ASSET)
+                hint = f"{where}=FILE; `vgm cat {recipe}` shows the recipe, whose first lines say which"
+                raise VgmError(f"this recipe needs a file for {where}", hint, MISSING_ASSET)
 
 
 def weights_file(weights: str, name: str) -> Path:

@@ -94,7 +94,8 @@ class WordEncoder(TextCondition):
         for text in words:
             own = split(text)
             if strange := [w for w in own if w not in self.numbers_of]:
-                near = difflib.get_close_matches(strange[0], self.words, 3) or self.words[:30]
+                near = difflib.get_close_matches(strange[0], self.words, 3)
+                near += [w for w in self.words if w not in near][: 20 - len(near)]
                 message = f"'{strange[0]}' is a word that this network was not taught"
                 raise VgmError(message, f"it knows {len(self.words)} words: {', '.join(near)} …", USAGE)
             if len(own) > self.length:

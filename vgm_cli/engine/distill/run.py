@@ -84,7 +84,18 @@ def load(
         raise VgmError(f"{name} does not distill a teacher", hint, USAGE)
     if teacher is not None:
         start_from(TEACHER, config, origins, ckpt.resolve(teacher, weights))
-    return build.settle(recipes.finish(config, origins, name, assignments))
+    return build.settle(finish(TEACHER, config, origins, name, assignments))
+
+
+def finish(
+    role: str, config: dict[str, Any], origins: dict[str, str], name: str, assignments: Sequence[str] = ()
+) -> Recipe:
+    """`recipe.finish`, which says so where the data are those of the role's file."""
+    resolved = recipes.finish(config, origins, name, assignments)
+    path = resolved.config["data"]["path"]
+    if origins.get("data.path") == role and path not in SHIPPED:
+        ui.info(f"data: {path}, as {config['roles'][role]['run']} says")
+    return resolved
 
 
 def start_from(role: str, config: dict[str, Any], origins: dict[str, str], path: Path, keep: bool = False) -> None:
@@ -95,14 +106,13 @@ def start_from(role: str, config: dict[str, Any], origins: dict[str, str], path:
     name = header.component["name"]
     if header.is_codec:
         raise VgmError(f"{path} is a codec: it reconstructs, there is nothing to start from", "a model's run", USAGE)
-    view = header.view or ((config.get("roles") or {}).get(role) or {}).get("view")
+    of_role = (config.get("roles") or {}).get(role) or {}
+    view = header.view or (of_role.get("view") if not header.recipe else None)  # a run has said it, or has none
     if not is_denoiser(view):
-        raise VgmError(
-            f"{path} ({name}) is no diffusion or flow network",
-            "a converted checkpoint needs its view in the recipe: "
-            f"roles: {{{role}: {{view: {{path: vp-discrete, prediction: eps, time: index}}}}}}",
-            USAGE,
-        )
+        said = f"roles: {{{role}: {{view: {{path: vp-discrete, prediction: eps, time: index}}}}}}"
+        hint = f"a converted checkpoint needs its view in the recipe: {said}"
+        hint = "a run that removes noise, such as that of `vgm train sit`" if header.recipe else hint
+        raise VgmError(f"{path} ({name}) is no diffusion or flow network", hint, USAGE)
     guidance = header.recipe.get("guidance_scale")
     node = {"run": str(path.resolve()), "sha256": ckpt.file_hash(path), "view": view}
     replace(config, origins, f"roles.{role}", node, role)
@@ -117,11 +127,13 @@ def start_from(role: str, config: dict[str, Any], origins: dict[str, str], path:
     of_recipe = {k: v for k, v in (config.get("data") or {}).items() if v is not None}
     of_file = {k: v for k, v in (header.recipe.get("data") or {}).items() if v is not None and k in IMAGES}
     if "path" in of_file and of_recipe.get("path") in SHIPPED:
-        del of_recipe["path"]  # what the recipe assumes without a teacher
+        if of_recipe.pop("path") != of_file["path"]:  # what the recipe assumes without a teacher
+            of_recipe.pop("split", None)
     if keep:  # latents and hints are of the size that the network knows
+        if of_file:
+            seen = {"size": header.data.get("image_size"), "channels": header.data.get("image_channels")}
+            of_file = {k: v for k, v in seen.items() if v} | of_file
         of_recipe = {k: v for k, v in of_recipe.items() if k not in of_file}
-    if "path" not in of_recipe and of_file.get("path", "mnist5k") not in SHIPPED:
-        ui.info(f"data: {of_file['path']}, as {path} says")
     origins |= {f"data.{key}": role for key in of_file.keys() - of_recipe.keys()}
     config["data"] = {**of_file, **of_recipe}
     objective = config.get("objective") or {}

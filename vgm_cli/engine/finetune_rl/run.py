@@ -74,7 +74,7 @@ def load(
         start_from(config, origins, ckpt.resolve(model, weights))
     if prompts:
         ask_for(config, origins, prompts)
-    resolved = build.settle(recipes.finish(config, origins, name, rest))
+    resolved = build.settle(distill.finish(REFERENCE, config, origins, name, rest))
     if origins.get("guidance_scale") not in ("command line", "environment"):  # sampled as it was trained
         config["guidance_scale"] = config["objective"].get("guidance_scale", config.get("guidance_scale"))
     return resolved

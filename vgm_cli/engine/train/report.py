@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import shlex
 import time
 from collections.abc import Mapping
 from dataclasses import asdict
@@ -144,5 +145,15 @@ def finish(t: Trainer, outcome: Outcome, is_codec: bool, quiet: bool) -> None:
             ui.event("result", **asdict(outcome))
             ui.info(f"done: {outcome.step} steps in {duration(t.seconds)}, {outcome.images_per_second:.0f} img/s")
             ui.data(str(t.run.path))
-            ui.info(f"next: vgm {'evaluate' if is_codec else 'sample'} {t.run.path}")
+            ui.info(f"next: vgm {'evaluate' if is_codec else 'sample'} {t.run.path}{'' if is_codec else asking(t)}")
     t.tracker.finish()
+
+
+def asking(t: Trainer) -> str:
+    """The options without which `vgm sample` of this run would not know what to draw."""
+    words = ""
+    for name, items in t.feed.items(t.conditions, 8).items():
+        option = t.conditions.parts[name].option
+        texts = [i for i in items[:] if isinstance(i, str)] if option == "--prompt" else []
+        words += f" {option} " + (shlex.quote(min(texts, key=len)) if texts else "IMAGE")
+    return words
