@@ -108,8 +108,11 @@ class ParallelSampler(ABC):
         """Ids (N, h, w) to begin with: the mask, but for codes of the request's images that are kept."""
         ids = torch.full((len(request), *grid), model.mask_id, device=request.device)
         images = request.images
-        if images is None or (request.mask is None and self.grid is None):
+        if images is None:
             return ids
+        if request.mask is None and self.grid is None:
+            hint = "--mask lower makes a part of it anew, grid=[H,W] what lies around it"
+            raise VgmError("the picture given fills the grid: nothing is left to make", hint, USAGE)
         height, width = images.shape[1:]
         if height > grid[0] or width > grid[1]:
             raise VgmError(f"the images given have {height}x{width} codes, grid={list(grid)} has no place", code=USAGE)

@@ -172,8 +172,10 @@ class VARSampler:
         return choose
 
     def given(self, model: VAR, request: Request) -> tuple[list[Tensor], list[Tensor]]:
-        """The codes of the images to edit and which of them are kept, (N, n) for every scale; [] without a mask."""
-        if request.mask is None or request.images is None:
+        """The codes of the images to edit and which of them are kept, (N, n) for every scale; [] without images."""
+        if request.images is None:
             return [], []
+        if request.mask is None:
+            raise VgmError("a mask says what is kept of the picture given", "--mask lower, or a file", USAGE)
         kept = kept_codes(request.mask, model.scales[-1])
         return list(request.images.split(model.sizes, dim=1)), kept_grids(kept, model.scales, self.keep_coarsest)

@@ -582,6 +582,8 @@ def test_pictures_grow_beyond_the_models_grid() -> None:
     assert not torch.equal(ids[0], ids[1])
     with pytest.raises(VgmError, match="smaller than the model's"):
         HaltonSampler(grid=(2, 4))(model, request(1))
+    with pytest.raises(VgmError, match="nothing is left"):
+        HaltonSampler()(model, request(1, images=images))
     with pytest.raises(VgmError, match="has no place"):
         sampler(model, request(1, images=torch.zeros(1, 9, 9, dtype=torch.long)))
 
@@ -716,6 +718,8 @@ def test_images_are_completed_edited_and_blended(vgm: Cli, run: Path, tmp_path: 
     assert np.abs(mixed - truth[:, 0, :, :4].numpy()).max() < 0.01
     code, _, err = vgm(*given, "--method", "dps")
     assert code == 2 and "--method maskgit" in err and "Traceback" not in err
+    code, _, err = vgm("sample", run, "--input", "mnist5k", "-n", 1, "--out", tmp_path / "ignored.png")
+    assert code == 2 and "--mask lower" in err
 
 
 def test_candidates_are_rejected_by_a_judge(vgm: Cli, run: Path, tmp_path: Path) -> None:
