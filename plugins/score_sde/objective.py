@@ -137,8 +137,8 @@ def in_range(x: Tensor, unit: bool) -> Tensor:
 
 
 def view_of(sde: SDE, continuous: bool, unit: bool, eps: float = EPS) -> dict[str, Any]:
-    """How the host looks at a network of this paper. unit: of ve, its images are in [0, 1]; the host's are in [-1, 1],
-    where noise is twice as large."""
+    """How the host looks at a network of this paper. continuous: of ve and vp, sub-VP always is. unit: of ve, its images
+    are in [0, 1]; the host's are in [-1, 1], where noise is twice as large."""
     view: dict[str, Any] = {"name": "denoiser"}
     if sde.kind == "ve":
         double = 2 if unit else 1
@@ -147,7 +147,7 @@ def view_of(sde: SDE, continuous: bool, unit: bool, eps: float = EPS) -> dict[st
         if not continuous:
             view |= {"time": "ladder", "time_scale": float(sde.steps - 1)}
         return view | ({"data_range": "unit"} if unit else {})
-    if not continuous:
+    if not continuous and sde.kind == "vp":
         ends = {"beta_start": sde.beta_min / sde.steps, "beta_end": sde.beta_max / sde.steps}
         path = {"name": "vp-discrete", "schedule": "linear", "steps": sde.steps, **ends}
         return view | {"path": path, "prediction": "eps", "time": "index"}

@@ -39,7 +39,9 @@ def predict(
     z: Tensor,  # (B, ...) standard normal
     flow: bool = False,  # the probability flow in place of the reverse SDE
 ) -> Pair:
-    """One step down. VgmError: ancestral steps of sub-VP, or of the probability flow."""
+    """One step down; none changes nothing. VgmError: ancestral steps of sub-VP, or of the probability flow."""
+    if predictor == "none":
+        return x, x
     if predictor == "reverse-diffusion":
         drift, noise = sde.reverse_step(x, t, score, flow)
         mean = x - drift
@@ -71,7 +73,10 @@ def correct(
     steps: int = 1,
     norm: Norm = "image",  # norms that the step size of langevin follows from: each image's, or their mean
 ) -> Pair:
-    """Steps of Langevin dynamics at the same time: langevin, or ald, whose step size follows from t alone."""
+    """Steps of Langevin dynamics at the same time: langevin, or ald, whose step size follows from t alone. none changes
+    nothing."""
+    if corrector == "none":
+        return x, x
     one = torch.ones_like(t, dtype=torch.float64)
     alpha = one if sde.kind == "ve" else sde.at(1 - sde.betas, t)
     mean = x

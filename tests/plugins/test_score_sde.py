@@ -271,11 +271,10 @@ def sdes(case: GoldenCase) -> None:
 def losses(case: GoldenCase) -> None:
     config, i = case.config, case.inputs
     if "labels" in i:
-        ve = "smld" in case.path.stem if "sde" not in config else config["sde"] == "ve"
-        sde = SDE(kind="ve" if ve else "vp", steps=config["N"])
         found = {}
-        for name, loss in (("smld", smld_losses), ("ddpm", ddpm_losses)):
-            found[name] = loss(sde, toy, i["x0"], i["labels"], i["noise"], config["reduce_mean"]).mean()
+        for kind, loss in (("ve", smld_losses), ("vp", ddpm_losses)):
+            sde = SDE(kind=kind, steps=config["N"])
+            found[kind] = loss(sde, toy, i["x0"], i["labels"], i["noise"], config["reduce_mean"]).mean()
         # no key says which of the two it is: the loss does
         near = min(found, key=lambda k: abs(float(found[k] - case.outputs["loss"])))
         assert_close(found[near], case.outputs["loss"], 1e-5, near)
@@ -333,8 +332,9 @@ def training(case: GoldenCase) -> None:
         loss = objective.losses(i["batches"][n], draw, noise).mean()
         found.append(loss.detach())
         loss.backward()
-        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), config["grad_clip"])
-        clipped = clipped and bool(norm > 2 * config["grad_clip"])
+        limit = config["grad_clip"] if config["grad_clip"] >= 0 else float("inf")  # below 0 nothing is clipped
+        norm = torch.nn.utils.clip_grad_norm_(model.parameters(), limit)
+        clipped = clipped and bool(norm > 2 * limit)
         optimizer.param_groups[0]["lr"] = optim.learning_rate(setting, n, config["steps"])
         optimizer.step()
         optimizer.zero_grad()
@@ -452,8 +452,11 @@ def restoring(case: GoldenCase) -> None:
         operator = Colorization().bind(shape, generators(range(len(data))))
         # a singular vector has no sign of its own: the official draws are of positive grey
         sign = operator.svd.Vt(torch.ones(1, *shape))[0, 0, 0, 0].sign()
-        for draw in draws[2::2]:
-            draw[:, 0] *= sign
+        own = [case.config[k] != "none" for k in ("corrector", "predictor")]  # whether each draws, before the mask does
+        places = [known for drawn in own for known in (*[False] * drawn, True)] * case.config["N"]
+        for draw, known in zip(draws[1:], places, strict=True):
+            if known:
+                draw[:, 0] *= sign
     unit = sde.kind == "ve"  # inverse_scaler is the identity
     y = operator(2 * data - 1 if unit else data)
     own = settings_of(case)
@@ -467,8 +470,6 @@ def flowing(case: GoldenCase) -> None:
     config = case.config
     sde, z = sde_of(case), case.inputs["z"]
     process = Process(view(toy, sde), sde, {})
-    for tolerance in ("rtol", "atol"):
-        assert config[tolerance] <= 1e-4, "the end is compared within 1e-3"
     x = process.decode(z, eps=config["eps"], rtol=config["rtol"], atol=config["atol"])
     if config["denoise"]:
         x = process.denoised(x, config["eps"])
@@ -520,14 +521,16 @@ def likelihood(case: GoldenCase) -> None:
         alpha, sigma = sde.path.alpha(t), sde.path.sigma(t)
         return expand(sigma / (alpha**2 * data_std**2 + sigma**2), x).to(x.dtype) * x
 
-    assert config["hutchinson"] == "Rademacher"
+    signs = config["hutchinson"] == "Rademacher"
+    assert signs or config["hutchinson"] == "Gaussian"
     network = view(exact, sde)
     network.path.t_min = config["eps"]
-    probe = case.inputs["draws_randint_like"][0] * 2 - 1
+    probe = case.inputs["draws_randint_like"][0] * 2 - 1 if signs else case.inputs["draws_randn_like"][0]
     found = log_likelihood(network, x, probe, rtol=config["rtol"], atol=config["atol"])
     bits = bits_per_dim(found.log_prob, x[0].numel())
     assert_close(bits, case.outputs["bpd"], 1e-3, "bits per dim")
-    assert_close(bits, case.outputs["analytic_bpd"], 1e-3, "analytic bits per dim")
+    if signs:  # whose estimate of a linear score's divergence is exact
+        assert_close(bits, case.outputs["analytic_bpd"], 1e-3, "analytic bits per dim")
     assert_close(found.z, case.outputs["z"], 1e-3, "code")
 
 

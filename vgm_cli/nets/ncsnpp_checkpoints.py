@@ -25,9 +25,17 @@ def recognise(keys: Iterable[str]) -> bool:
 
 
 def to_ours(state: State) -> dict[str, Tensor]:
-    """KeyError: no layer at the start or the ladder is missing."""
+    """Blocks of a network that is not told the time keep an official layer for it, which nothing goes through: it is
+    left out. KeyError: the ladder is missing."""
     ours = {k.removeprefix("module."): v for k, v in state.items()}
+    if not told_time(ours):
+        ours = {k: v for k, v in ours.items() if ".Dense_0." not in k}
     return ours | {"sigmas": ours["sigmas"].float()}
+
+
+def told_time(state: State) -> bool:
+    """Whether linear layers embed the time before the first convolution."""
+    return any(state[k].ndim == 2 for k in ("all_modules.0.weight", "all_modules.1.weight") if k in state)
 
 
 def from_ours(state: State) -> dict[str, Tensor]:
@@ -57,7 +65,7 @@ def kind(layer: Mapping[str, Tensor], ddpm: bool) -> str:
     if "Conv2d_0.weight" in layer:
         return "resize" if ddpm else "pyramid"
     if "Conv_0.weight" in layer:
-        return "combine" if layer["Conv_0.weight"].shape[-1] == 1 else "resize"
+        return "combine" if layer["Conv_0.weight"].shape[-1] == 1 else "resize" if ddpm else "pyramid"
     if "weight" in layer:
         return {1: "norm", 2: "linear", 4: "conv"}[layer["weight"].ndim]
     return "fourier" if "W" in layer else "resize"  # means have no weights
@@ -77,11 +85,14 @@ def start_of_decoder(layers: list[dict[str, Tensor]], kinds: list[str], stem: in
 
 def config_from(state: State) -> dict[str, Any]:
     """Constructor keywords. What shapes do not tell follows the published networks: attention is at 16 pixels; those
-    with Fourier features or an image pyramid resample by a filter, those with Fourier features divide by sigma or t;
+    with Fourier features or an image pyramid resample by a filter (unless the pyramid's convolutions are plain), those with Fourier features divide by sigma or t;
     those with DDPM's blocks are the DDPM."""
     layers = layers_of(state)
     ddpm = not any("Conv_2.weight" in layer for layer in layers)
     kinds = [kind(layer, ddpm) for layer in layers]
+    for i in range(1, len(kinds)):  # DDPM's blocks: of two changes of size in a row, one is the image's
+        if kinds[i - 1 : i + 1] == ["resize", "resize"]:
+            kinds[i] = "pyramid"
     stem = kinds.index("conv")
     decoder = start_of_decoder(layers, kinds, stem)
     levels: list[list[int]] = [[]]
@@ -95,6 +106,7 @@ def config_from(state: State) -> dict[str, Any]:
     attends = [n for n, level in enumerate(levels) if any(kinds[i] == "attention" for i in level)]
     size = 16 * 2 ** attends[0] if attends else 4 * 2 ** len(levels)
     fourier, skip, pyramid = kinds[0] == "fourier", "combine" in kinds, "pyramid" in kinds[:decoder]
+    filtered = any("Conv2d_0.weight" in layer for layer in layers) if pyramid else fourier or skip
     config: dict[str, Any] = {
         "image_size": size,
         "in_channels": channels,
@@ -105,10 +117,11 @@ def config_from(state: State) -> dict[str, Any]:
         "resblock_type": "ddpm" if ddpm else "biggan",
         "skip_rescale": not ddpm,
         "norm_groups": 32 if ddpm and nf % 32 == 0 else None,
-        "fir": fourier or skip or pyramid,
+        "fir": filtered,
         "progressive": "output_skip" if kinds[decoder:].count("norm") > 1 else "none",
         "progressive_input": "input_skip" if skip else "residual" if pyramid else "none",
         "embedding_type": "fourier" if fourier else "positional",
+        "conditional": told_time(state),
         "scale_by_sigma": fourier,
         "num_classes": len(state["label_emb.weight"]) if "label_emb.weight" in state else 0,
     }
