@@ -87,7 +87,13 @@ def mlp_ratio_of(state: State) -> float:
     if "blocks.0.mlp.fc1.weight" in state:
         return state["blocks.0.mlp.fc1.weight"].shape[0] / width
     hidden = state["blocks.0.mlp.w3.weight"].shape[1]
-    near = (4.0, round(1.5 * hidden / width, 2), 1.5 * hidden / width, (1.5 * hidden + 1) / width)
+    near = (
+        4.0,
+        round(1.5 * hidden / width, 1),
+        round(1.5 * hidden / width, 2),
+        1.5 * hidden / width,
+        (1.5 * hidden + 1) / width,
+    )
     return next((r for r in near if swiglu_width(width, r) == hidden), near[-1])
 
 

@@ -26,7 +26,7 @@ from vgm_cli.engine.train.ema import EMA
 from vgm_cli.errors import VgmError
 from vgm_cli.nets.autoencoder_kl import AutoencoderKL
 from vgm_cli.nets.discriminators import NLayerDiscriminator
-from vgm_cli.nets.dit import SiT
+from vgm_cli.nets.dit import SiT, swiglu_width
 from vgm_cli.nets.first_stage import DiagonalGaussian, VQModel
 from vgm_cli.nets.foundation import DigitFeatures, VisionFeatures
 from vgm_cli.registry import registry
@@ -36,10 +36,16 @@ from vgm_cli.testing.golden import GoldenCase, GoldenChecks, adam_floor, assert_
 golden = GoldenChecks("lightningdit")
 
 
+def keywords(case: GoldenCase) -> dict[str, Any]:
+    """Official keywords of the denoiser -> ours."""
+    said = case.config["model"]
+    case.ignore("model.use_checkpoint", why="it saves memory")
+    return {"learn_sigma": False} | {k.removeprefix("use_"): said[k] for k in said if k != "use_checkpoint"}
+
+
 def network(case: GoldenCase) -> SiT:
     """The case's network, its weights through the shipped converter, which reads the same keywords off them."""
-    said = {k.removeprefix("use_"): v for k, v in case.config["model"].items()}
-    config = {"learn_sigma": False, **said}
+    config = keywords(case)
     model = SiT(**config)
     model.load_state_dict(CONVERTER.to_ours(case.state))
     off = dict.fromkeys(("swiglu", "rope", "rmsnorm", "qknorm", "wo_shift"), False)
@@ -47,6 +53,11 @@ def network(case: GoldenCase) -> SiT:
     read = CONVERTER.config({k: v.float() for k, v in case.state.items()})
     if not (wanted["rope"] or wanted["qknorm"]):
         read["num_heads"] = wanted["num_heads"]  # nothing tells
+    if config.get("class_dropout_prob") == 0:
+        read["num_classes"] += 1  # of the two it is assumed that one row is for no class
+    if wanted["swiglu"]:  # several ratios are rounded to one width
+        assert swiglu_width(wanted["hidden_size"], read["mlp_ratio"]) == model.blocks[0].mlp.w3.in_features
+        read["mlp_ratio"] = wanted["mlp_ratio"]
     assert read == wanted
     assert CONVERTER.recognise(case.state) == any(v for k, v in wanted.items() if k in off and k != "wo_shift")
     return model.eval()
@@ -87,7 +98,7 @@ def forward(case: GoldenCase) -> None:
         )
         assert_close(model(given["x"], given["t"], given["y"]), case.outputs["out"], 1e-5, "out")
     built = model.state_dict()
-    fresh = SiT(**{"learn_sigma": False} | {k.removeprefix("use_"): v for k, v in case.config["model"].items()})
+    fresh = SiT(**keywords(case))
     for name in ("pos_embed", "feat_rope.freqs_cos", "feat_rope.freqs_sin"):
         if name in built:
             assert_close(fresh.state_dict()[name], built[name], 1e-6, f"the constructor's own {name}")
@@ -121,7 +132,7 @@ def guided_sampling(case: GoldenCase) -> None:
         samples = sampler(view_of(network(case)), request)
     assert_close(samples, case.outputs["samples"], 1e-4, "samples")
     times = grid_of(said["num_steps"], said["shift"])[:-1]
-    assert request.info["nfe"] == int((1 + (times >= said["start"]).long()).sum())
+    assert request.info["nfe"] == int((1 + (times >= said["start"]).long() * (said["cfg_scale"] > 1)).sum())
     codec = normalising(z.shape[1], case.inputs["latent_mean"], case.inputs["latent_std"], said["mult"])
     assert_close(codec.unscale(samples), case.outputs["denormalised"], 1e-4, "what is decoded")
 
@@ -218,9 +229,8 @@ def train_steps(case: GoldenCase) -> None:
         if f"out/step{i}.x" in case:
             assert_close(x, case.outputs[f"step{i}.x"], 1e-5, "x")
         y = torch.where(drops[i], model.num_classes, given["y"][i])
-        squared, turned = velocity_losses(
-            lambda z, t, y=y: model(z, t, y), x, given["x0"][i], times_from(given["z"][i])
-        )
+        t = times_from(given["z"][i]) if run.get("lognorm", True) else given["u"][i]
+        squared, turned = velocity_losses(lambda z, t, y=y: model(z, t, y), x, given["x0"][i], t)
         loss = squared.mean() + (turned.mean() if run["cosine"] else 0.0)
         assert_close(squared.mean(), case.outputs[f"step{i}.mse"], 1e-4, f"mse {i}")
         assert_close(loss, case.outputs[f"step{i}.loss"], 1e-4, f"loss {i}")
@@ -327,9 +337,15 @@ class SquaredDistance(nn.Module):
         return (a - b).square().mean(dim=(1, 2, 3), keepdim=True)
 
 
+UNLIKE_OURS = ("pp_style", "logvar_init", "pixelloss_weight", "disc_num_layers", "disc_in_channels", "use_actnorm")
+
+
 @golden.check(lambda c: "out/term_distmat" in c)
 def vision_foundation_loss(case: GoldenCase) -> None:
     said, given, state = case.config["loss"], case.inputs, case.state
+    case.ignore("loss.pixelloss_weight", why="the official loss keeps it and does nothing with it")
+    case.ignore("loss.logvar_init", "loss.disc_num_layers", "loss.disc_in_channels", why="the stored weights have them")
+    assert not said.get("use_actnorm") and not said.get("pp_style")
 
     class GivenStep(Step):
         def randn(self, shape: Any, name: str) -> Tensor:
@@ -339,9 +355,12 @@ def vision_foundation_loss(case: GoldenCase) -> None:
     discriminator.load_state_dict({k.removeprefix("disc."): v for k, v in state.items() if k.startswith("disc.")})
     for index in case.config["steps"]:
         model = ToyStage(state["enc_w"].clone(), state["dec_w"].clone(), state["proj_w"])
+        own = {"kl_weight": 1.0, "disc_weight": 1.0, "vf_weight": 100.0, "adaptive_vf": False}  # the official defaults
+        own |= {"cos_margin": 0.0, "distmat_margin": 0.0} | {k: said[k] for k in said if k not in UNLIKE_OURS}
         objective = AlignedAutoencoder(
-            model, Given(given["aux"]), discriminator, SquaredDistance(), logvar=float(state["logvar"]), **dict(said)
-        )
+            model, Given(given["aux"]), discriminator, SquaredDistance(), logvar=float(state["logvar"]),
+            **own,
+        )  # fmt: skip
         out = {k.partition(".")[2]: v for k, v in case.outputs.items() if k.startswith(f"s{index}.")}
         step = GivenStep(index)
         loss, logs = objective.loss("autoencoder", {"x": given["x"]}, step)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any, ClassVar
@@ -152,7 +153,8 @@ def jax_decode(case: GoldenCase) -> None:
     steps, start, film = config["num_iter"], config["start_iter"], Film()
     pick = lambda logits, k: (logits + inputs["gumbel_token"][k]).argmax(-1)
     given = inputs["inputs"].long()
-    result = by_confidence(of, pick, given, mask_id, inputs["gumbel_choice"], steps, start, config["method"],
+    method = {"uniform": "linear"}.get(config["method"], config["method"])
+    result = by_confidence(of, pick, given, mask_id, inputs["gumbel_choice"], steps, start, method,
                            config["choice_temperature"], film)  # fmt: skip
     final = case.outputs["final_seqs"].long()
     assert torch.equal(result, final[:, -1]) and torch.equal(torch.stack(film.drawn, 1), final[:, start:])
@@ -268,7 +270,6 @@ def torch_tokenizer(case: GoldenCase) -> None:
     raw = (model.decode_tokens(ids) + 1) / 2
     assert_close(raw, out["decoder_raw"], 1e-4, "decoder_raw")
     assert_close(raw.clamp(0, 1), out["decoded"], 1e-4, "decoded")
-    assert out["min_margin"] > 1e-4
 
 
 # -- golden cases: valeoai/Halton-MaskGIT ------------------------------------------------------------------------------
@@ -307,7 +308,7 @@ def halton_train_steps(case: GoldenCase) -> None:
     """AdamW with warm-up, the last cosine, clipping and the average, by the host's optimizer and schedule."""
     config, inputs, out = case.config, case.inputs, case.outputs
     model = adaptive(case, config["model"]).train()
-    lr, total, decay = config["lr"], config["max_iter"], config["ema_decay"]
+    lr, total, decay = config["lr"], config["max_iter"], config.get("ema_decay")
     setting = Optimizer(name="adamw", lr=lr, betas=list(config["betas"]), weight_decay=config["weight_decay"],
                         warmup=config["warm_up"], warmup_from=0.0, schedule="cosine", decay_from=0.9,
                         least_lr=0.01 * lr)  # fmt: skip
@@ -324,15 +325,15 @@ def halton_train_steps(case: GoldenCase) -> None:
         loss = masked_cross_entropy(logits, ids, torch.ones_like(ids))
         optimizer.zero_grad()
         loss.backward()
-        norm = nn.utils.clip_grad_norm_(model.parameters(), config["grad_clip"])
+        norm = nn.utils.clip_grad_norm_(model.parameters(), config["grad_clip"] or math.inf)  # 0: nothing is clipped
         assert_close(loss, out[f"step{k}.loss"], 1e-4, f"step{k}.loss")
         assert_close(norm, out[f"step{k}.grad_norm"], 1e-4, f"step{k}.grad_norm")
         optimizer.step()
-        for n, v in model.state_dict().items():
+        for n, v in model.state_dict().items() if decay is not None else ():
             for _ in range(1 + (n == "tok_emb.weight")):  # officially averaged under both of its names
                 average[n] = decay * average[n] + (1 - decay) * v
     floor = adam_floor(lr, steps)
-    for prefix, state in (("final", model.state_dict()), ("ema", average)):
+    for prefix, state in (("final", model.state_dict()), ("ema", average))[: 1 if decay is None else 2]:
         found = ck.HALTON.from_ours(state)
         wanted = {n.removeprefix(f"{prefix}."): v for n, v in out.items() if n.startswith(f"{prefix}.")}
         assert found.keys() == wanted.keys()

@@ -49,6 +49,7 @@ def keywords(config: Any, noise_std: float, y: Tensor | None) -> dict[str, Any]:
     """Ours for the official constructor's, whose defaults are others. y: its tokens of a condition, where one token with
     a single one in it is a class."""
     assert config["rope"] == 1, "without it the official code does not run"
+    assert not config.get("use_mm_attn") and not config.get("use_pretrained_lm")
     layers = list(config["layers_per_block"])
     layers = layers * config["num_blocks"] if len(layers) == 1 else layers
     assert len(layers) == config["num_blocks"]
@@ -74,11 +75,17 @@ def keywords(config: Any, noise_std: float, y: Tensor | None) -> dict[str, Any]:
 def starflow(case: GoldenCase, noise_std: float = 0.3) -> STARFlow:
     """The case's weights through the converter, which reads off them what shapes tell, as the case says it."""
     wanted, layout = keywords(case.config, noise_std, case.inputs.get("y")), ck.STARFLOW
+    case.ignore("use_checkpoint", "use_checkpoint_mlp", why="they save memory")
     assert layout.recognise(case.state)
     read = layout.config(case.state)
     if "state/var" in case or "state/feat_rope.freqs_cos" in case:
         untold = UNTOLD | ({"num_classes", "txt_size", "txt_dim"} if wanted.get("txt_size") == 1 else set())
+        if not (wanted.get("num_classes") or wanted.get("txt_size")):
+            untold = untold | {"cond_top_only"}  # there is no condition
         told = {k: v for k, v in wanted.items() if k in read and k not in untold}
+        heads = told.get("num_heads") or wanted["channels"] // wanted["head_dim"]  # None where nothing else is meant
+        usual = {"num_heads": wanted["channels"] // wanted["head_dim"], "num_kv_heads": heads}
+        told |= {k: None for k, n in usual.items() if told.get(k) == n}
         assert {k: read[k] for k in told} == told
         if "state/var" in case:
             side = wanted["pt_seq_len"] or wanted["img_size"] // wanted["patch_size"]

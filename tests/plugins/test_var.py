@@ -58,6 +58,9 @@ def tokenizer_of(case: GoldenCase, state: dict[str, Tensor]) -> VARTokenizer:
              "ch_mult": tuple(case.config["ch_mult"]), "num_res_blocks": case.config["num_res_blocks"],
              "share_quant_resi": config["share_quant_resi"]}  # fmt: skip
     assert {k: read[k] for k in given} == given
+    case.ignore(
+        "VQVAE.dropout", "VQVAE.test_mode", "VQVAE.default_qresi_counts", why="nothing is dropped or frozen here"
+    )
     own = {"patch_nums": tuple(config["v_patch_nums"]), "quant_resi": config["quant_resi"],
            "using_znorm": config.get("using_znorm", False), "beta": config.get("beta", 0.25)}  # fmt: skip
     model = VARTokenizer(**{**read, **own})
@@ -72,6 +75,8 @@ def transformer_of(case: GoldenCase) -> VAR:
     """The transformer of the case's state, which reads the case's configuration off its shapes."""
     config = case.config["VAR"]
     assert ck.CONVERTER.recognise(case.state)
+    dropped = ("drop_rate", "attn_drop_rate", "flash_if_available", "fused_if_available")
+    case.ignore(*(f"VAR.{k}" for k in dropped), why="nothing is dropped, and kernels make no difference")
     read = ck.CONVERTER.config(case.state)
     given = {"num_classes": config["num_classes"], "depth": config["depth"], "embed_dim": config["embed_dim"],
              "mlp_ratio": config["mlp_ratio"], "shared_aln": config["shared_aln"],
@@ -169,7 +174,7 @@ def sampling(case: GoldenCase) -> None:
     case.ignore("VAR.cond_drop_rate", "VAR.drop_path_rate", "label_smooth", "prog_si", "grads", why="of training")
     case.ignore("head_gain", why="the weights are stored")
     for name, call in case.config["calls"].items():
-        if call["top_k"] != 1 and not call.get("more_smooth"):
+        if call.get("top_k") != 1 and not call.get("more_smooth"):
             case.ignore(f"calls.{name}", why="drawn from torch's generator; the filters have a case of their own")
             continue
         sampled_as_published(case, model, tokenizer, name, call)
@@ -180,7 +185,7 @@ def sampled_as_published(case: GoldenCase, model: VAR, tokenizer: VARTokenizer, 
     if "g_seed" in call:
         case.ignore(f"calls.{name}.g_seed", why="drawn from torch's generator")
     y = case.inputs["label"]
-    sampler = VARSampler(top_k=call["top_k"], top_p=call.get("top_p") or 0.0)
+    sampler = VARSampler(top_k=call.get("top_k") or 0, top_p=call.get("top_p") or 0.0)
     request = Request((sum(model.sizes),), generators(range(len(y))), {"y": y}, codec=tokenizer)
     if edit := call.get("edit"):
         side = model.scales[-1][0]
