@@ -552,6 +552,20 @@ def tiny(**own: Any) -> NCSNpp:
     return model.eval()
 
 
+def test_networks_without_time_or_filter_are_read_off_their_tensors() -> None:
+    """Official blocks keep a layer for the time where it is not told; an image pyramid may be of plain convolutions."""
+    untold = tiny(conditional=False)
+    state = PLAIN.from_ours(untold.state_dict())
+    idle = {k.replace("Conv_0", "Dense_0"): torch.ones(8, 32) for k in state if k.endswith("Conv_0.weight")}
+    assert idle and PLAIN.to_ours(state | idle).keys() == untold.state_dict().keys()
+    assert not PLAIN.config(state | idle)["conditional"] and PLAIN.config(tiny().state_dict())["conditional"]
+    for resblock_type in ("biggan", "ddpm"):
+        plain = tiny(progressive_input="residual", resblock_type=resblock_type, num_res_blocks=2)
+        read = PLAIN.config(PLAIN.from_ours(plain.state_dict()))
+        found = tuple(read[k] for k in ("progressive_input", "fir", "ch_mult", "num_res_blocks", "resblock_type"))
+        assert found == ("residual", False, [1, 2], 2, resblock_type)
+
+
 @pytest.mark.parametrize(
     ("network", "objective", "says"),
     [
