@@ -137,7 +137,7 @@ def in_range(x: Tensor, unit: bool) -> Tensor:
 
 
 def view_of(sde: SDE, continuous: bool, unit: bool, eps: float = EPS) -> dict[str, Any]:
-    """How the host looks at a network of this paper. continuous: of ve and vp, sub-VP always is. unit: of ve, its images
+    """How the host looks at a network of this paper. continuous: sub-VP always is. unit: of ve, its images
     are in [0, 1]; the host's are in [-1, 1], where noise is twice as large."""
     view: dict[str, Any] = {"name": "denoiser"}
     if sde.kind == "ve":

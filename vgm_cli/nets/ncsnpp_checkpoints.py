@@ -85,8 +85,8 @@ def start_of_decoder(layers: list[dict[str, Tensor]], kinds: list[str], stem: in
 
 def config_from(state: State) -> dict[str, Any]:
     """Constructor keywords. What shapes do not tell follows the published networks: attention is at 16 pixels; those
-    with Fourier features or an image pyramid resample by a filter (unless the pyramid's convolutions are plain), those with Fourier features divide by sigma or t;
-    those with DDPM's blocks are the DDPM."""
+    with Fourier features or an image pyramid resample by a filter (unless the pyramid's convolutions are plain), those
+    with Fourier features divide by sigma or t; those with DDPM's blocks are the DDPM."""
     layers = layers_of(state)
     ddpm = not any("Conv_2.weight" in layer for layer in layers)
     kinds = [kind(layer, ddpm) for layer in layers]
