@@ -57,6 +57,8 @@ def tokenizer_of(case: GoldenCase, state: dict[str, Tensor]) -> VARTokenizer:
     given = {"n_embed": config["vocab_size"], "embed_dim": config["z_channels"], "ch": case.config["ch"],
              "ch_mult": tuple(case.config["ch_mult"]), "num_res_blocks": case.config["num_res_blocks"],
              "share_quant_resi": config["share_quant_resi"]}  # fmt: skip
+    if not config["quant_resi"]:  # nothing is convolved, so that no tensor tells how many convolutions there are
+        read["share_quant_resi"] = config["share_quant_resi"]
     assert {k: read[k] for k in given} == given
     case.ignore(
         "VQVAE.dropout", "VQVAE.test_mode", "VQVAE.default_qresi_counts", why="nothing is dropped or frozen here"
