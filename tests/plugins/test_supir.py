@@ -591,18 +591,25 @@ def test_pictures_of_any_size_are_restored(trained: Path, vgm: Call) -> None:
     Path("in").mkdir()
     for name, size in (("a.png", (20, 30)), ("b.png", (40, 33))):
         Image.fromarray(rng.randint(0, 255, (*size, 3), dtype=np.uint8)).save(f"in/{name}")
-    Path("in/a.txt").write_text("a red circle")
+    Path("in/a.txt").write_text("a mauve circle")  # captions may have words that a prompt may not
     own = ["restore", "--method", "supir", "--model", str(trained / "supir"), "--input"]
     code, out, err = vgm(*own, "in", "--upscale", "2", "--out", "out", "--json")
     assert code == 0, err
     found = json.loads(out)
-    assert [(r["text"], r["size"]) for r in found["images"]] == [("a red circle", [40, 60]), ("", [80, 66])]
+    assert [(r["text"], r["size"]) for r in found["images"]] == [("a mauve circle", [40, 60]), ("", [80, 66])]
     assert Image.open("out/restored/a.png").size == (60, 40) and Image.open("out/stage1/b.png").size == (66, 80)
     code, _, err = vgm(*own, "in/b.png", "--tile", "24", "--steps", "1", "--color-fix", "adain", "--prompt", "a blue square",
                        "--precision", "bf16", "--offload", "restore=4", "s_churn=0", "--out", "tiled")  # fmt: skip
     assert code == 0 and "of memory (network" in err, err
     Path("texts.txt").write_text("a red circle\n" * 6)
     code, _, err = vgm(*own, "in/b.png", "--tile", "24", "--tile-prompts", "texts.txt", "--out", "local", "stage=1")
+    assert code == 0, err
+    code, _, err = vgm(*own, "in/b.png", "--prompt", "a mauve circle", "--out", "refused")
+    assert code == 2 and "mauve" in err
+    small = rng.randint(0, 255, (2, 16, 16, 3), dtype=np.uint8)
+    np.savez("held.npz", images=small, captions=np.array(["a mauve circle", "a red square"]))
+    task = ["--task", "classical", "task.scale=2", "--steps", "1"]
+    code, _, err = vgm(*own, "held.npz", *task, "--out", "held")
     assert code == 0, err
     code, _, err = vgm(*own, "in", "--truth", "in", "--out", "no")
     assert code == 2 and "any size" in err

@@ -47,6 +47,17 @@ def texts_for(method: FollowsPictures, prompts: Sequence[str], own: Sequence[str
     return [text + method.added for text in texts]
 
 
+def told(
+    conditions: Conditions, prompts: Sequence[str], texts: list[str]
+) -> tuple[Sequence[str], dict[str, list[str]]]:
+    """Prompts to be checked, where the user typed some, else {condition: captions}, which may have words that a prompt
+    is refused for."""
+    readers = conditions.on("text")
+    if prompts:
+        return texts if readers else prompts, {}
+    return (), {part.name: texts for part in readers} if texts else {}
+
+
 def away_from(conditions: Conditions, method: FollowsPictures, negative: str | None) -> dict[str, list[Any]]:
     """{condition: the text that guidance leads away from}: the user's, else the method's."""
     words = method.negative if negative is None else negative
@@ -158,7 +169,8 @@ def restore_files(
             if i == 0:
                 memory.tell(loaded, method, picture.at, precision)
             words = tiles or ([texts[i]] if texts else [])
-            items = {p.name: p.condition.parse(words) for p in readers} if words else {}
+            typed = bool(prompts or tiles)  # captions may have words that a prompt is refused for
+            items = {p.name: p.condition.parse(words) if typed else words for p in readers} if words else {}
             cond = moved(conditions.null(where, guided=False), device) if not items else {}
             cond |= moved(conditions.encode(items, where), device)
             cond |= conditions.encoded(part, x, device)
