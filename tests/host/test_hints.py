@@ -262,6 +262,8 @@ def test_line_art_from_training_to_pictures(vgm: Vgm, tmp_path: Path, recipe: An
     for words in (("--hint", lines / "0.png", "--out", "y.png"), ("--hint", "hint=lines", "--out", "z.png")):
         code, _, err = vgm(*own, "sample", "whole", "-n", 2, *words)
         assert code == 0, err
+    code, _, err = vgm(*own, "sample", "whole", "--hint", "hnit=lines", "--out", "w.png")
+    assert code == 2 and "unknown picture 'hnit'" in err and "hint" in err
     code, _, err = vgm(*own, "rerun", "y.png", "--out", "again.png")
     assert code == 0, err
     code, out, err = vgm(*own, "evaluate", "whole", "-n", 6, "--metrics", "straightness:steps=2", "--json")

@@ -468,7 +468,7 @@ def test_the_numbers_that_counted(run: Path, vgm, tmp_path: Path) -> None:
     code, _, err = vgm("sample", run, "-n", 1, "--out", "c.png")
     assert "1 image in" in err and "4 NFE" in err
     code, _, err = vgm("sample", run, "-n", 1, "--input", "mnist5k", "--out", "d.png")
-    assert code == 0 and "--input has no effect on the sampler euler" in err and "--seed" not in err
+    assert code == 0 and "--image has no effect on the sampler euler" in err and "--seed" not in err
     file = next(run.glob("checkpoints/step-00000008/model.safetensors"))
     code, _, err = vgm("sample", file, "-n", 1, "--seed", 4, "--weights", "ema-0.9", "--out", "e.png")
     assert code == 0 and "--weights ema-0.9 has no effect" in err and "--seed has" not in err

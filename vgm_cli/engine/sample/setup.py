@@ -162,7 +162,7 @@ def warn_of_ignored(info: Mapping[str, Any], plan: Plan) -> None:
         ui.warn(text)
     for name in info.get("ignored", ()):
         why = "" if plan.given or not name.startswith("guidance") else ": this network has no conditions"
-        option = "input" if name == "images" else name.replace("_", "-")
+        option = "image" if name == "images" else name.replace("_", "-")
         ui.warn(f"--{option} has no effect on the sampler {plan.sampler['name']}{why}")
 
 
@@ -200,6 +200,8 @@ def hint_of(conditions: Conditions, hint: str) -> tuple[str, list[str]]:
     names = [p.name for p in parts]
     name, equals, path = hint.partition("=")
     if not equals or name not in names:
+        if equals and name.isidentifier() and not Path(hint).exists():
+            raise unknown("picture", name, names)
         name, path = names[0], hint
         if len(parts) > 1:
             hint = " ".join(f"--hint {n}=…" for n in names)
