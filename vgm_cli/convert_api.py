@@ -72,12 +72,14 @@ class Diffusers:
     matches(json): whether a config.json belongs to this layout, where tensors fit several.
     adapt(layout, json): the layout for this config.json, where tensors are read differently by what it says (the width
         of a head).
+    words: keywords that adapt reads beside config.json, from the command line.
     """
 
     config_json: Callable[[Config], dict[str, Any]]
     from_json: Callable[[Mapping[str, Any]], dict[str, Any]] = nothing
     matches: Callable[[Mapping[str, Any]], bool] = lambda json: False
     adapt: Callable[[Layout, Mapping[str, Any]], Layout] = lambda layout, json: layout
+    words: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, kw_only=True)

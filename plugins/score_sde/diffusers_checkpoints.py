@@ -283,7 +283,7 @@ def layout(ladder: Ladder) -> Layout:
             header=lambda config: header_of("ve", True)(full(config)),
             assumes=lambda state, config: assumes(state, config, ladder),
         ),
-        diffusers=Diffusers(config_json=config_json, from_json=from_json, adapt=adapt),
+        diffusers=Diffusers(config_json=config_json, from_json=from_json, adapt=adapt, words=Ladder._fields),
         proof=Proof(reference=reference),
     )
 

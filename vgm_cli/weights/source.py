@@ -220,8 +220,8 @@ def foreign_source(
         read = {**converter.config(theirs), **said}
         said, view, recipe = keywords(converter, overrides, converter.published.header(read))
         config = {**read, **said}
-        if converter.diffusers is not None and said:  # words may say what a config.json would
-            converter = converter.diffusers.adapt(converter, {**found.json, **said})
+        if converter.diffusers is not None and (told := {k: said[k] for k in converter.diffusers.words if k in said}):
+            converter = converter.diffusers.adapt(converter, {**found.json, **told})
         state = dict(converter.to_ours(theirs))
         wanted = layouts.on_meta(converter.kind, converter.component, config)
         more = dict(converter.published.header(config))
