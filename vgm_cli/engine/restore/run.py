@@ -332,14 +332,14 @@ def run(
                 raise VgmError(f"{truth} has {len(known)} images, {source} has {len(inputs)}", code=USAGE)
             inputs.truth, inputs.labels = known.truth, known.labels
     away: dict[str, Any] = negative_for(loaded.conditions, negative)
-    later, own = list[str](), dict[str, list[str]]()
+    later, captions = list[str](), dict[str, list[str]]()
     if isinstance(method, FollowsPictures):
         later, away = [blind.part_of(loaded).name], blind.away_from(loaded.conditions, method, negative)
         texts = blind.texts_for(method, prompts, inputs.texts, len(inputs))
-        prompts, own = blind.told(loaded.conditions, prompts, texts)
+        prompts, captions = blind.told(loaded.conditions, prompts, texts)
         blind.use_tiles(loaded, method)
-    given = given_for(loaded, len(inputs), label, prompts, hints, inputs.labels, [*later, *own]) | own
-    prompts = prompts or next(iter(own.values()), [])
+    given = given_for(loaded, len(inputs), label, prompts, hints, inputs.labels, [*later, *captions]) | captions
+    prompts = prompts or next(iter(captions.values()), [])
     part = loaded.conditions.of_column("label")
     labels = None if part is None or part.name not in given else list(given[part.name])
     with Progress("restoring", len(inputs) * tries, every=10) as progress, autocast(precision, torch.device(device)):
