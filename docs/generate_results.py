@@ -148,8 +148,8 @@ RUNS = [  # the cheapest first, each after the one that it needs
         "conditions.text.weights={dir}/ldm-openmoji", "", after="supir-encoder", sampled=False,
         paired="fid,retrieval,edge-f1",
         restore=("--task classical --method supir task.blur=0.5 task.noise=10 task.jpeg=75",)),
-    Run("controlnet-openmoji", "train controlnet --recipe openmoji --base {dir}/ldm-openmoji", **EMOJIS,
-        after="ldm-openmoji", paired="retrieval,edge-f1"),
+    Run("controlnet-openmoji", "train controlnet --recipe openmoji --base {dir}/ldm-openmoji", "",
+        after="ldm-openmoji", sampled=False, paired="fid,retrieval,edge-f1"),
     Run("sit-openmoji", "train sit --recipe openmoji", **EMOJIS, variants=("--steps 2 method=euler",)),
 ]  # fmt: skip
 
@@ -335,36 +335,23 @@ class Board:
         }
 
     def conditions(self, config: dict[str, Any], data: str, n: int) -> list[str]:
-        """Options that ask a model for n captions, and for hints of the test images; none for classes, which take turns.
-        Captions are evenly spaced ones that it has seen, since others have words that it does not know; with a hint,
-        those of the test images, too."""
+        """Options that ask a model for n captions: evenly spaced ones that it has seen, since others have words that it
+        does not know. None for classes, which take turns."""
         from vgm_cli.data import open_dataset
 
-        given, parts = config.get("conditions") or {}, []
-        column = hint.get("column") if isinstance(hint := given.get("hint"), dict) else None
-        if "text" in given:
-            part = "test" if column else "train"
-            with self.packing:
-                dataset = open_dataset(data, split=part, quiet=True)
-                count = len(dataset) if column else min(n, len(dataset))
-                words = self.runs / f"{Path(data).name}-{part}-{count}.txt"
-                rows = [i * len(dataset) // count for i in range(count)]
-                write_text(words, "\n".join(dataset.gather(rows)["text"]) + "\n")
-            parts += ["--prompts", str(words)]
-        if column:
-            folder = self.beside(data, f"-{column}")
-            with self.packing:
-                save_column(data, column, folder)
-            parts += ["--hint", str(folder)]
-        return parts
-
-    def beside(self, data: str, end: str) -> Path:
-        """Where something made of the test images lies."""
-        return self.runs / f"{Path(data).name}-test{end}"
+        if "text" not in (config.get("conditions") or {}):
+            return []
+        with self.packing:
+            dataset = open_dataset(data, split="train", quiet=True)
+            count = min(n, len(dataset))
+            words = self.runs / f"{Path(data).name}-train-{count}.txt"
+            rows = [i * len(dataset) // count for i in range(count)]
+            write_text(words, "\n".join(dataset.gather(rows)["text"]) + "\n")
+        return ["--prompts", str(words)]
 
     def held_out(self, data: str, call: Call) -> Path:
         """The test images as a file, for the memorisation check."""
-        file = self.beside(data, ".zip")
+        file = self.runs / f"{Path(data).name}-test.zip"
         with self.packing:
             if not file.exists():
                 call("data", "pack", data, str(file), "--split", "test")
@@ -395,17 +382,6 @@ def command_of(run: Run) -> str:
     """Runs are trained on the part `train`; those made from another run take that one's data."""
     alone = run.command.startswith("train ") and "data.split" not in run.command
     return f"{run.command} data.split=train" if alone else run.command
-
-
-def save_column(data: str, column: str, folder: Path) -> None:
-    """The pictures of a column of the test images, numbered, unless they are there."""
-    from vgm_cli.data import open_dataset
-
-    dataset = open_dataset(data, split="test", columns=[column], quiet=True)
-    folder.mkdir(parents=True, exist_ok=True)
-    for i in range(len(dataset)):
-        if not (file := folder / f"{i:06d}.png").exists():
-            dataset.source.beside(column, dataset.rows[i]).save(file)
 
 
 # -- all rows ------------------------------------------------------------------------------------------------------------

@@ -356,8 +356,8 @@ def build_parts(nodes: Mapping[str, Any], facts: Mapping[str, Any], codec: Any =
         if "column" in params and node.get("column"):
             kwargs["column"] = node["column"]
         if "channels" in params and kwargs.get("channels") is None:
-            own_channels = (facts.get("columns") or {}).get(node.get("column") or component.name)
-            kwargs |= {k: v for k, v in {"channels": own_channels or facts.get("image_channels")}.items() if v}
+            of_column = (facts.get("columns") or {}).get(node.get("column") or component.name)
+            kwargs |= {"channels": found} if (found := of_column or facts.get("image_channels")) else {}
         condition: Condition = registry().build("condition", {"name": component.name, **kwargs}, codec=codec)
         if condition.column == "label" and not facts.get("num_classes"):
             if isinstance(condition, nn.Module):  # the network has a place for what it makes

@@ -137,7 +137,7 @@ def read_npz(path: Path_, keys: Iterable[str] | None = None) -> dict[str, Any]:
             return found
     except VgmError:
         raise
-    except (zipfile.BadZipFile, OSError, ValueError, EOFError, NotImplementedError, RuntimeError, struct.error) as e:
+    except (zipfile.BadZipFile, OSError, ValueError, EOFError, RuntimeError, struct.error) as e:
         raise VgmError(
             f"{path} is damaged or holds Python objects: {short(str(e), 200)}", "write plain arrays (numpy.savez)"
         ) from e

@@ -120,7 +120,7 @@ def tell(loaded: Loaded, method: FollowsPictures, size: tuple[int, int], precisi
     """Print the estimate, or that it cannot be made: a network may look at values, which the meta device has not."""
     try:
         parts = estimate(loaded, method, size, precision)
-    except (RuntimeError, NotImplementedError):
+    except RuntimeError:
         ui.info("the memory that a picture needs cannot be estimated for this network")
         return
     held = sum(parts.get(k, 0) for k in ("network", "codec", "texts"))
