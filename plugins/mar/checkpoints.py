@@ -6,6 +6,7 @@ other is asked for, and of runs the optimizer, the epoch and the arguments besid
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Iterable, Mapping
 from typing import Any
@@ -40,6 +41,14 @@ def heads_of(width: int) -> int:
     return HEADS.get(width) or next(width // d for d in range(min(64, width), 0, -1) if width % d == 0)
 
 
+def ratio_of(*weights: Tensor) -> float:
+    """The least ratio that gives all of these MLPs, (hidden, width), their hidden width, which is rounded down."""
+    ratio = max(hidden / width for hidden, width in (w.shape for w in weights))
+    while any(int(width * ratio) < hidden for hidden, width in (w.shape for w in weights)):  # the last bit was lost
+        ratio = math.nextafter(ratio, math.inf)
+    return ratio
+
+
 def config_from(state: State) -> dict[str, Any]:
     """Constructor keywords read off the shapes; a token is taken for one place of the latents."""
     encoder, channels = state["z_proj.weight"].shape
@@ -49,7 +58,7 @@ def config_from(state: State) -> dict[str, Any]:
         "patch_size": 1,
         "in_channels": channels,
         "num_classes": len(state["class_emb.weight"]) if "class_emb.weight" in state else 0,
-        "mlp_ratio": state["encoder_blocks.0.mlp.fc1.weight"].shape[0] / encoder,
+        "mlp_ratio": ratio_of(state["encoder_blocks.0.mlp.fc1.weight"], state["decoder_blocks.0.mlp.fc1.weight"]),
         "buffer_size": state["encoder_pos_embed_learned"].shape[1] - positions,
         "head_depth": count(state, r"diffloss\.net\.res_blocks\.(\d+)\."),
         "head_width": state["diffloss.net.cond_embed.weight"].shape[0],

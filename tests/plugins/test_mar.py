@@ -6,7 +6,8 @@ import argparse
 import json
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any, ClassVar
+from types import SimpleNamespace
+from typing import Any, ClassVar, cast
 from unittest.mock import patch
 
 import numpy as np
@@ -27,6 +28,7 @@ from vgm_plugins.mar.sampler import MARSampler
 from vgm_cli import recipe as recipes
 from vgm_cli.api import Request, Step, generators
 from vgm_cli.ar.masking import kept_codes, truncated_normal_rate
+from vgm_cli.diffusion.discrete import space_timesteps
 from vgm_cli.engine.checkpoint import load
 from vgm_cli.engine.train.ema import EMA
 from vgm_cli.engine.train.optim import group, learning_rate, make_optimizer
@@ -71,9 +73,11 @@ def model_of(case: GoldenCase) -> MAR:
     model = MAR(**sizes, attn_dropout=c["attn_dropout"], proj_dropout=c["proj_dropout"])
     assert ck.CONVERTER.recognise(case.state)
     read = ck.CONVERTER.config(case.state)
-    untold = ("encoder_heads", "decoder_heads", "input_size", "patch_size", "in_channels")
+    untold = ("encoder_heads", "decoder_heads", "input_size", "patch_size", "in_channels", "mlp_ratio")
     assert {k: v for k, v in read.items() if k not in untold} == {k: v for k, v in sizes.items() if k not in untold}
     assert read["in_channels"] == model.channels and read["input_size"] == model.grid[0]
+    for width in (c["encoder_embed_dim"], c["decoder_embed_dim"]):  # a ratio is told as far as widths are whole
+        assert int(width * read["mlp_ratio"]) == int(width * c["mlp_ratio"])
     model.load_state_dict(ck.CONVERTER.to_ours(case.state))
     back = ck.CONVERTER.from_ours(model.state_dict())
     assert back.keys() == case.state.keys() and all(torch.equal(v, case.state[k]) for k, v in back.items())
@@ -164,8 +168,9 @@ def sample_tokens(case: GoldenCase) -> None:
     orders, y = case.inputs["orders"], case.inputs.get("labels")
     if run["cfg"] == 1:
         case.ignore("_run.cfg_schedule", why="nothing is guided")
-    sampler = MARSampler(run["num_iter"], run["steps"], run["temperature"], run["cfg"], run["cfg_schedule"])
-    assert str(run["steps"]) == case.config["num_sampling_steps"]
+    respacing = case.config["num_sampling_steps"]
+    assert len(space_timesteps(model.diffloss.process.steps, respacing)) == run["steps"]
+    sampler = MARSampler(run["num_iter"], respacing, run["temperature"], run["cfg"], run["cfg_schedule"])
     request = Request(model.sample_shape, generators(range(len(orders))), cond={} if y is None else {"y": y})
     steps = iter(range(sampler.steps))
     seen: list[Tensor] = []
@@ -212,6 +217,7 @@ def sample_tokens(case: GoldenCase) -> None:
 def diffloss_net(case: GoldenCase) -> None:
     c, x, t = case.config, case.inputs["x"], case.inputs["t"]
     assert c["out_channels"] == 2 * c["in_channels"] and x.shape[1] == c["in_channels"]
+    case.ignore("grad_checkpointing", why="it saves memory")
     net = TokenDenoiser(c["in_channels"], c["z_channels"], c["model_channels"], c["num_res_blocks"]).eval()
     net.load_state_dict(case.state)
     waves: list[Tensor] = []
@@ -237,10 +243,11 @@ def diffusion_algo(case: GoldenCase) -> None:
     same(head.process.betas, "betas")
     same(head.process.tables["alphas_cumprod"], "alphas_cumprod")
     for n in c["respacings"]:
-        short = head.respaced(n)
+        short = head.respaced(n or len(out["betas"]))
         assert short.timestep_map == out[f"timestep_map_{n}"].tolist()
         same(short.betas, f"betas_{n}")
-        same(short.tables["posterior_log_variance_clipped"], f"posterior_log_variance_clipped_{n}")
+        if short.steps > 1:  # of a single step the official table is empty
+            same(short.tables["posterior_log_variance_clipped"], f"posterior_log_variance_clipped_{n}")
     x0, t, noise = inputs["x0"], inputs["t"], inputs["noise"]
     assert_close(head.process.q_sample(x0, t, noise), out["x_t"], 1e-5, "x_t")
     z = torch.zeros(len(x0), 4)
@@ -264,10 +271,9 @@ def mask_ratio(case: GoldenCase) -> None:
     minimum, total = case.config["mask_ratio_min"], case.config["seq_len"]
     rate = truncated_normal_rate(case.inputs["u"], minimum)
     assert_close(rate, case.outputs["mask_rate"], 1e-9, "rate")
-    model = tiny(input_size=round(total**0.5))
-    assert model.positions == total
-    objective = MaskedDiffusion(model, minimum)
-    assert [objective.masked(u) for u in case.inputs["u"]] == case.outputs["num_masked"].tolist()
+    objective = MaskedDiffusion(cast(MAR, SimpleNamespace(positions=total)), minimum)
+    wanted = case.outputs["num_masked"].clamp(min=1)  # officially the mean of no losses where none is masked
+    assert [objective.masked(u) for u in case.inputs["u"]] == wanted.tolist()
     u = (torch.arange(10000, dtype=torch.float64) + 0.5) / 10000
     assert_close(truncated_normal_rate(u, minimum).mean()[None], case.outputs["mean"], 1e-6, "mean")
 
@@ -338,6 +344,8 @@ def train_steps(case: GoldenCase) -> None:
         kind, _, key = name.partition(".")
         if kind in ("final", "ema"):
             found = state[key] if kind == "final" else average.average[key]
+            if key.endswith("qkv.bias"):  # softmax takes a key's bias out: its gradient is rounding, of any sign
+                found, want = (torch.cat([q, v]) for q, _, v in (found.chunk(3), want.chunk(3)))
             assert_close(found, want, 1e-5, name, floor)
 
 
@@ -374,6 +382,14 @@ def tiny(**more: Any) -> MAR:
     model: MAR = registry().build("model", {"name": "mar", **TINY, **more})
     suites.randomise(model, scale=0.2)
     return model.eval()
+
+
+def test_a_file_tells_a_ratio_that_fits_both_halves() -> None:
+    """Hidden widths are rounded down, in each half by another share."""
+    model = tiny(decoder_width=20, mlp_ratio=2.7)
+    read = ck.CONVERTER.config(ck.CONVERTER.from_ours(model.state_dict()))
+    again = MAR(**read | {"encoder_heads": 2, "decoder_heads": 2})
+    assert {k: v.shape for k, v in again.state_dict().items()} == {k: v.shape for k, v in model.state_dict().items()}
 
 
 def test_tokens_are_patches_with_channels_first() -> None:

@@ -74,8 +74,10 @@ def known_after(ratios: Tensor, schedule: str, total: Tensor | int) -> Tensor:
 
 def truncated_normal_rate(u: Tensor, minimum: float, deviation: float = 0.25) -> Tensor:
     """MAR's mask rate in training, a normal about 1 cut to [minimum, 1]: its quantile at u, uniform in [0, 1)."""
-    lowest = torch.special.ndtr(torch.tensor((minimum - 1) / deviation, dtype=u.dtype, device=u.device))
-    return (1 + deviation * torch.special.ndtri(lowest + u * (0.5 - lowest))).clamp(minimum, 1)
+    least = (minimum - 1) / deviation
+    lowest = torch.special.ndtr(torch.tensor(least, dtype=u.dtype, device=u.device))
+    rate = (1 + deviation * torch.special.ndtri(lowest + u * (0.5 - lowest))).clamp(minimum, 1)
+    return rate.masked_fill(u <= 0, least * deviation + 1)  # scipy's, whose last bit may count one token more
 
 
 # -- which ---------------------------------------------------------------------------------------------------------
