@@ -134,21 +134,34 @@ class MultiScaleQuantizer(VectorQuantizer):
     def forward(self, z: Tensor, noise: Tensor | None = None, keep: int | None = None) -> tuple[Tensor, Tensor, Tensor]:
         """z: (B, C, s, s) -> its sum of codes with straight-through gradients, the loss (), ids (B, L).
 
-        keep: give the sum of the first so many scales; None: of all. The loss is the mean over the scales of
-        beta |f - sg(sum)|^2 + |sg(f) - sum|^2, the sums being those of the first k scales.
+        keep: give the sum of the first so many scales, whose gradients go through `coarse`; None: of all. The loss is
+        the mean over the scales of beta |f - sg(sum)|^2 + |sg(f) - sum|^2, the sums being those of the first k scales.
         """
         with full_precision(z.device):
             z = z.float()
             fixed, loss, ids = z.detach(), z.new_zeros(()), []
-            kept = torch.zeros_like(fixed)
+            scales, kept = len(self.patch_nums), fixed
             for k, scale in enumerate(self.scales(z)):
                 loss = loss + self.beta * F.mse_loss(scale.features.detach(), z) + F.mse_loss(scale.features, fixed)
                 ids.append(scale.ids.flatten(1))
-                if keep is None or k < keep:
+                if k < (keep or scales):
                     kept = scale.features
             if self.training and torch.is_grad_enabled():
                 self.count(ids)
-        return z + (kept - fixed).detach(), loss / len(self.patch_nums), torch.cat(ids, dim=1)
+            through = self.coarse(z, keep or scales)
+        return through + (kept - through).detach(), loss / scales, torch.cat(ids, dim=1)
+
+    def coarse(self, z: Tensor, keep: int) -> Tensor:
+        """What the first `keep` scales can tell of z (B, C, s, s): means of areas, enlarged. z itself, of all scales.
+
+        Were the gradients of a coarse sum given to z as they are, they would push what no coarse code can follow, and
+        the features would grow without end.
+        """
+        if keep == len(self.patch_nums):
+            return z
+        side = self.patch_nums[keep - 1]
+        means = F.interpolate(z, size=(side, side), mode="area")
+        return F.interpolate(means, size=z.shape[2:], mode="bicubic")
 
     @torch.no_grad()
     def count(self, ids: list[Tensor]) -> None:

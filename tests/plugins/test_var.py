@@ -424,11 +424,13 @@ def test_a_pyramid_of_tokens() -> None:
 
 
 def test_gradients_pass_straight_through() -> None:
+    """Those of a coarse sum reach what a coarse grid sees, and no detail that its codes can't follow."""
     tokenizer = tiny_tokenizer()
     z = torch.randn(2, 4, 7, 7, generator=torch.Generator().manual_seed(0), requires_grad=True)
-    for keep in (None, 2):
-        (gradient,) = torch.autograd.grad(tokenizer.quantize(z, keep=keep)[0].sum(), z)
-        assert torch.equal(gradient, torch.ones_like(z))
+    weight = torch.randn(2, 4, 7, 7, generator=torch.Generator().manual_seed(1))
+    gradient = {k: torch.autograd.grad((tokenizer.quantize(z, keep=k)[0] * weight).sum(), z)[0] for k in (None, 4, 1)}
+    assert torch.equal(gradient[None], weight) and torch.equal(gradient[4], weight)
+    torch.testing.assert_close(gradient[1], weight.mean((2, 3), keepdim=True).expand_as(weight))
     two = tokenizer.quantize(z, keep=2)
     torch.testing.assert_close(two[0], tokenizer.quantize.lookup(two[2][:, :5]))
 
