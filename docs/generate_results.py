@@ -83,7 +83,7 @@ RUNS = [  # the cheapest first, each after the one that it needs
     Run("vavae", "train lightningdit --recipe mnist-vavae", "fid,psnr", sampled=False),
     Run("plain-codec", "train lightningdit --recipe mnist-vavae objective.vf_weight=0", "fid,psnr", sampled=False),
     Run("ldm-openmoji-codec", "train ldm --recipe openmoji-codec", "fid,psnr", sampled=False),
-    Run("var", "train var --codec {dir}/var-tokenizer", after="var-tokenizer", bits="bits-per-dim:n=500",
+    Run("var", "train var", bits="bits-per-dim:n=500",
         restore=("--mask lower --method var",)),
     Run("maskgit", "train maskgit",
         restore=("--mask lower --method maskgit",)),

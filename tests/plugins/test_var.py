@@ -25,6 +25,7 @@ from vgm_plugins.var.tokenizer import VARTokenizer, phi_of
 from vgm_cli import recipe as recipes
 from vgm_cli.api import PyramidTokenizer, Request, Step, generators
 from vgm_cli.ar import pyramid
+from vgm_cli.data import open_dataset
 from vgm_cli.engine import build
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine.checkpoint import load
@@ -650,6 +651,21 @@ class TestTraining(suites.ObjectiveSuite):
         made = build.build_objective(r, facts, {"codec": self.codec})
         suites.randomise(made.networks["model"])
         return r, made, facts
+
+
+def test_shipped_tokenizer() -> None:
+    """Digits that it never saw come back; every grid's codes are used; the recipe takes it."""
+    node = recipes.load("var", None).config["codec"]
+    path = ckpt.resolve(node["weights"])
+    codec = ckpt.read_codec(path, output=node["output"])
+    assert codec.latent_shape((1, 28, 28)) == (70,) and path.stat().st_size < 700_000
+    x = open_dataset("mnist5k", split="test", quiet=True).pixels(range(500))
+    with torch.no_grad():
+        ids = codec.encode(x)
+        mse = (codec.decode(ids).clamp(-1, 1) - x).square().mean() / 4
+    assert -10 * mse.log10() > 20
+    assert len(ids.unique()) > 0.9 * codec.vocab_size
+    assert all(len(ids[:, k].unique()) > 16 for k in (0, 1, 5, 21))
 
 
 def test_from_pixels_to_an_edited_image(tmp_run: Path, tiny_dataset: Path, vgm: Vgm) -> None:
