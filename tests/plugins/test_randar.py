@@ -74,10 +74,9 @@ def load(case: GoldenCase, training: bool = False) -> RandAR:
     if not training:
         dropped = [k for k in RENAMED if k != "position_order"]
         case.ignore(*(f"{OFFICIAL}.{k}" for k in dropped), why="evaluated without dropout")
-    config = keywords(case.config[OFFICIAL])
-    if training and "run" in case.config:  # all dropouts are 0, whatever the network's own are
-        config |= {RENAMED[k]: 0.0 for k in RENAMED if k != "position_order"}
-    model = RandAR(**config)
+    dropouts = {RENAMED[k]: 0.0 for k in RENAMED if k != "position_order"}  # all are 0, whatever the network's own are
+    config = dropouts | keywords(case.config[OFFICIAL])
+    model = RandAR(**config | dropouts if training and "run" in case.config else config)
     model.load_state_dict(CONVERTER.to_ours(case.state))
     return model
 
@@ -158,7 +157,8 @@ def training_steps(case: GoldenCase) -> None:
         loss = F.cross_entropy(model(ids, y, order).flatten(0, 1), ids.gather(1, order).flatten())
         assert_close(loss, out[f"step{k}.loss"], 1e-4, f"loss {k}")
         loss.backward()
-        logs = optimizing.step(accelerator, k, run["max_grad_norm"], skip)
+        clip = run["max_grad_norm"] or math.inf  # 0: nothing is clipped
+        logs = optimizing.step(accelerator, k, clip, skip)
         assert_close(logs["grad_norm"], out[f"step{k}.grad_norm"], 1e-4, f"grad_norm {k}")
         assert_close(logs["grad_statistic"], out[f"step{k}.skip_stat"], 1e-4, f"skip_stat {k}")
         assert bool(logs["skipped"]) != bool(out[f"step{k}.taken"])
@@ -182,12 +182,13 @@ class Seen:
 
 
 def read_call(case: GoldenCase, name: str, call: dict[str, Any]) -> tuple[int | None, tuple[float, float]]:
-    """(passes, scale of guidance) of a greedy call."""
-    scale = tuple(call["cfg_scales"])
+    """(passes, scale of guidance) of a greedy call; what it does not say is the official functions' default."""
+    scale = tuple(call.get("cfg_scales", (1.0, 1.0)))
+    steps = call.get("num_inference_steps", 512 if "ntk" in case.config else 88)
     case.ignore(*(f"calls.{name}.{k}" for k in ("temperature", "top_p", "top_k")), why="the largest logit is taken")
     if scale[1] <= 1:
         case.ignore(f"calls.{name}.cfg_scales", why="nothing is guided where the last scale is 1")
-    return None if call["num_inference_steps"] == -1 else call["num_inference_steps"], scale
+    return None if steps == -1 else steps, scale
 
 
 @golden.check(lambda c: official(c) and "calls" in c.config and "ntk" not in c.config)
