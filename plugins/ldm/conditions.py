@@ -136,14 +136,13 @@ def layout_tokens(
     with_crop: bool = False,  # two more tokens say which part is seen, and boxes are those of the whole picture
     groups: bool = True,  # classes of groups have tokens of their own
 ) -> list[int]:
-    """Three tokens for each object, its class and two corners; two for the crop. Objects that lie outside of the crop
-    are left out."""
+    """Three tokens for each object, its class and two corners; two for the crop. Of the first `most` objects, those
+    that lie outside of the crop are left out."""
     found: list[int] = []
-    for thing in objects:
+    for thing in objects[:most]:
         if inside(thing.box, crop):
             box = seen(thing.box, WHOLE if with_crop else crop, flip)
             found += [thing.number + classes * (thing.group and groups), *corners(box, tokens)]
-    found = found[: 3 * most]
     found += [tokens - 1] * (3 * most - len(found))
     return found + (corners(seen(crop, WHOLE, flip), tokens) if with_crop else [])
 

@@ -15,21 +15,23 @@ from torch import Tensor, nn
 from vgm_cli.api import Batch, Phase, Step
 from vgm_cli.diffusion.objectives import GaussianObjective, output_and_target
 from vgm_cli.diffusion.path import DiscreteVPPath
-from vgm_cli.ranges import NonNegative, Rate, Steps
+from vgm_cli.ranges import Fraction, NonNegative, Rate, Steps
 
 
-def bound_weights(path: DiscreteVPPath, prediction: str = "eps") -> Tensor:
-    """The weights that the official code gives the squared error as the variational bound's terms: (steps,) float64. Of
-    the noise they are these terms', the first as the second; of x0 they are not quite, and of v they are 1."""
+def bound_weights(path: DiscreteVPPath, prediction: str = "eps", posterior: float = 0.0) -> Tensor:
+    """The weights that the official code gives the squared error as the variational bound's terms: (steps,) float32,
+    rounded where it rounds. Of the noise they are these terms', of x0 they are not quite, the first as the second; of v
+    they are 1. posterior: see LatentDiffusion."""
     betas, bar = path.betas, path.alphas_cumprod
     if prediction == "v":
-        return torch.ones_like(betas)
+        return torch.ones_like(betas.float())
     if prediction == "x0":
-        return 0.5 * bar.sqrt() / (2 - bar)
-    before = torch.cat([bar.new_ones(1), bar[:-1]])
-    posterior = betas * (1 - before) / (1 - bar)
-    weights = betas[1:] ** 2 / (2 * posterior[1:] * (1 - betas[1:]) * (1 - bar[1:]))
-    return torch.cat([weights[:1], weights])
+        weights = 0.5 * bar.float().sqrt() / (2 - bar.float())
+    else:
+        before = torch.cat([bar.new_ones(1), bar[:-1]])
+        variance = (1 - posterior) * betas * (1 - before) / (1 - bar) + posterior * betas
+        weights = betas.float() ** 2 / (2 * variance.float() * (1 - betas).float() * (1 - bar.float()))
+    return torch.cat([weights[1:2], weights[1:]])
 
 
 class LogVariance(nn.Module):
@@ -62,12 +64,15 @@ class LatentDiffusion(GaussianObjective):
         bound_weight: NonNegative = 0.0,  # of the variational bound
         logvar: float = 0.0,  # logarithm of the error's variance
         learn_logvar: bool = False,  # it is trained, one for each timestep
+        posterior: Fraction = 0.0,  # share of beta in the variance that the bound takes; the rest is the posterior's
+        betas: list[float] | None = None,  # of every timestep; schedule, its ends and steps do not count then
     ):
-        ends = {"beta_start": beta_start, "beta_end": beta_end}
-        super().__init__(model, {"name": "vp-discrete", "schedule": schedule, "steps": steps, **ends}, prediction)
+        named = {"schedule": schedule, "steps": steps, "beta_start": beta_start, "beta_end": beta_end}
+        super().__init__(model, {"name": "vp-discrete", **(named if betas is None else {"betas": betas})}, prediction)
         assert isinstance(self.path, DiscreteVPPath)
         self.error, self.simple_weight, self.bound_weight = error, simple_weight, bound_weight
-        self.weights, self.logvar = bound_weights(self.path, prediction).float(), LogVariance(steps, logvar)
+        self.weights = bound_weights(self.path, prediction, posterior)
+        self.logvar = LogVariance(self.path.steps, logvar)
         self.logvar.requires_grad_(learn_logvar)
         self.learns = learn_logvar
         if learn_logvar:

@@ -95,7 +95,10 @@ class LDMSampler(GaussianSampler):
         keep = self.keeper(request, alphas, sigmas)
 
         def predict(x: Tensor, i: int) -> tuple[Tensor, Tensor]:
-            return model.predict_both(keep(x, i), times[i], **request.cond)
+            return model.predict_both(x, times[i], **request.cond)
+
+        def predict_kept(x: Tensor, i: int) -> tuple[Tensor, Tensor]:
+            return predict(keep(x, i), i)
 
         def noise() -> Tensor:
             return request.randn() * self.temperature
@@ -103,12 +106,12 @@ class LDMSampler(GaussianSampler):
         clip = quantiser(request.codec) if self.quantize_denoised else None
         callback = report(request, len(times) - 1)
         if self.solver == "plms":
-            x = plms(predict, x, alphas, sigmas, clip=clip, callback=callback)
+            x = plms(predict, x, alphas, sigmas, clip=clip, keep=keep, callback=callback)
         elif self.solver == "ddim":
             keywords: dict[str, Any] = {"noise": noise if self.eta else None, "clip": clip, "callback": callback}
-            x = solvers.ddim(predict, x, alphas, sigmas, eta=self.eta, **keywords)
+            x = solvers.ddim(predict_kept, x, alphas, sigmas, eta=self.eta, **keywords)
         else:
-            x = solvers.dpm_solver(predict, x, alphas, sigmas, order=2, callback=callback)
+            x = solvers.dpm_solver(predict_kept, x, alphas, sigmas, order=2, callback=callback)
         return x if request.mask is None else self.pasted(request, x)
 
     def start(self, request: Request, alphas: Tensor, sigmas: Tensor, steps: int) -> tuple[Tensor, int]:

@@ -14,14 +14,16 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from vgm_plugins.ldm import checkpoints as ck
 from vgm_plugins.ldm.conditions import WHOLE, Object, SemanticMap, layout_tokens
-from vgm_plugins.ldm.objective import LatentDiffusion
+from vgm_plugins.ldm.objective import LatentDiffusion, bound_weights
 from vgm_plugins.ldm.presets import KL, VQ
 from vgm_plugins.ldm.sampler import LDMSampler, official_timesteps
 
 from vgm_cli.api import Codec, Objective, Request, Step, generators
 from vgm_cli.convert_api import Layout, unwrap
+from vgm_cli.diffusion import solvers
 from vgm_cli.diffusion.crops import in_crops
-from vgm_cli.diffusion.denoiser import Denoiser
+from vgm_cli.diffusion.denoiser import Denoiser, convert
+from vgm_cli.diffusion.discrete.betas import betas_for_alpha_bar
 from vgm_cli.engine.train.ema import EMA
 from vgm_cli.engine.train.optim import learning_rate
 from vgm_cli.errors import VgmError
@@ -64,7 +66,9 @@ golden = GoldenChecks("ldm")
 
 def keywords(config: dict[str, Any]) -> dict[str, Any]:
     """An official model config (ddconfig, embed_dim, ...) -> constructor keywords."""
-    dd = {k: config["ddconfig"][k] for k in config["ddconfig"] if k not in ("double_z", "use_linear_attn")}
+    assert not config["ddconfig"].get("give_pre_end"), "the decoder ends with an image"
+    other = ("double_z", "use_linear_attn", "give_pre_end")
+    dd = {k: config["ddconfig"][k] for k in config["ddconfig"] if k not in other}
     if config["ddconfig"].get("use_linear_attn"):
         dd["attn_type"] = "linear"
     return {**dd, **{k: config[k] for k in ("embed_dim", "n_embed") if k in config}}
@@ -76,6 +80,8 @@ def load(case: GoldenCase, cls: type, converter: Layout) -> Any:
     case.ignore("ddconfig.dropout", why="evaluated without dropout")
     if not case.config["ddconfig"]["attn_resolutions"]:
         case.ignore("ddconfig.resolution", why="it places attention only")
+    case.ignore("use_ema", "sane_index_shape", "monitor", "image_key", why="no output depends on it")
+    assert case.config.get("remap") is None
     model = cls(**keywords(case.config))
     model.load_state_dict(converter.to_ours(case.state))
     return model.eval()
@@ -166,7 +172,9 @@ def autoencoder_losses(case: GoldenCase) -> None:
     else:
         codebook = case.inputs["codebook_loss"]
         loss, logs["quant_loss"] = loss + config.get("codebook_weight", 1.0) * codebook, codebook
-    if "predicted_indices" in case.inputs:
+    if "predicted_indices" not in case.inputs:
+        case.ignore("n_classes", why="of the codes, which the case has not")
+    else:
         logs |= code_usage(case.inputs["predicted_indices"], config["n_classes"])
     (grad,) = torch.autograd.grad(loss, last)
     d_loss, d_logs = discriminator_term(fresh(), x, recon, config.get("disc_loss", "hinge"), cond)
@@ -333,10 +341,27 @@ class Given(Request):
         return next(self.draws)
 
 
-def denoiser_of(network: Any, config: dict[str, Any]) -> Denoiser:
-    path = {"name": "vp-discrete", "schedule": "scaled_linear", "steps": config.get("timesteps", 1000)}
-    ends = {"beta_start": config["linear_start"], "beta_end": config["linear_end"]}
-    return Denoiser(network, path | ends, "eps", time="index")
+SCHEDULES = {"linear": "scaled_linear", "sqrt_linear": "linear", "cosine": "cosine", "sqrt": "sqrt"}  # theirs: ours
+
+
+def noise_levels(case: GoldenCase) -> dict[str, Any]:
+    """Our keywords of the schedule that a config of the official make_beta_schedule says."""
+    config = case.config
+    if config.get("given_betas") is not None:
+        return {"betas": list(config["given_betas"])}
+    steps, schedule = config.get("timesteps", 1000), config.get("beta_schedule", "linear")
+    if schedule == "cosine":
+        case.ignore("linear_start", "linear_end", why="of schedules with ends")
+        s = config.get("cosine_s", 8e-3)
+        betas = betas_for_alpha_bar(steps, lambda t: math.cos((t + s) / (1 + s) * math.pi / 2) ** 2)
+        return {"schedule": "cosine", "steps": steps} if s == 8e-3 else {"betas": betas.tolist()}
+    case.ignore("cosine_s", why="of the cosine schedule")
+    ends = {"beta_start": config.get("linear_start", 0.00085), "beta_end": config.get("linear_end", 0.012)}
+    return {"schedule": SCHEDULES[schedule], "steps": steps, **ends}
+
+
+def denoiser_of(network: Any, case: GoldenCase) -> Denoiser:
+    return Denoiser(network, {"name": "vp-discrete", **noise_levels(case)}, "eps", time="index")
 
 
 class Scalar(nn.Module):
@@ -357,7 +382,7 @@ class Tokens(nn.Module):
 @golden.check(lambda c: c.source.split("/")[-1] in ("ddim.py", "plms.py") and "out/trajectory" in c)
 def ddim_and_plms(case: GoldenCase) -> None:
     config, x = case.config, case.inputs["x_T"]
-    view = denoiser_of(Scalar(), config)
+    view = denoiser_of(Scalar(), case)
     noise, seen = list(case.inputs["noise"]), []
     given: dict[str, Any] = {"cond": {"c": case.inputs["c"]}, "null": {"c": case.inputs["uc"]}}
     if masked := "in/mask" in case:
@@ -387,7 +412,7 @@ def ddim_and_plms(case: GoldenCase) -> None:
 @golden.check(lambda c: c.kind == "img2img")
 def img2img(case: GoldenCase) -> None:
     config, x0 = case.config, case.inputs["x0"]
-    view = denoiser_of(Tokens(), config)
+    view = denoiser_of(Tokens(), case)
     assert torch.equal(official_timesteps(config["ddim_steps"], 1000), case.outputs["timesteps"])
     assert int(config["strength"] * config["ddim_steps"]) == config["t_enc"]
     sampler = LDMSampler(steps=config["ddim_steps"], eta=config["eta"], strength=config["strength"])
@@ -402,20 +427,54 @@ def img2img(case: GoldenCase) -> None:
         callback=lambda i, total, x, x0: seen.append(x),
     )
     got = sampler(view, request)
-    assert_close(seen[0], case.outputs["z_enc"], 1e-5, "z_enc")
+    assert_close(seen[0] if config["t_enc"] else got, case.outputs["z_enc"], 1e-5, "z_enc")
     assert_close(got, case.outputs["samples"], 1e-5, "samples")
 
 
 @golden.check(lambda c: c.kind == "dpm_solver_pp")
 def stable_diffusion_dpm_solver(case: GoldenCase) -> None:
+    """The solver with the case's options; and the sampler, which has those of the official script."""
     config, x = case.config, case.inputs["x_T"]
-    stated = ("order", "method", "skip_type", "algorithm", "lower_order_final", "thresholding")
-    published = (2, "multistep", "time_uniform", "dpmsolver++ (predict_x0)", True, False)
-    assert tuple(config[k] for k in stated) == published
-    sampler = LDMSampler(steps=config["steps"], solver="dpm-solver++")
-    cond = {"cond": {"c": case.inputs["c"]}, "null": {"c": case.inputs["uc"]}}
-    got = sampler(denoiser_of(Tokens(), config), Given(x, [x], guidance_scale=config["scale"], **cond))
-    assert_close(got, case.outputs["samples"], 1e-5, "samples")
+    stated = {
+        "order": 2,
+        "method": "multistep",
+        "skip_type": "time_uniform",
+        "algorithm": "dpmsolver++ (predict_x0)",
+        "lower_order_final": True,
+        "thresholding": False,
+    }
+    asked = {k: config.get(k, v) for k, v in stated.items()}
+    assert asked["method"] == "multistep" and not asked["thresholding"]
+    view = denoiser_of(Tokens(), case)
+    if asked == stated:
+        sampler = LDMSampler(steps=config["steps"], solver="dpm-solver++")
+        cond = {"cond": {"c": case.inputs["c"]}, "null": {"c": case.inputs["uc"]}}
+        got = sampler(view, Given(x, [x], guidance_scale=config["scale"], **cond))
+        assert_close(got, case.outputs["samples"], 1e-5, "samples")
+    path, n = view.path, config["steps"] + 1
+    if asked["skip_type"] == "logSNR":
+        ends = path.logsnr(torch.tensor([path.t_max, path.t_min], dtype=torch.float64))
+        times = path.t_of_logsnr(torch.linspace(*ends.tolist(), n, dtype=torch.float64))
+    else:
+        power = {"time_uniform": 1, "time_quadratic": 2}[asked["skip_type"]]
+        times = torch.linspace(1.0, path.t_min ** (1 / power), n, dtype=torch.float64) ** power
+
+    def predict(x: Tensor, i: int) -> tuple[Tensor, Tensor]:
+        t = times[i].expand(len(x))
+        with_it, without = (view.predict(x, t, "eps", c=case.inputs[k]) for k in ("c", "uc"))
+        eps = without + config["scale"] * (with_it - without)
+        return convert(eps, x, t, path, "eps", "x0"), eps
+
+    got = solvers.dpm_solver(
+        predict,
+        x,
+        path.alpha(times),
+        path.sigma(times),
+        order=asked["order"],
+        algorithm=asked["algorithm"].split()[0],
+        lower_order_final=asked["lower_order_final"],
+    )
+    assert_close(got, case.outputs["samples"], 1e-5, "samples of the solver")
 
 
 @golden.check(lambda c: c.source.endswith("LatentDiffusion.p_losses"))
@@ -428,17 +487,23 @@ def denoising_loss(case: GoldenCase) -> None:
 
     objective = LatentDiffusion(
         toy,  # type: ignore[arg-type]
-        beta_start=config.get("linear_start", 0.00085),
-        beta_end=config.get("linear_end", 0.012),
-        schedule={"linear": "scaled_linear", "sqrt_linear": "linear"}[config.get("beta_schedule", "linear")],
-        steps=config.get("timesteps", 1000),
+        **noise_levels(case),
         prediction=config.get("parameterization", "eps"),
         error=config.get("loss_type", "l2"),
         simple_weight=config.get("l_simple_weight", 1.0),
-        bound_weight=config["original_elbo_weight"],
+        bound_weight=config.get("original_elbo_weight", 0.0),
         learn_logvar=config.get("learn_logvar", False),
+        logvar=config.get("logvar_init", 0.0),
+        posterior=config.get("v_posterior", 0.0),
     )
-    objective.logvar.logvar.copy_(case.inputs["logvar"])
+    if config.get("parameterization", "eps") != "eps":
+        case.ignore("v_posterior", why="of the bound's weights of the noise")
+    logvar = case.inputs["logvar"]
+    if "logvar_init" in config and (logvar == logvar[0]).all():
+        assert_close(objective.logvar.logvar, logvar, 1e-6, "logvar")
+    else:
+        case.ignore("logvar_init", why="the values that it became are stored")
+    objective.logvar.logvar.copy_(logvar)
     path, out = objective.path, case.outputs
     assert_close(path.betas, out["betas"], 1e-5, "betas")
     assert_close(path.alphas_cumprod, out["alphas_cumprod"], 1e-5, "alphas_cumprod")
@@ -449,7 +514,7 @@ def denoising_loss(case: GoldenCase) -> None:
     loss, logs = objective.loss_of(case.inputs["x0"], t, case.inputs["noise"], {})
     assert_close(loss, out["loss"], 1e-5, "loss")
     assert_close(logs["simple"], out["loss_simple"], 1e-5, "loss_simple")
-    if config["original_elbo_weight"]:
+    if config.get("original_elbo_weight", 0.0):
         assert_close(logs["bound"], out["loss_vlb"], 1e-5, "loss_vlb")
     assert objective.learns == ("logvar" in objective.networks)
 
@@ -646,6 +711,65 @@ def degradation(case: GoldenCase) -> None:
 
 def test_golden(golden_case: GoldenCase) -> None:
     golden.run(golden_case)
+
+
+# -- what the cases at hand do not have ------------------------------------------------------------------------------
+
+
+def test_weights_of_the_bound_are_rounded_where_the_official_ones_are() -> None:
+    path = Denoiser(Scalar(), {"name": "vp-discrete", "schedule": "sqrt", "steps": 50}, "eps", time="index").path
+    for kind, posterior in (("eps", 0.0), ("eps", 0.3), ("x0", 0.0), ("v", 0.0)):
+        weights = bound_weights(path, kind, posterior)  # type: ignore[arg-type]
+        assert weights.dtype == torch.float32 and weights[0] == weights[1] and len(weights) == 50
+    bar = path.alphas_cumprod.float()  # type: ignore[attr-defined]
+    assert torch.equal(bound_weights(path, "x0")[1:], (0.5 * bar.sqrt() / (2 - bar))[1:])  # type: ignore[arg-type]
+    given = LatentDiffusion(nn.Identity(), betas=[0.1, 0.2, 0.4], learn_logvar=True, bound_weight=1.0)
+    assert len(given.weights) == len(given.logvar.logvar) == 3
+    assert given.path.options() == {"betas": pytest.approx([0.1, 0.2, 0.4])}
+
+
+def test_plms_keeps_what_a_mask_keeps_once_a_step() -> None:
+    """The evaluation more of the first step is of the state as it is, and steps go on from the masked state."""
+    path = {"name": "vp-discrete", "schedule": "scaled_linear", "steps": 99, "beta_start": 1e-3, "beta_end": 0.02}
+    view = Denoiser(Scalar(), path, "eps", time="index")
+    x, x0, *kept = torch.randn(5, 2, 1, 4, 4, generator=torch.Generator().manual_seed(0))
+    steps = official_timesteps(3, 99).flip(0)
+    mask = torch.zeros(2, 1, 4, 4)
+    mask[..., :2] = 1
+    c = {"c": torch.tensor([0.1, -0.2])}
+    sampler = LDMSampler(steps=3, solver="plms")
+    sampler.pasted = lambda request, x: x  # type: ignore[method-assign]
+    got = sampler(view, Given(x, [x, *kept], cond=c, images=x0, mask=mask))
+
+    alpha = view.path.alpha(view.path.t_of_timestep(torch.cat([steps, torch.zeros(1, dtype=torch.long)])))  # type: ignore[attr-defined]
+    sigma, old = (1 - alpha**2).sqrt(), []
+    for i, t in enumerate(steps.tolist()):
+        x = (alpha[i] * x0 + sigma[i] * kept[i]) * mask + (1 - mask) * x
+
+        def step(eps: Tensor, x: Tensor = x, i: int = i) -> Tensor:
+            return alpha[i + 1] * (x - sigma[i] * eps) / alpha[i] + sigma[i + 1] * eps
+
+        old.append(Scalar()(x.float(), torch.full((2,), t), **c))
+        if i == 0:
+            more = Scalar()(step(old[0]).float(), steps[1:2].expand(2), **c)
+            x = step((old[0] + more) / 2)
+        else:
+            x = step((3 * old[1] - old[0]) / 2 if i == 1 else (23 * old[2] - 16 * old[1] + 5 * old[0]) / 12)
+    assert_close(got, x, 1e-5, "x")
+
+
+def test_heads_of_the_decoder_alone_are_of_legacy_attention() -> None:
+    own = {"model_channels": 32, "channel_mult": (1,), "num_res_blocks": 1, "attention_resolutions": (1,),
+           "use_spatial_transformer": False, "num_heads": 4, "num_heads_upsample": 2, "image_size": 4}  # fmt: skip
+    for legacy in (True, False):
+        network = LDMUNet(**own, legacy=legacy)
+        assert network.output_blocks[0][1].heads == (2 if legacy else 4) and network.input_blocks[1][1].heads == 4
+
+
+def test_objects_beyond_the_most_are_left_out_before_those_that_nobody_sees() -> None:
+    inside, outside = Object(1, (0.1, 0.1, 0.2, 0.2)), Object(2, (0.8, 0.8, 0.1, 0.1))
+    kept = layout_tokens([outside, inside, inside], 2, 64, 5, crop=(0.0, 0.0, 0.5, 0.5))
+    assert kept[0] == 1 and kept[3:] == [63] * 3
 
 
 # -- sizes -----------------------------------------------------------------------------------------------------------

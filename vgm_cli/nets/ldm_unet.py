@@ -78,7 +78,7 @@ class LDMEncoder(nn.Module):
         conv_resample: bool = True,  # sizes change by convolutions (without resblock_updown)
         num_heads: Depth = 8,  # attention heads, where num_head_channels is None
         num_head_channels: Width | None = None,  # width of an attention head; goes before num_heads
-        num_heads_upsample: Depth | None = None,  # heads of the decoder's attention blocks; None: num_heads
+        num_heads_upsample: Depth | None = None,  # heads of the decoder's legacy attention blocks; None: num_heads
         use_scale_shift_norm: bool = False,  # the embedding scales and shifts, instead of being added
         resblock_updown: bool = False,  # sizes change inside residual blocks
         use_spatial_transformer: bool = True,  # attention is by transformers; False: ADM's attention blocks
@@ -110,7 +110,8 @@ class LDMEncoder(nn.Module):
         self.dropout, self.scale_shift, self.updown = dropout, use_scale_shift_norm, resblock_updown
         self.conv_resample, self.norm_groups = conv_resample, norm_groups
         self.heads, self.head_channels, self.legacy = num_heads, num_head_channels, legacy
-        self.heads_up = num_heads_upsample or num_heads
+        counted = legacy and not use_spatial_transformer  # elsewhere the official code divides by the encoder's width
+        self.heads_up = num_heads_upsample if counted and num_heads_upsample else num_heads
         self.transformers, self.linear = use_spatial_transformer, use_linear_in_transformer
         self.context_dim = context_dim if use_spatial_transformer else None
         self.new_order = use_new_attention_order
@@ -246,7 +247,7 @@ class LDMUNet(LDMEncoder):
         for level, width in reversed(list(enumerate(self.widths))):
             for i in range(self.blocks[level] + 1):
                 layers: list[nn.Module] = [self.res(ch + skips.pop(), width)]
-                layers += self.attention(width, level, factor, self.heads_up if not self.transformers else self.heads)
+                layers += self.attention(width, level, factor, self.heads_up)
                 ch = width
                 if level > 0 and i == self.blocks[level]:
                     layers.append(self.res(ch, ch, "up") if self.updown else Upsample(ch, self.conv_resample))

@@ -13,7 +13,18 @@ import numpy as np
 from vgm_cli.errors import USAGE, VgmError, unknown
 from vgm_cli.limits import check_levels
 
-SCHEDULES = ("linear", "cosine", "squaredcos_cap_v2", "quad", "scaled_linear", "const", "warmup10", "warmup50", "jsd")
+SCHEDULES = (
+    "linear",
+    "cosine",
+    "squaredcos_cap_v2",
+    "quad",
+    "scaled_linear",
+    "sqrt",
+    "const",
+    "warmup10",
+    "warmup50",
+    "jsd",
+)
 
 
 def named_betas(
@@ -23,7 +34,8 @@ def named_betas(
 
     "linear" without ends is Ho et al.'s 1e-4..0.02 scaled by 1000 / steps, so that it stays alike for any length; given
     ends are used as they are. "cosine" (alias "squaredcos_cap_v2") is IDDPM eq. 17 with betas capped at 0.999. "quad"
-    (alias "scaled_linear", LDM's and Stable Diffusion's "linear") is linear in sqrt(beta). VgmError: unknown name.
+    (alias "scaled_linear", LDM's and Stable Diffusion's "linear") is linear in sqrt(beta), LDM's "sqrt" in beta^2.
+    VgmError: unknown name.
     """
     check_levels(steps)
     if schedule in ("cosine", "squaredcos_cap_v2"):
@@ -35,6 +47,8 @@ def named_betas(
         return np.linspace(start, end, steps, dtype=np.float64)
     if schedule in ("quad", "scaled_linear"):
         return np.linspace(start**0.5, end**0.5, steps, dtype=np.float64) ** 2
+    if schedule == "sqrt":
+        return np.linspace(start, end, steps, dtype=np.float64) ** 0.5
     if schedule == "jsd":  # 1/T, 1/(T-1), ..., 1
         return 1.0 / np.linspace(steps, 1, steps, dtype=np.float64)
     if schedule in ("const", "warmup10", "warmup50"):

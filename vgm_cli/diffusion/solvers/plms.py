@@ -27,10 +27,12 @@ def plms(
     sigmas: Tensor,
     *,
     clip: Callable[[Tensor], Tensor] | None = None,
+    keep: Callable[[Tensor, int], Tensor] | None = None,
     callback: Callback = None,
 ) -> Tensor:
     """DDIM's deterministic steps with the noise extrapolated from the last four evaluations; the first step is one of
-    Heun's, with an evaluation more. predict, alphas, sigmas: as `ddim`'s. clip: applied to x0.
+    Heun's, with an evaluation more. predict, alphas, sigmas: as `ddim`'s. clip: applied to x0. keep: applied to x
+    before every step, not before the evaluation more.
     """
 
     def estimate(x: Tensor, eps: Tensor, i: int) -> Tensor:
@@ -43,12 +45,14 @@ def plms(
     known: list[Tensor] = []
     last = len(alphas) - 2
     for i in range(last + 1):
+        before = x
+        x = x if keep is None else keep(x, i)
         known = [predict(x, i)[1], *known[:3]]
         if i == 0:
             ahead = predict(step(x, known[0], 0), min(1, last))[1]
             eps = (known[0] + ahead) / 2
         else:
             eps = torch.stack([w * e for w, e in zip(WEIGHTS[len(known) - 1], known, strict=True)]).sum(0)
-        notify(callback, i, x, estimate(x, eps, i))
+        notify(callback, i, before, estimate(x, eps, i))
         x = step(x, eps, i)
     return x
