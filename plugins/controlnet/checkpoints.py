@@ -122,10 +122,12 @@ def transfer(control: State, base: State, other: State) -> dict[str, Tensor]:
     layout.
 
     Every tensor keeps its distance from the base's: control + other - base, the copy being compared with the U-Net.
-    What `other` has no counterpart of is taken as it is; its first stage and text encoder take the place of the old.
+    What `other` has no counterpart of is taken as it is; its first stage and text encoder take the place of the old,
+    tensor by tensor where the control's file has them.
     """
     swapped = ("first_stage_model.", "cond_stage_model.")
-    out = {k: v for k, v in other.items() if k.startswith(swapped)}
+    whole = any(k.startswith(swapped) for k in control)
+    out = {k: v for k, v in other.items() if k.startswith(swapped) and (k in control or not whole)}
     for name, value in control.items():
         if name.startswith(swapped):
             continue
