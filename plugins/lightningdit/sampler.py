@@ -36,12 +36,13 @@ class ShiftedODESampler(GaussianSampler):
     """Probability-flow ODE of networks that were trained on straight paths. `steps` counts grid points: Euler's method
     evaluates the network one time less.
 
-    cfg_channels: the official code guides the first 3 channels whatever the latents, so that the published scales (10
-    and 6.7) are for cfg_channels=3; with all channels about 4 does as much.
+    method: torchdiffeq's names, whose rk4 is Kutta's 3/8 rule. cfg_channels: the official code guides the first 3
+    channels whatever the latents, so that the published scales (10 and 6.7) are for cfg_channels=3; with all channels
+    about 4 does as much.
     """
 
     steps: Steps = 250
-    method: Literal["euler", "midpoint", "heun", "rk4", "dopri5"] = "euler"
+    method: Literal["euler", "midpoint", "heun", "heun2", "heun3", "rk4", "dopri5"] = "euler"
     shift: NonNegative = 0.0  # of the grid, see grid_of; 0: none, as published 0.3
     cfg_start: Fraction = 0.0  # time t from which on samples are guided
     rtol: Positive = 1e-3  # of dopri5
@@ -69,4 +70,5 @@ class ShiftedODESampler(GaussianSampler):
         reporting: dict[str, Any] = {"callback": report(request, steps - 1), "x0_of": x0_of}
         if self.method == "dopri5":
             return solvers.dopri5(velocity, request.randn(), 1.0, 0.0, rtol=self.rtol, atol=self.atol, **reporting)
-        return solvers.ODE[self.method][0](velocity, request.randn(), times, **reporting)
+        method = {"heun2": "heun", "rk4": "rk38"}.get(self.method, self.method)  # torchdiffeq's names
+        return solvers.ODE[method][0](velocity, request.randn(), times, **reporting)

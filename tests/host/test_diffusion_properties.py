@@ -170,7 +170,9 @@ def orders_of(error, ns=(20, 40, 80)):
     return [math.log2(a / b) for a, b in itertools.pairwise(errors)]
 
 
-@pytest.mark.parametrize("method, order", [("euler", 1), ("midpoint", 2), ("heun", 2), ("rk4", 4)])
+@pytest.mark.parametrize(
+    "method, order", [("euler", 1), ("midpoint", 2), ("heun", 2), ("heun3", 3), ("rk4", 4), ("rk38", 4)]
+)
 @pytest.mark.parametrize("config", ["linear", "cosine", "vp"])
 def test_ode_solvers_have_their_order(method, order, config):
     path = make_path(config)

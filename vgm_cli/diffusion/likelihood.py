@@ -63,7 +63,8 @@ def log_likelihood(
 ) -> Likelihood:
     """log p(x) of x (B, ...) in nats. probe: like x, drawn once (rademacher or normal); None computes the exact trace.
 
-    method: dopri5 to rtol and atol, or a fixed one (euler, midpoint, heun, rk4) with `steps`. VgmError: unknown method.
+    method: dopri5 to rtol and atol, or a fixed one (euler, midpoint, heun, heun3, rk4, rk38) with `steps`.
+    VgmError: unknown method.
     """
     low, high = model.t_range()
     evaluations = 0

@@ -8,7 +8,10 @@ SAMPLERS = {
     "ddim": ("DDIMSampler", "DDIM, deterministic (eta 0) to ancestral (eta 1)"),
     "ancestral": ("AncestralSampler", "DDPM's ancestral sampling, variance fixed_small or fixed_large"),
     "euler": ("EulerSampler", "probability-flow ODE, Euler"),
-    "heun": ("ODESampler", "probability-flow ODE, second order; method: euler, midpoint, heun, rk4, dopri5"),
+    "heun": (
+        "ODESampler",
+        "probability-flow ODE; method: euler, midpoint, heun, heun3, rk4, rk38, dopri5",
+    ),
     "dopri5": ("Dopri5Sampler", "probability-flow ODE, adaptive Runge-Kutta 5(4), per image"),
     "sde": ("SDESampler", "reverse SDE with a free diffusion coefficient"),
     "dpm-solver": ("DPMSolverSampler", "multistep DPM-Solver and DPM-Solver++, ODE and SDE, orders 1 to 3"),

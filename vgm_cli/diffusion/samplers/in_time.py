@@ -21,15 +21,18 @@ from vgm_cli.diffusion.samplers.base import (
 )
 from vgm_cli.ranges import NonNegative, Positive, Steps
 
+Method = Literal["euler", "midpoint", "heun", "heun3", "rk4", "rk38", "dopri5"]
+
 
 @dataclass(kw_only=True)
 class ODESampler(GaussianSampler):
-    """Probability-flow ODE in t: dx/dt = u. method: euler, midpoint, heun, rk4 on a grid, or dopri5 to rtol, atol.
+    """Probability-flow ODE in t: dx/dt = u.
 
-    grid: None is uniform in t (EDM's path: karras).
+    method: euler, midpoint, heun, heun3, rk4, rk38 on a grid, or dopri5 to rtol, atol. grid: None is uniform
+    in t (EDM's path: karras).
     """
 
-    method: Literal["euler", "midpoint", "heun", "rk4", "dopri5"] = "heun"
+    method: Method = "heun"
     grid: Grid | None = None
     rtol: Positive = 1e-5
     atol: Positive = 1e-5
@@ -59,12 +62,12 @@ class ODESampler(GaussianSampler):
 
 @dataclass(kw_only=True)
 class EulerSampler(ODESampler):
-    method: Literal["euler", "midpoint", "heun", "rk4", "dopri5"] = "euler"
+    method: Method = "euler"
 
 
 @dataclass(kw_only=True)
 class Dopri5Sampler(ODESampler):
-    method: Literal["euler", "midpoint", "heun", "rk4", "dopri5"] = "dopri5"
+    method: Method = "dopri5"
 
 
 @dataclass(kw_only=True)

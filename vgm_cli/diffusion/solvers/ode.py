@@ -49,6 +49,20 @@ def ode_heun(
     return x
 
 
+def ode_heun3(
+    velocity: Velocity, x: Tensor, times: Tensor, *, callback: Callback = None, x0_of: Estimate = None
+) -> Tensor:
+    """Heun's third-order method."""
+    for i in range(len(times) - 1):
+        t, h = times[i], times[i + 1] - times[i]
+        k1 = velocity(x, t)
+        notify_slope(callback, i, x, t, k1, x0_of)
+        k2 = velocity(x + h / 3 * k1, t + h / 3)
+        k3 = velocity(x + h * 2 / 3 * k2, t + h * 2 / 3)
+        x = x + h / 4 * (k1 + 3 * k3)
+    return x
+
+
 def ode_rk4(
     velocity: Velocity, x: Tensor, times: Tensor, *, callback: Callback = None, x0_of: Estimate = None
 ) -> Tensor:
@@ -64,11 +78,28 @@ def ode_rk4(
     return x
 
 
+def ode_rk38(
+    velocity: Velocity, x: Tensor, times: Tensor, *, callback: Callback = None, x0_of: Estimate = None
+) -> Tensor:
+    """Kutta's 3/8 rule, order 4: what torchdiffeq calls rk4."""
+    for i in range(len(times) - 1):
+        t, h = times[i], times[i + 1] - times[i]
+        k1 = velocity(x, t)
+        notify_slope(callback, i, x, t, k1, x0_of)
+        k2 = velocity(x + h / 3 * k1, t + h / 3)
+        k3 = velocity(x + h * (k2 - k1 / 3), t + h * 2 / 3)
+        k4 = velocity(x + h * (k1 - k2 + k3), times[i + 1])
+        x = x + h / 8 * (k1 + 3 * k2 + 3 * k3 + k4)
+    return x
+
+
 ODE: dict[str, tuple[Callable[..., Tensor], int]] = {  # name: (method, evaluations a step)
     "euler": (ode_euler, 1),
     "midpoint": (ode_midpoint, 2),
     "heun": (ode_heun, 2),
+    "heun3": (ode_heun3, 3),
     "rk4": (ode_rk4, 4),
+    "rk38": (ode_rk38, 4),
 }
 
 
