@@ -127,7 +127,8 @@ def locate(target: str, recipe: str | None = None) -> tuple[str, Path]:
             elif own:
                 raise VgmError(
                     f"{target} has several recipes: {', '.join(f.partition('/')[2] for f in own)}",
-                    next_command(target, paper_verb(target)),
+                    f"{next_command(target, paper_verb(target))}; the first lines of `vgm cat {target}/NAME` say what "
+                    "a recipe is for and which commands make the runs that it builds on",
                     USAGE,
                 )
     if name not in files:
@@ -169,12 +170,15 @@ def next_command(paper: str, verb: str | None = None) -> str:
     """A command that works with what a paper brings, its small recipe first; "" for a paper without recipes."""
     verb = verb or paper_verb(paper)
     own = [n for n, f in shipped().items() if n.startswith(f"{paper}/") and verb_of(load_file(f, n)[0]) == verb]
-    own.sort(key=lambda n: (n != f"{paper}/mnist", not starter(n), n))
     if not own:
         return ""
+    based = {n: "base" in (load_file(shipped()[n], n)[0].get("roles") or {}) for n in own}  # on a run of another recipe
+    own.sort(key=lambda n: (n != f"{paper}/mnist", not starter(n), based[n], n))
     short = own[0].partition("/")[2]
     implied = short == "mnist" or len(own) == 1 or (verb == "distill" and starter(own[0]))
-    needs = {"distill": " --teacher RUN", "finetune-rl": " --model RUN"}.get(verb, "")
+    needs = {"distill": " --teacher RUN", "finetune-rl": " --model RUN"}.get(
+        verb, " --base RUN" if based[own[0]] else ""
+    )
     return f"vgm {verb} {paper}{'' if implied else f' --recipe {short}'}{needs}"
 
 

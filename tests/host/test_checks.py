@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from pathlib import Path
 
 import pytest
@@ -292,6 +293,8 @@ def test_settings_of_sampling_are_checked_before_it(vgm, tiny: Path, tmp_path: P
         assert not (tmp_path / "x.png").exists()
     refused(vgm("evaluate", "run", "-n", 4, "--assert", "foo<3"), "unknown number in --assert 'foo'", "fid")
     refused(vgm("evaluate", "run", "-n", 4, "--metrics", "kid:subsets=-1"), "subsets=-1")
+    for metric in ("edge-f1", "retrieval"):
+        refused(vgm("evaluate", "run", "-n", 4, "--metrics", metric), f"{metric} compares every sample with", "kid")
 
 
 def test_another_networks_weights(vgm, tiny: Path) -> None:
@@ -302,7 +305,7 @@ def test_another_networks_weights(vgm, tiny: Path) -> None:
 @pytest.mark.parametrize("paper", sorted(registry().papers))
 def test_hints_name_a_recipe_and_a_verb_that_work(vgm, paper: str) -> None:
     command = recipes.next_command(paper)
-    words = command.replace("--teacher RUN", "").replace("--model RUN", "").split()
+    words = re.sub("--(teacher|model|base) RUN", "", command).split()
     assert words[0] == "vgm"
     code, _, err = vgm(*words[1:], "--print-config")
     assert code == 0, err
@@ -314,6 +317,8 @@ def test_no_hint_leads_in_a_circle(vgm) -> None:
     refused(vgm("distill", "flow-grpo"), "vgm finetune-rl flow-grpo --model RUN")
     refused(vgm("finetune-rl", "dmd"), "vgm distill dmd --teacher RUN")
     refused(vgm("train", "dmd"), "vgm distill dmd --teacher RUN")
+    refused(vgm("train", "supir"), "vgm train supir --recipe openmoji-encoder", "vgm cat supir/NAME")
+    refused(vgm("train", "controlnet"), "--base RUN")
 
 
 def test_components_are_listed(vgm) -> None:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from PIL import Image
 from torch import nn
 
 from vgm_cli import recipe as recipes
@@ -22,6 +23,13 @@ from vgm_cli.nets.text import WordEncoder
 from vgm_cli.overrides import parse_yaml
 from vgm_cli.registry import registry
 
+OWN = """
+model: {name: sit, patch_size: 4, hidden_size: 8, depth: 1, num_heads: 1}
+conditions: {class: {}}
+objective: {name: flow-matching}
+sampler: {name: euler, steps: 1}
+train: {batch_size: 2, preview_n: 0, save_every: 0}
+"""
 WORDS = ["a", *COLOURS, *SHAPES]
 Vgm = Callable[..., tuple[int, str, str]]
 
@@ -84,6 +92,25 @@ def test_captions_are_offered_in_place_of_classes() -> None:
     node = parse_yaml(refused.value.hint.split("conditions.text=")[1].rstrip("'"), "")
     part = build_parts({"class": None, "text": node}, {"captions": True, "words": WORDS})[0]
     assert part.trained and part.condition.encode(["a red circle"], torch.device("cpu"))["context"].shape == (1, 8, 8)
+
+
+def test_what_becomes_of_somebodys_captions_is_told(vgm: Vgm, tmp_path: Path) -> None:
+    """That a network does not read them, or was given other words, and where a class is wanted how it would."""
+    for name in ("pear", "plum"):
+        Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(f"a {name}")
+    (tmp_path / "own.yaml").write_text(OWN)
+    words = (tmp_path / "own.yaml", f"data.path={tmp_path}", "train.steps=1")
+    code, _, err = vgm("train", *words, "--out", tmp_path / "a")
+    assert code == 0 and "captions of the data are not read: `vgm train" in err, err
+    text = "{text: {name: words, train: true, width: 8, words: [red]}}"
+    code, _, err = vgm("train", *words, "model.context_dim=8", f"conditions={text}", "--out", tmp_path / "b")
+    assert code == 0 and "3 of the 3 words of the captions are none of the 1 that conditions.text knows" in err, err
+    text = text.replace(", words: [red]", "")
+    code, _, err = vgm("train", *words, "model.context_dim=8", f"conditions={text}", "--out", tmp_path / "c")
+    assert code == 0 and "captions" not in err, err
+    code, _, err = vgm("train", *words, "conditions={class: {name: class-token, width: 8, train: true}}")
+    assert code == 2 and "told its captions: conditions.class=null 'conditions.text={name: words" in err, err
 
 
 def test_no_condition_beside_one() -> None:

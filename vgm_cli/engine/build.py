@@ -231,7 +231,8 @@ class Built:
                     name = self.components[role]["name"]
                     raise VgmError(
                         f"{name} is given the role '{part}', which is no checkpoint yet",
-                        f"roles.{part}={{run: RUN}} names the trained network",
+                        f"{'--base RUN' if part == 'base' else f'roles.{part}={{run: RUN}}'} names a trained one; "
+                        "the recipe's first lines (`vgm cat`) say how",
                         USAGE,
                     )
 

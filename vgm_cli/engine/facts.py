@@ -32,6 +32,7 @@ class Facts:
     vocab_size: int = 0  # ids are in [0, vocab_size); 0: the model sees no tokens
     grid: tuple[int, ...] = ()  # shape of an image's tokens, (h, w) or (L,)
     scales: tuple[tuple[int, int], ...] = ()  # (h, w) of every grid of a pyramid of tokens, coarse to fine
+    captions: bool = False  # whether there are any
     columns: dict[str, int] = field(default_factory=dict)  # channels of the pictures that are read with the images
     words: list[str] = field(default_factory=list)  # of the captions, commonest first, where a condition asks for them
 
@@ -46,7 +47,7 @@ class Facts:
 
     @classmethod
     def of_pixels(cls, size: int, channels: int, **further: Any) -> Facts:
-        """Facts of images that the model sees directly. further: num_classes, class_names, columns."""
+        """Facts of images that the model sees directly. further: num_classes, class_names, captions, columns."""
         return cls(image_size=size, image_channels=channels, size=size, channels=channels, **further)
 
     def after(self, codec: Any) -> Facts:
@@ -83,8 +84,9 @@ def declared_facts(data: Data) -> Facts:
 def facts_of(dataset: Any, labelled: bool) -> Facts:
     held = dataset.facts
     classes = (held.num_classes or 0) if labelled else 0
+    told = {"captions": bool(held.captions), "columns": dict(held.columns)}
     names = list(held.class_names or [])
-    return Facts.of_pixels(held.size, held.channels, num_classes=classes, class_names=names, columns=dict(held.columns))
+    return Facts.of_pixels(held.size, held.channels, num_classes=classes, class_names=names, **told)
 
 
 def facts_for(recipe: Recipe, dataset: Any) -> Facts:

@@ -64,6 +64,21 @@ def locate(method: str, recipe: str | None = None) -> tuple[str, Path]:
     return name, recipes.shipped()[name]
 
 
+def suited(name: str, teacher: Path) -> tuple[str, Path]:
+    """(name, file) of the recipe that nobody named: `name`, or, where its own data are grey and the teacher's are in
+    colour, one beside it for pictures in colour; told."""
+    files = recipes.shipped()
+    if ckpt.read_header(teacher).data.get("image_channels") != 3:
+        return name, files[name]
+    paper, _, short = name.partition("/")
+    small = [n for n in distilling() if n.startswith(f"{paper}/") and recipes.starter(n)]
+    paths = {n: (recipes.load_file(files[n], n)[0].get("data") or {}).get("path") for n in small}
+    if paths.get(name) != "mnist5k" or (found := next((n for n in small if paths[n] != "mnist5k"), None)) is None:
+        return name, files[name]
+    ui.info(f"recipe: {found}, since the teacher's pictures are in colour; --recipe {short} is the one for digits")
+    return found, files[found]
+
+
 def load(
     method: str,
     recipe: str | None = None,
@@ -76,14 +91,17 @@ def load(
     VgmError: no such method, a recipe without a teacher, a teacher that is no diffusion or flow network.
     """
     name, file = locate(method, recipe)
+    path = None if teacher is None else ckpt.resolve(teacher, weights)
+    if path is not None and recipe is None and "/" not in method and not method.endswith((".yaml", ".yml")):
+        name, file = suited(name, path)
     config, origins = recipes.load_file(file, f"recipe {name}")
     objective = (config.get("objective") or {}).get("name")
     if objective not in methods() or not recipes.has_teacher(config):
         verb = recipes.verb_of(config)
         hint = recipes.next_command(name.split("/")[0], verb)
         raise VgmError(f"{name} does not distill a teacher", hint, USAGE)
-    if teacher is not None:
-        start_from(TEACHER, config, origins, ckpt.resolve(teacher, weights))
+    if path is not None:
+        start_from(TEACHER, config, origins, path)
     return build.settle(finish(TEACHER, config, origins, name, assignments))
 
 

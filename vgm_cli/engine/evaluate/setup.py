@@ -39,6 +39,7 @@ def evaluate_target(target: str, options: Options) -> list[dict[str, Any]]:
     of_images = [m for m in built if not measuring.of_model(m)]
     if reference is None and any(m.needs_reference for m in of_images):
         reference = open_reference(options, found)
+    check_partners(target, options, found, metrics, built, reference)
     if found.subject is not None and any(map(needs_data, built)):
         found.subject.dataset = scored(options, found, reference)
     tell_ineffective(target, options, found, built, reference)
@@ -81,6 +82,22 @@ def metrics_of(names: Sequence[str], protocol: Protocol) -> tuple[list[str], lis
     """Metrics with the protocol's options, as text and made."""
     texts = [protocols.with_options(measuring.full_name(m), protocol) for m in names]
     return texts, [measuring.build_metric(m) for m in texts]
+
+
+def check_partners(
+    target: str, options: Options, found: Target, metrics: Sequence[str], built: Sequence[Any], reference: Any
+) -> None:
+    """VgmError: a metric compares each sample with a picture of its own, but the model was told of none."""
+    if not isinstance(found.pictures, Sampled) or "conditions" in found.facts or isinstance(reference, Statistics):
+        return
+    if options.reference is not None and len(found.pictures) == len(reference):
+        return  # by position, such as the same seeds' images by another sampler
+    if name := next((n for n, m in zip(metrics, built) if m.pairs), None):
+        raise VgmError(
+            f"{name} compares every sample with the picture of its own text or hint, and {target} is told neither",
+            "fid, kid and precision-recall compare sets; pairs go by position where --reference has -n pictures",
+            USAGE,
+        )
 
 
 def needs_data(metric: Any) -> bool:

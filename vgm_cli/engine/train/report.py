@@ -12,9 +12,12 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor
 
+from vgm_cli.data import SHIPPED
+from vgm_cli.engine.facts import words_of
 from vgm_cli.engine.train.card import write_card
 from vgm_cli.engine.train.optim import learning_rate
 from vgm_cli.errors import DIVERGED, VgmError
+from vgm_cli.recipe import load_file, shipped, starter
 from vgm_cli.ui import Progress, duration, ui
 
 if TYPE_CHECKING:
@@ -135,6 +138,26 @@ def announce(t: Trainer, until: int) -> None:
         + (f", {t.facts.num_classes} classes" if t.facts.num_classes else ", unlabelled")
         + f", {t.acc.mixed_precision.replace('no', 'fp32')}, {t.world} process{'es' * (t.world > 1)}"
     )
+    if t.facts.captions and t.recipe.config.get("conditions") and t.feed.data.path not in SHIPPED:
+        tell_of_captions(t)
+
+
+def tell_of_captions(t: Trainer) -> None:
+    """Say what becomes of the captions of somebody's own pictures: that the network reads none, or few of the words."""
+    part = t.conditions.of_column("text")
+    if part is None:
+        reading = [
+            n for n, f in shipped().items() if starter(n) and "text" in (load_file(f, n)[0].get("conditions") or {})
+        ]
+        name = next((n for n in reading if n.startswith(f"{t.recipe.paper}/")), next(iter(reading), None))
+        how = "" if name is None else ": `vgm train {} --recipe {} data.path=…` does".format(*name.split("/"))
+        return ui.info(f"the captions of the data are not read{how}")
+    known, own = t.recipe.config["conditions"][part.name].get("words"), words_of(t.feed.dataset)
+    if known and len(strange := [w for w in own if w not in known]) > len(own) / 2:
+        ui.warn(
+            f"{len(strange)} of the {len(own)} words of the captions are none of the {len(known)} that "
+            f"conditions.{part.name} knows: conditions.{part.name}.words=null learns those of the captions"
+        )
 
 
 def finish(t: Trainer, outcome: Outcome, is_codec: bool, quiet: bool) -> None:
