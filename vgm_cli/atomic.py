@@ -140,12 +140,18 @@ def exchange(a: Path, b: Path) -> None:
 
 
 def refuse_existing(path: str | os.PathLike[str], overwrite: bool = False) -> None:
-    """VgmError (exit code 2) when `path` is there and may not be replaced; an empty folder may always be filled."""
+    """VgmError (exit code 2) when `path` is there and may not be replaced, or lies below a file; (exit code 1) when its
+    folder may not be written. An empty folder may always be filled."""
     target = Path(path)
+    above = next(p for p in target.absolute().parents if os.path.lexists(p))
+    if not above.is_dir():
+        raise VgmError(f"cannot write {target}: {above} is no folder", "name another place", USAGE)
+    if not os.access(above, os.W_OK | os.X_OK):
+        raise VgmError(f"cannot write {target}: no permission to write in {above}", "name another place", FAILED)
     if overwrite or not os.path.lexists(target) or (target.is_dir() and not any(target.iterdir())):
         return
     holds = " and is not empty" if target.is_dir() else ""
-    raise VgmError(f"{target} exists{holds}", "--overwrite replaces it, --out names another place", USAGE)
+    raise VgmError(f"{target} exists{holds}", "--overwrite replaces it; another name leaves it", USAGE)
 
 
 def failure(path: Path, e: OSError) -> VgmError:

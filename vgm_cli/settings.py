@@ -181,6 +181,8 @@ def typed(cls: type, values: Mapping[str, Any], where: str) -> Any:
         if key not in known:
             if hint := ELSEWHERE.get(key):
                 raise VgmError(f"unknown key '{key}' in {where}", hint, USAGE)
+            if node := next((n for n, other in NODES.items() if key in keys_of(other)), None):
+                raise VgmError(f"unknown key '{key}' in {where}", f"did you mean {node}.{key}?", USAGE)
             raise unknown("key", key, known, where)
     none = dataclasses.MISSING
     required = [f.name for f in dataclasses.fields(cls) if f.default is none and f.default_factory is none]

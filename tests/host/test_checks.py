@@ -293,6 +293,10 @@ def test_settings_of_sampling_are_checked_before_it(vgm, tiny: Path, tmp_path: P
         assert not (tmp_path / "x.png").exists()
     refused(vgm("evaluate", "run", "-n", 4, "--assert", "foo<3"), "unknown number in --assert 'foo'", "fid")
     refused(vgm("evaluate", "run", "-n", 4, "--metrics", "kid:subsets=-1"), "subsets=-1")
+    refused(vgm("train", "dit", "train.lr=1"), "unknown key 'lr' in train", "did you mean optimizer.lr?")
+    (tmp_path / "file").touch()
+    for words in (("sample", "run"), ("evaluate", "run"), ("restore", "--model", "run", "--input", "mnist5k")):
+        refused(vgm(*words, "-n", 2, "--out", "file/x.png"), "file is no folder")
     for metric in ("edge-f1", "retrieval"):
         refused(vgm("evaluate", "run", "-n", 4, "--metrics", metric), f"{metric} compares every sample with", "kid")
 

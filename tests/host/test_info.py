@@ -30,7 +30,7 @@ def test_cat_cp_validate_train(vgm, tmp_path: Path) -> None:
     assert "size: 512" in resolved and "DiT-XL/2" in resolved and "base" not in resolved
     assert vgm("cp", "dit/imagenet512", "mine.yaml")[0] == 0
     assert vgm("cp", "dit/imagenet512", "mine.yaml")[0] == 2
-    assert vgm("cp", "dit/imagenet512", "mine.yaml", "--force")[0] == 0
+    assert vgm("cp", "dit/imagenet512", "mine.yaml", "--overwrite")[0] == 0
     assert vgm("cp", "dit/mnist", "deep/er/mine.yaml")[0] == 2
     assert vgm("cp", "dit/mnist", "deep/er/mine.yaml", "--make-parents")[0] == 0
     code, out, err = vgm("validate", "mine.yaml", "--json")

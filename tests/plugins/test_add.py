@@ -717,6 +717,7 @@ def test_a_text_model_is_distilled(vgm: Any, tmp_path: Path, monkeypatch: pytest
     code, out, err = vgm("distill", "add", "--recipe", "openmoji", "--teacher", "told", "--print-config", "--json")
     data = json.loads(out)["config"]["data"]
     assert code == 0 and data["path"] == "shapes" and data["split"] is None, "the split was of the recipe's pictures"
+    assert data["labels"] is None, "whether a network is told labels is the teacher's matter"
 
 
 # -- what it is for ----------------------------------------------------------------------------------------------------

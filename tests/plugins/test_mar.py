@@ -607,6 +607,12 @@ def test_an_official_checkpoint_converts(vgm: Cli, tmp_path: Path) -> None:
         assert header.recipe["sampler"] == {"name": "mar", "preset": "table"} and header.recipe["guidance_scale"] == 3.0
 
 
+def test_a_run_becomes_an_official_checkpoint(vgm: Cli, run: Path, tmp_path: Path) -> None:
+    """Its recipe leaves most keywords at their defaults; what the layout does not tell is told."""
+    code, _, err = vgm("convert", run, tmp_path / "mar.pth", "--to", "mar")
+    assert code == 0 and "codec=mnist-codec" in err, err
+
+
 def test_steps_become_a_film(vgm: Cli, run: Path, tmp_path: Path) -> None:
     code, _, err = vgm("sample", run, "-n", 2, "--trace", "--out", tmp_path / "s.png")
     assert code == 0, err

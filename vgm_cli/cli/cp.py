@@ -23,7 +23,8 @@ def cp(
     ],
     dest: Annotated[Path, typer.Argument(help="A new .yaml file, or a folder to put it in.")],
     make_parents: Annotated[bool, typer.Option("--make-parents", help="Create the folders above it.")] = False,
-    force: Annotated[bool, typer.Option("--force/--no-clobber", help="Replace a file that is there.")] = False,
+    overwrite: Annotated[bool, typer.Option("--overwrite", help="Replace a file that is there.")] = False,
+    force: Annotated[bool, typer.Option("--force/--no-clobber", hidden=True)] = False,
 ) -> None:
     """Copy a recipe to edit it.
 
@@ -45,8 +46,8 @@ def cp(
     if target.exists():
         if target.samefile(path):
             raise VgmError(f"{target} is the recipe itself", "copy it to another name", USAGE)
-        if not force:
-            raise VgmError(f"{target} exists", "--force replaces it", USAGE)
+        if not overwrite and not force:
+            raise VgmError(f"{target} exists", "--overwrite replaces it", USAGE)
     if not target.parent.is_dir() and not make_parents:
         raise VgmError(f"there is no folder {target.parent}", "--make-parents creates it", USAGE)
     atomic.write_text(target, with_full_base(path.read_text(encoding="utf-8"), path))

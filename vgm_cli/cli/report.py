@@ -70,7 +70,8 @@ def sort_out(targets: list[str]) -> tuple[list[Path], dict[str, list[dict[str, A
             continue
         run = path if is_run(path) else newest(target)
         if run is None:
-            raise VgmError(f"no such run: {target}", "`vgm runs ls` shows the runs below ./runs", USAGE)
+            message = "there is no run below ./runs" if target == "last" else f"no such run: {target}"
+            raise VgmError(message, "name one: vgm report RUN; `vgm runs ls FOLDER` lists a folder's", USAGE)
         if run not in runs:
             runs.append(run)
     if not runs:

@@ -79,6 +79,12 @@ def refer(path: Path, component: str, base: Path | None = None, output: str | No
     )
 
 
+def in_run(ref: Reference, origin: Path) -> Path:
+    """Where a relative path that the checkpoint `origin` refers to leads: below the nearest of the folders above it."""
+    places = [p / ref.path for p in origin.resolve().parents[:4]]
+    return next((p for p in places if os.path.isfile(p)), places[0])
+
+
 def locate(ref: Reference, origin: Path, role: str) -> Path:
     """The file that the header of the checkpoint `origin` refers to as its `role`.
 
@@ -95,8 +101,7 @@ def locate(ref: Reference, origin: Path, role: str) -> Path:
     elif ref.relative:
         if Path(ref.path).is_absolute() or ".." in Path(ref.path).parts:
             raise VgmError(f"{origin} refers to the {role} {ref.path}, which does not lie beside it", code=FAILED)
-        places = [p / ref.path for p in origin.resolve().parents[:4]]
-        path = next((p for p in places if os.path.isfile(p)), places[0])
+        path = in_run(ref, origin)
     else:
         path = Path(ref.path)
     beside = own / f"{role}.safetensors"

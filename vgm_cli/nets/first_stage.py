@@ -148,7 +148,8 @@ class FirstStage(nn.Module):
         if channels != self.in_channels:
             raise VgmError(f"this codec takes {self.in_channels} channels, the images have {channels}", code=USAGE)
         if height % self.factor or width % self.factor:
-            raise VgmError(f"{height}x{width} images do not divide by the codec's factor {self.factor}", code=USAGE)
+            hint = f"data.size={max(min(height, width) // self.factor, 1) * self.factor}"
+            raise VgmError(f"{height}×{width} images do not divide by the codec's factor {self.factor}", hint, USAGE)
         return self.embed_dim, height // self.factor, width // self.factor
 
     def encode(self, x: Tensor) -> Tensor:

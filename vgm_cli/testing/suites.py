@@ -33,7 +33,7 @@ from vgm_cli.recipe import Recipe
 from vgm_cli.registry import registry
 from vgm_cli.testing.golden import assert_close
 from vgm_cli.validation import check
-from vgm_cli.weights.prove import full_config
+from vgm_cli.weights.layout import full_config
 
 
 @torch.no_grad()

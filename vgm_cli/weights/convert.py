@@ -19,6 +19,7 @@ from vgm_cli import atomic
 from vgm_cli.convert_api import Layout
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.engine.checkpoint import Header
+from vgm_cli.engine.parts import in_run
 from vgm_cli.errors import USAGE, VgmError, unknown
 from vgm_cli.nn.meta import on_meta
 from vgm_cli.registry import load_target, registry, signature
@@ -94,17 +95,17 @@ def lost(source: Source, layout: Layout, state: State, config_json: Mapping[str,
         **layout.config(state),
         **(layout.diffusers.from_json(config_json) if layout.diffusers and config_json else {}),
     }
-    component = registry().find(source.kind, source.name)
-    parameters = signature(load_target(component.target, source.name)).parameters.items()
-    full = {**{k: p.default for k, p in parameters if p.default is not p.empty}, **read}
+    full = layouts.full_config({"kind": source.kind, "name": source.name, "kwargs": read})
+    published = layout.published.header(layouts.full_config(source.header.component))
     untold = [k for k, v in source.config.items() if "drop" not in k and layouts.plain(full.get(k)) != layouts.plain(v)]
     words = [f"{k}={json.dumps(source.config[k], separators=(',', ':'))}" for k in untold]
-    seen = untold_view(source, layout)
+    seen = untold_view(source, published)
     if seen is None:
         remarks.append(f"'{layout.name}' keeps weights alone: read back, they pass for a network trained as published")
-    words += [*(seen or []), *untold_sampler(source, layout)]
+    words += [*(seen or []), *untold_sampler(source, published)]
     parts = {role: ref for role, ref in source.header.parts.items() if role not in layout.beside}
-    words += [f"{role}={ref.asset or ref.path}" for role, ref in parts.items()]
+    where = {k: in_run(ref, source.path) if ref.relative else ref.path for k, ref in parts.items()}
+    words += [f"{role}={ref.asset or where[role]}" for role, ref in parts.items()]
     if words:
         remarks.append(
             f"'{layout.name}' does not tell {' '.join(words)}: `vgm convert` needs these words when it is read back"
@@ -112,10 +113,10 @@ def lost(source: Source, layout: Layout, state: State, config_json: Mapping[str,
     return remarks
 
 
-def untold_view(source: Source, layout: Layout) -> list[str] | None:
+def untold_view(source: Source, header: Mapping[str, Any]) -> list[str] | None:
     """The KEY=VALUE words that `vgm convert` needs when the file is read back, so that the network is looked at as
-    it was trained. [] where the published view is right; None where no words could say it."""
-    published = json.loads(json.dumps(layout.published.header(source.config).get("view")))
+    it was trained. [] where the published view is right; None where no words could say it. header: the published."""
+    published = json.loads(json.dumps(header.get("view")))
     own = source.header.view
     if published is None or own is None or own == published:
         return []
@@ -125,9 +126,9 @@ def untold_view(source: Source, layout: Layout) -> list[str] | None:
     return [f"{k}={json.dumps(v).strip(chr(34))}" for k, v in flat.items() if read.get(k) != v]
 
 
-def untold_sampler(source: Source, layout: Layout) -> list[str]:
+def untold_sampler(source: Source, header: Mapping[str, Any]) -> list[str]:
     """The KEY=VALUE words that say which sampler and guidance are meant, where they differ from the published ones."""
-    published = dict(layout.published.header(source.config).get("recipe", {}))
+    published = dict(header.get("recipe", {}))
     own, read = (dict(r.get("sampler") or {}) for r in (source.header.recipe, published))
     if not own or own.get("name") != read.get("name"):
         return []

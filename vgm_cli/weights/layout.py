@@ -278,15 +278,21 @@ def misfit(c: Layout, state: State, path: Path, said: str) -> VgmError:
 # -- published networks ------------------------------------------------------------------------------------------------
 
 
+def full_config(component: Mapping[str, Any]) -> dict[str, Any]:
+    """A component's keywords, completed by the defaults of its constructor."""
+    found = registry().find(component.get("kind", "model"), component["name"])
+    parameters = signature(load_target(found.target, found.name)).parameters
+    defaults = {k: p.default for k, p in parameters.items() if p.default is not p.empty}
+    return defaults | dict(component.get("kwargs", {}))
+
+
 def presets_of(kind: str, name: str, config: Mapping[str, Any]) -> list[str]:
     """Names of the presets that a configuration matches in every keyword but dropout, which no file tells. Of two
     where one fixes more keywords than the other, that one."""
     component = registry().components.get((kind, name))
     if component is None:
         return []
-    parameters = signature(load_target(component.target, name)).parameters
-    defaults = {k: p.default for k, p in parameters.items() if p.default is not p.empty}
-    full = defaults | dict(config)
+    full = full_config({"kind": kind, "name": name, "kwargs": config})
     summary = {k: {n: w for n, w in v.items() if "drop" not in n} for k, v in registry().presets(component).items()}
     hits = [k for k, v in summary.items() if v and all(plain(full.get(n)) == plain(w) for n, w in v.items())]
     return [k for k in hits if not any(summary[k].keys() < summary[other].keys() for other in hits)]

@@ -21,11 +21,12 @@ from vgm_cli.convert_api import Layout
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.errors import CHECK_FAILED, VgmError
 from vgm_cli.nn.example import images
-from vgm_cli.registry import load_target, registry, signature
+from vgm_cli.registry import registry
 from vgm_cli.weights import files as weight_files
 from vgm_cli.weights import layout as layouts
 from vgm_cli.weights.compare import differing, distance, rounded, same
 from vgm_cli.weights.files import State
+from vgm_cli.weights.layout import full_config
 from vgm_cli.weights.source import Conversion, Source
 
 LOSS = {None: 1e-5, "fp32": 1e-5, "fp16": 2e-2, "bf16": 2e-1}  # of a forward pass, relative to its largest value
@@ -158,14 +159,6 @@ def evaluate(source: Source, state: Mapping[str, Tensor], layout: Layout | None 
             codec = source.kind == "codec" and isinstance(network, Codec)
             out = reconstruct(network, **given) if codec else network(**given)
     return torch.cat([t.float().flatten() for t in tensors_in(out)])
-
-
-def full_config(component: Mapping[str, Any]) -> dict[str, Any]:
-    """A component's keywords, completed by the defaults of its constructor."""
-    found = registry().find(component.get("kind", "model"), component["name"])
-    parameters = signature(load_target(found.target, found.name)).parameters
-    defaults = {k: p.default for k, p in parameters.items() if p.default is not p.empty}
-    return defaults | dict(component.get("kwargs", {}))
 
 
 def example_of(

@@ -145,7 +145,8 @@ def start_from(role: str, config: dict[str, Any], origins: dict[str, str], path:
     of_recipe = {k: v for k, v in (config.get("data") or {}).items() if v is not None}
     of_file = {k: v for k, v in (header.recipe.get("data") or {}).items() if v is not None and k in IMAGES}
     if "path" in of_file and of_recipe.get("path") in SHIPPED:
-        if of_recipe.pop("path") != of_file["path"]:  # what the recipe assumes without a teacher
+        of_recipe.pop("labels", None)  # what the recipe assumes without a teacher
+        if of_recipe.pop("path") != of_file["path"]:
             of_recipe.pop("split", None)
     if keep:  # latents and hints are of the size that the network knows
         if of_file:

@@ -177,6 +177,6 @@ def asking(t: Trainer) -> str:
     words = ""
     for name, items in t.feed.items(t.conditions, 8).items():
         option = t.conditions.parts[name].option
-        texts = [i for i in items[:] if isinstance(i, str)] if option == "--prompt" else []
+        texts = [i for i in items[:] if isinstance(i, str) and i.strip()] if option == "--prompt" else []
         words += f" {option} " + (shlex.quote(min(texts, key=len)) if texts else "IMAGE")
     return words
