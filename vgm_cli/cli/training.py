@@ -32,7 +32,10 @@ class Training:
 
     recipe: Annotated[
         str | None,
-        option("Recipe of the same name, or a YAML file. Default: mnist.", autocompletion=complete.recipes),
+        option(
+            "One of its recipes (vgm ls), or a YAML file. Default: the small one, mostly mnist.",
+            autocompletion=complete.recipes,
+        ),
     ] = None
     trust: Trust = False
     out: Annotated[Path | None, option("Run directory. Default: runs/NAME-RECIPE/TIME.")] = None
