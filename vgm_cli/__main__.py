@@ -66,6 +66,7 @@ def run(argv: list[str]) -> int:
         from vgm_cli.cli.app import command_of
 
         registry.registry().begin()
+        ui.told.clear()
         return invoke(command_of(registry.registry()), rest)
     except SystemExit as e:
         return e.code if isinstance(e.code, int) else (0 if e.code is None else FAILED)

@@ -110,11 +110,12 @@ class Model:
     def reconstruct(self, x: Tensor) -> Tensor:
         """Images (B, C, H, W) in [-1, 1] through the codec and back, from the mode of its posterior.
 
-        VgmError: it is a model of pixels and has none.
+        VgmError: it is a model of pixels and has none, or the codec does not take images of that shape.
         """
         codec: Any = self.network if self.header.is_codec else self.codec
         if codec is None:
             raise VgmError(f"{self.path} is a model of pixels: it has no codec", code=USAGE)
+        codec.latent_shape(tuple(x.shape[1:]))
         out: Tensor = codec.decode(codec.latents(codec.encode(x.to(self.device))))
         return out.float().cpu()
 

@@ -42,6 +42,7 @@ class UI:
         self.json = False
         self.quiet = False
         self.lasting = False  # a long job goes on when nobody reads what it says
+        self.told: set[str] = set()  # what `once` has said in this command
         self.debug = os.environ.get("VGM_DEBUG", "") not in ("", "0")
 
     def _print(self, text: str, stream: Any = None) -> None:
@@ -87,6 +88,12 @@ class UI:
         """One JSON line of a long job."""
         if self.main and self.json:
             self._print(dump_json({"event": event, **fields}))
+
+    def once(self, what: str, text: str) -> None:
+        """`info`, where nothing was said about `what` in this command."""
+        if what not in self.told:
+            self.told.add(what)
+            self.info(text)
 
     def info(self, text: str) -> None:
         """Progress for people, on stderr."""

@@ -16,9 +16,10 @@ import torch
 from torch import Tensor, nn
 
 from vgm_cli.api import Batch, ObjectiveBase, Step
+from vgm_cli.conditioning import Conditions
 from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.diffusion.flow_map import FlowMap
-from vgm_cli.diffusion.guidance import ClassifierFreeGuidance
+from vgm_cli.diffusion.guidance import ClassifierFreeGuidance, guided_teacher
 from vgm_cli.diffusion.timesteps import level_range
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.nn.precision import full_precision
@@ -40,6 +41,7 @@ class Consistency(ObjectiveBase):
         model: nn.Module,  # the student
         teacher: Denoiser | None = None,  # distilled; None: training from data
         lpips: nn.Module | None = None,  # role of the perceptual distance
+        conditions: Conditions | None = None,  # what the networks are told
         mode: Literal["cd", "ct", "progdist"] | None = None,  # None: cd with a teacher, ct without
         solver: Literal["heun", "euler"] = "heun",  # of the teacher's ODE step
         guidance_scale: NonNegative | None = None,  # of the teacher; None is 1
@@ -95,8 +97,8 @@ class Consistency(ObjectiveBase):
             self.networks["teacher"] = teacher.network
             if self.mode == "progdist":
                 self.own_teacher = teacher.network
-            elif guidance_scale not in (None, 1.0):
-                self.teacher = ClassifierFreeGuidance(teacher, guidance_scale)  # type: ignore[arg-type]
+            else:
+                self.teacher = guided_teacher(teacher, guidance_scale, conditions)
         self.solver, self.distance, self.weighting = solver, distance, weighting
         self.lpips, self.huber_c = lpips, huber_c
         self.perceptual = None if lpips is None else piq_like(lpips)

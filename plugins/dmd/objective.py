@@ -20,7 +20,7 @@ from vgm_cli.api import Batch, ObjectiveBase, Phase, Step
 from vgm_cli.conditioning import Conditions
 from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.diffusion.flow_map import FlowMap, level_times
-from vgm_cli.diffusion.guidance import ClassifierFreeGuidance
+from vgm_cli.diffusion.guidance import ClassifierFreeGuidance, guided_teacher
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.losses.pseudo_huber import pseudo_huber
 from vgm_cli.ranges import Fraction, NonNegative, Positive, Steps, Width, ordered
@@ -68,8 +68,7 @@ class DMD(ObjectiveBase):
             self.student = FlowMap(model, teacher, times=times)
             self.levels = level_times(teacher)
         self.fake = Denoiser.from_config(fake_score, teacher.config())
-        guided = guidance_scale not in (None, 1.0)
-        self.real = ClassifierFreeGuidance(teacher, guidance_scale) if guided else teacher  # type: ignore[arg-type]
+        self.real = guided_teacher(teacher, guidance_scale, conditions)
         self.networks: dict[str, nn.Module] = {"model": model, "fake_score": fake_score}
         if isinstance(teacher.network, nn.Module):
             self.networks["teacher"] = teacher.network

@@ -20,7 +20,11 @@ def k_repeat(prompts: int, batch_size: int, k: int, world: int, rank: int, seed:
     every process. Prompts are distinct while there are enough of them. VgmError: k does not divide the global batch."""
     total = world * batch_size
     if total % k:
-        raise VgmError(f"groups of {k} do not divide the batch of {total} images", "objective.group_size", USAGE)
+        raise VgmError(
+            f"groups of {k} do not divide the batch of {total} images",
+            f"train.batch_size={max(round(total / k), 1) * k}",
+            USAGE,
+        )
     g = torch.Generator().manual_seed(seed)
     chosen = torch.cat([torch.randperm(prompts, generator=g) for _ in range(-(-total // (k * prompts)))])[: total // k]
     repeated = chosen.repeat_interleave(k)

@@ -43,7 +43,7 @@ class MaskedTransformer(nn.Module):
         """The null class in place of every class. VgmError: the network was built without one."""
         if not self.has_null:
             raise VgmError("this network was built without a null class", "model.null_class=true", USAGE)
-        return {**cond, "y": torch.full_like(cond["y"], self.num_classes)}
+        return {**cond, "y": torch.full_like(cond["y"], self.num_classes)} if "y" in cond else dict(cond)
 
     def labels(self, y: Tensor | None, n: int, device: torch.device) -> Tensor:
         """(n,) labels; without any, the null class. VgmError: the network has none."""

@@ -323,6 +323,7 @@ def test_no_hint_leads_in_a_circle(vgm) -> None:
     refused(vgm("train", "dmd"), "vgm distill dmd --teacher RUN")
     refused(vgm("train", "supir"), "vgm train supir --recipe openmoji-encoder", "vgm cat supir/NAME")
     refused(vgm("train", "controlnet"), "--base RUN")
+    refused(vgm("train", "scm", "--recipe", "mnist-unet"), "vgm distill scm/mnist-unet --teacher RUN")
 
 
 def test_components_are_listed(vgm) -> None:

@@ -94,8 +94,9 @@ def test_captions_are_offered_in_place_of_classes() -> None:
     assert part.trained and part.condition.encode(["a red circle"], torch.device("cpu"))["context"].shape == (1, 8, 8)
 
 
-def test_what_becomes_of_somebodys_captions_is_told(vgm: Vgm, tmp_path: Path) -> None:
-    """That a network does not read them, or was given other words, and where a class is wanted how it would."""
+def test_what_becomes_of_somebodys_captions_is_told(vgm: Vgm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """That a network does not read them, was given other words, or misses them; where a class is wanted, the way."""
+    monkeypatch.chdir(tmp_path)
     for name in ("pear", "plum"):
         Image.new("RGB", (8, 8)).save(tmp_path / f"{name}.png")
         (tmp_path / f"{name}.txt").write_text(f"a {name}")
@@ -109,6 +110,8 @@ def test_what_becomes_of_somebodys_captions_is_told(vgm: Vgm, tmp_path: Path) ->
     text = text.replace(", words: [red]", "")
     code, _, err = vgm("train", *words, "model.context_dim=8", f"conditions={text}", "--out", tmp_path / "c")
     assert code == 0 and "captions" not in err, err
+    code, _, err = vgm("train", words[0], "data.path=mnist5k", "model.context_dim=8", f"conditions={text}")
+    assert code == 2 and "reads 'text', which the data does not have" in err and not Path("runs").exists(), err
     code, _, err = vgm("train", *words, "conditions={class: {name: class-token, width: 8, train: true}}")
     assert code == 2 and "told its captions: conditions.class=null 'conditions.text={name: words" in err, err
 

@@ -12,11 +12,13 @@ from hypothesis import strategies as st
 from torch import nn
 
 from vgm_cli.api import Request, Step, generators
+from vgm_cli.conditioning import ClassLabel, Conditions, Part
 from vgm_cli.diffusion import guidance, likelihood, objectives, solvers, timesteps
 from vgm_cli.diffusion.denoiser import KINDS, Denoiser, convert
 from vgm_cli.diffusion.manifest import SAMPLERS, host_components
 from vgm_cli.diffusion.path import PATHS, DiscreteVPPath, LinearPath, VPPath, make_path
 from vgm_cli.errors import VgmError
+from vgm_cli.nets.text import WordEncoder
 from vgm_cli.registry import load_target
 
 CONFIGS = [
@@ -526,6 +528,17 @@ def test_guidance_interval_channels_and_rescale():
     torch.testing.assert_close(rescaled.flatten(1).std(1), view.raw(x, 0.5, y=y).flatten(1).std(1))
     with pytest.raises(VgmError, match="null"):
         guidance.ClassifierFreeGuidance(Denoiser(lambda x, t: x, "linear"), 2.0)
+
+
+def test_a_teacher_is_guided_away_from_what_its_conditions_say_is_none():
+    """A network without a null class, as U-Nets that read texts are."""
+    teacher = Denoiser(lambda x, t: x, "linear")
+    told = Conditions([Part("text", WordEncoder(["red"]), "text")])
+    assert isinstance(guidance.guided_teacher(teacher, 2.0, told), guidance.ClassifierFreeGuidance)
+    assert guidance.guided_teacher(teacher, 1.0, None) is teacher
+    for silent in (None, Conditions(), Conditions([Part("class", ClassLabel(3), "label")])):
+        with pytest.raises(VgmError, match="null"):
+            guidance.guided_teacher(teacher, 2.0, silent)
 
 
 @pytest.mark.parametrize("path, prediction, time", VIEWS)

@@ -12,6 +12,7 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 from vgm_cli.__main__ import run as command
 from vgm_cli.engine import checkpoint as ckpt
@@ -51,6 +52,26 @@ def policies(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str], Path]:
     """A run per kind of policy, made once."""
     folder = tmp_path_factory.mktemp("policies")
     return lambda name: folder / name if (folder / name).is_dir() else make(folder, name)
+
+
+def test_a_policy_knows_the_words_of_its_captions(vgm: Callable[..., tuple[int, str, str]], tmp_path: Path) -> None:
+    """Words that were not named in the recipe but found in the data: prompts are read with them, and refused."""
+    for name in ("pear", "plum"):
+        Image.new("RGB", (28, 28)).save(tmp_path / f"{name}.png")
+        (tmp_path / f"{name}.txt").write_text(f"a {name}")
+    (tmp_path / "told.yaml").write_text(
+        f"model: {NETWORK.replace('NAME', 'sit').replace('SIGMA', 'false, context_dim: 8')}\n"
+        "conditions: {text: {name: words, width: 8, train: true}}\nobjective: {name: flow-matching}\n"
+        "sampler: {name: sit-ode, method: euler, steps: 3}\n"
+        "train: {steps: 1, batch_size: 2, preview_n: 0, ema: [0.9]}\n"
+    )
+    told = tmp_path / "run"
+    assert vgm("train", tmp_path / "told.yaml", f"data.path={tmp_path}", "--out", told)[0] == 0
+    words = ("finetune-rl", "flow-grpo", "--model", told, "--reward", "brightness", *SMALL, "train.steps=1")
+    code, _, err = vgm(*words, "--prompt", "a pear", "--out", tmp_path / "out")
+    assert code == 0, err
+    code, _, err = vgm(*words, "--prompt", "a grape", "--out", tmp_path / "other")
+    assert code == 2 and "'grape' is a word" in err and "it knows 3 words" in err, err
 
 
 @pytest.fixture

@@ -51,6 +51,9 @@ def test_a_codec_reconstructs() -> None:
     codec = vgm_cli.load("mnist-codec")
     x = torch.zeros(2, 1, 28, 28)
     assert codec.reconstruct(x).shape == x.shape
+    for wrong, told in (((2, 3, 28, 28), "takes 1 channels"), ((2, 1, 30, 30), "do not divide")):
+        with pytest.raises(VgmError, match=told):
+            codec.reconstruct(torch.zeros(wrong))
     with pytest.raises(VgmError, match="it reconstructs, it does not generate"):
         codec.sample()
 

@@ -78,7 +78,10 @@ def train(
     verb = recipes.verb_of(resolved.config)
     if verb != "train" and resolved.start() is None and not options.asks_only:
         needs = "a trained model" if verb == "finetune-rl" else "a trained teacher"
-        raise VgmError(f"{resolved.name} needs {needs}", recipes.next_command(resolved.paper, verb), USAGE)
+        hint = recipes.next_command(resolved.paper, verb)
+        if (options.recipe or "/" in (paper or "")) and resolved.name in recipes.shipped():
+            hint = f"vgm {verb} {resolved.name} --{'model' if verb == 'finetune-rl' else 'teacher'} RUN"
+        raise VgmError(f"{resolved.name} needs {needs}", hint, USAGE)
     if verb == "finetune-rl" and not options.asks_only:
         raise VgmError(f"{resolved.name} learns from rewards", recipes.next_command(resolved.paper, verb), USAGE)
     options.run(engine, resolved)

@@ -13,10 +13,10 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from vgm_cli.api import HasClasses, NullCondition
-from vgm_cli.conditioning import unconditional
+from vgm_cli.conditioning import Conditions, unconditional
 from vgm_cli.diffusion.denoiser import KINDS, OF_UNIT, Denoiser, affine
 from vgm_cli.diffusion.path import Time
 from vgm_cli.errors import USAGE, VgmError
@@ -150,6 +150,18 @@ class ClassifierFreeGuidance(Guided):
         times = self.batch_time(x_t, t)
         self.nfe += 2 if self.guidance.active(times) else 1
         return self.guidance(self.inner.raw, x_t, times, cond, unconditional(self.network, cond, self.null))
+
+
+def guided_teacher(teacher: Denoiser, scale: float | None, conditions: Conditions | None) -> Denoiser:
+    """A teacher guided by `scale`, or itself where that is None or 1; its `null` is to be set for every batch.
+
+    VgmError: neither the network nor the conditions that it is told say what no condition is.
+    """
+    if scale in (None, 1.0):
+        return teacher
+    parts = () if conditions is None else conditions.parts.values()
+    told = any(part.guided and isinstance(part.condition, nn.Module) for part in parts)  # it has a null of its own
+    return ClassifierFreeGuidance(teacher, scale, null={} if told else None)
 
 
 class Autoguidance(Guided):

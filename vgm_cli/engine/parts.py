@@ -116,7 +116,7 @@ def locate(ref: Reference, origin: Path, role: str) -> Path:
     if ref.sha256 and file_hash(path) != ref.sha256:
         raise VgmError(f"the {role} {path} is not the one {origin.name} was trained with", code=FAILED)
     if not near:
-        ui.info(f"{role}: {path}, as {origin} says")
+        ui.once(f"{role} {path}", f"{role}: {path}, as {origin} says")
     return path
 
 

@@ -73,7 +73,8 @@ def suited(name: str, teacher: Path) -> tuple[str, Path]:
     paper, _, short = name.partition("/")
     small = [n for n in distilling() if n.startswith(f"{paper}/") and recipes.starter(n)]
     paths = {n: (recipes.load_file(files[n], n)[0].get("data") or {}).get("path") for n in small}
-    if paths.get(name) != "mnist5k" or (found := next((n for n in small if paths[n] != "mnist5k"), None)) is None:
+    in_colour = SHIPPED.keys() - {"mnist5k"}
+    if paths.get(name) != "mnist5k" or (found := next((n for n in small if paths[n] in in_colour), None)) is None:
         return name, files[name]
     ui.info(f"recipe: {found}, since the teacher's pictures are in colour; --recipe {short} is the one for digits")
     return found, files[found]
@@ -102,7 +103,25 @@ def load(
         raise VgmError(f"{name} does not distill a teacher", hint, USAGE)
     if path is not None:
         start_from(TEACHER, config, origins, path)
-    return build.settle(finish(TEACHER, config, origins, name, assignments))
+    resolved = build.settle(finish(TEACHER, config, origins, name, assignments))
+    check_second_time(resolved)
+    return resolved
+
+
+def check_second_time(recipe: Recipe) -> None:
+    """VgmError: the student is told a second time, and the teacher's network, which it is a copy of, takes none."""
+    node = recipe.config["model"]
+    if not node.get("second_time") or node["name"] in recipe.roles():
+        return
+
+    def takes(target: str) -> bool:
+        return "second_time" in signature(load_target(target)).parameters
+
+    models = {n: c.target for (kind, n), c in registry().components.items() if kind == "model"}
+    if node["name"] in models and not takes(models[node["name"]]):
+        able = ", ".join(n for n in sorted(models) if takes(models[n]))
+        message = f"the student of {recipe.name} is told a second time, which {node['name']} does not take"
+        raise VgmError(message, f"a teacher of these networks: {able}", USAGE)
 
 
 def finish(

@@ -226,7 +226,8 @@ def facts_of(header: ckpt.Header, path: Path) -> Facts:
         raise VgmError(
             f"{path} does not say its {', '.join(missing)}", "train it here, or convert it with its data", USAGE
         )
-    return Facts(**known, class_names=list(header.data.get("class_names") or []))  # type: ignore[arg-type]
+    names = {k: list(header.data.get(k) or []) for k in ("class_names", "words")}
+    return Facts(**known, **names)  # type: ignore[arg-type]
 
 
 @dataclass

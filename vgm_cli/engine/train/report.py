@@ -149,7 +149,7 @@ def tell_of_captions(t: Trainer) -> None:
         reading = [
             n for n, f in shipped().items() if starter(n) and "text" in (load_file(f, n)[0].get("conditions") or {})
         ]
-        name = next((n for n in reading if n.startswith(f"{t.recipe.paper}/")), next(iter(reading), None))
+        name = min(reading, key=lambda n: (not n.startswith(f"{t.recipe.paper}/"), len(n)), default=None)
         how = "" if name is None else ": `vgm train {} --recipe {} data.path=…` does".format(*name.split("/"))
         return ui.info(f"the captions of the data are not read{how}")
     known, own = t.recipe.config["conditions"][part.name].get("words"), words_of(t.feed.dataset)

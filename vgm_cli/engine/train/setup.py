@@ -17,6 +17,7 @@ from vgm_cli.api import Batch, Checkpointing, Phase, Step
 from vgm_cli.conditioning import Conditions
 from vgm_cli.engine import build
 from vgm_cli.engine import checkpoint as ckpt
+from vgm_cli.engine.conditions import check_column
 from vgm_cli.engine.environment import bf16_supported
 from vgm_cli.engine.processes import pick_device
 from vgm_cli.engine.run import Run
@@ -186,6 +187,9 @@ class Trainer:
         built.check_parts()
         self.objective, self.networks, self.components = built.objective, built.networks, built.components
         self.references, self.sampled_with, self.conditions = built.parts, built.sampled_with, built.conditions
+        if self.feed.dataset is not None:
+            for part in self.conditions.on("text"):
+                check_column(part, self.feed.dataset)
         ckpt.check_view(self.objective.view())
         self.phases: list[Phase] = built.phases()
         self.trained = sorted({role for phase in self.phases for role in phase.roles})
