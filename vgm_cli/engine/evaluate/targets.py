@@ -297,7 +297,7 @@ def trained_on(data: dict[str, Any], model: Path | str) -> str:
         raise VgmError(f"{model} does not say on what data it was trained: no reference to compare with", hint, USAGE)
     where = str(data["root"])
     if where not in SHIPPED:
-        ui.info(f"reference: {where}, as {model} says")
+        ui.once(f"reference {where}", f"reference: {where}, as {model} says")
     return where
 
 
