@@ -231,8 +231,8 @@ class Built:
                     name = self.components[role]["name"]
                     raise VgmError(
                         f"{name} is given the role '{part}', which is no checkpoint yet",
-                        f"{'--base RUN' if part == 'base' else f'roles.{part}={{run: RUN}}'} names a trained one; "
-                        "the recipe's first lines (`vgm cat`) say how",
+                        f"{'--base RUN or ' if part == 'base' else ''}roles.{part}={{run: RUN}} names the trained one; "
+                        "the recipe's first lines (`vgm cat`) say how it is made",
                         USAGE,
                     )
 
