@@ -304,6 +304,7 @@ def test_settings_of_sampling_are_checked_before_it(vgm, tiny: Path, tmp_path: P
 def test_another_networks_weights(vgm, tiny: Path) -> None:
     assert vgm("train", tiny, "train.steps=1", "--out", "run")[0] == 0
     refused(vgm("train", "adm-unet", "model.weights=run"), "holds a dit, not an adm-unet")
+    refused(vgm("train", "sit", "--codec", "run"), "is no codec but dit")
 
 
 @pytest.mark.parametrize("paper", sorted(registry().papers))

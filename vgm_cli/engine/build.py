@@ -65,7 +65,8 @@ def meta_codec(node: Mapping[str, Any], facts: Facts) -> Any:
     weights = node.get("weights")
     with on_meta():
         if weights:
-            header = ckpt.read_header(ckpt.resolve(weights))
+            header = ckpt.read_header(path := ckpt.resolve(weights))
+            ckpt.check_codec(header, path)
             stored = {"name": header.component["name"], **header.component.get("kwargs", {})}
             return as_output(registry().build("codec", stored), node.get("output"))
         return as_output(build_component("codec", strip(node, "codec"), facts)[0], node.get("output"))

@@ -382,12 +382,17 @@ def refer_codec(path: Path, base: Path | None = None, output: str | None = None)
     return refer(path, read_header(path).component["name"], base, output)
 
 
+def check_codec(header: Header, path: Path) -> None:
+    """VgmError: the file holds something else than a codec."""
+    if not header.is_codec:
+        raise VgmError(f"{path} is no codec but {header.component['name']}", "`vgm ls codecs` names the codecs", USAGE)
+
+
 def read_codec(path: Path, device: torch.device | str = "cpu", output: str | None = None) -> Any:
     """Read a frozen codec from its file. output: "tokens" wraps it so that it gives ids, as token models need."""
     tensors, metadata = read_tensors(path)
     header = Header.parse(metadata, path)
-    if not header.is_codec:
-        raise VgmError(f"{path} is no codec but {header.component['name']}", "`vgm ls codecs` names the codecs", USAGE)
+    check_codec(header, path)
     refuse_non_finite(tensors, path)
     codec = build_with_weights(header.component, tensors, path)
     return as_output(codec.eval().requires_grad_(False).to(device), output or None)

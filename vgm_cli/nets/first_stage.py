@@ -146,7 +146,8 @@ class FirstStage(nn.Module):
         """(C, H, W) of an image -> (c, H/f, W/f). Raises VgmError when channels or sizes do not fit."""
         channels, height, width = image_shape
         if channels != self.in_channels:
-            raise VgmError(f"this codec takes {self.in_channels} channels, the images have {channels}", code=USAGE)
+            hint = f"data.channels={self.in_channels}" if self.in_channels in (1, 3) else ""
+            raise VgmError(f"this codec takes {self.in_channels} channels, the images have {channels}", hint, USAGE)
         if height % self.factor or width % self.factor:
             hint = f"data.size={max(min(height, width) // self.factor, 1) * self.factor}"
             raise VgmError(f"{height}×{width} images do not divide by the codec's factor {self.factor}", hint, USAGE)
