@@ -52,6 +52,14 @@ def test_decoding_ends_whatever_the_steps(schedule: str, steps: int) -> None:
     )
 
 
+@pytest.mark.parametrize(("schedule", "codes", "wanted"), [
+    ("linear", 25, [1, 5, 10, 15, 20, 25]), ("square", 25, [1, 2, 4, 9, 16, 25]), ("root", 5, [1, 2, 3, 4, 5, 6]),
+])  # fmt: skip
+def test_parts_that_are_whole_numbers_are_not_rounded_down(schedule: str, codes: int, wanted: list[int]) -> None:
+    """Those of the official float32 schedules, of which 1 less the share that is masked falls short."""
+    assert known_after(torch.linspace(0, 1, 6), schedule, codes).tolist() == wanted
+
+
 def test_the_least_confident_are_masked_and_known_ones_never() -> None:
     u = torch.rand(3, 10, generator=torch.Generator().manual_seed(0))
     known = torch.zeros(3, 10, dtype=torch.bool)

@@ -70,6 +70,12 @@ def by_reference(steps: list[dict[str, Tensor]], name: str) -> bool:
     return len(steps) > 1 and all(torch.equal(out[name], steps[-1][name]) for out in steps)
 
 
+def averages_of(case: GoldenCase, flavour: str) -> dict[str, Any]:
+    """Keywords of moving averages; the smoothing is the official default where a config names none."""
+    c = case.config
+    return {"decay": c["decay"], "eps": c.get("epsilon", c.get("eps", 1e-5)), "flavour": flavour}
+
+
 def quantizer(config: Any, ema: bool, n: int, dim: int, **more: Any) -> VectorQuantizer:
     return (EMAVectorQuantizer if ema else VectorQuantizer)(n, dim, **more)
 
@@ -77,7 +83,9 @@ def quantizer(config: Any, ema: bool, n: int, dim: int, **more: Any) -> VectorQu
 @golden.check(lambda c: c.kind == "sonnet_quantizer")
 def sonnet_quantizer(case: GoldenCase) -> None:
     config, ema = case.config, case.config["ema"]
-    more = {"decay": config["decay"], "flavour": "sonnet"} if ema else {"legacy": False}
+    if not ema:
+        case.ignore("decay", "epsilon", why="this codebook follows its loss")
+    more = averages_of(case, "sonnet") if ema else {"legacy": False}
     quantize = quantizer(config, ema, config["K"], config["D"], beta=config["beta"], **more)
     assert case.state["embeddings"].shape == (config["D"], config["K"])
     with torch.no_grad():
@@ -108,9 +116,9 @@ def sonnet_quantizer(case: GoldenCase) -> None:
 @golden.check(lambda c: c.kind == "zalando_quantizer")
 def zalando_quantizer(case: GoldenCase) -> None:
     config, ema = case.config, case.config["ema"]
-    more = {"decay": config["decay"], "flavour": "zalando"} if ema else {"legacy": False}
     if not ema:
-        case.ignore("decay", why="this codebook follows its loss")
+        case.ignore("decay", "epsilon", why="this codebook follows its loss")
+    more = averages_of(case, "zalando") if ema else {"legacy": False}
     quantize = quantizer(config, ema, config["K"], config["D"], beta=config["beta"], **more)
     names = ck.ZALANDO_BOOK | (ck.ZALANDO_AVERAGES if ema else {})
     quantize.load_state_dict(ck.complete(case.state, names))
@@ -158,7 +166,7 @@ def pythae_quantizer(case: GoldenCase) -> None:
 @golden.check(lambda c: c.kind == "taming_ema")
 def taming_ema(case: GoldenCase) -> None:
     config, steps = case.config, steps_of(case)
-    quantize = EMAVectorQuantizer(config["K"], config["D"], decay=config["decay"], flavour="taming")
+    quantize = EMAVectorQuantizer(config["K"], config["D"], **averages_of(case, "taming"))
     names = ("weight", "cluster_size", "embed_avg")
     quantize.load_state_dict({f"embedding.{n}": case.state[n] for n in names})
     for i, (z, out) in enumerate(zip(case.inputs["z"], steps)):

@@ -64,12 +64,17 @@ def known_after(ratios: Tensor, schedule: str, total: Tensor | int) -> Tensor:
     """How many of `total` positions are known after each step: the part that is not masked at ratios (T,), rounded
     down, but at least one after the first step, two after the second, and so on. (T,) int64; (T, B) for totals (B,).
 
-    Where the part is a whole number, rounding decides: the published counts are those of float32 ratios.
+    Where the part is a whole number, rounding decides: the published counts are those of float32 ratios, of which a
+    power is the part that is known itself, not what is left of 1.
     """
     least = torch.arange(1, len(ratios) + 1, device=ratios.device)
     if isinstance(total, Tensor):
         ratios, least = ratios[:, None], least[:, None]
-    return ((1 - mask_rate(ratios, schedule, total)) * total).long().maximum(least)
+    if schedule in ("cosine", "arccos", "log", "exp"):
+        part = 1 - mask_rate(ratios, schedule, total)
+    else:
+        part = ratios.clamp(0, 1) ** power_of(schedule)
+    return (part * total).long().maximum(least)
 
 
 def truncated_normal_rate(u: Tensor, minimum: float, deviation: float = 0.25) -> Tensor:
