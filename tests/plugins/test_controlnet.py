@@ -28,7 +28,7 @@ from vgm_cli.diffusion.denoiser import Denoiser
 from vgm_cli.diffusion.objectives import gaussian_losses
 from vgm_cli.engine import checkpoint as ckpt
 from vgm_cli.errors import VgmError
-from vgm_cli.metrics.edges import edge_f1
+from vgm_cli.metrics.edges import edge_f1, near_by
 from vgm_cli.nets.ldm_unet import LDMUNet
 from vgm_cli.nets.ldm_unet_checkpoints import LDM_UNET
 from vgm_cli.registry import registry
@@ -469,8 +469,9 @@ def test_edges_agree_as_counted_by_hand() -> None:
     a[0, 4], b[0, 5] = True, True  # a line and its neighbour
     a[1, 4], b[1, 8] = True, True  # too far
     a[2, 4], b[2, 4, :3] = True, True  # a third of it: precision 4/9 within a pixel, recall 1
-    assert np.allclose(edge_f1(a, b), [1, 0, 2 * (4 / 9) / (4 / 9 + 1), 1])
+    assert np.allclose(edge_f1(a, b, tolerance=1), [1, 0, 2 * (4 / 9) / (4 / 9 + 1), 1])
     assert np.allclose(edge_f1(a, b, tolerance=0)[:2], 0)
+    assert [near_by(side, side) for side in (32, 64, 512)] == [0, 0, 5]
 
 
 # -- steering ----------------------------------------------------------------------------------------------------------
