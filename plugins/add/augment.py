@@ -1,7 +1,8 @@
 """DiffAugment: augmentations of what a discriminator sees, real and generated, through which gradients flow.
 
 Zhao et al., NeurIPS 2020 (arXiv 2006.10738), as autonomousvision/stylegan-t@36ab80c training/diffaug.py has it. Every
-draw is an argument, uniform in [0, 1). The kinds that StyleGAN-T uses: color, translation, cutout.
+draw is an argument, uniform in [0, 1). The kinds that StyleGAN-T uses: color, translation, cutout; its code has resize,
+too. Deviation: every image is resized by its own draw, where officially a batch has one.
 """
 
 from __future__ import annotations
@@ -9,12 +10,14 @@ from __future__ import annotations
 from collections.abc import Callable
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from vgm_cli.errors import unknown
 
 TRANSLATION, CUTOUT = 0.125, 0.2  # largest shift, and side of the hole, as shares of the image's side
-DRAWS = {"color": 3, "translation": 2, "cutout": 2}  # numbers that each kind takes for an image
+SMALLEST, LARGEST = 0.8, 1.2  # sides of a resized image over the image's
+DRAWS = {"color": 3, "translation": 2, "resize": 1, "cutout": 2}  # numbers that each kind takes for an image
 
 
 def kinds_of(policy: str) -> list[str]:
@@ -104,10 +107,30 @@ def translation(x: Tensor, u: Tensor) -> Tensor:
     return translate(x, integers(u[:, 0], -down, down), integers(u[:, 1], -right, right))
 
 
+def resize(x: Tensor, u: Tensor) -> Tensor:
+    """Square images (B, C, S, S), each smaller in the middle of zeros, or larger and cut to its middle."""
+    side, rows = x.shape[3], []
+    for image, share in zip(x, u[:, 0].tolist()):
+        size = int((share * (LARGEST - SMALLEST) + SMALLEST) * side)
+        other = F.interpolate(image[None], size=(size, size), mode="bilinear")
+        first = abs(side - size) // 2
+        if size < side:
+            other = F.pad(other, (first, side - first - size) * 2)
+        else:
+            other = other[:, :, first : first + side, first : first + side]
+        rows.append(other)
+    return torch.cat(rows)
+
+
 def cutout(x: Tensor, u: Tensor) -> Tensor:
     size = portion(x, CUTOUT)
     row, column = (integers(u[:, i], 0, x.shape[2 + i] - size[i] % 2) for i in (0, 1))
     return cut_out(x, row, column, size)
 
 
-APPLY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {"color": color, "translation": translation, "cutout": cutout}
+APPLY: dict[str, Callable[[Tensor, Tensor], Tensor]] = {
+    "color": color,
+    "translation": translation,
+    "resize": resize,
+    "cutout": cutout,
+}

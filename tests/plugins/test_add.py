@@ -169,6 +169,8 @@ def diffaugment(case: GoldenCase) -> None:
                 x = change(x, next(draws))
         elif kind == "translation":
             x = augmentations.translate(x, next(draws), next(draws))
+        elif kind == "resize":
+            x = augmentations.resize(x, next(draws).expand(len(x), 1))  # one number for all
         else:
             size = augmentations.portion(x, augmentations.CUTOUT)
             x = augmentations.cut_out(x, next(draws), next(draws), size)
@@ -513,6 +515,14 @@ def test_normalisation_groups() -> None:
     assert not torch.allclose(head(x[:4]), whole[:4])
     nine = torch.randn(9, 4, 6)
     assert_close(torch.cat([head(part) for part in nine.split(3)]), head(nine), 1e-5, "three threes")
+
+
+def test_resized_images_keep_their_middle() -> None:
+    x = torch.rand(3, 2, 20, 20, generator=torch.Generator().manual_seed(0)) + 1
+    smaller, same, larger = augmentations.resize(x, torch.tensor([[0.0], [0.51], [1 - 1e-6]]))
+    assert smaller.shape == larger.shape == (2, 20, 20) and torch.equal(same, x[1])
+    assert (smaller[:, 2:-2, 2:-2] >= 1).all() and smaller.sum() == smaller[:, 2:-2, 2:-2].sum()
+    assert (larger >= 1).all() and not torch.equal(larger, x[2])
 
 
 def test_augmentation_draws() -> None:
