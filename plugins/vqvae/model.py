@@ -173,7 +173,7 @@ class VQVAE(QuantizedStage):
             decoder = PerceptronDecoder(shape, channels, dim)
         else:
             form = FORMS[layout]
-            if form.narrow and channels % 2:
+            if form.narrow and channels < 2:  # an odd number's half is rounded down, as officially
                 raise VgmError(f"channels={channels} has no half, which layout={layout} wants", code=USAGE)
             encoder = Encoder(image_channels, channels, residual_channels, residual_layers, form)
             decoder = Decoder(heads * image_channels, dim, channels, residual_channels, residual_layers, form)

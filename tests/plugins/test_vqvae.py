@@ -483,7 +483,8 @@ def test_the_variance_is_that_of_the_data() -> None:
     with pytest.raises(VgmError, match="NaN"):
         objective.prepare({"x": x}, Step(0))
     with pytest.raises(VgmError, match="no half"):
-        tiny(channels=7)
+        tiny(channels=1)
+    assert tiny(channels=7)(torch.zeros(1, 1, 16, 16))[0].shape == (1, 1, 16, 16)
     with pytest.raises(VgmError, match="perceptrons"):
         tiny(layout="pythae", groups=2)
 
