@@ -68,13 +68,17 @@ class Process:
     """The CLI in a process of its own, for signals and several ranks."""
 
     def __init__(self, *args: object, env: dict[str, str] | None = None):
-        self.child = subprocess.Popen(
-            [sys.executable, "-m", "vgm_cli", *map(str, args)],
-            stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE,
-            text=True,
-            env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
-        )
+        ours = signal.signal(signal.SIGHUP, signal.SIG_DFL)  # tests that run under nohup hand no ignored SIGHUP on
+        try:
+            self.child = subprocess.Popen(
+                [sys.executable, "-m", "vgm_cli", *map(str, args)],
+                stdout=subprocess.PIPE,
+                stderr=subprocess.PIPE,
+                text=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1", **(env or {})},
+            )
+        finally:
+            signal.signal(signal.SIGHUP, ours)
 
     def wait(self, timeout: float = 300) -> tuple[int, str, str]:
         out, err = self.child.communicate(timeout=timeout)

@@ -1125,7 +1125,7 @@ def test_a_full_disk_leaves_what_was_there(target: str, dit: Path, vgm: Call, mo
 
 def test_a_folder_that_cannot_be_written(dit: Path, vgm: Call) -> None:
     Path("file").write_text("")
-    check(vgm("convert", dit, "file/o.safetensors"), 1, "cannot write")
+    check(vgm("convert", dit, "file/o.safetensors"), 2, "cannot write", "file is no folder")
 
 
 # -- the proof's own parts ---------------------------------------------------------------------------------------------
