@@ -15,7 +15,7 @@ from itertools import pairwise
 import torch
 from torch import Tensor
 
-from vgm_cli.diffusion.solvers.ode import DORMAND_PRINCE
+from vgm_cli.diffusion.solvers.ode import DORMAND_PRINCE, HEUN3, KUTTA38
 from vgm_cli.errors import DIVERGED, VgmError, unknown
 
 State = tuple[Tensor, ...]
@@ -38,8 +38,8 @@ METHODS = {
     "euler": Tableau(1, [], [], [1]),
     "midpoint": Tableau(2, [1 / 2], [[1 / 2]], [0, 1]),
     "heun2": Tableau(2, [1], [[1]], [1 / 2, 1 / 2]),
-    "heun3": Tableau(3, [1 / 3, 2 / 3], [[1 / 3], [0, 2 / 3]], [1 / 4, 0, 3 / 4]),
-    "rk4": Tableau(4, [1 / 3, 2 / 3, 1], [[1 / 3], [-1 / 3, 1], [1, -1, 1]], [1 / 8, 3 / 8, 3 / 8, 1 / 8]),
+    "heun3": Tableau(3, [c for c, _ in HEUN3[0]], [row for _, row in HEUN3[0]], HEUN3[1]),
+    "rk4": Tableau(4, [c for c, _ in KUTTA38[0]], [row for _, row in KUTTA38[0]], KUTTA38[1]),
     "adaptive_heun": Tableau(2, [1], [[1]], [1 / 2, 1 / 2], error=[1 / 2, -1 / 2], mid=[1 / 2, 0]),
     "fehlberg2": Tableau(
         2,

@@ -6,6 +6,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
+from functools import partial
 from typing import Any
 
 import torch
@@ -49,20 +50,6 @@ def ode_heun(
     return x
 
 
-def ode_heun3(
-    velocity: Velocity, x: Tensor, times: Tensor, *, callback: Callback = None, x0_of: Estimate = None
-) -> Tensor:
-    """Heun's third-order method."""
-    for i in range(len(times) - 1):
-        t, h = times[i], times[i + 1] - times[i]
-        k1 = velocity(x, t)
-        notify_slope(callback, i, x, t, k1, x0_of)
-        k2 = velocity(x + h / 3 * k1, t + h / 3)
-        k3 = velocity(x + h * 2 / 3 * k2, t + h * 2 / 3)
-        x = x + h / 4 * (k1 + 3 * k3)
-    return x
-
-
 def ode_rk4(
     velocity: Velocity, x: Tensor, times: Tensor, *, callback: Callback = None, x0_of: Estimate = None
 ) -> Tensor:
@@ -78,18 +65,29 @@ def ode_rk4(
     return x
 
 
-def ode_rk38(
-    velocity: Velocity, x: Tensor, times: Tensor, *, callback: Callback = None, x0_of: Estimate = None
+# stages as (time, weights of the slopes so far), then the weights of all slopes
+HEUN3 = (((1 / 3, (1 / 3,)), (2 / 3, (0.0, 2 / 3))), (1 / 4, 0.0, 3 / 4))  # Heun's third-order method
+KUTTA38 = (((1 / 3, (1 / 3,)), (2 / 3, (-1 / 3, 1.0)), (1.0, (1.0, -1.0, 1.0))), (1 / 8, 3 / 8, 3 / 8, 1 / 8))
+
+
+def ode_stages(
+    velocity: Velocity,
+    x: Tensor,
+    times: Tensor,
+    stages: Sequence[tuple[float, Sequence[float]]],
+    weights: Sequence[float],
+    *,
+    callback: Callback = None,
+    x0_of: Estimate = None,
 ) -> Tensor:
-    """Kutta's 3/8 rule, order 4: what torchdiffeq calls rk4."""
+    """Any explicit Runge-Kutta method: HEUN3, or KUTTA38, the 3/8 rule of order 4 that torchdiffeq calls rk4."""
     for i in range(len(times) - 1):
         t, h = times[i], times[i + 1] - times[i]
-        k1 = velocity(x, t)
-        notify_slope(callback, i, x, t, k1, x0_of)
-        k2 = velocity(x + h / 3 * k1, t + h / 3)
-        k3 = velocity(x + h * (k2 - k1 / 3), t + h * 2 / 3)
-        k4 = velocity(x + h * (k1 - k2 + k3), times[i + 1])
-        x = x + h / 8 * (k1 + 3 * k2 + 3 * k3 + k4)
+        k = [velocity(x, t)]
+        notify_slope(callback, i, x, t, k[0], x0_of)
+        for c, row in stages:
+            k.append(velocity(x + combine(h, row, k), times[i + 1] if c == 1.0 else t + c * h))
+        x = x + combine(h, weights, k)
     return x
 
 
@@ -97,9 +95,9 @@ ODE: dict[str, tuple[Callable[..., Tensor], int]] = {  # name: (method, evaluati
     "euler": (ode_euler, 1),
     "midpoint": (ode_midpoint, 2),
     "heun": (ode_heun, 2),
-    "heun3": (ode_heun3, 3),
+    "heun3": (partial(ode_stages, stages=HEUN3[0], weights=HEUN3[1]), 3),
     "rk4": (ode_rk4, 4),
-    "rk38": (ode_rk38, 4),
+    "rk38": (partial(ode_stages, stages=KUTTA38[0], weights=KUTTA38[1]), 4),
 }
 
 
@@ -169,10 +167,10 @@ def dopri5(
 
 
 def combine(h: Tensor, weights: Sequence[float], k: list[Tensor]) -> Tensor:
-    """h (B,) times the weighted sum of slopes k."""
+    """h, () or (B,), times the weighted sum of slopes k."""
     total = sum(w * slope for w, slope in zip(weights, k) if w)
     assert isinstance(total, Tensor)
-    return expand(h, total).to(total.dtype) * total
+    return (expand(h, total) if h.ndim else h).to(total.dtype) * total
 
 
 def error_ratio(error: Tensor, x: Tensor, x_new: Tensor, rtol: float, atol: float) -> Tensor:
