@@ -209,7 +209,7 @@ def check_average(config: float | Mapping[str, float]) -> dict[str, float]:
             USAGE,
         )
     for key, fits, wanted in (
-        ("decay", 0 <= own.get("decay", 0) < 1, "in [0, 1)"),
+        ("decay", 0 <= own.get("decay", 0) <= 1, "in [0, 1]"),
         ("half_life", own.get("half_life", 1) > 0, "above 0"),
         ("sigma_rel", 0 < own.get("sigma_rel", 0.1) < 0.28, "in (0, 0.28)"),
         ("every", own.get("every", 1) >= 1, "at least 1"),

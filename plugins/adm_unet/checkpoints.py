@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from vgm_cli.convert_api import Layout, Published
-from vgm_cli.nets.unet_checkpoints import blocks_of_a_level, indices
+from vgm_cli.nets.unet_checkpoints import blocks_of_levels, indices
 from vgm_cli.nn.meta import on_meta
 
 from .model import EncoderUNetModel, UNetModel
@@ -60,7 +60,7 @@ def trunk_config(state: State, num_res_blocks: int) -> dict[str, Any]:
 def config_from(state: State) -> dict[str, Any]:
     """Constructor keywords of a U-Net. Heads and the order of attention are not in the shapes: the published models
     have 64 channels a head, but 4 heads at 128 pixels and in the 64->256 upsampler; the new order at 64 pixels."""
-    config = trunk_config(state, blocks_of_a_level(state))
+    config = trunk_config(state, blocks_of_levels(state)[0])
     inputs, outputs = state["input_blocks.0.0.weight"].shape[1], len(state["out.2.bias"])
     super_res = inputs == 6  # an RGB image and the small one
     channels = inputs // 2 if super_res else inputs

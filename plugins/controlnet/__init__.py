@@ -15,8 +15,8 @@ from vgm_cli.hookspecs import Component, Paper, hookimpl
 OF_BASE = (
     "model_channels num_res_blocks attention_resolutions channel_mult concat_channels conv_resample num_heads "
     "num_head_channels num_heads_upsample use_scale_shift_norm resblock_updown use_spatial_transformer "
-    "transformer_depth context_dim use_linear_in_transformer disable_self_attentions legacy "
-    "use_new_attention_order num_classes null_class vector_dim norm_groups out_channels"
+    "transformer_depth context_dim use_linear_in_transformer disable_self_attentions disable_middle_self_attn "
+    "num_attention_blocks legacy use_new_attention_order num_classes null_class vector_dim norm_groups out_channels"
 ).split()
 ANNOTATED = {"size": "image_size"}
 

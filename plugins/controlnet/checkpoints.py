@@ -67,9 +67,7 @@ def hint_widths(own: State) -> tuple[int, ...]:
 def control_config(own: State) -> dict[str, Any]:
     """Constructor keywords. Heads are those of the published U-Net of these shapes; a hint is as much larger than the
     latents as its block can make it smaller."""
-    count = len(indices(own, "input_blocks."))
-    decoder = {f"output_blocks.{i}.0": own[FIRST] for i in range(count)}  # as many as there are in the encoder
-    unet = unet_config({**own, **decoder, "out.2.bias": own["input_blocks.0.0.weight"][0, :, 0, 0]})
+    unet = unet_config({**own, "out.2.bias": own["input_blocks.0.0.weight"][0, :, 0, 0]})
     config = {**unet, "hint_widths": hint_widths(own), "hint_channels": own[FIRST].shape[1]}
     return {**config, "unlocked": True} if "out.2.weight" in own else config
 

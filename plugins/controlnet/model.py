@@ -86,6 +86,8 @@ class ControlNet(LDMUNet):
         context_dim: Width | None = 768,  # width of the context's vectors
         use_linear_in_transformer: bool = False,  # linear projections around transformers
         disable_self_attentions: Sequence[bool] | None = None,  # levels whose transformers see the context alone
+        disable_middle_self_attn: bool = False,  # the middle's transformer sees the context alone
+        num_attention_blocks: Sequence[Blocks] | None = None,  # first blocks of each level with attention
         legacy: bool = False,  # heads share all channels also where num_head_channels does not divide them
         use_new_attention_order: bool = False,  # of attention blocks
         num_classes: Whole | None = None,  # rows of the class table

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from vgm_cli.errors import USAGE, VgmError, unknown
 from vgm_cli.nets.bert_text import BERTText
 from vgm_cli.nets.hints import Hint
-from vgm_cli.ranges import Blocks, Count, Depth, Fraction, Side, Vocabulary, Width
+from vgm_cli.ranges import Blocks, Count, Depth, Fraction, Positive, Side, Vocabulary, Width
 
 Box = tuple[float, float, float, float]  # left, top, width, height, as shares of the picture's sides
 NUMBER = r"\s+([\d.]+(?:e-?\d+)?)"
@@ -46,17 +46,25 @@ class SemanticMap(nn.Module):
         size: Side,  # of the images
         classes: Width = 182,  # labels: 0 to classes - 1
         stages: Blocks = 2,  # times that both sides are halved, to the latent's
-        out_channels: Width = 3,  # of what is stacked on the latent
+        out_channels: Width | None = 3,  # of what is stacked on the latent; None: the labels' channels are not mixed
         method: Literal["nearest", "bilinear", "bicubic", "area"] = "bilinear",  # of halving
         column: str = "semantic",  # of the data
         keyword: str = "concat",  # of the network
+        multiplier: Positive = 0.5,  # of both sides, at every stage
+        bias: bool = False,  # of the mixing
     ):
         super().__init__()
         self.size, self.classes, self.stages, self.method = size, classes, stages, method
-        self.column, self.keyword, self.out_channels = column, keyword, out_channels
+        self.column, self.keyword, self.multiplier = column, keyword, multiplier
+        self.out_channels, self.side = out_channels or classes, size
+        for _ in range(stages):
+            self.side = int(self.side * multiplier)
+        if not self.side:
+            message = f"nothing is left of {size} pixels times {multiplier:g}, {stages} times"
+            raise VgmError(message, "fewer stages", USAGE)
         self.reads = (column,)
         self.files = Hint(size, 1, column)
-        self.channel_mapper = nn.Conv2d(classes, out_channels, 1, bias=False)
+        self.channel_mapper = nn.Conv2d(classes, out_channels, 1, bias=bias) if out_channels else nn.Identity()
 
     def parse(self, words: Sequence[str]) -> list[Any]:
         """Files of maps -> items."""
@@ -66,22 +74,23 @@ class SemanticMap(nn.Module):
         return columns[self.column]
 
     def forward(self, labels: Tensor) -> Tensor:
-        """(B, H, W) int64 -> (B, out_channels, H / 2^stages, W / 2^stages). VgmError: a label that there is not."""
+        """(B, H, W) int64 -> (B, out_channels, h, w), of sides made smaller. VgmError: a label that there is not."""
         if len(labels) and not 0 <= int(labels.min()) <= int(labels.max()) < self.classes:
             message = f"a map has the label {int(labels.max())}, the network knows 0 to {self.classes - 1}"
             raise VgmError(message, "conditions.semantic.classes", USAGE)
-        x = F.one_hot(labels, self.classes).movedim(-1, 1).to(self.channel_mapper.weight)
+        x = F.one_hot(labels, self.classes).movedim(-1, 1)
+        x = x.to(next(self.parameters(), torch.zeros(0)).dtype)
         for _ in range(self.stages):
-            x = F.interpolate(x, scale_factor=0.5, mode=self.method)
-        return self.channel_mapper(x)
+            x = F.interpolate(x, scale_factor=self.multiplier, mode=self.method)
+        mixed: Tensor = self.channel_mapper(x)
+        return mixed
 
     def encode(self, items: Sequence[Any], device: torch.device) -> dict[str, Tensor]:
         x = self.files.check(items, (1, self.size, self.size), device)
         return {self.keyword: self(((x[:, 0] + 1) * 127.5).round().long())}
 
     def null(self, n: int, device: torch.device) -> dict[str, Tensor]:
-        side = self.size // 2**self.stages
-        return {self.keyword: torch.zeros(n, self.out_channels, side, side, device=device)}
+        return {self.keyword: torch.zeros(n, self.out_channels, self.side, self.side, device=device)}
 
     def example(self, n: int, device: torch.device) -> dict[str, Tensor]:
         return self.null(n, device)

@@ -61,8 +61,8 @@ def config_of(state: State) -> dict[str, Any]:
     return {
         "in_channels": channels,
         "n_embd": kernel.shape[-1],
-        "n_layer": 1 + max(blocks),
-        "attention": any(k.startswith("score_model.down.attn_") for k in state),
+        "n_layer": 1 + max(blocks, default=-1),
+        "attention": any(k.startswith("score_model.up.attn_") for k in state),
         "fourier": kernel.shape[2] == 5 * channels,
         "gamma": gamma,
         "pinned": False,

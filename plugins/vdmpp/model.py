@@ -20,7 +20,7 @@ from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.nn.example import noise
 from vgm_cli.nn.features import places
 from vgm_cli.nn.sdpa import sdpa
-from vgm_cli.ranges import Depth, Rate, Vocabulary, Width, ordered
+from vgm_cli.ranges import Blocks, Rate, Vocabulary, Width, ordered
 
 from .gamma import Gamma, Linear, Monotone, Scalar
 
@@ -123,7 +123,7 @@ class VDM(nn.Module):
         self,
         in_channels: Width = 3,  # of the images, 8-bit pixels
         n_embd: Width = 128,  # width of every layer
-        n_layer: Depth = 32,  # residual blocks before the middle; one more follows it
+        n_layer: Blocks = 32,  # residual blocks before the middle; one more follows it
         dropout: Rate = 0.1,  # inside the blocks
         attention: bool = False,  # behind every block, not in the middle alone
         fourier: bool = True,  # the network also sees sines and cosines of its input

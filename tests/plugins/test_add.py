@@ -586,6 +586,12 @@ def test_transformers_show_their_levels(tmp_path: Path) -> None:
     x = torch.randn(2, 1, 20, 20, requires_grad=True)
     levels = features.levels(x)
     assert [level.shape for level in levels] == [(2, 64, 36)] * 5 and features.embedding(x).shape == (2, 64)
+    features.hooks = (11, 2, 8, 2)
+    assert all(torch.equal(a, levels[k]) for a, k in zip(features.levels(x), (3, 0, 2, 0, 4), strict=True))
+    features.size, oblong = None, torch.randn(2, 3, 16, 40)
+    assert features.levels(oblong)[0].shape == (2, 64, 10) and features(oblong).shape == (2, 64, 2, 5)
+    with pytest.raises(VgmError, match="multiples of the patch"):
+        features(oblong[..., :36])
     assert torch.autograd.grad(levels[0].sum(), x)[0].abs().sum() > 0
 
 

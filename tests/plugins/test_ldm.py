@@ -45,7 +45,7 @@ from vgm_cli.nets.discriminators import NLayerDiscriminator
 from vgm_cli.nets.first_stage import DiagonalGaussian, VQModel, tiled
 from vgm_cli.nets.first_stage_checkpoints import PREFIX
 from vgm_cli.nets.ldm_unet import LDMUNet
-from vgm_cli.nets.ldm_unet_checkpoints import LDM_UNET, header, preset_of, shapes
+from vgm_cli.nets.ldm_unet_checkpoints import LDM_UNET, diffusers_allows, header, preset_of, shapes
 from vgm_cli.nets.ldm_unet_presets import PRESETS
 from vgm_cli.nets.tokenizers import bert_tokenizer, clip_tokenizer, clip_vocabulary
 from vgm_cli.nn.quantize import code_usage
@@ -66,7 +66,6 @@ golden = GoldenChecks("ldm")
 
 def keywords(config: dict[str, Any]) -> dict[str, Any]:
     """An official model config (ddconfig, embed_dim, ...) -> constructor keywords."""
-    assert not config["ddconfig"].get("give_pre_end"), "the decoder ends with an image"
     other = ("double_z", "use_linear_attn", "give_pre_end")
     dd = {k: config["ddconfig"][k] for k in config["ddconfig"] if k not in other}
     if config["ddconfig"].get("use_linear_attn"):
@@ -84,6 +83,8 @@ def load(case: GoldenCase, cls: type, converter: Layout) -> Any:
     assert case.config.get("remap") is None
     model = cls(**keywords(case.config))
     model.load_state_dict(converter.to_ours(case.state))
+    if case.config["ddconfig"].get("give_pre_end"):
+        model.decoder.forward = model.decoder.features
     return model.eval()
 
 
@@ -293,13 +294,14 @@ def whole_checkpoint(case: GoldenCase) -> None:
     assert {c.name for c in layouts.recognising(state)} == {"ldm-unet", "autoencoder-kl", "clip-text"}
 
     text = config["clip_text_config"]
-    assert text["intermediate_size"] == 4 * text["hidden_size"] and config["ddconfig"]["double_z"]
+    assert config["ddconfig"]["double_z"]
     case.ignore("clip_text_config.projection_dim", why="the file has no projection of the whole text")
     case.ignore("clip_text_config.eos_token_id", "clip_text_config.bos_token_id", why="the tokens are given")
     sizes = {"width": "hidden_size", "depth": "num_hidden_layers"}
     sizes |= {"vocabulary": "vocab_size", "length": "max_position_embeddings"}
     found = CLIP_TEXT.config(state)
     assert {k: found[k] for k in sizes} == {k: text[v] for k, v in sizes.items()}
+    assert found.get("hidden", 4 * found["width"]) == text["intermediate_size"]
     # neither is in the shapes
     found |= {"heads": text["num_attention_heads"], "activation": text["hidden_act"].replace("_", "-")}
     tokens = case.inputs["tokens"]
@@ -445,7 +447,7 @@ def stable_diffusion_dpm_solver(case: GoldenCase) -> None:
         "thresholding": False,
     }
     asked = {k: config.get(k, v) for k, v in stated.items()}
-    assert asked["method"] == "multistep" and not asked["thresholding"]
+    assert asked["method"] == "multistep", "officially reached by no script"
     view = denoiser_of(Tokens(), case)
     if asked == stated:
         sampler = LDMSampler(steps=config["steps"], solver="dpm-solver++")
@@ -464,7 +466,8 @@ def stable_diffusion_dpm_solver(case: GoldenCase) -> None:
         t = times[i].expand(len(x))
         with_it, without = (view.predict(x, t, "eps", c=case.inputs[k]) for k in ("c", "uc"))
         eps = without + config["scale"] * (with_it - without)
-        return convert(eps, x, t, path, "eps", "x0"), eps
+        x0 = convert(eps, x, t, path, "eps", "x0")
+        return (solvers.dynamic_threshold(x0, max_value=math.inf) if asked["thresholding"] else x0), eps
 
     got = solvers.dpm_solver(
         predict,
@@ -599,9 +602,19 @@ def inpainting(case: GoldenCase) -> None:
 @torch.no_grad()
 def label_map(case: GoldenCase) -> None:
     config = case.config
-    condition = SemanticMap(32, config["in_channels"], config["n_stages"], config["out_channels"], config["method"])
+    condition = SemanticMap(
+        case.inputs["labels"].shape[-1],
+        config["in_channels"],
+        config["n_stages"],
+        config["out_channels"],
+        config["method"],
+        multiplier=config.get("multiplier", 0.5),
+        bias=config.get("bias", False),
+    )
     condition.load_state_dict(hashed(config["keys"]))
-    assert_close(condition(case.inputs["labels"]), case.outputs["condition"], 1e-5, "condition")
+    got = condition(case.inputs["labels"])
+    assert_close(got, case.outputs["condition"], 1e-5, "condition")
+    assert condition.null(1, torch.device("cpu"))["concat"].shape[1::2] == got.shape[1::2]
 
 
 @golden.check(lambda c: c.kind == "layout_tokens")
@@ -635,8 +648,11 @@ def crops(case: GoldenCase) -> None:
         return (h[:, :c] - 0.5 * h[:, c:]).tanh() + 0.2 * mean + t.view(-1, 1, 1, 1) / 1000
 
     run = in_crops(toy, config["ks"], config["stride"], clip, tie if config["tie_braker"] else None)
-    got = run(case.inputs["x"], case.inputs["t"], concat=case.inputs["condition"])
-    assert_close(got, case.outputs["eps"], 1e-5, "eps")
+    got, want = run(case.inputs["x"], case.inputs["t"], concat=case.inputs["condition"]), case.outputs["eps"]
+    if config["tie_braker"] and want.isnan().all():  # one row or column of crops: officially 0 / 0
+        assert got.isfinite().all()
+    else:
+        assert_close(got, want, 1e-5, "eps")
 
 
 def channels_first(picture: Tensor) -> Tensor:
@@ -837,6 +853,40 @@ def test_unet_preset(name: str) -> None:
     assert count(network) == UNETS[name]
     assert preset_of(shapes(network.state_dict())) == name
     assert header(PRESETS[name])["data"]["sample_shape"] == list(network.sample_shape)
+
+
+@pytest.mark.parametrize(
+    "options",
+    [
+        {"num_res_blocks": (1, 3)},
+        {"num_res_blocks": (2, 1), "conv_resample": False},
+        {"num_res_blocks": (2, 1), "resblock_updown": True},
+        {"num_res_blocks": 2, "num_attention_blocks": (1, 2)},
+        {"num_res_blocks": 2, "attention_resolutions": (2,), "num_attention_blocks": (0, 1)},
+        {"disable_middle_self_attn": True},
+    ],
+    ids=str,
+)
+def test_uneven_networks_are_read_off_their_shapes(options: dict[str, Any]) -> None:
+    """A network of these keywords is made again from its state alone; diffusers' has no such levels."""
+    plain = {"image_size": 8, "model_channels": 32, "num_res_blocks": 1, "attention_resolutions": (2, 1)}
+    plain |= {"channel_mult": (1, 2), "context_dim": 16}
+    with torch.device("meta"):
+        state = LDMUNet(**{**plain, **options}).state_dict()
+        again = LDMUNet(**shapes(state)).state_dict()
+    assert {k: v.shape for k, v in again.items()} == {k: v.shape for k, v in state.items()}
+    assert {k: shapes(state)[k] for k in options} == options
+    with pytest.raises(VgmError, match="diffusers"):
+        diffusers_allows({**plain, **options})
+
+
+@pytest.mark.parametrize("options", [{}, {"out_channels": None}, {"multiplier": 0.25, "bias": True}], ids=str)
+def test_maps_of_labels_as_the_network_expects_them(options: dict[str, Any]) -> None:
+    condition = SemanticMap(18, classes=5, stages=2, **options)
+    got = condition(torch.randint(0, 5, (2, 18, 18)))
+    assert got.shape[1:] == condition.null(1, got.device)["concat"].shape[1:]
+    with pytest.raises(VgmError, match="nothing is left"):
+        SemanticMap(18, stages=5, **options)
 
 
 TOWERS = {"sd1": 123_060_480, "sdxl-l": 123_060_480, "sd2": 354_032_640, "sdxl-g": 694_659_840}

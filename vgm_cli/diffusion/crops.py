@@ -2,7 +2,8 @@
 
 CompVis/latent-diffusion@a506df5 ldm/models/diffusion/ddpm.py apply_model and get_fold_unfold (split_input_params): the
 weight of a pixel is its distance to the border of its crop. Crops that do not fit are moved back into the picture,
-where officially they are left out.
+where officially they are left out; a single row or column of crops weighs the same everywhere, where officially nothing
+is finite.
 """
 
 from __future__ import annotations

@@ -241,9 +241,13 @@ class Decoder(Pyramid):
         self.norm_out = norm(width, norm_groups)
         self.conv_out = nn.Conv2d(width, out_ch, 3, padding=1)
 
-    def forward(self, z: Tensor) -> Tensor:
+    def features(self, z: Tensor) -> Tensor:
+        """What the last normalisation gets, (B, ch * ch_mult[0], f h, f w): the official give_pre_end=True."""
         h = self.run(self.mid, self.conv_in(z))  # (B, ch * ch_mult[-1], h, w)
         for level in reversed(self.up):
             h = level(h, self.run)
-        h = self.conv_out(F.silu(self.norm_out(h)))  # (B, out_ch, f h, f w)
+        return h
+
+    def forward(self, z: Tensor) -> Tensor:
+        h = self.conv_out(F.silu(self.norm_out(self.features(z))))  # (B, out_ch, f h, f w)
         return torch.tanh(h) if self.tanh_out else h

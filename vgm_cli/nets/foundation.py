@@ -61,7 +61,7 @@ class Frozen(nn.Module):
 
 
 class VisionFeatures(Frozen):
-    """Features of the patches of a vision transformer, (B, D, h, w), of images (B, 3 or 1, S, S) in [-1, 1].
+    """Features of the patches of a vision transformer, (B, D, h, w), of images (B, 3 or 1, H, W) in [-1, 1].
 
     Without a file it has random weights, for plans alone: forward then raises VgmError (exit code 4), as does a file
     that holds no such network. For discriminators normalise=true and resize=area are StyleGAN-T's.
@@ -70,7 +70,7 @@ class VisionFeatures(Frozen):
     def __init__(
         self,
         file: str | None = None,  # weights; sizes are read off them
-        size: Side | None = 224,  # images are resized to it, None: not; 224 is 16 patches of DINOv2
+        size: Side | None = 224,  # both sides become it, None: they stay; 224 is 16 patches of DINOv2
         normalise: bool = False,  # pixels are normalised as for ImageNet, which VA-VAE's training leaves out
         heads: Depth | None = None,  # attention heads; None: of 64 channels, as published
         width: Width = 1024,  # without a file: of the tokens
@@ -91,8 +91,8 @@ class VisionFeatures(Frozen):
             self.vit = vit.VisionTransformer(width, depth, heads or max(width // 64, 1), patch, grid, 4 * width)
         blocks = len(self.vit.blocks)
         self.hooks = hooks or tuple(max(1, blocks * k // 4) - 1 for k in (1, 2, 3, 4))
-        if list(self.hooks) != sorted(self.hooks) or self.hooks[-1] >= blocks:
-            raise VgmError(f"hooks={list(self.hooks)} of {blocks} blocks", "they ascend from 0", USAGE)
+        if max(self.hooks) >= blocks:
+            raise VgmError(f"hooks={list(self.hooks)} of {blocks} blocks", "their numbers begin with 0", USAGE)
         self.hook_patch, self.resize, self.side, self.dim = hook_patch, resize, size, self.vit.dim
         self.channels = (self.vit.patch.weight.shape[0],) * (len(self.hooks) + hook_patch)
         self.requires_grad_(False).eval()
@@ -106,14 +106,13 @@ class VisionFeatures(Frozen):
         """Images as the transformer sees them. VgmError: there are no weights, or the images do not fit."""
         if not (self.loaded or x.is_meta):
             raise VgmError("the foundation model has no weights", WHERE, MISSING_ASSET)
-        if x.shape[2] != x.shape[3]:
-            raise VgmError(f"the foundation model takes square images, not {x.shape[2]}x{x.shape[3]}", code=USAGE)
         if x.shape[1] == 1:
             x = x.expand(-1, 3, -1, -1)
         if self.size is not None:
             x = F.interpolate(x, (self.size, self.size), mode=self.resize)
-        if x.shape[2] % self.vit.side:
-            raise VgmError(f"{x.shape[2]} pixels are no multiple of the patch {self.vit.side}", "size=224", USAGE)
+        if any(n % self.vit.side for n in x.shape[2:]):
+            sides = " by ".join(map(str, x.shape[2:]))
+            raise VgmError(f"{sides} pixels are no multiples of the patch {self.vit.side}", "size=224", USAGE)
         if self.normalise:
             mean, std = (x.new_tensor(v)[:, None, None] for v in IMAGENET)
             x = ((x + 1) / 2 - mean) / std

@@ -86,6 +86,8 @@ class LDMEncoder(nn.Module):
         context_dim: Width | None = 768,  # width of the context's vectors; None: attention is over positions alone
         use_linear_in_transformer: bool = False,  # see SpatialTransformer
         disable_self_attentions: Sequence[bool] | None = None,  # levels whose transformers see the context alone
+        disable_middle_self_attn: bool = False,  # the middle's transformer sees the context alone
+        num_attention_blocks: Sequence[Blocks] | None = None,  # first blocks of each level with attention; None: all
         legacy: bool = False,  # heads share all channels also where num_head_channels does not divide them
         use_new_attention_order: bool = False,  # of attention blocks: q, k, v are split before the heads
         num_classes: Whole | None = None,  # rows of the class table that is added to the time
@@ -106,6 +108,8 @@ class LDMEncoder(nn.Module):
         self.blocks = by_level(num_res_blocks, levels, "num_res_blocks")
         self.depths = by_level(transformer_depth, levels, "transformer_depth")
         self.alone = by_level(disable_self_attentions or [False] * levels, levels, "disable_self_attentions")
+        attending = num_attention_blocks or [n + 1 for n in self.blocks]
+        self.attending = by_level(attending, levels, "num_attention_blocks")
         self.attended = set(attention_resolutions)
         self.dropout, self.scale_shift, self.updown = dropout, use_scale_shift_norm, resblock_updown
         self.conv_resample, self.norm_groups = conv_resample, norm_groups
@@ -139,10 +143,9 @@ class LDMEncoder(nn.Module):
         self.input_blocks = nn.ModuleList([Stage(first)])
         self.skips, self.factor = [ch], 1
         for level, width in enumerate(self.widths):
-            for _ in range(self.blocks[level]):
-                self.input_blocks.append(
-                    Stage(self.res(ch, width), *self.attention(width, level, self.factor, num_heads))
-                )
+            for i in range(self.blocks[level]):
+                attention = self.attention(width, level, i, self.factor, num_heads)
+                self.input_blocks.append(Stage(self.res(ch, width), *attention))
                 ch = width
                 self.skips.append(ch)
             if level < levels - 1:
@@ -150,7 +153,7 @@ class LDMEncoder(nn.Module):
                 self.input_blocks.append(Stage(down))
                 self.skips.append(ch)
                 self.factor *= 2
-        middle = self.attend(ch, self.depths[-1], False, num_heads)
+        middle = self.attend(ch, self.depths[-1], disable_middle_self_attn, num_heads)
         self.middle_block = Stage(self.res(ch, ch), middle, self.res(ch, ch))
         self.add_decoder(out_channels or in_channels, n_embed)
 
@@ -161,9 +164,11 @@ class LDMEncoder(nn.Module):
         own = (self.emb_channels, self.dropout, self.scale_shift, resample, self.norm_groups)
         return ResBlock(in_channels, out_channels, *own)
 
-    def attention(self, channels: int, level: int, factor: int, heads: int) -> list[nn.Module]:
-        """What follows a residual block of a level: attention, or nothing."""
-        if factor not in self.attended or (self.transformers and not self.depths[level]):
+    def attention(self, channels: int, level: int, place: int, factor: int, heads: int) -> list[nn.Module]:
+        """What follows the residual block at this place of a level: attention, or nothing."""
+        if factor not in self.attended or place >= self.attending[level]:
+            return []
+        if self.transformers and not self.depths[level]:
             return []
         return [self.attend(channels, self.depths[level], self.alone[level], heads)]
 
@@ -247,7 +252,7 @@ class LDMUNet(LDMEncoder):
         for level, width in reversed(list(enumerate(self.widths))):
             for i in range(self.blocks[level] + 1):
                 layers: list[nn.Module] = [self.res(ch + skips.pop(), width)]
-                layers += self.attention(width, level, factor, self.heads_up)
+                layers += self.attention(width, level, i, factor, self.heads_up)
                 ch = width
                 if level > 0 and i == self.blocks[level]:
                     layers.append(self.res(ch, ch, "up") if self.updown else Upsample(ch, self.conv_resample))

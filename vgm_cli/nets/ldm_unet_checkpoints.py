@@ -8,7 +8,7 @@ the networks with plain attention.
 
 from __future__ import annotations
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 import torch
@@ -19,7 +19,7 @@ from vgm_cli.errors import USAGE, VgmError, needs_extra
 from vgm_cli.nets.ldm_unet import LDMUNet
 from vgm_cli.nets.ldm_unet_presets import BETAS, ENDS, PRESETS
 from vgm_cli.nets.unet_blocks import timestep_embedding
-from vgm_cli.nets.unet_checkpoints import KINDS, OUTER, RES, blocks_of_a_level, indices, layers
+from vgm_cli.nets.unet_checkpoints import KINDS, OUTER, RES, blocks_of_levels, indices, layers
 from vgm_cli.nn.example import noise
 from vgm_cli.nn.meta import on_meta
 
@@ -60,12 +60,18 @@ def depth_of(own: State, block: str) -> int:
     return len(indices(own, f"{block}.transformer_blocks."))
 
 
+def decoder_places(counts: Sequence[int]) -> list[tuple[int, int]]:
+    """(first output block, number of them) of every level, the first level first."""
+    sizes = [n + 1 for n in counts]
+    return [(sum(sizes[i + 1 :]), sizes[i]) for i in range(len(sizes))]
+
+
 def shapes(own: State) -> dict[str, Any]:
     """Keywords that shapes tell."""
-    depth = blocks_of_a_level(own)
-    count = len(indices(own, "output_blocks."))
-    levels = count // (depth + 1)
-    first = [f"input_blocks.{1 + i * (depth + 1)}" for i in range(levels)]
+    counts = blocks_of_levels(own)
+    levels = len(counts)
+    starts = [1 + sum(counts[:i]) + i for i in range(levels)]
+    first = [f"input_blocks.{start}" for start in starts]
     channels = own["time_embed.0.weight"].shape[1]
     out = len(own["out.2.bias"])
     mult = [len(own[f"{b}.0.out_layers.3.bias"]) / channels for b in first]
@@ -78,7 +84,7 @@ def shapes(own: State) -> dict[str, Any]:
         "in_channels": out,
         "concat_channels": own["input_blocks.0.0.weight"].shape[1] - out,
         "model_channels": channels,
-        "num_res_blocks": depth,
+        "num_res_blocks": counts[0] if len(set(counts)) == 1 else tuple(counts),
         "channel_mult": tuple(int(m) if m == int(m) else m for m in mult),
         "attention_resolutions": tuple(2**i for i in reversed(attended)),
         "use_scale_shift_norm": len(own[f"{first[0]}.0.emb_layers.1.bias"]) == 2 * round(mult[0] * channels),
@@ -86,9 +92,15 @@ def shapes(own: State) -> dict[str, Any]:
         "context_dim": None,
     }
     if levels > 1:
-        change = f"input_blocks.{depth + 1}.0"
+        change = f"input_blocks.{counts[0] + 1}.0"
         config["resblock_updown"] = f"{change}.in_layers.0.weight" in own
         config["conv_resample"] = config["resblock_updown"] or f"{change}.op.weight" in own
+    attending = [
+        [sum(f"{half}_blocks.{start + j}.1.norm.weight" in own for j in range(n)) for start, n in places]
+        for half, places in (("input", zip(starts, counts)), ("output", decoder_places(counts)))
+    ]
+    if any(a and (a, b) not in ((n, n + 1), (n, 0)) for a, b, n in zip(*attending, counts)):
+        config["num_attention_blocks"] = tuple(attending[0])
     if transformers:
         block = "middle_block.1.transformer_blocks.0"
         width = own[f"{block}.attn2.to_k.weight"].shape[1]
@@ -96,14 +108,15 @@ def shapes(own: State) -> dict[str, Any]:
         config["use_linear_in_transformer"] = own["middle_block.1.proj_in.weight"].ndim == 2
         same = len(set(plain)) == 1 and middle == plain[-1]
         config["transformer_depth"] = plain[0] if same else tuple(b or 1 for b in blocks)
-        alone = [
-            width != own[f"{b}.1.proj_out.weight"].shape[1]
-            and own[f"{b}.1.transformer_blocks.0.attn1.to_k.weight"].shape[1] == width
-            if i in attended
-            else False
-            for i, b in enumerate(first)
-        ]
-        config |= {"disable_self_attentions": tuple(alone)} if any(alone) else {}
+
+        def alone(block: str) -> bool:
+            """Whether its first attention, too, is to the context."""
+            seen = own[f"{block}.transformer_blocks.0.attn1.to_k.weight"].shape[1]
+            return seen == width != own[f"{block}.proj_out.weight"].shape[1]
+
+        levels_alone = tuple(i in attended and alone(f"{b}.1") for i, b in enumerate(first))
+        config |= {"disable_self_attentions": levels_alone} if any(levels_alone) else {}
+        config |= {"disable_middle_self_attn": True} if alone("middle_block.1") else {}
     if "label_emb.weight" in own:
         config["num_classes"] = len(own["label_emb.weight"])
     elif "label_emb.0.0.weight" in own:
@@ -115,7 +128,8 @@ def shapes(own: State) -> dict[str, Any]:
 
 TOLD = ("in_channels", "concat_channels", "model_channels", "num_res_blocks", "channel_mult", "context_dim",
         "use_scale_shift_norm", "use_spatial_transformer", "resblock_updown", "use_linear_in_transformer",
-        "transformer_depth", "vector_dim", "num_classes")  # fmt: skip
+        "transformer_depth", "vector_dim", "num_classes", "num_attention_blocks",
+        "disable_middle_self_attn")  # fmt: skip
 DEFAULTS = {"use_spatial_transformer": True, "transformer_depth": 1}
 
 
@@ -213,7 +227,9 @@ def plan(config: Mapping[str, Any]) -> list[tuple[str, str, str]]:
     if not config["use_spatial_transformer"] or config.get("resblock_updown") or not config.get("conv_resample", True):
         message = "diffusers' UNet2DConditionModel has transformers, and convolutions where the size changes"
         raise VgmError(message, "--to ldm-unet holds every network", USAGE)
-    if config.get("n_embed") or config["channel_mult"][0] != 1:
+    uneven = config.get("num_attention_blocks") or config.get("disable_middle_self_attn")
+    uneven = uneven or not isinstance(config["num_res_blocks"], int)
+    if config.get("n_embed") or config["channel_mult"][0] != 1 or uneven:
         raise VgmError("diffusers' UNet2DConditionModel cannot express this network", "--to ldm-unet can", USAGE)
     levels = len(config["channel_mult"])
     attended = [i for i in range(levels) if 2**i in config["attention_resolutions"]]

@@ -6,6 +6,7 @@ Official: openai/guided-diffusion@22e0df8; diffusers 0.35.
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from itertools import pairwise
 
 from torch import Tensor
 
@@ -16,18 +17,24 @@ def indices(state: State, prefix: str) -> set[int]:
     return {int(k.removeprefix(prefix).split(".")[0]) for k in state if k.startswith(prefix)}
 
 
-def blocks_of_a_level(state: State) -> int:
-    """num_res_blocks of a U-Net: the first layer that changes the size says how many blocks a level has."""
+def blocks_of_levels(state: State) -> list[int]:
+    """Residual blocks of every level of a U-Net's encoder, the first level first: they lie between the layers that
+    change the size. Where these are residual blocks, too, the decoder tells, in which they share a place with others.
+    KeyError: it is not there, and the blocks are not those of one level.
+    """
     blocks = indices(state, "input_blocks.")
-    missing = sorted(set(range(max(blocks) + 1)) - blocks)  # averages have no weights
-    if missing:
-        return missing[0] - 1
-    convolutions = sorted(int(k.split(".")[1]) for k in state if k.endswith(".op.weight"))
-    if convolutions:
-        return convolutions[0] - 1
+    count = max(blocks) + 1
+    missing = set(range(count)) - blocks  # averages have no weights
+    convolutions = {int(k.split(".")[1]) for k in state if k.endswith(".op.weight")}
+    if changes := sorted(missing or convolutions):
+        return [b - a - 1 for a, b in zip([0, *changes], [*changes, count], strict=True)]
     ups = [int(k.split(".")[1]) for k in state if k.startswith("output_blocks.") and k.endswith(".in_layers.0.bias")]
-    twice = sorted(i for i in set(ups) if ups.count(i) == 2)
-    return twice[0] if twice else max(indices(state, "output_blocks."))
+    kinds = {(f"{b}.1.norm.weight" in state, len(state[f"{b}.0.out_layers.3.bias"]))
+             for b in (f"input_blocks.{i}" for i in range(1, count))}  # fmt: skip
+    if not ups and len(kinds) > 1:
+        raise KeyError("output_blocks.0.0.in_layers.0.bias")
+    ends = [-1, *sorted(i for i in set(ups) if ups.count(i) == 2), max(ups, default=count - 1)]
+    return [b - a - 1 for a, b in pairwise(ends)][::-1]
 
 
 OUTER = {

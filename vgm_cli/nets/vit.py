@@ -61,7 +61,7 @@ class Block(nn.Module):
 
 
 class VisionTransformer(nn.Module):
-    """Vision transformer of CLIP, DINOv2 and MAE: images (B, 3, S, S) to the features of the class token."""
+    """Vision transformer of CLIP, DINOv2 and MAE: images (B, 3, H, W) to the features of the class token."""
 
     def __init__(
         self,
@@ -89,52 +89,54 @@ class VisionTransformer(nn.Module):
         self.head = nn.Linear(width, head, bias=False) if head else nn.Identity()
         self.dim = head or width
 
-    def positions(self, grid: int, how: Interpolation = "dinov2") -> Tensor:
-        """(1 + grid^2, D). how: they are interpolated for another size."""
-        if grid == self.grid:
+    def positions(self, grid: tuple[int, int], how: Interpolation = "dinov2") -> Tensor:
+        """(1 + rows * columns, D) of a grid of patches. how: they are interpolated for another size."""
+        if grid == (self.grid, self.grid):
             return self.pos
         old = self.pos[1:].view(1, self.grid, self.grid, -1).permute(0, 3, 1, 2)  # (1, D, g, g)
         if how == "bilinear":
-            new = F.interpolate(old, size=(grid, grid), mode="bilinear")
+            new = F.interpolate(old, size=grid, mode="bilinear")
         elif how == "timm":
-            new = F.interpolate(old, size=(grid, grid), mode="bicubic", antialias=True)
+            new = F.interpolate(old, size=grid, mode="bicubic", antialias=True)
         else:
-            factor = (grid + 0.1) / self.grid
-            new = F.interpolate(old, scale_factor=(factor, factor), mode="bicubic")
+            rows, columns = ((n + 0.1) / self.grid for n in grid)
+            new = F.interpolate(old, scale_factor=(rows, columns), mode="bicubic")
         return torch.cat([self.pos[:1], new.flatten(2)[0].T])
 
     def embed(self, x: Tensor, how: Interpolation = "dinov2") -> Tensor:
-        """x: (B, 3, S, S) -> tokens with their positions, before any layer: (B, 1 + N, D), the class token first."""
-        x = self.patch(x).flatten(2).transpose(1, 2)  # (B, N, D)
-        grid = round(x.shape[1] ** 0.5)
+        """x: (B, 3, H, W) -> tokens with their positions, before any layer: (B, 1 + N, D), the class token first."""
+        x = self.patch(x)  # (B, D, h, w)
+        grid = (x.shape[2], x.shape[3])
+        x = x.flatten(2).transpose(1, 2)  # (B, N, D)
         return torch.cat([self.cls.expand(len(x), 1, -1), x], 1) + self.positions(grid, how)
 
     def tokens(self, x: Tensor, how: Interpolation = "dinov2") -> Tensor:
-        """x: (B, 3, S, S) -> (B, 1 + N, D), the class token first, before the last normalisation."""
+        """x: (B, 3, H, W) -> (B, 1 + N, D), the class token first, before the last normalisation."""
         x = self.norm_pre(self.embed(x, how))
         for block in self.blocks:
             x = block(x)
         return x
 
     def levels(self, x: Tensor, blocks: Sequence[int], how: Interpolation = "bilinear") -> list[Tensor]:
-        """x: (B, 3, S, S) -> tokens (B, 1 + N, D) behind each of the blocks, numbered from 0 in ascending order, and
-        last those before the first block."""
+        """x: (B, 3, H, W) -> tokens (B, 1 + N, D) behind each of the blocks, numbered from 0, in their order, and last
+        those before the first block."""
         embedded = self.embed(x, how)
-        x, found = self.norm_pre(embedded), []
-        for i, block in enumerate(self.blocks[: blocks[-1] + 1]):
+        x, found = self.norm_pre(embedded), {}
+        for i, block in enumerate(self.blocks[: max(blocks) + 1]):
             x = block(x)
-            found += [x] * list(blocks).count(i)
-        return [*found, embedded]
+            if i in blocks:
+                found[i] = x
+        return [*(found[i] for i in blocks), embedded]
 
     def forward(self, x: Tensor) -> Tensor:
-        """x: (B, 3, S, S) normalised, S a multiple of the patch -> (B, dim)."""
+        """x: (B, 3, H, W) normalised, both sides multiples of the patch -> (B, dim)."""
         return self.head(self.norm(self.tokens(x)[:, 0]))
 
     def grid_features(self, x: Tensor) -> Tensor:
-        """x: (B, 3, S, S) -> features of the patches in their places, (B, D, S / patch, S / patch), as timm's."""
+        """x: (B, 3, H, W) -> features of the patches in their places, (B, D, H / patch, W / patch), as timm's."""
+        grid = [n // self.side for n in x.shape[2:]]
         x = self.norm(self.tokens(x, "timm")[:, 1:])  # (B, N, D)
-        grid = round(x.shape[1] ** 0.5)
-        return x.transpose(1, 2).reshape(len(x), -1, grid, grid)
+        return x.transpose(1, 2).unflatten(2, grid)
 
 
 # -- weights ---------------------------------------------------------------------------------------------------------
