@@ -336,7 +336,8 @@ class SquaredDistance(nn.Module):
         return (a - b).square().mean(dim=(1, 2, 3), keepdim=True)
 
 
-UNLIKE_OURS = ("pp_style", "logvar_init", "pixelloss_weight", "disc_num_layers", "disc_in_channels", "use_actnorm")
+UNLIKE_OURS = ("pp_style", "logvar_init", "pixelloss_weight", "disc_num_layers", "disc_in_channels", "use_actnorm",
+               "disc_conditional")  # fmt: skip
 
 
 @golden.check(lambda c: "out/term_distmat" in c)
@@ -344,28 +345,34 @@ def vision_foundation_loss(case: GoldenCase) -> None:
     said, given, state = case.config["loss"], case.inputs, case.state
     case.ignore("loss.pixelloss_weight", why="the official loss keeps it and does nothing with it")
     case.ignore("loss.logvar_init", "loss.disc_num_layers", "loss.disc_in_channels", why="the stored weights have them")
-    assert not said.get("use_actnorm") and not said.get("pp_style")
+    assert not said.get("disc_conditional")
+    mean = said.get("pp_style", False)  # losses of a value, not of an image: the latents' KL divergence, too
 
     class GivenStep(Step):
         def randn(self, shape: Any, name: str) -> Tensor:
             return given["eps"]
 
-    discriminator = NLayerDiscriminator(3, case.config["ndf"], case.config["disc_layers"]).eval()
+    discriminator = NLayerDiscriminator(
+        3, case.config["ndf"], case.config["disc_layers"], said.get("use_actnorm", False)
+    ).eval()
     discriminator.load_state_dict({k.removeprefix("disc."): v for k, v in state.items() if k.startswith("disc.")})
     for index in case.config["steps"]:
         model = ToyStage(state["enc_w"].clone(), state["dec_w"].clone(), state["proj_w"])
         own = {"kl_weight": 1.0, "disc_weight": 1.0, "vf_weight": 100.0, "adaptive_vf": False}  # the official defaults
         own |= {"cos_margin": 0.0, "distmat_margin": 0.0} | {k: said[k] for k in said if k not in UNLIKE_OURS}
+        values = given["eps"][0].numel() if mean else 1
+        own["kl_weight"] *= given["x"][0].numel() / values if mean else 1
         objective = AlignedAutoencoder(
-            model, Given(given["aux"]), discriminator, SquaredDistance(), logvar=float(state["logvar"]),
-            **own,
+            model, Given(given["aux"]), discriminator, SquaredDistance(), reduction="mean" if mean else "sum",
+            logvar=0.0 if mean else float(state["logvar"]), **own,
         )  # fmt: skip
         out = {k.partition(".")[2]: v for k, v in case.outputs.items() if k.startswith(f"s{index}.")}
         step = GivenStep(index)
         loss, logs = objective.loss("autoencoder", {"x": given["x"]}, step)
         assert_close(loss, out["total_loss"], 1e-5, "total")
-        for name in ("rec_loss", "nll_loss", "kl_loss", "vf_loss", "vf_weight"):
+        for name in ("rec_loss", "nll_loss", "vf_loss", "vf_weight"):
             assert_close(logs[name], out[name], 1e-5, name)
+        assert_close(logs["kl_loss"] / values, out["kl_loss"], 1e-5, "kl_loss")
         recon, moments = model(given["x"], given["eps"])
         assert_close(recon, case.outputs["reconstruction"], 1e-5, "reconstruction")
         z = DiagonalGaussian(moments).sample(given["eps"])
