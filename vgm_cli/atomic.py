@@ -156,8 +156,10 @@ def refuse_existing(path: str | os.PathLike[str], overwrite: bool = False) -> No
 
 def failure(path: Path, e: OSError) -> VgmError:
     """A write that the system refused, as one sentence."""
-    reason = "no space left on device" if e.errno in FULL else e.strerror or str(e)
-    return VgmError(f"cannot write {path}: {reason}", "what was there before is unchanged", FAILED)
+    full = e.errno in FULL or (e.errno is None and str(e).endswith(" written"))  # numpy: "9 requested and 4 written"
+    reason = "no space left on device" if full else e.strerror or str(e)
+    hint = f"{'free some space; ' if full else ''}what was there before is unchanged"
+    return VgmError(f"cannot write {path}: {reason}", hint, FAILED)
 
 
 def sync_folder(folder: str | os.PathLike[str]) -> None:

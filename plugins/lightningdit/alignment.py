@@ -17,6 +17,7 @@ from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.losses.adversarial import DiscLoss, GenLoss, adaptive_weight
 from vgm_cli.losses.first_stage import AutoencoderObjective, Logs, Reduction
 from vgm_cli.nets.first_stage import DiagonalGaussian
+from vgm_cli.nets.foundation import VisionFeatures
 from vgm_cli.ranges import NonNegative, Whole
 
 
@@ -113,8 +114,8 @@ class AlignedAutoencoder(AutoencoderObjective):
         """The vision foundation loss of latents (B, c, h, w) and features (B, D, h, w), scalar, and its two parts."""
         if z.shape[2:] != features.shape[2:]:
             (a, b), (c, d) = z.shape[2:], features.shape[2:]
-            hint = "roles.foundation.size sets the size of the images that it sees"
-            raise VgmError(f"latents are {a}x{b}, the foundation model's features {c}x{d}", hint, USAGE)
+            message = f"latents are {a}x{b}, the foundation model's features {c}x{d}"
+            raise VgmError(message, self.same_grid(a, c), USAGE)
         z, features = self.model.compared(z, features)
         if z.shape[1] != features.shape[1]:
             wanted = f"model.feature_dim={features.shape[1] if self.model.reverse_proj else '…'}"
@@ -123,6 +124,15 @@ class AlignedAutoencoder(AutoencoderObjective):
         cosine = cosine_loss(z, features, self.margins[1])
         loss = self.weights[0] * distance + self.weights[1] * cosine
         return loss, {"vf_distance": distance.detach(), "vf_cosine": cosine.detach(), "vf_loss": loss.detach()}
+
+    def same_grid(self, latents: int, features: int) -> str:
+        """The setting with which latents and features, squares of so many places a side, have the same grid."""
+        if isinstance(self.foundation, VisionFeatures):  # it resizes what it sees
+            return f"roles.foundation.size={latents * self.foundation.vit.side}"
+        hint = f"data.size={features * self.model.factor} fits it"
+        if latents == 8:
+            hint += ", or of colour pictures: roles.foundation.name=colour-features model.feature_dim=96"
+        return hint
 
     def regularise(self, x: Tensor, nll: Tensor, rest: Tensor, step: Step) -> tuple[Tensor | float, Logs]:
         """The weighted vision foundation loss. rest: moments; the draw is the one that was decoded."""

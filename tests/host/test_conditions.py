@@ -94,6 +94,32 @@ def test_captions_are_offered_in_place_of_classes() -> None:
     assert part.trained and part.condition.encode(["a red circle"], torch.device("cpu"))["context"].shape == (1, 8, 8)
 
 
+def test_the_bare_paper_takes_the_recipe_that_reads_captions(vgm: Vgm, tmp_path: Path) -> None:
+    """Of pictures with captions and without classes; not where there are classes or the user names conditions."""
+    for name in ("told", "sorted/pear", "sorted/plum"):
+        (tmp_path / name).mkdir(parents=True)
+        for i in range(2):
+            Image.new("RGB", (32, 32)).save(tmp_path / name / f"{i}.png")
+            (tmp_path / name / f"{i}.txt").write_text("a pear")
+
+    def conditions(*words: str) -> tuple[set[str], str]:
+        code, out, err = vgm("train", *words, "--print-config")
+        assert code == 0, err
+        return {line.split(".")[1] for line in out.splitlines() if line.startswith("conditions.")}, err
+
+    found, err = conditions("ldm", f"data.path={tmp_path / 'told'}")
+    assert found == {"text"} and "has captions: recipe ldm/openmoji" in err and "--recipe mnist" in err
+    for words in (
+        ("ldm", f"data.path={tmp_path / 'sorted'}"),
+        ("ldm", f"data.path={tmp_path / 'told'}", "conditions.class.dropout=0"),
+        ("ldm", "data.path=openmoji"),
+        ("ldm", "--recipe", "mnist", f"data.path={tmp_path / 'told'}"),
+        ("dit", f"data.path={tmp_path / 'told'}"),
+    ):
+        found, err = conditions(*words)
+        assert found == {"class"} and "has captions" not in err, (words, err)
+
+
 def test_what_becomes_of_somebodys_captions_is_told(vgm: Vgm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """That a network does not read them, was given other words, or misses them; where a class is wanted, the way."""
     monkeypatch.chdir(tmp_path)

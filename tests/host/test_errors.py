@@ -136,11 +136,18 @@ def test_full_disk_loses_nothing(vgm, tiny: Path, tmp_path: Path, monkeypatch: p
         real(tensors, path, metadata)
 
     monkeypatch.setattr(atomic, "save_safetensors", full)
-    check(vgm("train", tiny, "--out", "run"), 1, "no space left on device")
+    check(vgm("train", tiny, "--out", "run"), 1, "no space left on device", "free some space", "--resume goes on")
     assert [p.name for p in (tmp_path / "run/checkpoints").glob("step-*[0-9]")] == ["step-00000004"]
     monkeypatch.setattr(atomic, "save_safetensors", real)
     assert vgm("train", tiny, "--out", "run", "--resume")[0] == 0
     assert vgm("sample", "run", "-n", 4, "--out", "x.png")[0] == 0
+
+
+def test_a_full_disk_in_the_words_of_numpy() -> None:
+    from vgm_cli import atomic
+
+    told = atomic.failure(Path("x.npz"), OSError("50176 requested and 8064 written"))
+    assert told.message == "cannot write x.npz: no space left on device" and "free some space" in told.hint
 
 
 def test_a_bug_is_one_sentence_and_a_traceback_only_with_debug(vgm, monkeypatch: pytest.MonkeyPatch) -> None:

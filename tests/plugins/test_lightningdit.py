@@ -637,8 +637,13 @@ def test_latents_learn_the_features(reverse: bool) -> None:
     loss.backward()
     assert model.linear_proj.weight.grad.abs().sum() > 0 and model.encoder.conv_in.weight.grad.abs().sum() > 0
     assert (model.linear_proj.bias is None) == reverse
-    with pytest.raises(VgmError, match="latents are 7x7"):
+    with pytest.raises(VgmError, match="latents are 7x7") as refused:
         objective.alignment(z, torch.zeros(4, 64, 4, 4))
+    assert refused.value.hint == f"data.size={4 * model.factor} fits it"
+    objective.foundation = VisionFeatures(size=None, width=64, depth=4, patch=2, grid=4)
+    with pytest.raises(VgmError, match="latents are 7x7") as refused:
+        objective.alignment(z, objective.foundation.vit.grid_features(torch.zeros(4, 3, 8, 8)))
+    assert refused.value.hint == "roles.foundation.size=14"
     if reverse:
         with pytest.raises(VgmError, match="64 of 10 channels"):
             objective.alignment(z, torch.zeros(4, 10, 7, 7))

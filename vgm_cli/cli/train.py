@@ -54,6 +54,8 @@ def train(
 
         vgm train dit data.path=FOLDER                  # your images, class sub-folders become labels
 
+        vgm train ldm data.path=FOLDER                  # captions beside your images: text to image
+
         vgm train dit --recipe imagenet256 --plan       # what the paper's run costs
 
         vgm train llamagen --codec RUN data.path=FOLDER # on the codes of a `vgm train vqgan` run
@@ -64,6 +66,7 @@ def train(
     """
     from vgm_cli import recipe as recipes
     from vgm_cli.errors import USAGE, VgmError
+    from vgm_cli.overrides import env_assignments
 
     paper, assignments = options.words(paper, overrides, "paper")
     if codec is not None:
@@ -72,7 +75,8 @@ def train(
     if paper is None:
         resolved = options.stored(assignments)
     elif base is None:
-        resolved = recipes.load(paper, options.recipe, assignments)
+        own = options.recipe is None and any(w.startswith("data") for w in (*env_assignments(), *assignments))
+        resolved = recipes.load(paper, for_data(paper, assignments) if own else options.recipe, assignments)
     else:
         resolved = based(paper, options.recipe, assignments, base)
     verb = recipes.verb_of(resolved.config)
@@ -85,6 +89,13 @@ def train(
     if verb == "finetune-rl" and not options.asks_only:
         raise VgmError(f"{resolved.name} learns from rewards", recipes.next_command(resolved.paper, verb), USAGE)
     options.run(engine, resolved)
+
+
+def for_data(paper: str, assignments: list[str]) -> str | None:
+    """The recipe that the user's own data asks for; None: the paper's default."""
+    from vgm_cli.engine.train.captioned import recipe_for  # imports torch
+
+    return recipe_for(paper, assignments)
 
 
 def based(paper: str, recipe: str | None, assignments: list[str], base: str) -> Any:

@@ -147,4 +147,4 @@ def train(
         except VgmError as e:
             if e.code != FAILED:
                 raise
-            raise VgmError(f"{e.message}; {directory.kept()}", GO_ON, FAILED) from e
+            raise VgmError(f"{e.message}; {directory.kept()}", "; ".join(filter(None, (e.hint, GO_ON))), FAILED) from e

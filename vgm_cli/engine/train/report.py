@@ -14,10 +14,10 @@ from torch import Tensor
 
 from vgm_cli.data import SHIPPED
 from vgm_cli.engine.facts import words_of
+from vgm_cli.engine.train.captioned import reading
 from vgm_cli.engine.train.card import write_card
 from vgm_cli.engine.train.optim import learning_rate
 from vgm_cli.errors import DIVERGED, VgmError
-from vgm_cli.recipe import load_file, shipped, starter
 from vgm_cli.ui import Progress, duration, ui
 
 if TYPE_CHECKING:
@@ -146,10 +146,7 @@ def tell_of_captions(t: Trainer) -> None:
     """Say what becomes of the captions of somebody's own pictures: that the network reads none, or few of the words."""
     part = t.conditions.of_column("text")
     if part is None:
-        reading = [
-            n for n, f in shipped().items() if starter(n) and "text" in (load_file(f, n)[0].get("conditions") or {})
-        ]
-        name = min(reading, key=lambda n: (not n.startswith(f"{t.recipe.paper}/"), len(n)), default=None)
+        name = reading(t.recipe.paper)
         how = "" if name is None else ": `vgm train {} --recipe {} data.path=…` does".format(*name.split("/"))
         return ui.info(f"the captions of the data are not read{how}")
     known, own = t.recipe.config["conditions"][part.name].get("words"), words_of(t.feed.dataset)
