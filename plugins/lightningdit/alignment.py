@@ -57,7 +57,8 @@ class AlignedAutoencoder(AutoencoderObjective):
     That loss is distmat_weight times the distance matrix loss plus cos_weight times the cosine loss, between a draw of
     the latents and the features, one of them projected (feature_dim, reverse_proj of the model). adaptive_vf: it is
     weighted by the ratio of the gradients of the reconstruction loss and of itself at the encoder's last layer, times
-    vf_weight; else by vf_weight.
+    vf_weight; else by vf_weight. The official pp_style is reduction=mean, with a kl_weight that is as much larger as
+    images have more values than half the latents.
     """
 
     def __init__(

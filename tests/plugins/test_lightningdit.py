@@ -346,7 +346,7 @@ def vision_foundation_loss(case: GoldenCase) -> None:
     case.ignore("loss.pixelloss_weight", why="the official loss keeps it and does nothing with it")
     case.ignore("loss.logvar_init", "loss.disc_num_layers", "loss.disc_in_channels", why="the stored weights have them")
     assert not said.get("disc_conditional")
-    mean = said.get("pp_style", False)  # losses of a value, not of an image: the latents' KL divergence, too
+    mean = said.get("pp_style", False)  # losses of a value, not of an image; the KL divergence, too, without its half
 
     class GivenStep(Step):
         def randn(self, shape: Any, name: str) -> Tensor:
@@ -360,7 +360,7 @@ def vision_foundation_loss(case: GoldenCase) -> None:
         model = ToyStage(state["enc_w"].clone(), state["dec_w"].clone(), state["proj_w"])
         own = {"kl_weight": 1.0, "disc_weight": 1.0, "vf_weight": 100.0, "adaptive_vf": False}  # the official defaults
         own |= {"cos_margin": 0.0, "distmat_margin": 0.0} | {k: said[k] for k in said if k not in UNLIKE_OURS}
-        values = given["eps"][0].numel() if mean else 1
+        values = given["eps"][0].numel() / 2 if mean else 1
         own["kl_weight"] *= given["x"][0].numel() / values if mean else 1
         objective = AlignedAutoencoder(
             model, Given(given["aux"]), discriminator, SquaredDistance(), reduction="mean" if mean else "sum",
@@ -379,11 +379,11 @@ def vision_foundation_loss(case: GoldenCase) -> None:
         projected, features = model.compared(z, given["aux"])
         assert_close(projected, case.outputs["z_projected"], 1e-5, "projection")
         for fn, margin, name in (
-            (distance_matrix_loss, said["distmat_margin"], "term_distmat"),
-            (cosine_loss, said["cos_margin"], "term_marginal_cos"),
+            (distance_matrix_loss, own["distmat_margin"], "term_distmat"),
+            (cosine_loss, own["cos_margin"], "term_marginal_cos"),
         ):
             assert_close(fn(projected, features, margin), case.outputs[name], 1e-5, name)
-        started = index >= said["disc_start"]
+        started = index >= said["disc_start"] and said.get("disc_factor", 1.0) > 0
         assert started == bool(out["disc_factor"]) and ("g_loss" in logs) == started
         loss.backward()
         assert_close(model.encoder.conv_out.weight.grad, out["grad_enc"], 1e-4, "encoder")

@@ -275,6 +275,7 @@ def ects_loss(case: GoldenCase) -> None:
         r,
         teacher.denoise_ve if said["use_cd"] else None,
         said["huber_const"],
+        said.get("use_squared_l2", False),
     )
     assert_close(got, want["D_yt"], 1e-5, "D_yt")
     assert_close(far, want["unweighted"], 1e-5, "unweighted")

@@ -42,6 +42,8 @@ golden = GoldenChecks("starflow")
 SAME = {"head_dim", "num_heads", "num_kv_heads", "seq_order", "norm_type", "top_block_channels"}
 SWITCHES = {"sos": False, "use_softplus": False, "cond_top_only": False, "use_final_norm": False, "use_bias": True,
             "use_swiglu": False, "use_qk_norm": False, "use_post_norm": False, "hf_style_rope": False}  # fmt: skip
+OF_VIDEO_AND_LANGUAGE = ("use_mm_attn", "use_pretrained_lm", "temporal_causal", "shallow_block_local", "denoiser_window",
+                         "local_attn_window")  # fmt: skip
 UNTOLD = {"use_softplus", "soft_clip", "seq_order", "noise_std", "in_channels", "patch_size", "img_size", "pt_seq_len"}
 
 
@@ -49,7 +51,7 @@ def keywords(config: Any, noise_std: float, y: Tensor | None) -> dict[str, Any]:
     """Ours for the official constructor's, whose defaults are others. y: its tokens of a condition, where one token with
     a single one in it is a class."""
     assert config["rope"] == 1, "without it the official code does not run"
-    assert not config.get("use_mm_attn") and not config.get("use_pretrained_lm")
+    assert not any(config.get(k) for k in OF_VIDEO_AND_LANGUAGE)
     layers = list(config["layers_per_block"])
     layers = layers * config["num_blocks"] if len(layers) == 1 else layers
     assert len(layers) == config["num_blocks"]

@@ -322,7 +322,7 @@ def restoration_sampler(case: GoldenCase) -> None:
 
     states, draws = [], iter(given["noise"])
     common: dict[str, Any] = {
-        "control": call["control_scale"],
+        "control": call.get("control_scale", 1.0),
         "noise": lambda: next(draws),
         "callback": lambda i, x, x0: states.append(x),
         "s_noise": own.get("s_noise", 1.0),
