@@ -183,24 +183,40 @@ def port_config(state: State) -> dict[str, Any]:
         "num_res_blocks": depth,
         "in_channels": channels,
     }
-    if ch % 32:  # no published model: the largest number of groups that divides
+    if normalisation_of(state) == "LayerNorm":
+        config["norm_groups"] = 0
+    elif ch % 32:  # no published model: the largest number of groups that divides
         config["norm_groups"] = next(g for g in (16, 8, 4, 2, 1) if ch % g == 0)
-    return config
+    return config | ({"conv_downsample": True} if strided(state) else {})
 
 
-def block_names(ours: str, theirs: str, changes: bool) -> dict[str, str]:
+def normalisation_of(names: Iterable[str]) -> str:
+    """flax's name of a tokenizer's normalisations, by our names or theirs."""
+    return "LayerNorm" if any(".over_channels." in n or ".LayerNorm_" in n for n in names) else "GroupNorm"
+
+
+def strided(names: Iterable[str]) -> bool:
+    """Whether convolutions halve the levels, by our names or theirs: of two convolutions one is the first."""
+    return any(".downsample_conv." in n or n.startswith("encoder.Conv_2.") for n in names)
+
+
+def norm_names(ours: str, theirs: str) -> dict[str, str]:
+    own = f"{ours}.over_channels" if ".LayerNorm_" in theirs else ours
+    return {f"{own}.weight": f"{theirs}.scale", f"{own}.bias": f"{theirs}.bias"}
+
+
+def block_names(ours: str, theirs: str, changes: bool, norm: str) -> dict[str, str]:
     names = {}
     for i in (1, 2):
-        names[f"{ours}.norm{i}.weight"] = f"{theirs}.GroupNorm_{i - 1}.scale"
-        names[f"{ours}.norm{i}.bias"] = f"{theirs}.GroupNorm_{i - 1}.bias"
+        names |= norm_names(f"{ours}.norm{i}", f"{theirs}.{norm}_{i - 1}")
         names[f"{ours}.conv{i}.weight"] = f"{theirs}.Conv_{i - 1}.kernel"
     return names | ({f"{ours}.nin_shortcut.weight": f"{theirs}.Conv_2.kernel"} if changes else {})
 
 
-def tokenizer_names(levels: int, depth: int, changing: Iterable[str]) -> dict[str, str]:
-    """{ours: theirs}: flax numbers a module's parts in the order in which they are called. changing: blocks, by their
-    flax names, that change the number of channels."""
-    changing = set(changing)
+def tokenizer_names(state: Iterable[str], levels: int, depth: int, changing: Iterable[str]) -> dict[str, str]:
+    """{ours: theirs}: flax numbers a module's parts in the order in which they are called. state: names, ours or
+    theirs. changing: blocks, by their flax names, that change the number of channels."""
+    changing, norm = set(changing), normalisation_of(state)
     down = [f"encoder.down.{i}.block.{k}" for i in range(levels) for k in range(depth)]
     up = [f"decoder.up.{i}.block.{k}" for i in reversed(range(levels)) for k in range(depth)]
     order = {
@@ -211,12 +227,13 @@ def tokenizer_names(levels: int, depth: int, changing: Iterable[str]) -> dict[st
     for side, found in order.items():
         for i, own in enumerate(found):
             theirs = f"{side}.ResBlock_{i}"
-            names |= block_names(own, theirs, theirs in changing)
-        names |= {f"{side}.norm_out.weight": f"{side}.GroupNorm_0.scale"}
-        names |= {f"{side}.norm_out.bias": f"{side}.GroupNorm_0.bias"}
+            names |= block_names(own, theirs, theirs in changing, norm)
+        names |= norm_names(f"{side}.norm_out", f"{side}.{norm}_0")
     convs = ["decoder.conv_in", *(f"decoder.up.{i}.upsample_conv" for i in reversed(range(1, levels)))]
     numbered = {f"decoder.Conv_{i}": own for i, own in enumerate([*convs, "decoder.conv_out"])}
-    for theirs, own in {"encoder.Conv_1": "encoder.conv_out", **numbered}.items():
+    halving = [f"encoder.down.{i}.downsample_conv" for i in range(levels - 1)] if strided(state) else []
+    numbered |= {f"encoder.Conv_{i}": own for i, own in enumerate([*halving, "encoder.conv_out"], 1)}
+    for theirs, own in numbered.items():
         names |= {f"{own}.weight": f"{theirs}.kernel", f"{own}.bias": f"{theirs}.bias"}
     return names | {"encoder.conv_in.weight": "encoder.Conv_0.kernel"}
 
@@ -226,7 +243,7 @@ def tokenizer_to_ours(state: State) -> dict[str, Tensor]:
     levels = count(state, r"decoder\.Conv_(\d+)\.") - 1
     depth = count(state, r"encoder\.ResBlock_(\d+)\.") // max(1, levels + 1)
     changing = [n.removesuffix(".Conv_2.kernel") for n in state if n.endswith(".Conv_2.kernel") and "ResBlock" in n]
-    names = tokenizer_names(levels, depth, changing)
+    names = tokenizer_names(state, levels, depth, changing)
     return {
         own: state[theirs].permute(3, 2, 0, 1).contiguous() if theirs.endswith(".kernel") else state[theirs]
         for own, theirs in names.items()
@@ -235,7 +252,8 @@ def tokenizer_to_ours(state: State) -> dict[str, Tensor]:
 
 def tokenizer_from_ours(state: State) -> dict[str, Tensor]:
     levels, depth = shape_of(state)
-    every = tokenizer_names(levels, depth, {f"{s}.ResBlock_{i}" for s in ("encoder", "decoder") for i in range(1000)})
+    changing = {f"{s}.ResBlock_{i}" for s in ("encoder", "decoder") for i in range(1000)}
+    every = tokenizer_names(state, levels, depth, changing)
     return {
         theirs: state[own].permute(2, 3, 1, 0).contiguous() if theirs.endswith(".kernel") else state[own]
         for own, theirs in every.items()
@@ -246,7 +264,7 @@ def tokenizer_from_ours(state: State) -> dict[str, Tensor]:
 def port_to_ours(state: State) -> dict[str, Tensor]:
     """Names are ours. KeyError: a tensor is missing."""
     levels, depth = shape_of(state)
-    for own in tokenizer_names(levels, depth, ()):
+    for own in tokenizer_names(state, levels, depth, ()):
         state[own]
     return dict(state)
 

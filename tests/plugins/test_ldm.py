@@ -45,7 +45,14 @@ from vgm_cli.nets.discriminators import NLayerDiscriminator
 from vgm_cli.nets.first_stage import DiagonalGaussian, VQModel, tiled
 from vgm_cli.nets.first_stage_checkpoints import PREFIX
 from vgm_cli.nets.ldm_unet import LDMUNet
-from vgm_cli.nets.ldm_unet_checkpoints import LDM_UNET, diffusers_allows, header, preset_of, shapes
+from vgm_cli.nets.ldm_unet_checkpoints import (
+    LDM_UNET,
+    diffusers_allows,
+    from_diffusers,
+    header,
+    preset_of,
+    shapes,
+)
 from vgm_cli.nets.ldm_unet_presets import PRESETS
 from vgm_cli.nets.tokenizers import bert_tokenizer, clip_tokenizer, clip_vocabulary
 from vgm_cli.nn.quantize import code_usage
@@ -878,6 +885,13 @@ def test_uneven_networks_are_read_off_their_shapes(options: dict[str, Any]) -> N
     assert {k: shapes(state)[k] for k in options} == options
     with pytest.raises(VgmError, match="diffusers"):
         diffusers_allows({**plain, **options})
+
+
+def test_a_config_json_of_another_function_is_refused() -> None:
+    assert from_diffusers({"num_attention_heads": 3, "attention_head_dim": 8, "freq_shift": 0})["num_heads"] == 3
+    for said in ({"act_fn": "gelu"}, {"freq_shift": 1}, {"center_input_sample": True}):
+        with pytest.raises(VgmError, match="no counterpart"):
+            from_diffusers(said)
 
 
 @pytest.mark.parametrize("options", [{}, {"out_channels": None}, {"multiplier": 0.25, "bias": True}], ids=str)

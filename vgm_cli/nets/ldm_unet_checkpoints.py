@@ -321,9 +321,18 @@ def diffusers_config(config: Mapping[str, Any]) -> dict[str, Any]:
     }
 
 
+FIXED = {"act_fn": "silu", "flip_sin_to_cos": True, "freq_shift": 0, "norm_eps": 1e-5, "center_input_sample": False,
+         "mid_block_scale_factor": 1, "resnet_out_scale_factor": 1, "resnet_skip_time_act": False,
+         "time_embedding_type": "positional", "time_embedding_act_fn": None, "timestep_post_act": None}  # fmt: skip
+
+
 def from_diffusers(json: Mapping[str, Any]) -> dict[str, Any]:
-    """config.json -> keywords that shapes do not tell. VgmError: heads that our network cannot have."""
-    heads, widths = json.get("attention_head_dim", 8), json.get("block_out_channels") or []
+    """config.json -> keywords that shapes do not tell. VgmError: what our network cannot have."""
+    for key, value in FIXED.items():  # what no tensor tells
+        if json.get(key, value) != value:
+            raise VgmError(f"config.json: {key}={json[key]} has no counterpart", f"{key}={value} has", USAGE)
+    heads = json.get("num_attention_heads") or json.get("attention_head_dim", 8)
+    widths = json.get("block_out_channels") or []
     said: dict[str, Any] = {"image_size": json.get("sample_size") or 64, "norm_groups": json.get("norm_num_groups", 32)}
     if isinstance(heads, int):
         return {**said, "num_heads": heads, "num_head_channels": None, "legacy": False}
