@@ -206,7 +206,7 @@ def norm_names(ours: str, theirs: str) -> dict[str, str]:
 
 
 def block_names(ours: str, theirs: str, changes: bool, norm: str) -> dict[str, str]:
-    names = {}
+    names: dict[str, str] = {}
     for i in (1, 2):
         names |= norm_names(f"{ours}.norm{i}", f"{theirs}.{norm}_{i - 1}")
         names[f"{ours}.conv{i}.weight"] = f"{theirs}.Conv_{i - 1}.kernel"

@@ -97,7 +97,7 @@ def shapes(own: State) -> dict[str, Any]:
         config["conv_resample"] = config["resblock_updown"] or f"{change}.op.weight" in own
     attending = [
         [sum(f"{half}_blocks.{start + j}.1.norm.weight" in own for j in range(n)) for start, n in places]
-        for half, places in (("input", zip(starts, counts)), ("output", decoder_places(counts)))
+        for half, places in (("input", list(zip(starts, counts))), ("output", decoder_places(counts)))
     ]
     if any(a and (a, b) not in ((n, n + 1), (n, 0)) for a, b, n in zip(*attending, counts)):
         config["num_attention_blocks"] = tuple(attending[0])

@@ -121,7 +121,8 @@ class VisionTransformer(nn.Module):
         """x: (B, 3, H, W) -> tokens (B, 1 + N, D) behind each of the blocks, numbered from 0, in their order, and last
         those before the first block."""
         embedded = self.embed(x, how)
-        x, found = self.norm_pre(embedded), {}
+        x = self.norm_pre(embedded)
+        found: dict[int, Tensor] = {}
         for i, block in enumerate(self.blocks[: max(blocks) + 1]):
             x = block(x)
             if i in blocks:
