@@ -8,10 +8,11 @@ from __future__ import annotations
 from importlib import import_module
 from typing import TYPE_CHECKING, Any
 
+from vgm_cli.errors import VgmError
 from vgm_cli.hookspecs import Component, Paper, hookimpl
 
 __version__ = "0.1.0"
-__all__ = ["Component", "Model", "Paper", "__version__", "hookimpl", "load", "train"]
+__all__ = ["Component", "Model", "Paper", "VgmError", "__version__", "hookimpl", "load", "train"]
 
 if TYPE_CHECKING:
     from vgm_cli.python import Model, load, train
@@ -21,3 +22,7 @@ def __getattr__(name: str) -> Any:
     if name in ("Model", "load", "train"):
         return getattr(import_module("vgm_cli.python"), name)
     raise AttributeError(f"module 'vgm_cli' has no attribute '{name}'")
+
+
+def __dir__() -> list[str]:
+    return __all__

@@ -26,6 +26,7 @@ from vgm_cli import limits
 from vgm_cli.api import Batch, Condition, NullCondition, ReadsPictures, Step, generators, seed_of
 from vgm_cli.data.dataset import to_float
 from vgm_cli.data.decode import image_files
+from vgm_cli.data.texts import decode
 from vgm_cli.errors import USAGE, VgmError, unknown
 from vgm_cli.ranges import Fraction, Whole, fit
 from vgm_cli.recipe import HOST_KEYS
@@ -390,11 +391,9 @@ def words_of(items: Any, name: str) -> list[str]:
 
 
 def lines_of(file: Path, option: str) -> list[str]:
-    """The lines of a text file that are not empty. VgmError: there is none."""
-    try:
-        found = [line.strip() for line in limits.read_text(file, code=USAGE).splitlines() if line.strip()]
-    except (OSError, UnicodeDecodeError) as e:
-        raise VgmError(f"{option} {file} cannot be read: {e}", "a text file, one prompt a line", USAGE) from e
+    """The lines of a text file, in any usual encoding, that are not empty. VgmError: there is none."""
+    text = decode(limits.read_bytes(file, code=USAGE), f"{option} {file}")
+    found = [line.strip() for line in text.splitlines() if line.strip()]
     if not found:
         raise VgmError(f"{option} {file} is empty", "one prompt a line", USAGE)
     return found

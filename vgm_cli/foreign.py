@@ -131,6 +131,8 @@ def header(metadata: Mapping[str, str], source: Path | str) -> dict[str, Any]:
     said = {k[4:]: limits.parse_json(v, f"{source}: its header entry {limits.short(k)}") for k, v in own.items()}
     if not isinstance(said.get("component"), dict) or "name" not in said["component"]:
         hint = "a foreign checkpoint is made self-describing by `vgm convert`"
+        if Path(source).name == "trainer.safetensors":
+            hint = "training goes on from it; the network lies beside it, in model.safetensors"
         raise VgmError(f"{source} does not say what network it holds", hint, FAILED)
     return check(renamed.header(said), "header", source, "vgm.")
 

@@ -11,6 +11,7 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -22,6 +23,7 @@ from vgm_cli.engine.processes import keep_memory, pick_device
 from vgm_cli.engine.sample import loop as generate
 from vgm_cli.engine.sample.setup import plan_for, refuse_codec, warn_of_ignored
 from vgm_cli.engine.train import loop as training
+from vgm_cli.engine.train.captioned import recipe_for
 from vgm_cli.errors import USAGE, VgmError, unknown
 
 TEXTS = str | Sequence[str] | None
@@ -144,6 +146,8 @@ def as_words(overrides: Mapping[str, Any]) -> list[str]:
 
 def listed(value: Any) -> list[Any]:
     """One thing or several -> a list."""
+    if isinstance(value, Tensor | np.ndarray | np.generic):
+        value = value.tolist()
     return [] if value is None else [value] if isinstance(value, str | int) else list(value)
 
 
@@ -161,8 +165,8 @@ def load(target: str | Path = "last", *, weights: str | None = None, device: str
 
 
 def train(
-    paper: str,
-    recipe: str | None = None,
+    paper: str | Path,
+    recipe: str | Path | None = None,
     overrides: Mapping[str, Any] | None = None,
     *,
     out: str | Path | None = None,
@@ -175,6 +179,7 @@ def train(
     paper: a paper, PAPER/RECIPE or a YAML file. overrides: keys of the recipe, dotted. out: the run's folder; None: a
     new one below ./runs. VgmError: whatever `vgm train` refuses; the loss is not finite.
     """
-    resolved = recipes.load(paper, recipe, as_words(overrides or {}))
+    words = as_words(overrides or {})
+    resolved = recipes.load(str(paper), str(recipe) if recipe else recipe_for(str(paper), words), words)
     outcome = training.train(resolved, Path(out) if out else None, resume=resume, overwrite=overwrite, device=device)
     return load(outcome.path, device=device)

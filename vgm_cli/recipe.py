@@ -108,6 +108,8 @@ def locate(target: str, recipe: str | None = None) -> tuple[str, Path]:
             path = Path(given)
             if not path.is_file():
                 raise VgmError(f"no such recipe file: {given}", "`vgm ls recipes` shows the shipped ones", USAGE)
+            if given == target and recipe is not None:
+                raise VgmError(f"{target} is a recipe, so --recipe {recipe} is one too many", code=USAGE)
             return path.stem, path
     files = shipped()
     if "/" in target and recipe is None:

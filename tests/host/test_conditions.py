@@ -16,7 +16,7 @@ from torch import nn
 from vgm_cli import recipe as recipes
 from vgm_cli import renamed
 from vgm_cli.api import Step
-from vgm_cli.conditioning import ClassLabel, Conditions, Part, build_parts, unconditional
+from vgm_cli.conditioning import ClassLabel, Conditions, Part, build_parts, lines_of, unconditional
 from vgm_cli.data.arrays import COLOURS, SHAPES
 from vgm_cli.errors import VgmError
 from vgm_cli.nets.text import WordEncoder
@@ -92,6 +92,14 @@ def test_captions_are_offered_in_place_of_classes() -> None:
     node = parse_yaml(refused.value.hint.split("conditions.text=")[1].rstrip("'"), "")
     part = build_parts({"class": None, "text": node}, {"captions": True, "words": WORDS})[0]
     assert part.trained and part.condition.encode(["a red circle"], torch.device("cpu"))["context"].shape == (1, 8, 8)
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "cp1252"])
+def test_prompts_in_any_encoding(tmp_path: Path, encoding: str) -> None:
+    """Byte order marks and line ends are no part of a prompt, blank lines are none."""
+    file = tmp_path / "prompts.txt"
+    file.write_bytes("un café\r\n\r\n  a pear \r\n".encode(encoding))
+    assert lines_of(file, "--prompts") == ["un café", "a pear"]
 
 
 def test_the_bare_paper_takes_the_recipe_that_reads_captions(vgm: Vgm, tmp_path: Path) -> None:

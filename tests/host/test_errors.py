@@ -24,7 +24,8 @@ def test_wrong_paper(vgm) -> None:
     check(vgm("train", "ditt"), 2, "unknown paper 'ditt'", "dit")
 
 
-def test_wrong_recipe(vgm) -> None:
+def test_wrong_recipe(vgm, tiny: Path) -> None:
+    check(vgm("train", tiny, "--recipe", "mnist"), 2, "so --recipe mnist is one too many")
     check(vgm("train", "dit", "--recipe", "imagenet257"), 2, "unknown recipe", "imagenet256")
 
 
@@ -114,7 +115,19 @@ def test_wrong_label_weights_output_sampler(vgm, tiny: Path) -> None:
     check(vgm("sample", "run", "--sampler", "eulr"), 2, "unknown sampler 'eulr'", "euler")
     check(vgm("sample", "run", "--guidance-interval", "0.1"), 2, "LO,HI")
     check(vgm("sample", "run", "etaa=1"), 2, "unknown key 'etaa'")
+    check(vgm("sample", "run", "guidance_scale=2"), 2, "it is an option: --guidance-scale 2")
+    check(vgm("sample", "run/checkpoints/last/trainer.safetensors"), 1, "model.safetensors")
     check(vgm("evaluate", "run", "--metrics", "fidd"), 2, "unknown metric 'fidd'", "fid")
+
+
+def test_next_commands_can_be_pasted(vgm, tiny: Path) -> None:
+    code, _, err = vgm("train", tiny, "train.steps=1", "--out", "a run")
+    assert code == 0 and "done: 1 step in" in err and "next: vgm sample 'a run'" in err, err
+
+
+def test_one_picture_is_no_data(vgm, tmp_path: Path) -> None:
+    Image.new("L", (28, 28)).save(tmp_path / "x.png")
+    check(vgm("data", "info", tmp_path / "x.png"), 2, "is one picture, not a data set", str(tmp_path))
 
 
 def test_missing_codec_weights(vgm) -> None:

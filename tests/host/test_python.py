@@ -12,7 +12,7 @@ import pytest
 import torch
 
 import vgm_cli
-from vgm_cli.errors import VgmError
+from vgm_cli import VgmError
 from vgm_cli.images import to_uint8
 
 PAGE = (Path(__file__).parents[2] / "docs/python.md").read_text(encoding="utf-8")
@@ -25,7 +25,7 @@ def run(tmp_path_factory: pytest.TempPathFactory) -> vgm_cli.Model:
 
     folder = tmp_path_factory.mktemp("python")
     (folder / "tiny.yaml").write_text(TINY)
-    return vgm_cli.train(str(folder / "tiny.yaml"), overrides=FEW, out=folder / "r")
+    return vgm_cli.train(folder / "tiny.yaml", overrides=FEW, out=folder / "r")
 
 
 def test_a_sample_is_the_command_lines(vgm, run: vgm_cli.Model) -> None:
@@ -37,6 +37,7 @@ def test_a_sample_is_the_command_lines(vgm, run: vgm_cli.Model) -> None:
     with np.load("x.npz") as f:
         assert np.array_equal(f["arr_0"], to_uint8(x).permute(0, 2, 3, 1).numpy())
     assert not torch.equal(run.sample(5, label=3), x)
+    assert torch.equal(run.sample(2, label=np.int64(3), steps=1), run.sample(2, label=torch.tensor([3]), steps=1))
 
 
 def test_what_was_trained_is_what_is_loaded(run: vgm_cli.Model) -> None:
@@ -63,6 +64,7 @@ def test_a_codec_reconstructs() -> None:
     (lambda run: run.sample(2, options={"eta": 1}), "eta"),
     (lambda run: run.sample(2, prompt="a dog"), "takes no --prompt"),
     (lambda run: run.sample(2, guidance_interval=(0.9, 0.1)), "interval"),
+    (lambda run: run.sample(2, batch_size=0), "--batch-size=0"),
     (lambda run: run.evaluate("fid", nn=3), "unknown option 'nn'"),
     (lambda run: run.reconstruct(torch.zeros(1, 1, 28, 28)), "no codec"),
     (lambda run: vgm_cli.load("nosuch"), "no such run"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 from pathlib import Path
 from typing import Annotated, Any
 
@@ -108,7 +109,7 @@ def convert(
     if result["needs_codec"]:
         ui.info("its samples are latents: --codec VAE.safetensors makes images of them")
     if result["samplable"]:
-        ui.info(f"next: vgm sample {result['files'][0]}")
+        ui.info(f"next: vgm sample {shlex.quote(str(result['files'][0]))}")
 
 
 def report(result: dict[str, Any]) -> list[str]:

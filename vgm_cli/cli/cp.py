@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import shlex
 from pathlib import Path
 from typing import Annotated
 
@@ -53,7 +54,7 @@ def cp(
     atomic.write_text(target, with_full_base(path.read_text(encoding="utf-8"), path))
     ui.document({"recipe": name, "path": str(target)})
     ui.data(str(target))
-    ui.info(f"next: vgm validate {target}")
+    ui.info(f"next: vgm validate {shlex.quote(str(target))}")
 
 
 def with_full_base(text: str, path: Path) -> str:

@@ -142,11 +142,14 @@ def sample(
     processes.join()
     allow_typed([sampler, judge, *words])
     loaded, where = open_model(model, weights, device)
+    asked = [*(prompt or []), *(lines_of(prompts, "--prompts") if prompts is not None else [])]
+    if n is None and len(asked) > 64:
+        ui.info(f"of {len(asked)} prompts the first 64 are drawn: -n {len(asked)} draws all")
     plan = plan_for(
         loaded,
         n=n or 64,
         label=label,
-        prompts=[*(prompt or []), *(lines_of(prompts, "--prompts") if prompts is not None else [])],
+        prompts=asked,
         negative=negative,
         hints=hint or [],
         sampler=sampler,

@@ -189,4 +189,6 @@ def find(path: str, label_key: str | None, split: str | None, columns: Sequence[
             return open_npz(file, label_key, split, columns)
     except OSError as e:
         raise VgmError(f"{path} cannot be read: {e.strerror or e}", code=FAILED) from e
+    if is_image(path):
+        raise usage(f"{path} is one picture, not a data set", f"its folder is one: {file.parent}")
     raise usage(f"{path} is no kind of data set", f"known: {FORMATS}; shipped: {', '.join(SHIPPED)}")

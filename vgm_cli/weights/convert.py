@@ -75,7 +75,7 @@ def prepare(source: Source, dst: Path, to: str | None = None, dtype: str | None 
     if layout is None:
         return Conversion(source, None, ours, ours, dtype)
     state = back(layout, ours)
-    remarks = lost(source, layout, state, config_json)
+    remarks = lost(source, layout, state, config_json, dst)
     if layout.beside and source.layout is None and dst.suffix:
         others, left_out = with_parts(source, layout)
         state |= cast(others, dtype, source.path) if dtype else others
@@ -83,12 +83,12 @@ def prepare(source: Source, dst: Path, to: str | None = None, dtype: str | None 
     return Conversion(source, layout, ours, state, dtype, remarks)
 
 
-def lost(source: Source, layout: Layout, state: State, config_json: Mapping[str, Any]) -> list[str]:
+def lost(source: Source, layout: Layout, state: State, config_json: Mapping[str, Any], dst: Path) -> list[str]:
     """Remarks on what a foreign layout cannot store, and what would be different if the file were read back.
 
     A layout may leave the number of heads, the view (schedule, prediction) and the sampler unsaid; a reader then
-    assumes the published values. A remark is made where this network's values differ from those. told: the config.json
-    that is written beside the weights, or None.
+    assumes the published values. A remark is made where this network's values differ from those. config_json: what is
+    written beside the weights, or empty. dst: the file, whose name may tell the layout.
     """
     remarks = []
     read = {
@@ -106,11 +106,20 @@ def lost(source: Source, layout: Layout, state: State, config_json: Mapping[str,
     parts = {role: ref for role, ref in source.header.parts.items() if role not in layout.beside}
     where = {k: in_run(ref, source.path) if ref.relative else ref.path for k, ref in parts.items()}
     words += [f"{role}={ref.asset or where[role]}" for role, ref in parts.items()]
+    words += [] if found_again(layout, state, config_json, dst) else [f"--from {layout.name}"]
     if words:
         remarks.append(
             f"'{layout.name}' does not tell {' '.join(words)}: `vgm convert` needs these words when it is read back"
         )
     return remarks
+
+
+def found_again(layout: Layout, state: State, config_json: Mapping[str, Any], dst: Path) -> bool:
+    """Whether the file that is written will be known for one of this layout."""
+    try:
+        return layouts.choose(state, dst, config_json)[0].name == layout.name
+    except VgmError:
+        return False
 
 
 def untold_view(source: Source, header: Mapping[str, Any]) -> list[str] | None:

@@ -78,11 +78,8 @@ def open_truth(source: str, shape: tuple[int, int, int], n: int | None, split: s
 
 def check_large_enough(size: tuple[int, int], shape: tuple[int, int, int], name: str) -> None:
     if size[0] < shape[2] or size[1] < shape[1]:
-        raise VgmError(
-            f"{name} is {size[0]}x{size[1]}, the model makes {shape[2]}x{shape[1]}: there is no truth to degrade",
-            "--degraded if it is the degraded image itself",
-            USAGE,
-        )
+        message = f"{name} is {size[0]}x{size[1]}, smaller than the {shape[2]}x{shape[1]} that the model makes"
+        raise VgmError(f"{message}: there is no truth to degrade", "--degraded if it is degraded already", USAGE)
 
 
 def decoded(path: Path) -> Any:

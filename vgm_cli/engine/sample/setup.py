@@ -23,6 +23,7 @@ from vgm_cli.engine.sample.given import given_pictures, with_strength
 from vgm_cli.engine.sample.loop import Plan, build_sampler, items_for, labels_in, sampler_node
 from vgm_cli.errors import USAGE, VgmError, unknown
 from vgm_cli.ranges import Images, NonNegative, Steps, fit
+from vgm_cli.registry import load_target, registry, signature
 from vgm_cli.ui import ui
 from vgm_cli.validation import check_sampler
 from vgm_cli.yaml_text import parse_yaml
@@ -98,8 +99,8 @@ def plan_for(
         foreign.tell_files(keywords, loaded.path)
     guidance_scale = fit(guidance_scale, NonNegative | None, "--guidance-scale")
     steps = fit(steps, Steps | None, "--steps")
-    n = fit(n, Images, "-n")
-    node = with_strength(sampler_node(recipe, sampler, own), strength, images, mask)
+    n, batch_size = fit(n, Images, "-n"), fit(batch_size, Images, "--batch-size")
+    refuse_options(node := with_strength(sampler_node(recipe, sampler, own), strength, images, mask), own)
     check_sampler(node)
     device = next(loaded.model.parameters()).device
     table = build_sampler(node, device)
@@ -154,6 +155,15 @@ def plan_for(
     if isinstance(plan.build(device), TakesSteps) and steps is not None:
         plan.sampler["steps"] = steps  # one truth in every record
     return plan
+
+
+def refuse_options(node: Mapping[str, Any], typed: Mapping[str, Any]) -> None:
+    """VgmError: a KEY=VALUE that is an option of the command line and no keyword of the sampler."""
+    known = signature(load_target(registry().find("sampler", node["name"]).target, node["name"])).parameters
+    for key in ("guidance_scale", "guidance_interval", "label", "negative", "batch_size", "seed", "weights"):
+        if key in typed and key not in known:
+            hint = f"it is an option: --{key.replace('_', '-')} {typed[key]}"
+            raise VgmError(f"'{key}' is no keyword of the sampler {node['name']}", hint, USAGE)
 
 
 def warn_of_ignored(info: Mapping[str, Any], plan: Plan) -> None:

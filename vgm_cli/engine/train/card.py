@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import shlex
 from collections.abc import Mapping
 from typing import Any
 
@@ -24,7 +25,7 @@ def write_card(run: Run, recipe: Any, outcome: Any, components: Mapping[str, Any
         "tags": [recipe.paper, paper.family if paper else "", "image-generation"],
         "datasets": [str(data.get("root") or data.get("kind") or "unknown")],
     }
-    opts = recipe.node("train")
+    opts, path = recipe.node("train"), shlex.quote(str(run.path))
     lines = [
         "---",
         yaml.safe_dump(front, sort_keys=False).strip(),
@@ -40,7 +41,7 @@ def write_card(run: Run, recipe: Any, outcome: Any, components: Mapping[str, Any
         f"({outcome.images_per_second:.0f} images/s), seed {opts.seed}, vgm {__version__}",
         f"- Hardware: {', '.join(env.get('gpus', [])) or env.get('cpu', 'unknown')}",
         "",
-        f"Samples: `samples/`. Use: `vgm sample {run.path}`, `vgm evaluate {run.path}`.",
+        f"Samples: `samples/`. Use: `vgm sample {path}`, `vgm evaluate {path}`.",
         "",
         "It learned from the data above alone and reproduces its biases; it was not checked for memorised training "
         "images.",

@@ -18,7 +18,7 @@ from vgm_cli.engine.train.captioned import reading
 from vgm_cli.engine.train.card import write_card
 from vgm_cli.engine.train.optim import learning_rate
 from vgm_cli.errors import DIVERGED, VgmError
-from vgm_cli.ui import Progress, duration, ui
+from vgm_cli.ui import Progress, counted, duration, ui
 
 if TYPE_CHECKING:
     from vgm_cli.engine.train.setup import Outcome, Trainer
@@ -133,7 +133,7 @@ def announce(t: Trainer, until: int) -> None:
     count = sum(p.numel() for p in t.networks["model"].parameters()) if "model" in t.networks else 0
     ui.event("start", run=str(t.run.path), parameters=count, steps=until, start=t.start)
     ui.info(
-        f"{t.recipe.name}: {count:,} parameters, {t.feed.count:,} images "
+        f"{t.recipe.name}: {count:,} parameters, {counted(t.feed.count, 'image')} "
         f"{t.facts.image_size}×{t.facts.image_size}×{t.facts.image_channels}"
         + (f", {t.facts.num_classes} classes" if t.facts.num_classes else ", unlabelled")
         + f", {t.acc.mixed_precision.replace('no', 'fp32')}, {t.world} process{'es' * (t.world > 1)}"
@@ -163,9 +163,11 @@ def finish(t: Trainer, outcome: Outcome, is_codec: bool, quiet: bool) -> None:
         write_card(t.run, t.recipe, outcome, t.components)
         if not quiet:
             ui.event("result", **asdict(outcome))
-            ui.info(f"done: {outcome.step} steps in {duration(t.seconds)}, {outcome.images_per_second:.0f} img/s")
+            took = f"{counted(outcome.step, 'step')} in {duration(t.seconds)}"
+            ui.info(f"done: {took}, {outcome.images_per_second:.0f} img/s")
             ui.data(str(t.run.path))
-            ui.info(f"next: vgm {'evaluate' if is_codec else 'sample'} {t.run.path}{'' if is_codec else asking(t)}")
+            run = shlex.quote(str(t.run.path))
+            ui.info(f"next: vgm {'evaluate' if is_codec else 'sample'} {run}{'' if is_codec else asking(t)}")
     t.tracker.finish()
 
 
