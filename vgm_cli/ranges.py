@@ -46,7 +46,7 @@ def fit(value: Any, annotation: Any, name: str) -> Any:
     """
     from pydantic import ValidationError
 
-    adapter = _adapter(annotation)
+    adapter, hint = _adapter(annotation), ""
     if adapter is None:
         return value
     if (said := _misfit(value, annotation)) is None:
@@ -54,9 +54,11 @@ def fit(value: Any, annotation: Any, name: str) -> Any:
             return adapter.validate_python(value)
         except ValidationError as e:
             said = e.errors()[0]["msg"].lower()
+            if e.errors()[0]["type"] == "list_type" and not isinstance(value, dict):
+                hint = f"one of them: {name}=[{shown(value)}]"
         except RecursionError:
             said = "it is nested too deeply"
-    raise VgmError(f"{name}={shown(value)} does not fit: {said}", code=USAGE)
+    raise VgmError(f"{name}={shown(value)} does not fit: {said}", hint, USAGE)
 
 
 def ordered(low: float | None, high: float | None, names: str) -> None:

@@ -48,6 +48,7 @@ def test_wrong_key(vgm) -> None:
 def test_wrong_type(vgm) -> None:
     check(vgm("train", "dit", "train.steps=many"), 2, "train.steps", "does not fit")
     check(vgm("train", "dit", "model.depth=deep"), 2, "depth='deep'", "does not fit")
+    check(vgm("train", "dit", "train.ema=0.9"), 2, "train.ema=[0.9]")
     check(vgm("train", "dit", "train.steps"), 2, "not KEY=VALUE")
 
 
@@ -116,6 +117,7 @@ def test_wrong_label_weights_output_sampler(vgm, tiny: Path) -> None:
     check(vgm("sample", "run", "--guidance-interval", "0.1"), 2, "LO,HI")
     check(vgm("sample", "run", "etaa=1"), 2, "unknown key 'etaa'")
     check(vgm("sample", "run", "guidance_scale=2"), 2, "it is an option: --guidance-scale 2")
+    check(vgm("sample", "run", "--steps", 3, "steps=4"), 2, "--steps 3 and steps=4 say two things")
     check(vgm("sample", "run/checkpoints/last/trainer.safetensors"), 1, "model.safetensors")
     check(vgm("evaluate", "run", "--metrics", "fidd"), 2, "unknown metric 'fidd'", "fid")
 

@@ -100,6 +100,10 @@ def plan_for(
     guidance_scale = fit(guidance_scale, NonNegative | None, "--guidance-scale")
     steps = fit(steps, Steps | None, "--steps")
     n, batch_size = fit(n, Images, "-n"), fit(batch_size, Images, "--batch-size")
+    for key, asked in (("steps", steps), ("guidance_scale", guidance_scale)):
+        if asked is not None and own.get(key, asked) != asked:
+            text = f"--XX {key}={own[key]} say two things"
+            raise VgmError(text, "one of them is enough", USAGE)
     refuse_options(node := with_strength(sampler_node(recipe, sampler, own), strength, images, mask), own)
     check_sampler(node)
     device = next(loaded.model.parameters()).device
