@@ -102,7 +102,7 @@ def plan_for(
     n, batch_size = fit(n, Images, "-n"), fit(batch_size, Images, "--batch-size")
     for key, asked in (("steps", steps), ("guidance_scale", guidance_scale)):
         if asked is not None and own.get(key, asked) != asked:
-            text = f"--XX {key}={own[key]} say two things"
+            text = f"--{key.replace('_', '-')} {asked} and {key}={own[key]} say two things"
             raise VgmError(text, "one of them is enough", USAGE)
     refuse_options(node := with_strength(sampler_node(recipe, sampler, own), strength, images, mask), own)
     check_sampler(node)
