@@ -123,12 +123,13 @@ class DiffusionHead(nn.Module):
         temperature: float = 1.0,  # factor on the noise of every step, not on the beginning
         chain: Chain = "ddpm",  # ancestral steps, or DDIM's
         eta: float = 0.0,  # DDIM's share of noise
+        clip_denoised: bool | float = False,  # x0 to [-1, 1], or to +-that, in every step
     ) -> Tensor:
         """Tokens (R, C)."""
         if not len(x):
             return x
         model = guided(self.net, z, scale)
-        chained = process.sample_loop(model, x, lambda: temperature * noise(), chain, eta)
+        chained = process.sample_loop(model, x, lambda: temperature * noise(), chain, eta, clip_denoised)
         return deque(chained, maxlen=1).pop()[0]
 
 

@@ -44,11 +44,12 @@ class MARSampler:
         order: Order = "random",  # which token comes first: any, or a fixed order
         chain: Chain = "ddpm",  # ancestral steps, or DDIM's, which want about five times more of them
         eta: NonNegative = 0.0,  # DDIM's share of noise
+        clip_denoised: bool | float = False,  # tokens to [-1, 1], or to +-that, in every step of the chain
         grow: Whole = 0,  # tokens around a hole that are made anew, too
     ):
         self.steps, self.diffusion_steps, self.temperature = steps, diffusion_steps, temperature
         self.guidance_scale, self.ramp, self.order = guidance_scale, ramp, order
-        self.chain, self.eta, self.grow = chain, eta, grow
+        self.chain, self.eta, self.clip_denoised, self.grow = chain, eta, clip_denoised, grow
 
     def accepts(self, model: Any, codec: Any) -> str | None:
         """MAR alone, in latents or on pixels; None, or why not."""
@@ -104,7 +105,7 @@ class MARSampler:
                 z = both[chosen.repeat(2, 1)]
                 own = guidance_scales(scale, self.ramp, known, chosen)
                 scales = own[:, None].expand_as(chosen)[chosen]
-            first, chain = next(noise), (self.temperature, self.chain, self.eta)
+            first, chain = next(noise), (self.temperature, self.chain, self.eta, self.clip_denoised)
             return model.diffloss.sample(process, z, first, lambda: next(noise), scales, *chain)
 
         return draw

@@ -509,6 +509,8 @@ def test_no_noise_at_temperature_nought() -> None:
     assert r.info["nfe"] == 2 and not torch.equal(x[0], x[1])
     hot = MARSampler(2, 3)(model, Request((3, 4, 4), generators([0, 1])))
     assert not torch.equal(hot, x)
+    held = MARSampler(2, 3, clip_denoised=0.25)(model, Request((3, 4, 4), generators([0, 1])))
+    assert held.abs().max() <= 0.25 < hot.abs().max()
 
 
 SMALL = ("model.encoder_width=32", "model.encoder_depth=1", "model.decoder_width=32", "model.decoder_depth=1",
