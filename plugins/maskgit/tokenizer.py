@@ -39,10 +39,11 @@ class ChannelNorm(nn.Module):
 
 @dataclass(frozen=True)
 class Kind:
-    """What all blocks of a tokenizer have in common."""
+    """What all levels of a tokenizer have in common."""
 
     groups: int  # of the group normalisations; 0: layer normalisation over the channels
     activation: Activation
+    strided: bool  # levels are halved by convolutions; false: by means
 
     def norm(self, channels: int) -> nn.Module:
         return norm(channels, self.groups) if self.groups else ChannelNorm(channels)
@@ -92,15 +93,13 @@ class Level(nn.Module):
 class Encoder(Pyramid):
     """Images (B, C, H, W) in [0, 1] -> (B, embed_dim, H / f, W / f), f = 2^(levels - 1)."""
 
-    def __init__(
-        self, channels: int, ch: int, ch_mult: Sequence[int], depth: int, embed_dim: int, kind: Kind, strided: bool
-    ):
+    def __init__(self, channels: int, ch: int, ch_mult: Sequence[int], depth: int, embed_dim: int, kind: Kind):
         super().__init__()
-        self.act, self.strided = kind.act, strided
+        self.act, self.strided = kind.act, kind.strided
         self.conv_in = conv(channels, ch)
         widths = [ch, *(ch * m for m in ch_mult)]
         self.down = nn.ModuleList(
-            Level([a, *[b] * depth], kind, halves=strided and i < len(ch_mult) - 1)
+            Level([a, *[b] * depth], kind, halves=kind.strided and i < len(ch_mult) - 1)
             for i, (a, b) in enumerate(itertools.pairwise(widths))
         )
         self.mid = blocks([widths[-1]] * (depth + 1), kind)
@@ -169,12 +168,10 @@ class MaskGITTokenizer(QuantizedStage):
         tile: Width | None = None,  # encode and decode in tiles of this many pixels; None: never
         tile_overlap: Fraction = 0.25,  # share of a tile that its neighbour covers, too
     ):
-        sizes = (in_channels, ch, ch_mult, num_res_blocks, embed_dim, Kind(norm_groups, activation))
+        sizes = (in_channels, ch, ch_mult, num_res_blocks, embed_dim, Kind(norm_groups, activation, conv_downsample))
         factor, convs = 2 ** (len(ch_mult) - 1), (nn.Identity(), nn.Identity())
         stats = ((1.0, 0.0), latent_stats, tile, tile_overlap)
-        super().__init__(
-            Encoder(*sizes, conv_downsample), Decoder(*sizes), convs, in_channels, embed_dim, factor, *stats
-        )
+        super().__init__(Encoder(*sizes), Decoder(*sizes), convs, in_channels, embed_dim, factor, *stats)
         spread = (entropy_weight, entropy_targets, entropy_temperature)
         self.quantize = VectorQuantizer(n_embed, embed_dim, beta, False, False, *spread)
         limit = math.sqrt(3 / n_embed)  # the official initial values, of variance 1 / n_embed

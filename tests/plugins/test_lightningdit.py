@@ -671,11 +671,10 @@ def test_foundation_features(tmp_path: Path) -> None:
     assert change.shape == (4, 4) and change[2:, :2].min() > change[:2, 2:].max()
     with pytest.raises(VgmError, match="no multiple"):
         VisionFeatures.forward(set_size(empty, 30), x)
-    with pytest.raises(VgmError, match="square"):
-        empty(x[..., :20])
+    assert VisionFeatures.forward(set_size(empty, None), x[..., :24]).shape == (2, 64, 5, 3)
 
 
-def set_size(features: VisionFeatures, size: int) -> VisionFeatures:
+def set_size(features: VisionFeatures, size: int | None) -> VisionFeatures:
     features.size = size
     return features
 
