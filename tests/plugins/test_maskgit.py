@@ -242,7 +242,8 @@ def jax_tokenizer(case: GoldenCase) -> None:
     sizes |= {"ch_mult": tuple(config["channel_multipliers"]), "num_res_blocks": config["num_res_blocks"]}
     sizes |= {"norm_groups": 0} if config["norm_type"] == "LN" else {}
     sizes |= {"conv_downsample": True} if config["conv_downsample"] and len(sizes["ch_mult"]) > 1 else {}
-    model = MaskGITTokenizer(**sizes, activation=config["activation_fn"], beta=config["commitment_cost"], entropy_weight=config["entropy_loss_ratio"],
+    model = MaskGITTokenizer(**sizes, activation=config["activation_fn"], beta=config["commitment_cost"],
+                             entropy_weight=config["entropy_loss_ratio"],
                              entropy_targets=config["entropy_loss_type"],
                              entropy_temperature=config["entropy_temperature"])  # fmt: skip
     model = through(ck.TOKENIZER, flax(case.state), model, sizes)
