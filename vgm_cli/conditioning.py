@@ -269,10 +269,10 @@ class Conditions:
 
     def example(self, n: int, device: torch.device) -> Batch:
         """What `apply` adds to a batch, without items: for counting and timing."""
-        cond: dict[str, Tensor] = {}
-        for part in self.parts.values():
-            cond |= part.condition.example(n, device)
-        return {"cond": cond, "null": {}}
+        all_of = [p.condition for p in self.parts.values()]
+        encoders = [p.condition for p in self.parts.values() if p.guided and isinstance(p.condition, nn.Module)]
+        sizes = {"cond": (all_of, n), "null": (encoders, 1)}
+        return {key: {k: v for c in own for k, v in c.example(m, device).items()} for key, (own, m) in sizes.items()}
 
     # -- training
 

@@ -261,7 +261,8 @@ class ADD(ObjectiveBase):
         cond, network = batch.get("cond", {}), self.teacher.network
         null = unconditional(network, cond, batch.get("null"))
         texts = {part.name: [self.negative] for part in self.conditions.on("text")}
-        negative = unconditional(network, cond, self.conditions.null(x_t.device, texts)) if texts else null
+        counted = x_t.is_meta or not texts  # a plan has no tokenizer
+        negative = null if counted else unconditional(network, cond, self.conditions.null(x_t.device, texts))
         with self.teacher.precision(x_t.device):
             with_it, without = (self.teacher.predict(x_t, t, "eps", **told).float() for told in (cond, null))
             away = self.teacher.predict(x_t, t, "eps", **negative).float() if texts else without

@@ -54,7 +54,8 @@ ALONE: dict[str, tuple[float, float]] = {
     "checkpointing": (70, 25),
     # papers.py: a training step of every other paper
     **dict.fromkeys(("lightningdit", "meanflow", "var", "mar", "scm", "maskgit", "randar", "starflow"), (60, 20)),
-    **dict.fromkeys(("ldm", "score-sde", "vdmpp", "vqvae"), (60, 20)),
+    **dict.fromkeys(("ldm", "score-sde", "vdmpp", "vqvae", "add", "controlnet", "supir"), (60, 20)),
+    **dict.fromkeys(("ldm-openmoji", "sit-openmoji"), (60, 20)),
 }
 ALL = [*TOGETHER, *ALONE]
 

@@ -14,7 +14,7 @@ import tempfile
 import time
 import warnings
 from collections import Counter
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
 from typing import Any
@@ -97,24 +97,35 @@ def ceilings(job: Job) -> dict[str, float]:
 
 @contextmanager
 def built_on(device: torch.device) -> Iterator[None]:
-    """Weights are drawn on the card: drawing 700 M of them on the CPU would take longer than the measurement."""
+    """Weights are drawn on the card: drawing 700 M of them on the CPU would take longer than the measurement. Drawn
+    ones do for networks that a user trains before or reads from a file, too: they are as fast as any."""
     from vgm_cli.engine import build
+    from vgm_cli.nets.foundation import VisionFeatures
 
-    original = build.build_component
+    original, check = build.build_component, build.Built.check_parts
 
     def made(kind: str, *args: Any, **kwargs: Any) -> Any:
         with torch.device(device) if kind == "model" else nullcontext():
-            return original(kind, *args, **kwargs)
+            found = original(kind, *args, **kwargs)
+        if isinstance(found[0], VisionFeatures):
+            found[0].loaded = True
+        return found
 
-    build.build_component = made
+    build.build_component, build.Built.check_parts = made, lambda self: None  # type: ignore[method-assign]
     try:
         yield
     finally:
-        build.build_component = original
+        build.build_component, build.Built.check_parts = original, check  # type: ignore[method-assign]
 
 
-def latents_of(shape: tuple[int, ...], classes: int, vocab: int = 0, n: int = 512) -> Any:
-    """Synthetic latents (or tokens) in memory, as a cache of a codec's output holds them."""
+WORDS = ("red", "green", "blue", "circle", "square", "triangle")
+
+
+def latents_of(
+    shape: tuple[int, ...], classes: int, vocab: int = 0, n: int = 512, columns: Sequence[str] = (), side: int = 0
+) -> Any:
+    """Synthetic latents (or tokens) in memory, as a cache of a codec's output holds them, with captions of WORDS and
+    coloured pictures of this side in every column."""
     from vgm_cli.data.latents import MemoryLatents
 
     class Synthetic(MemoryLatents):
@@ -129,7 +140,9 @@ def latents_of(shape: tuple[int, ...], classes: int, vocab: int = 0, n: int = 51
     g = torch.Generator().manual_seed(0)
     moments = torch.randint(vocab, (n, *shape), generator=g) if vocab else torch.randn(n, *shape, generator=g)
     labels = (torch.arange(n) % max(classes, 1)).numpy()
-    return Synthetic(moments, moments.flip(-1), labels)
+    captions = [f"{WORDS[i % 3]} {WORDS[3 + i // 3 % 3]}" for i in range(n)]
+    beside = {c: torch.randint(256, (n, 3, side, side), generator=g, dtype=torch.uint8) for c in columns}
+    return Synthetic(moments, moments.flip(-1), labels, captions, beside)
 
 
 def moments_of(codec_node: dict[str, Any], image: tuple[int, ...]) -> tuple[int, ...]:
@@ -145,6 +158,7 @@ def feed_of(codec_node: dict[str, Any], output: str | None, classes: int = 1000)
 
     def open_feed(recipe: Any, run: Any, accelerator: Any, micro_size: int) -> Any:
         from vgm_cli.engine import build
+        from vgm_cli.engine.conditions import columns_of
         from vgm_cli.engine.tokens import as_output
         from vgm_cli.engine.train import data_feed
         from vgm_cli.registry import registry
@@ -153,14 +167,18 @@ def feed_of(codec_node: dict[str, Any], output: str | None, classes: int = 1000)
             codec = registry().build("codec", codec_node)
         codec = as_output(codec.eval().requires_grad_(False), output)
         data = recipe.node("data")
-        facts = build.Facts.of_pixels(data.size or 256, 3, num_classes=classes).after(codec)
+        labelled = data.labels is not False
+        columns = columns_of(recipe.config.get("conditions"))
+        told = {"num_classes": classes if labelled else 0, "columns": dict.fromkeys(columns, 3)}
+        facts = build.Facts.of_pixels(data.size or 256, 3, **told).after(codec)
         shape = facts.grid if facts.vocab_size else moments_of(codec_node, facts.image_shape)
-        latents = latents_of(shape, classes, facts.vocab_size)
+        count = 2 * micro_size if columns else 512
+        latents = latents_of(shape, classes, facts.vocab_size, count, columns, facts.image_size)
         return data_feed.Feed(
             data=data,
             dataset=latents,
             facts=facts,
-            labelled=True,
+            labelled=labelled,
             seed=0,
             rank=0,
             world=1,
@@ -416,9 +434,7 @@ def training(
             job.row(f"{what}: waits in a step", at=dict(found) or "none", **counts)
         except Exception as e:
             job.row(f"{what}: waits in a step", error=sentence(e))
-    batch = {
-        k: v for k, v in made.feed.to_model(next(made.feed.batches(0)), made.step(0)).items() if isinstance(v, Tensor)
-    }
+    batch = made.feed.to_model(next(made.feed.batches(0)), made.step(0))
     bf16 = made.acc.mixed_precision == "bf16"
     if plain is None:
         made.optimizers.clear()

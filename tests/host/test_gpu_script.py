@@ -30,6 +30,7 @@ ROOT = Path(__file__).resolve().parents[2]
             "dit,lightningdit,meanflow,var,mar,scm,maskgit,randar,starflow,ldm,score-sde,vdmpp,vqvae",
             marks=pytest.mark.slow,
         ),
+        pytest.param("dit,add,controlnet,supir,ldm-openmoji,sit-openmoji", marks=pytest.mark.slow),
         pytest.param(
             "peak,dit,dit-sampling,glow,llamagen-sampling,sampling,networks,compile-sit,memory,precision,warm-1,sit",
             marks=pytest.mark.slow,
@@ -59,19 +60,10 @@ def test_every_paper_that_trains_at_scale_has_a_row() -> None:
     import papers
 
     own = {"adm-unet": "adm", "stylegan": "stylegan2"}
-    elsewhere = {  # trained like another paper's, or only sampled
-        "vae",
-        "vqgan",
-        "dps",
-        "flow-grpo",
-        "consistency",
-        "rectified-flow",
-        "add",
-        "emoji",
-        "controlnet",
-        "supir",
-    }
-    assert not {p for p in jobs.PAPERS if own.get(p, p) not in jobs.ALONE} - elsewhere
+    # trained like another paper's, or only sampled
+    elsewhere = {"vae", "vqgan", "dps", "flow-grpo", "consistency", "rectified-flow"}
+    shipped = {name.partition("/")[0] for name in recipes.shipped()}
+    assert not {p for p in shipped if own.get(p, p) not in jobs.ALONE} - elsewhere
     assert set(papers.PAPERS) <= set(jobs.ALONE) and all(p.recipe in recipes.shipped() for p in papers.PAPERS.values())
 
 
@@ -171,6 +163,11 @@ def test_out_of_memory_is_one_sentence(
     code, _, err = vgm(*command)
     assert code == 1 and "out of GPU memory" in err and lower in err
     assert "Traceback" not in err and "bug" not in err
+
+
+def test_networks_that_cannot_recompute_activations_are_named(vgm: Any, digits: Path, tmp_path: Path) -> None:
+    code, _, err = vgm("train", "vae", "train.checkpointing=true", f"data.path={digits}", "--out", tmp_path / "run")
+    assert code == 2 and "vae: no activation checkpointing" in err and "train.accumulate" in err
 
 
 # -- compilation ------------------------------------------------------------------------------------------------------

@@ -698,7 +698,7 @@ def test_from_the_command_line(vgm: Any, tiny_dataset: Path, tmp_path: Path, mon
     monkeypatch.chdir(tmp_path)
     few = (f"data.path={tiny_dataset}", "codec=null", *FEW)
     assert vgm("train", "sit", f"model={{name: sit, {NET}, learn_sigma: false}}", *few, "--out", "flow")[0] == 0
-    code, _, err = vgm("distill", "add", "--teacher", "flow", *FEW, "--out", "student")
+    code, _, err = vgm("distill", "add", "--teacher", "flow", *FEW, "train.checkpointing=true", "--out", "student")
     assert code == 0, err
     record = json.loads(Path("student/metrics.jsonl").read_text().splitlines()[-1])
     terms = {"adversarial", "distillation", "hinge_real", "hinge_fake", "r1", "logits_real", "logits_fake"}
@@ -737,6 +737,22 @@ def test_a_text_model_is_distilled(vgm: Any, tmp_path: Path, monkeypatch: pytest
 
 
 # -- what it is for ----------------------------------------------------------------------------------------------------
+
+
+def test_plans_without_the_published_files(vgm: Any) -> None:
+    """The released models' recipe, in small: texts without a tokenizer, features without weights."""
+    unet = {"preset": "null", "model_channels": 32, "num_res_blocks": 1, "channel_mult": "[1]", "num_heads": 2,
+            "context_dim": 8, "attention_resolutions": "[1]"}  # fmt: skip
+    text = {"preset": "null", "width": 8, "depth": 1, "heads": 1, "vocabulary": 16, "length": 4}
+    codec = {"preset": "null", "ch": 32, "ch_mult": "[1,1]", "num_res_blocks": 1}
+    features = {"width": 8, "depth": 4, "size": 28, "grid": 2}
+    nodes = {"roles.teacher": unet, "conditions.text": text, "codec": codec, "roles.features": features}
+    small = [f"{node}.{key}={value}" for node, own in nodes.items() for key, value in own.items()]
+    code, out, err = vgm(
+        "distill", "add", "--recipe", "sd-turbo", "--plan", "data.size=32", "train.batch_size=2", *small
+    )
+    assert code == 0 and "FLOPs" in out + err and "could not" not in err, out + err
+
 
 SIDE, KINDS, JITTER = 4, 6, 0.1
 

@@ -229,13 +229,16 @@ class Trainer:
     def _choose_kernels(self) -> None:
         """Activation checkpointing and torch.compile, where they are asked for and possible."""
         kind = type(self.objective).__name__
-        for role in self.trained if self.opts.checkpointing else ():
-            network = self.networks[role]
+        if self.opts.checkpointing:
             if self.objective.forward_mode:
                 raise VgmError(f"{kind} takes forward-mode derivatives", "train.checkpointing=false", USAGE)
-            if not isinstance(network, Checkpointing):
-                raise VgmError(f"{self.components[role]['name']} has no activation checkpointing", code=USAGE)
-            network.checkpointing = True
+            able = [self.networks[r] for r in self.trained if isinstance(self.networks[r], Checkpointing)]
+            if not able:
+                names = ", ".join(self.components.get(r, {"name": r})["name"] for r in self.trained)
+                hint = "train.checkpointing=false, train.accumulate=2 halves the memory for activations"
+                raise VgmError(f"{names}: no activation checkpointing", hint, USAGE)
+            for network in able:
+                network.checkpointing = True
         if should_compile(self.opts, self.device, [self.networks[r] for r in self.trained]):
             left = [r for r in self.trained if self.objective.forward_mode or r in self.objective.uncompiled]
             if left and self.opts.compile != "auto":
