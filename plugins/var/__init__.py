@@ -2,7 +2,7 @@
 
 arXiv 2404.02905. Official code: FoundationVision/VAR@78b9539 (MIT). The tokenizer's encoder and decoder are the host's
 (vgm_cli/nets/autoencoder.py); the way from codes to a model's inputs is vgm_cli/ar/pyramid.py.
-Deviations: see tokenizer.py, model.py, objective.py, sampler.py; classifier rejection is not part of sampling.
+Deviations: see tokenizer.py, model.py, objective.py, sampler.py.
 """
 
 from __future__ import annotations

@@ -8,6 +8,7 @@ import re
 from pathlib import Path
 
 import pytest
+from feature_weights import clip_weights
 
 NETWORKS = {
     "dit": "{name: dit, patch_size: 7, hidden_size: 32, depth: 1, num_heads: 2, learn_sigma: %s}",
@@ -130,6 +131,10 @@ def test_a_text_model_is_sampled_measured_and_restores(text_run: Path, vgm, tmp_
     ok(vgm("sample", text_run, "-n", 2, "--prompt", "a red circle", "--out", "x.npz"))
     measured = json.loads(ok(vgm("evaluate", text_run, "-n", 6, "--metrics", "straightness:steps=2", "--json")))
     assert measured[0]["n"] == 6 and measured[0]["conditions"] == "shapes"
+    file, tokenizer = clip_weights(tmp_path)
+    score = f"clip-score:text={file}:tokenizer={tokenizer}"
+    scored = json.loads(ok(vgm("evaluate", text_run, "-n", 6, "--metrics", score, "--features", file, "--json")))[0]
+    assert -1 <= scored["value"] <= 1 and scored["texts"] == 4
     words = ("--model", text_run, "--input", "shapes", "-n", 2, "--steps", 3)
     images = []
     for k, prompt in enumerate(("a red circle", "a red")):

@@ -8,13 +8,15 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from feature_weights import seeded_state
+from feature_weights import clip_weights, seeded_state
+from PIL import Image
 from safetensors import safe_open
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from vgm_cli.errors import MISSING_ASSET, USAGE, VgmError
 from vgm_cli.metrics import features
+from vgm_cli.metrics.clip_score import text_tower
 from vgm_cli.metrics.features import choose, clean_resize, load_features, mnist_features
 from vgm_cli.nets import vit
 from vgm_cli.nets.inception import InceptionV3, tf1_resize
@@ -185,6 +187,46 @@ def test_an_incomplete_or_foreign_transformer_is_refused(shapes: dict[str, dict[
     assert e.value.code == MISSING_ASSET
     with pytest.raises(VgmError, match="register_tokens"):
         vit.build({**state, "register_tokens": torch.zeros(1, 4, 128)})
+
+
+def test_clip_score_is_the_cosine_of_both_towers(
+    vgm, shapes: dict[str, dict[str, list[int]]], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    file, tokenizer = clip_weights(tmp_path)
+    (tmp_path / "pictures").mkdir()
+    images = np.random.default_rng(0).integers(0, 255, (4, 16, 16, 3), np.uint8)
+    for i, image in enumerate(images):
+        Image.fromarray(image).save(tmp_path / f"pictures/{i}.png")
+    score = ("evaluate", "pictures", "--metrics", f"clip-score:tokenizer={tokenizer}", "--json")
+    code, _, err = vgm(*score)
+    assert code == 4 and "VGM_CLIP" in err
+    monkeypatch.setenv("VGM_CLIP", str(file))
+    code, _, err = vgm(*score)
+    assert code == 2 and "captions=FILE" in err
+    (tmp_path / "texts.txt").write_text("red\na red apple\n")  # taken in turn
+    code, out, err = vgm(*score[:3], f"{score[3]}:captions=texts.txt", "--json")
+    assert code == 0, err
+    found = json.loads(out)[0]
+    tower = text_tower(str(file), str(tokenizer))
+    told = tower.both(tower.ids(["red", "a red apple"] * 2, torch.device("cpu")))[1]
+    seen = vit.build(load_file(file))(
+        (
+            torch.from_numpy(images).permute(0, 3, 1, 2) / 255
+            - torch.tensor(features.NORMALISATION["clip"][0])[:, None, None]
+        )
+        / torch.tensor(features.NORMALISATION["clip"][1])[:, None, None]
+    )
+    assert found["value"] == pytest.approx(float(torch.cosine_similarity(told, seen).mean()), abs=1e-5)
+    assert found["n"] == 4 and found["texts"] == 2 and found["protocol"]["options"] == {"score": "cosine"}
+    for i in range(4):
+        (tmp_path / f"pictures/{i}.txt").write_text("a red apple" if i % 2 else "red")  # the pictures' own
+    assert json.loads(vgm(*score)[1])[0]["value"] == pytest.approx(found["value"])
+    torch.save(seeded_state(shapes["clip"]), tmp_path / "other.pt")
+    code, _, err = vgm(*score, "--features", "other.pt")
+    assert code == 2 and "two networks" in err
+    torch.save(seeded_state(shapes["dinov2"]), tmp_path / "dino.pt")
+    code, _, err = vgm(*score[:3], f"{score[3]}:text={tmp_path / 'dino.pt'}")
+    assert code == 4 and "no text tower" in err
 
 
 # -- digits, and the choice ------------------------------------------------------------------------------------------

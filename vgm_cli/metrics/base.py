@@ -16,8 +16,9 @@ from vgm_cli.metrics.pictures import Items
 from vgm_cli.offers import MetricBase as MetricBase
 
 # moments, spatial: mean and covariance of pooled and of spatial features; pool, logits: features of every image;
-# images: uint8 (N, H, W, C); pixels: small copies for distances; labels: int64 (N,)
-NEEDS = ("moments", "spatial", "pool", "logits", "images", "pixels", "labels")
+# images: uint8 (N, H, W, C); pixels: small copies for distances; labels: int64 (N,);
+# texts: what each was asked for by
+NEEDS = ("moments", "spatial", "pool", "logits", "images", "pixels", "labels", "texts")
 OF_NETWORK = {"moments": "pool", "pool": "pool", "spatial": "spatial", "logits": "logits"}  # need -> the net's output
 
 
@@ -26,7 +27,7 @@ class Measured:
     """What was measured of one side of a comparison. Only what the metrics need is filled in.
 
     pool: (N, D), logits: (N, K), pixels: (N, P) in [0, 1], all fp32; images: uint8 (N, H, W, C); labels: (N,) int64;
-    items: which pictures they are.
+    items: which pictures they are; texts: N of them.
     """
 
     n: int | None
@@ -38,6 +39,7 @@ class Measured:
     pixels: Tensor | None = None
     labels: np.ndarray | None = None
     items: Items | None = None
+    texts: list[str] | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
 
 

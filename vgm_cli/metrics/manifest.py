@@ -16,6 +16,7 @@ METRICS = {
     "inception-score": ("inception_score:InceptionScore", "confidence and variety of a classifier, higher is better"),
     "class-accuracy": ("class_accuracy:ClassAccuracy", "share of conditional samples recognised as their class"),
     "retrieval": ("retrieval:Retrieval", "share of samples that find the picture of their caption among all pictures"),
+    "clip-score": ("clip_score:CLIPScore", "agreement of samples with their texts by CLIP (weights by --features)"),
     "psnr": ("image:PSNR", "peak signal-to-noise ratio of pairs in dB, higher is better"),
     "ssim": ("image:SSIM", "structural similarity of pairs, at most 1"),
     "ms-ssim": ("image:MSSSIM", "structural similarity of pairs over five scales, at most 1"),

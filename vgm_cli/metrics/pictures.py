@@ -43,6 +43,17 @@ def items_of(pictures: Any) -> Items:
 
 
 @runtime_checkable
+class HasTexts(Protocol):
+    """Pictures of which each may have a text: its caption, or what it was asked for by."""
+
+    def texts(self) -> list[str] | None: ...
+
+
+def texts_of(pictures: Any) -> list[str] | None:
+    return pictures.texts() if isinstance(pictures, HasTexts) else None
+
+
+@runtime_checkable
 class Pictures(Protocol):
     """facts: "reference", "reference_fingerprint" and the like, for the protocol."""
 
@@ -107,6 +118,13 @@ class DataPictures:
     def batch(self, first: int, last: int) -> np.ndarray:
         return self.dataset.images(self.rows[first:last].tolist()).permute(0, 2, 3, 1).numpy()
 
+    def texts(self) -> list[str] | None:
+        """The captions; None where one is missing."""
+        if not isinstance(self.dataset, Dataset) or not self.dataset.facts.captions:
+            return None
+        found = [self.dataset.caption(row) for row in self.rows.tolist()]
+        return [text for text in found if text] if all(found) else None
+
     def items(self) -> Items:
         """Which pictures were measured, to be asked after they were read: those replaced by another, being
         unreadable, count as lost."""
@@ -137,6 +155,9 @@ class InColour:
 
     def items(self) -> Items:
         return items_of(self.pictures)
+
+    def texts(self) -> list[str] | None:
+        return texts_of(self.pictures)
 
 
 # -- pairs -----------------------------------------------------------------------------------------------------------

@@ -17,7 +17,7 @@ from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.metrics.base import OF_NETWORK, Measured
 from vgm_cli.metrics.features import FeatureNet
 from vgm_cli.metrics.moments import Moments
-from vgm_cli.metrics.pictures import DataPictures, Pictures, items_of, small
+from vgm_cli.metrics.pictures import DataPictures, Pictures, items_of, small, texts_of
 from vgm_cli.metrics.statistics import Statistics, write_statistics
 from vgm_cli.ui import counted, ui
 
@@ -71,6 +71,8 @@ def measure(
             fill(sides[key], needs, [p[key] for p in ordered], merged[key])
             if "images" in needs:
                 sides[key].images = torch.cat([p["images"] for p in ordered]).numpy()
+            if "texts" in needs:
+                sides[key].texts = texts_of(pictures)
             if "pixels" in needs:
                 sides[key].pixels = torch.cat([p["pixels"] for p in ordered])
     return sides

@@ -26,7 +26,7 @@ from vgm_cli.errors import CHECK_FAILED, FAILED, USAGE, VgmError, unknown
 from vgm_cli.metrics import features as networks
 from vgm_cli.metrics.base import OF_NETWORK, Measured, Subject, Value
 from vgm_cli.metrics.features import FeatureNet
-from vgm_cli.metrics.pictures import ArrayPictures, DataPictures, InColour, Pictures, items_of, pairs
+from vgm_cli.metrics.pictures import ArrayPictures, DataPictures, InColour, Pictures, items_of, pairs, texts_of
 from vgm_cli.metrics.statistics import Statistics, read_statistics
 from vgm_cli.registry import registry
 from vgm_cli.ui import ui
@@ -245,6 +245,8 @@ class Sides:
                 raise VgmError(f"{name} needs {have}, which {net.name} does not have", hint, USAGE)
         if "labels" in metric.needs_samples and self.pictures.labels is None:
             raise VgmError(f"{name} needs labelled samples", "conditional models and .npz with arr_1 have them", USAGE)
+        if "texts" in metric.needs_samples and texts_of(self.pictures) is None:
+            raise VgmError(f"{name} needs the samples' texts", f"{name}:captions=FILE, one a line", USAGE)
         if metric.needs_reference and self.reference is None:
             raise VgmError(f"{name} compares with a reference", "give --reference: data or a statistics file", USAGE)
 

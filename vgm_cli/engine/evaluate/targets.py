@@ -204,6 +204,7 @@ class Sampled:
         self.loaded, self.plan, self.device, self.rule = loaded, plan, device, rule
         self.asked = asked or Items(range(plan.n), plan.n)
         self.labels = np.array(plan.labels) if plan.labels else None
+        self.said: list[str] | None = None  # the texts, once they were asked for
         self.facts: dict[str, Any] = {}
         self.info: dict[str, Any] = {}  # what the sampler reports, e.g. nfe
         self.progress: Any = None  # told of every step
@@ -218,6 +219,13 @@ class Sampled:
 
     def items(self) -> Items:
         return self.asked
+
+    def texts(self) -> list[str] | None:
+        part = self.loaded.conditions.of_column("text")
+        if part is not None and self.said is None:
+            given, at_once = self.plan.given[part.name], 256  # a data set reads its pictures, too
+            self.said = [str(text) for i in range(0, self.plan.n, at_once) for text in given[i : i + at_once]]
+        return self.said
 
     def batch(self, first: int, last: int) -> np.ndarray:
         progress: Any = Part(self.progress, self.after) if self.progress is not None else None
