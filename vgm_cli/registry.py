@@ -26,7 +26,7 @@ from typing import Any
 
 import pluggy
 
-from vgm_cli import hookspecs, limits, renamed
+from vgm_cli import hookspecs, left_out, limits, renamed
 from vgm_cli.errors import MISSING_ASSET, USAGE, VgmError, unknown
 from vgm_cli.hookspecs import KINDS, Component, Paper
 from vgm_cli.ranges import fit, shown
@@ -183,7 +183,7 @@ class Registry:
         broken = [p for p in self.plugins.values() if p.error and name in (p.name, p.module)]
         if broken:
             raise VgmError(f"plugin '{name}' could not be loaded: {broken[0].error}", "see `vgm plugins`", USAGE)
-        raise unknown(kind, name, self.names(kind))
+        raise left_out.error(kind, name, self.left_out, BUILTIN) or unknown(kind, name, self.names(kind))
 
     # -- code that is not registered ------------------------------------------------------------------------------
 

@@ -12,6 +12,7 @@ from pathlib import Path
 import pytest
 
 from vgm_cli import registry as registries
+from vgm_cli.errors import VgmError
 from vgm_cli.hookspecs import Component, hookimpl
 from vgm_cli.registry import PluginInfo, Registry
 
@@ -80,6 +81,32 @@ def test_a_plugin_can_be_left_out(vgm) -> None:
     assert status == 0 and "\ndit\t" not in out
     assert "\ndit\t" in vgm("ls", "models")[1]
     assert vgm("-p", "dit", "ls")[0] == 2
+
+
+def test_a_run_of_a_plugin_that_is_left_out_says_so(vgm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files, recipes and names ask for what a plugin would bring; of a third party's nothing is imported."""
+    import importlib.metadata as metadata
+
+    few = ("train.steps=1", "train.batch_size=2", "train.preview_n=0", "model.hidden=[8,8]")
+    assert vgm("train", "vae", *few, "--out", tmp_path / "run")[0] == 0
+    for command in (("sample", tmp_path / "run", "-n", "1"), ("validate", "vae")):
+        code, _, err = vgm("-p", "no:vae", *command)
+        assert code == 2 and "of the plugin 'vae', which is switched off" in err and "leave -p no:vae out" in err, err
+    code, _, err = vgm("-p", "no:vae", "validate", "dit", "model.name=ditt")
+    assert code == 2 and "unknown model 'ditt'" in err
+
+    class Entry:
+        name, value, dist, group = "wild", "wild:plugin", None, "vgm"
+
+        def load(self) -> object:
+            raise AssertionError("it is switched off")
+
+    monkeypatch.setattr(metadata, "entry_points", lambda group: [Entry()])
+    r = Registry()
+    r.discover("")
+    with pytest.raises(VgmError, match="plugin 'wild', which is switched off") as told:
+        r.find("model", "wild")
+    assert "VGM_PLUGINS" in told.value.hint
 
 
 @pytest.mark.parametrize(("out", "paper"), [("dit", "sit"), ("sit", "dit")])
