@@ -190,6 +190,37 @@ def test_degraded_pictures_without_a_truth(vgm: Cli, priors: dict[str, Path], tm
     assert code == 0 and results(tmp_path / "one")["n"] == 1, err
 
 
+@pytest.mark.parametrize(
+    ("words", "good", "small"),
+    [([], (28, 28), (7, 7)), (["--degraded", "scale=4"], (7, 7), (28, 28))],
+    ids=["whole", "degraded"],
+)
+def test_pictures_of_a_folder_that_do_not_fit_are_left_out(
+    words: list[str], good: tuple[int, int], small: tuple[int, int], vgm: Cli, priors: dict[str, Path], tmp_path: Path
+) -> None:
+    """Each is named, the others are restored; pairs with a truth are refused whole, as is a folder of such pictures."""
+    rng = np.random.RandomState(0)
+    folder, alone = tmp_path / "in", tmp_path / "alone"
+    for path, size in (
+        (folder / "a.png", small),
+        (folder / "b.png", good),
+        (folder / "d.png", good),
+        (alone / "a.png", small),
+    ):
+        path.parent.mkdir(exist_ok=True)
+        Image.fromarray(rng.randint(0, 255, size, np.uint8)).save(path)
+    (folder / "c.png").write_bytes(b"no picture")
+    args = ("restore", "--model", priors["flow"], *words, "--steps", 2, "--out", tmp_path / "r")
+    code, _, err = vgm(*args, "--input", folder)
+    assert code == 0 and "left out: a.png" in err and "c.png" in err, err
+    assert [i["name"] for i in results(tmp_path / "r")["images"]] == ["b", "d"]
+    code, _, err = vgm(*args, "--overwrite", "--input", alone)
+    assert code == 2 and f"{small[0]}x{small[1]}" in err and pixels(tmp_path / "r/restored").shape[0] == 2
+    if words:
+        code, _, err = vgm(*args, "--overwrite", "--input", folder, "--truth", folder)
+        assert code == 2 and "a.png is" in err and "left out" not in err
+
+
 def test_one_large_colour_photo_on_a_grey_prior(vgm: Cli, priors: dict[str, Path], tmp_path: Path) -> None:
     """Cropped, resized and made grey as training images are."""
     Image.fromarray(np.random.RandomState(0).randint(0, 255, (60, 90, 3), np.uint8)).save(tmp_path / "photo.png")

@@ -593,8 +593,9 @@ def test_pictures_of_any_size_are_restored(trained: Path, vgm: Call) -> None:
         Image.fromarray(rng.randint(0, 255, (*size, 3), dtype=np.uint8)).save(f"in/{name}")
     Path("in/a.txt").write_text("a mauve circle")  # captions may have words that a prompt may not
     own = ["restore", "--method", "supir", "--model", str(trained / "supir"), "--input"]
+    Path("in/0.png").write_bytes(b"no picture")
     code, out, err = vgm(*own, "in", "--upscale", "2", "--out", "out", "--json")
-    assert code == 0, err
+    assert code == 0 and "1 picture left out: 0.png" in err, err
     found = json.loads(out)
     assert [(r["text"], r["size"]) for r in found["images"]] == [("a mauve circle", [40, 60]), ("", [80, 66])]
     assert Image.open("out/restored/a.png").size == (60, 40) and Image.open("out/stage1/b.png").size == (66, 80)

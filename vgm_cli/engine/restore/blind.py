@@ -19,7 +19,7 @@ from vgm_cli.conditioning import Conditions, Part, lines_of
 from vgm_cli.data.decode import image_files
 from vgm_cli.engine.checkpoint import Loaded
 from vgm_cli.engine.restore import memory
-from vgm_cli.engine.restore.inputs import decoded, picked
+from vgm_cli.engine.restore.inputs import decoded, picked, usable
 from vgm_cli.engine.sample.loop import each_step, refuse_non_finite
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.images import compared, enlarged, returned, save_png
@@ -143,11 +143,14 @@ def restore_files(
     where the method has a first stage, grid.png of pictures of one size, results.json, which is returned.
 
     shape: (C, H, W) of the images that the model was trained on. tile_prompts: a file with a text for every tile, of a
-    single picture. offload: encoders of texts stay on the CPU. VgmError: no picture, results that are not finite.
+    single picture. offload: encoders of texts stay on the CPU. Files that cannot be read are left out. VgmError: no
+    picture that can be read, results that are not finite.
     """
     began = time.perf_counter()
     files = image_files(source)
     files = [files[i] for i in picked(len(files), n, True)]
+    named = list(zip(range(len(files)), files, names_of(files)))
+    named = usable(named, lambda row: decoded(row[1]), lambda row: row[1].name, source)
     part, conditions = part_of(loaded), loaded.conditions
     least = method.grain(loaded.view, loaded.codec)
     captions = [caption_beside(f) for f in files]
@@ -162,11 +165,11 @@ def restore_files(
     null = moved(conditions.null(where, away_from(conditions, method, negative)), device)
     rows: list[dict[str, Any]] = []
     shown: list[dict[str, Tensor]] = []
-    with atomic.replacing_folder(folder) as temp, Progress("restoring", len(files), every=1) as progress:
-        for i, (file, name) in enumerate(zip(files, names_of(files))):
+    with atomic.replacing_folder(folder) as temp, Progress("restoring", len(named), every=1) as progress:
+        for i, file, name in named:
             picture = Picture.open(file, name, shape[0], method, shape[1], least)
             x: Any = enlarged(picture.pixels, picture.at)[None].to(device)
-            if i == 0:
+            if not rows:
                 memory.tell(loaded, method, picture.at, precision)
             words = tiles or ([texts[i]] if texts else [])
             typed = bool(prompts or tiles)  # captions may have words that a prompt is refused for
@@ -182,7 +185,7 @@ def restore_files(
                 steps=steps,
                 guidance_scale=guidance_scale,
                 device=device,
-                callback=each_step(None, progress, i, 1),
+                callback=each_step(None, progress, len(rows), 1),
                 codec=loaded.codec,
                 index=[i],
             )
@@ -200,10 +203,10 @@ def restore_files(
                 shown.append({"degraded": x[0].cpu(), **{k: v.cpu() for k, v in reversed(results.items())}})
             size = {"input": list(picture.pixels.shape[:2]), "at": list(picture.at), "size": list(picture.back)}
             rows.append({"name": name, **size, **({"text": words[0]} if words else {}), "nfe": request.info.get("nfe")})
-        if len(shown) == len(files) and max(shown[0]["degraded"].shape[1:]) <= 512:
+        if len(shown) == len(named) and max(shown[0]["degraded"].shape[1:]) <= 512:
             save_png(compared({k: torch.stack([s[k] for s in shown]) for k in shown[0]}), temp / "grid.png", meta)
         seconds = round(time.perf_counter() - began, 2)
-        out = {**record, "n": len(files), "seconds": seconds, "images": rows, "notes": [], "out": str(folder)}
+        out = {**record, "n": len(named), "seconds": seconds, "images": rows, "notes": [], "out": str(folder)}
         atomic.write_json(temp / "results.json", {**out, "nfe": rows[0]["nfe"]})
     return {**out, "nfe": rows[0]["nfe"]}
 

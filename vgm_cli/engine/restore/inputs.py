@@ -2,9 +2,10 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 import torch
@@ -16,6 +17,9 @@ from vgm_cli.data.decode import SUFFIXES, Unreadable, image_files, load_image
 from vgm_cli.data.transforms import crop_to
 from vgm_cli.errors import FAILED, USAGE, VgmError
 from vgm_cli.operators.base import Operator
+from vgm_cli.ui import counted, some, ui
+
+T = TypeVar("T")
 
 SHIPPED_N = 16  # images taken of a shipped set unless told otherwise
 
@@ -50,8 +54,30 @@ def picked(count: int, n: int | None, all_of_it: bool) -> list[int]:
     return [i * count // n for i in range(n)]
 
 
-def open_truth(source: str, shape: tuple[int, int, int], n: int | None, split: str | None) -> Inputs:
-    """Images to degrade, cropped to the model's shape. VgmError: nothing there, images smaller than the model's."""
+def usable(items: Iterable[T], check: Callable[[T], Any], name: Callable[[T], str], source: str) -> list[T]:
+    """The items that a check accepts; the others are left out, counted and named, as unreadable pictures of a data set
+    are. VgmError: it accepts none."""
+    kept: list[T] = []
+    refused: dict[str, VgmError] = {}
+    for item in items:
+        try:
+            check(item)
+            kept.append(item)
+        except VgmError as e:
+            refused[name(item)] = e
+    first = next(iter(refused.values()), None)
+    if first is not None and not kept:
+        raise first
+    if first is not None:
+        ui.warn(f"{source}: {counted(len(refused), 'picture')} left out: {some(list(refused))} ({first.message})")
+    return kept
+
+
+def open_truth(
+    source: str, shape: tuple[int, int, int], n: int | None, split: str | None, paired: bool = False
+) -> Inputs:
+    """Images to degrade, cropped to the model's shape; those of a folder that are smaller are left out, unless they are
+    one half of pairs. VgmError: nothing there, no image as large as the model's."""
     channels, height, width = shape
     path = Path(source)
     if path.is_file() and path.suffix.lower() in SUFFIXES:
@@ -62,9 +88,13 @@ def open_truth(source: str, shape: tuple[int, int, int], n: int | None, split: s
         return Inputs([path.stem], truth.float() / 127.5 - 1, source=str(path))
     dataset = open_dataset(source, size=height, channels=channels, split=split)
     rows = picked(len(dataset), n, source not in SHIPPED)
-    for i in rows:
-        found = dataset.source.header(int(dataset.rows[i]))
-        check_large_enough(found[:2], shape, dataset.name(i))
+
+    def check(i: int) -> None:
+        check_large_enough(dataset.source.header(int(dataset.rows[i]))[:2], shape, dataset.name(i))
+
+    if paired:
+        list(map(check, rows))
+    rows = usable(rows, check, dataset.name, source)
     labels = dataset.labels()
     texts = dataset.gather(rows)["text"] if dataset.facts.captions else None
     return Inputs(
@@ -89,10 +119,10 @@ def decoded(path: Path) -> Any:
         raise VgmError(f"{path} cannot be read: {e}", code=FAILED) from e
 
 
-def open_measured(source: str, operator: Operator, n: int | None) -> Inputs:
-    """Already degraded images: files as [-1, 1], or array "y" of an .npz as it is.
-
-    VgmError: nothing there, or another size than what the degradation makes of the model's images.
+def open_measured(source: str, operator: Operator, n: int | None, paired: bool = False) -> Inputs:
+    """Already degraded images: files as [-1, 1], or array "y" of an .npz as it is. Files of a folder that cannot be
+    read, or are of another size than what the degradation makes of the model's images, are left out, unless they are
+    one half of pairs. VgmError: nothing there, no such image.
     """
     shape = operator.measurement_shape
     path = Path(source)
@@ -106,13 +136,18 @@ def open_measured(source: str, operator: Operator, n: int | None) -> Inputs:
         return Inputs([f"{i:06d}" for i in rows], measured=y[rows], source=source)
     files = image_files(source)
     files = [files[i] for i in picked(len(files), n, True)]
-    rows_of = []
-    for file in files:
+    read: dict[Path, Tensor] = {}
+
+    def check(file: Path) -> None:
         image = decoded(file).convert("L" if shape[0] == 1 else "RGB")
         a = torch.from_numpy(np.array(image).reshape(image.height, image.width, -1)).permute(2, 0, 1)
         check_measured(tuple(a.shape), shape, file.name, operator)
-        rows_of.append(a.float() / 127.5 - 1)
-    return Inputs([f.stem for f in files], measured=torch.stack(rows_of), source=source)
+        read[file] = a.float() / 127.5 - 1
+
+    if paired:
+        list(map(check, files))
+    files = usable(files, check, lambda file: file.name, source)
+    return Inputs([f.stem for f in files], measured=torch.stack([read[f] for f in files]), source=source)
 
 
 def check_measured(found: tuple[int, ...], wanted: tuple[int, ...], name: str, operator: Operator) -> None:

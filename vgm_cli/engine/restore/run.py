@@ -325,9 +325,9 @@ def run(
                 USAGE,
             )
         operator = task.bind(shape, generators([seed_of("degrade", seed, 0)]), settings.noise)
-        inputs = open_measured(source, operator, n)
+        inputs = open_measured(source, operator, n, paired=truth is not None)
         if truth is not None:
-            known = open_truth(truth, shape, None, split)
+            known = open_truth(truth, shape, None, split, paired=True)
             if len(known) != len(inputs):
                 raise VgmError(f"{truth} has {len(known)} images, {source} has {len(inputs)}", code=USAGE)
             inputs.truth, inputs.labels = known.truth, known.labels
