@@ -254,6 +254,11 @@ class ObjectiveBase:
     def after_step(self, step: Step) -> None:
         """Targets, curricula, resampler histories."""
 
+    def remark(self, row: Mapping[str, float]) -> str | None:
+        """A warning about a row of the log, {name: mean since the last row}, in one sentence; None: nothing is wrong. A
+        run says each sentence once."""
+        return None
+
     def export(self, role: str, state: Mapping[str, Tensor]) -> Mapping[str, Tensor]:
         """A network's state (its own or an average's) as checkpoints hold it, e.g. adapters folded in. Entries that
         this leaves out are kept for resuming; what it changes must not be trained."""

@@ -22,6 +22,7 @@ from vgm_cli.nets.dit import sincos_2d
 from vgm_cli.nets.dit_checkpoints import assumes, config_from, latents, official
 
 State = Mapping[str, Tensor]
+NORMED = "blocks.0.attn.q_norm.weight"
 SHARED = {"learn_sigma", "class_dropout_prob"}  # keywords of DiT that MeanFlow's network has not
 
 
@@ -43,8 +44,9 @@ def header(config: Mapping[str, Any]) -> dict[str, Any]:
 def recognise(keys: Iterable[str]) -> bool:
     keys = set(keys)
     own = {"pos_embed", "t_embedder.mlp.2.weight", "r_embedder.mlp.2.weight", "y_embedder.embedding_table.weight"}
+    rest = {k for k in keys if not k.startswith("blocks.") or k.split(".")[3:4] not in (["q_norm"], ["k_norm"])}
     return own | {"x_embedder.proj.weight", "blocks.0.attn.qkv.bias", "blocks.0.mlp.fc1.bias"} <= keys and not any(
-        "norm" in k or "rope" in k for k in keys
+        "norm" in k or "rope" in k for k in rest
     )
 
 
@@ -56,7 +58,14 @@ def ours(state: State) -> dict[str, Tensor]:
 
 
 def config(state: State) -> dict[str, Any]:
-    return {k: v for k, v in config_from(state).items() if k not in SHARED}
+    found = {k: v for k, v in config_from(state).items() if k not in SHARED}
+    if NORMED in state:  # tells the width of a head as well
+        found |= {"qknorm": True, "num_heads": found["hidden_size"] // len(state[NORMED])}
+    return found
+
+
+def remarks(state: State, config: Mapping[str, Any]) -> dict[str, str]:
+    return {k: v for k, v in assumes(state, config).items() if k != "num_heads" or NORMED not in state}
 
 
 TORCH = Layout(
@@ -67,7 +76,7 @@ TORCH = Layout(
     to_ours=ours,
     from_ours=ours,
     config=config,
-    published=Published(header=header, assumes=assumes),
+    published=Published(header=header, assumes=remarks),
 )
 
 
@@ -133,6 +142,9 @@ def flax(name: str, input_size: int) -> Layout:
         if config["input_size"] != input_size:
             said = f"this layout is of {input_size}x{input_size} inputs, the network takes {config['input_size']}"
             raise VgmError(said, "--to meanflow keeps the positions", USAGE)
+        if config.get("qknorm"):
+            said = "this layout is of networks whose queries and keys are not normalised"
+            raise VgmError(said, "--to meanflow keeps them", USAGE)
 
     return Layout(
         name=name,

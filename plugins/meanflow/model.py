@@ -34,6 +34,7 @@ class MeanFlowDiT(DiT):
         num_heads: Depth = 16,  # attention heads; D must divide by it
         mlp_ratio: Positive = 4.0,  # hidden width of the MLP over D
         num_classes: Whole = 1000,  # the null class is one more
+        qknorm: bool = False,  # queries and keys are normalised per head, by a LayerNorm with weights
     ):
         super().__init__(
             input_size,
@@ -46,6 +47,7 @@ class MeanFlowDiT(DiT):
             num_classes=num_classes,
             learn_sigma=False,
             second_time=True,
+            qknorm=qknorm,
         )
 
     @staticmethod

@@ -38,6 +38,12 @@ from .losses import (
     target_of,
 )
 
+STEEP = 100.0  # du/dt, root mean square of its values, which is below 10 in training that goes well
+EXPLODING = (
+    f"du_dt is above {STEEP:g}: training is about to diverge; see Traps in docs/papers/meanflow.md "
+    "(train.precision=fp32, objective.guidance_from, objective.equal, model.qknorm)"
+)
+
 
 class MeanFlow(ObjectiveBase):
     """Regression of u(z, r, t) on v - (t - r) du/dt, whose solution jumps from any time to any other in one evaluation.
@@ -174,6 +180,9 @@ class MeanFlow(ObjectiveBase):
         raw = summed((u - target).float())
         loss = adaptive(raw, self.norm_p, self.norm_eps, self.squared).mean()
         return loss, logs_of(raw, du, apart)
+
+    def remark(self, row: Mapping[str, float]) -> str | None:
+        return EXPLODING if row.get("du_dt", 0.0) > STEEP else None
 
     def view(self) -> dict[str, Any]:
         return self.flow.view()

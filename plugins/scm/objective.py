@@ -30,6 +30,11 @@ from .view import GuidedStudent, boundary_of, last_time, own_time
 from .weight import Head, KnowsError
 
 FIRST = 1e-3  # the earliest time drawn: networks of other predictions give F as a difference over sin(t)
+STEEP = 30.0  # dF/dt of a value, root mean square; in training that goes well it stays below 1
+EXPLODING = (
+    f"the derivative is above {STEEP:g}: training is about to diverge; see Traps in docs/papers/scm.md "
+    "(train.precision=fp32, objective.warmup, a network with double normalisation)"
+)
 LEVELS = {"low": 0.05, "mid": 0.5, "high": 5.0}  # noise levels over sigma_data at which the weight is logged
 
 
@@ -282,6 +287,9 @@ class SCM(OnTrigFlow):
         if self.tangent == "clip":
             logs["clipped"] = (made["g"].abs() > 1).double().mean()
         return losses.mean().float(), {k: v.detach().float() for k, v in logs.items()}
+
+    def remark(self, row: Mapping[str, float]) -> str | None:
+        return EXPLODING if row.get("derivative", 0.0) > STEEP else None
 
     def view(self) -> dict[str, Any]:
         assert isinstance(self.student, FlowMap)

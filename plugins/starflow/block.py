@@ -120,3 +120,14 @@ class FlowBlock(Transformer):
             out = F.pad(out[:, :-1], (0, 0, 1, 0))
         own = self.gaussian(out)
         return self.order((x - own.mean) / own.scale), -own.scale.log()
+
+
+class Identity(nn.Module):
+    """A block of no layers (officially IdentityBlock), which has no weights: tokens pass as they are."""
+
+    proj_txt = None
+    checkpointing = False
+
+    def forward(self, x: Tensor, start: Start) -> tuple[Tensor, Tensor]:
+        """x (B, T, D) -> x, and zeros of its shape."""
+        return x, torch.zeros_like(x)

@@ -33,6 +33,11 @@ def count(state: State, pattern: str) -> int:
     return max(found, default=-1) + 1
 
 
+def numbers_of(names: Iterable[str]) -> list[int]:
+    """The flow blocks that have tensors: of a STARFlow those of no layers have none."""
+    return sorted({int(m[1]) for k in names if (m := re.match(r"blocks\.(\d+)\.", k))})
+
+
 def require(state: State, names: Iterable[str]) -> None:
     for name in names:
         if name not in state:
@@ -41,7 +46,7 @@ def require(state: State, names: Iterable[str]) -> None:
 
 def kept(state: State, dropped: Iterable[str]) -> dict[str, Tensor]:
     """What means something, of a state whose blocks are whole. KeyError: a tensor is missing."""
-    for i in range(count(state, r"blocks\.(\d+)\.")):
+    for i in numbers_of(state):
         require(state, (f"blocks.{i}.{part}.{kind}" for part in ("proj_in", "proj_out") for kind in ("weight", "bias")))
         for j in range(count(state, rf"blocks\.{i}\.attn_blocks\.(\d+)\.")):
             require(state, (f"blocks.{i}.attn_blocks.{j}.{part}.weight" for part in LAYER))
@@ -139,24 +144,27 @@ TARFLOW = Layout(
 
 def recognise(names: Iterable[str]) -> bool:
     names = set(names)
-    own = {"blocks.0.proj_in.weight", "blocks.0.proj_out.weight", "blocks.0.attn_blocks.0.attention.qkv.weight"}
+    first = f"blocks.{min(numbers_of(names), default=0)}"
+    own = {f"{first}.{part}.weight" for part in ("proj_in", "proj_out", "attn_blocks.0.attention.qkv")}
     parts = ("blocks.", "feat_rope.", "learnable_self_denoiser.", "var")
-    return own <= names and "blocks.0.pos_embed" not in names and all(n.startswith(parts) for n in names)
+    return own <= names and f"{first}.pos_embed" not in names and all(n.startswith(parts) for n in names)
 
 
 def to_ours(state: State) -> dict[str, Tensor]:
     ours = kept(state, DEPRECATED)
-    if "blocks.0.sos_embed" in state:
-        require(state, (f"blocks.{i}.sos_embed" for i in range(count(state, r"blocks\.(\d+)\."))))
+    numbers = numbers_of(state)
+    if f"blocks.{numbers[0]}.sos_embed" in state:
+        require(state, (f"blocks.{i}.sos_embed" for i in numbers))
     return ours
 
 
 def config_from(state: State) -> dict[str, Any]:
     """Constructor keywords from shapes, the deprecated buffers' included. What these do not tell is as published: with
     a start token softplus, soft clip and L2R, without one TARFlow's choices; heads of 64, a grid of 32x32."""
-    first, sos = "blocks.0.attn_blocks.0", "blocks.0.sos_embed" in state
-    blocks = count(state, r"blocks\.(\d+)\.")
-    channels, numbers = state["blocks.0.proj_in.weight"].shape
+    *lower, top_number = numbers_of(state)
+    lowest, blocks = f"blocks.{lower[0] if lower else top_number}", top_number + 1
+    first, sos = f"{lowest}.attn_blocks.0", f"{lowest}.sos_embed" in state
+    channels, numbers = state[f"{lowest}.proj_in.weight"].shape
     in_channels, patch = patches(numbers, (4, 3, 1, 2))
     side = math.isqrt(len(state["var"])) if "var" in state else 32
     rope = state.get("feat_rope.freqs_cos")
@@ -179,12 +187,12 @@ def config_from(state: State) -> dict[str, Any]:
         "num_kv_heads": None if kv_heads == heads else kv_heads,
         "top_block_channels": None if top == channels else top,
         "expansion": hidden / channels,
-        "cond_top_only": "blocks.0.proj_txt.weight" not in state,
+        "cond_top_only": not lower or f"{lowest}.proj_txt.weight" not in state,
         "seq_order": "L2R" if sos else "R2L",
         "sos": sos,
         "use_softplus": sos,
         "soft_clip": 4.0 if sos else 0.0,
-        "use_final_norm": "blocks.0.final_norm.weight" in state,
+        "use_final_norm": f"{lowest}.final_norm.weight" in state,
         "norm_type": "layer_norm" if f"{first}.mlp.norm.bias" in state else "rms_norm",
         "use_bias": f"{first}.attention.qkv.bias" in state,
         "use_swiglu": swiglu,
@@ -211,6 +219,8 @@ def assumes(state: State, config: Mapping[str, Any]) -> dict[str, str]:
     said = {"use_softplus": f"{scale} (use_softplus, soft_clip, seq_order tell otherwise)"}
     if "feat_rope.freqs_cos" not in state:
         said["head_dim"] = f"heads of {config['head_dim']} channels (head_dim=N tells otherwise)"
+    if 0 in config["layers_per_block"]:
+        said["layers_per_block"] = f"blocks without tensors have no layers: {list(config['layers_per_block'])}"
     if "var" not in state:
         said["img_size"] = f"a grid of {config['img_size'] // config['patch_size']} a side (img_size=N tells otherwise)"
     return said

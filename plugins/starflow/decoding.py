@@ -16,7 +16,7 @@ from torch import Tensor
 
 from vgm_cli.nn.precision import full_precision
 
-from .block import FlowBlock, Gaussian, Start
+from .block import FlowBlock, Gaussian, Identity, Start
 from .model import Flow
 
 # the wanted and the worse Gaussian of tokens, and how far decoding is, in (0, 1] -> the one to draw from
@@ -208,11 +208,16 @@ def decode(
             other = null or {}
             both = model.starts(shape, 2 * n, {k: torch.cat([v, other.get(k, v)]) for k, v in cond.items()})
         for i in range(top, -1, -1):
+            block = model.steps()[i]
+            if isinstance(block, Identity):
+                if watch is not None:
+                    watch(top - i + 1, model.unpatchify(tokens, z.shape))
+                continue
             guided = bool(how.w) and (i == top or not (how.top_only or model.cond_top_only))
             guide = make_guide(how.rule or model.rule, how.w, how.what, how.annealed) if guided else None
             temperature = model.attention_temperature(how.attn_temp, n, guided)
             start = both[i] if guided else starts[i]
-            inverse = Inverse(model.steps()[i], start, n, tokens.shape[1], guide, temperature)
+            inverse = Inverse(block, start, n, tokens.shape[1], guide, temperature)
             if how.width and inverse.block.sos_embed is not None:
                 tokens, own = jacobi(inverse, tokens, how.width, how.threshold, how.iterations, how.together)
             else:

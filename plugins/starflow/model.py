@@ -21,7 +21,7 @@ from vgm_cli.nn.example import label, noise
 from vgm_cli.nn.precision import full_precision
 from vgm_cli.ranges import Blocks, Depth, NonNegative, Positive, Side, Whole, Width
 
-from .block import FlowBlock, Start
+from .block import FlowBlock, Identity, Start
 from .layers import Norm, Shape, Transformer
 from .rope import angles, positions
 
@@ -60,9 +60,14 @@ class Flow(nn.Module, ABC):
     cond_top_only = False  # whether only the top block reads the condition
     has_denoiser = False
 
-    def steps(self) -> list[FlowBlock]:
+    def steps(self) -> list[FlowBlock | Identity]:
         """The blocks from data to noise; the last is the top one."""
         return list(self.blocks)  # type: ignore[arg-type]
+
+    @property
+    def top(self) -> FlowBlock:
+        """The block next to the noise, which is never an Identity."""
+        return self.blocks[-1]  # type: ignore[return-value]
 
     @property
     def checkpointing(self) -> bool:
@@ -188,7 +193,7 @@ class STARFlow(Flow):
         img_size: Side = 32,  # side of x that the network is made for
         patch_size: Width = 1,  # side of a token
         channels: Width = 2048,  # width
-        layers_per_block: tuple[Depth, ...] = (2, 2, 2, 2, 2, 18),  # attention blocks of each flow block, the top last
+        layers_per_block: tuple[Blocks, ...] = (2, 2, 2, 2, 2, 18),  # of each flow block, the top last; 0: none
         head_dim: Width = 64,  # channels of a head
         num_heads: Depth | None = None,  # None: channels / head_dim
         num_kv_heads: Depth | None = None,  # heads of keys and values; None: num_heads
@@ -231,8 +236,14 @@ class STARFlow(Flow):
         )  # fmt: skip
         if head_dim % 2 or (self.txt_size and (head_dim // 2 < 10 or head_dim % 4)):
             raise VgmError(f"head_dim={head_dim} has no room for positions", "a multiple of 4 from 20 on", USAGE)
-        blocks, last = [], len(layers_per_block) - 1
+        last = len(layers_per_block) - 1
+        blocks: list[nn.Module] = []
+        if not (layers_per_block and layers_per_block[-1]):
+            raise VgmError("the top block needs layers", "model.layers_per_block ends in at least 1", USAGE)
         for i, layers in enumerate(layers_per_block):
+            if not layers:
+                blocks.append(Identity())
+                continue
             own = {"layers": layers}
             if i == last and top_block_channels:
                 own |= {"channels": top_block_channels}
@@ -284,7 +295,7 @@ class STARFlow(Flow):
         """The condition's tokens (n, L, txt_dim); a class is one token, all zero but for its own place."""
         if not self.txt_size:
             return None
-        like = self.steps()[-1].proj_in.weight
+        like = self.top.proj_in.weight
         if self.num_classes:
             y = cond.get("y")
             y = torch.full((n,), self.num_classes, device=like.device) if y is None else y
@@ -295,7 +306,7 @@ class STARFlow(Flow):
 
     def table(self, grid: tuple[int, int], text: int, head_dim: int) -> Tensor:
         """Rotations of a condition's tokens and a grid's, (text + tokens, head_dim / 2, 2)."""
-        device = self.steps()[0].proj_in.weight.device
+        device = self.top.proj_in.weight.device
         key = (*grid, text, head_dim, device)
         if key not in self._tables:
             places = positions(*grid, text, self.side, axes=3 if self.txt_size else 2)
@@ -305,7 +316,7 @@ class STARFlow(Flow):
 
     def starts(self, shape: Sequence[int], n: int, cond: Mapping[str, Tensor]) -> list[Start]:
         tokens = self.condition(n, cond)
-        return [self.start(block, shape, tokens) for block in self.steps()]
+        return [Start() if isinstance(b, Identity) else self.start(b, shape, tokens) for b in self.steps()]
 
     def start(self, block: FlowBlock | Denoiser, shape: Sequence[int], tokens: Tensor | None) -> Start:
         """What a pass through one block begins with."""

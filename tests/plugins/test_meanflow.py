@@ -45,7 +45,6 @@ WITHOUT_EFFECT = (
     "decoder_hidden_size",
     "z_dims",
     "projector_dim",
-    "qk_norm",
 )
 WITHOUT_EFFECT = (*WITHOUT_EFFECT, "fused_attn", "learn_sigma")  # of the networks, as they are published
 
@@ -53,11 +52,11 @@ WITHOUT_EFFECT = (*WITHOUT_EFFECT, "fused_attn", "learn_sigma")  # of the networ
 def sizes(case: GoldenCase) -> dict[str, Any]:
     """The official keywords that ours has, too."""
     given = case.config["model"]
-    assert not given.get("qk_norm") and not given.get("learn_sigma")
+    assert not given.get("learn_sigma")
     case.ignore(
         *(f"model.{k}" for k in WITHOUT_EFFECT), why="labels are dropped outside, and the rest is of other works"
     )
-    return {k: given[k] for k in given if k not in WITHOUT_EFFECT}
+    return {k.replace("qk_norm", "qknorm"): given[k] for k in given if k not in WITHOUT_EFFECT}
 
 
 def torch_network(case: GoldenCase) -> MeanFlowDiT:
@@ -94,9 +93,17 @@ def by_formula(rank: int, name: str, shape: list[int]) -> Tensor:
     return torch.from_numpy(r.reshape(shape)).float()
 
 
+OFFICIAL_UNET = {"channel_mult": [1, 2, 2, 2], "channel_mult_noise": 1, "resample_filter": [1, 1]}  # its other defaults
+UNTRAINED = {"label_dim": 0, "label_dropout": 0, "embedding_type": "positional", "encoder_type": "standard"}
+UNTRAINED |= {"decoder_type": "standard"}
+
+
 def unet(case: GoldenCase) -> MeanFlowUNet:
     case.ignore("net.dropout", why="eval mode")
-    config, keys = dict(case.config["net"]), dict(case.config["keys"])
+    config, keys = {**OFFICIAL_UNET, **case.config["net"]}, dict(case.config["keys"])
+    assert {k: config[k] for k in UNTRAINED if config.pop(k, UNTRAINED[k]) != UNTRAINED[k]} == {}, (
+        "left out, see the docs"
+    )
     model = MeanFlowUNet(**config)
     state = model.state_dict()
     assert keys.keys() == {k for k in state if "resample_filter" not in k}
@@ -406,6 +413,26 @@ def test_the_second_time_matters_and_is_zero_where_it_is_not_told() -> None:
         SiT(8, 4, 2, 32, 1, 2)(x, t, s=t)
 
 
+def test_queries_and_keys_may_be_normalised() -> None:
+    """The layout of PyTorch has it and tells the width of a head; Flax's has not. Derivatives go through."""
+    model = network(qknorm=True, num_heads=4)
+    suites.randomise(model)
+    state = model.state_dict()
+    assert TORCH.recognise(state) and not TORCH.recognise({**state, "blocks.0.norm1.weight": state["pos_embed"]})
+    read = TORCH.config(state)
+    assert read["qknorm"] and read["num_heads"] == 4 and "qknorm" not in TORCH.config(network().state_dict())
+    again = MeanFlowDiT(**read)
+    again.load_state_dict(TORCH.to_ours(state))
+    x, t, cond = TestTransformer().inputs(model)
+    with torch.no_grad():
+        torch.testing.assert_close(again(x, t, **cond), model(x, t, **cond))
+    with pytest.raises(VgmError, match="not normalised"):
+        FLAX.allows({**read, "input_size": 32})
+    loss, logs = MeanFlow(model, equal=0.0).loss("main", {"x": x, "cond": cond}, Step(0))
+    loss.backward()
+    assert logs["du_dt"] > 0 and model.blocks[0].attn.q_norm.weight.grad.abs().sum() > 0
+
+
 def packed(value: Any) -> bytes:
     """msgpack of dictionaries and arrays, as flax writes them."""
     if isinstance(value, Mapping):
@@ -664,8 +691,11 @@ def test_from_the_command_line(vgm, tiny_dataset: Path, tmp_path: Path, monkeypa
     net = "patch_size: 7, hidden_size: 16, depth: 1, num_heads: 2"
     few = (f"data.path={tiny_dataset}", "codec=null", "train.steps=2", "train.batch_size=8", "train.preview_n=0")
     assert vgm("train", "sit", f"model={{name: sit, {net}, learn_sigma: false}}", *few, "--out", "flow")[0] == 0
-    code, _, err = vgm("train", "meanflow", f"model={{name: meanflow, {net}}}", *few, "--out", "scratch")
-    assert code == 0, err
+    with monkeypatch.context() as patch:
+        patch.setattr("vgm_plugins.meanflow.objective.STEEP", -1.0)
+        own = (f"model={{name: meanflow, {net}}}", "train.log_every=1")
+        code, _, err = vgm("train", "meanflow", *own, *few, "--out", "scratch")
+    assert code == 0 and err.count("about to diverge") == 1, err
     record = json.loads(Path("scratch/metrics.jsonl").read_text().splitlines()[-1])
     assert {"raw", "raw_same", "raw_apart", "du_dt"} <= record.keys()
     code, _, err = vgm("distill", "meanflow", "--teacher", "flow", *few[2:], "objective.omega=1", "--out", "tuned")

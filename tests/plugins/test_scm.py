@@ -842,8 +842,10 @@ def test_from_the_command_line(vgm, tiny_dataset: Path, tmp_path: Path, monkeypa
     few = (f"data.path={tiny_dataset}", "codec=null", "train.steps=2", "train.batch_size=8", "train.preview_n=0")
     assert vgm("train", "sit", f"model={{name: sit, {net}, learn_sigma: false}}", *few, "--out", "flow")[0] == 0
     unet = "model={name: scm-unet, base_dim: 8, dim_mults: [2], time_embedding_dim: 16}"
-    code, _, err = vgm("train", "scm", unet, *few, "--out", "scratch")
-    assert code == 0, err
+    with monkeypatch.context() as patch:
+        patch.setattr("vgm_plugins.scm.objective.STEEP", -1.0)
+        code, _, err = vgm("train", "scm", unet, *few, "train.precision=bf16", "train.log_every=1", "--out", "scratch")
+    assert code == 0 and err.count("about to diverge") == 1 and "derivatives in float32" in err, err
     record = json.loads(Path("scratch/metrics.jsonl").read_text().splitlines()[-1])
     assert {"tangent", "tangent_max", "derivative", "w_low", "w_mid", "w_high", "error"} <= record.keys()
     for out, recipe in (("student", "mnist-scd"), ("guided", "mnist-scd-guided")):

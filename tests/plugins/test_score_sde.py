@@ -115,11 +115,14 @@ class Drawn(Request):
         return next(self.draws)
 
 
+def ends_of(case: GoldenCase) -> dict[str, float]:
+    """The noise at both ends, where the case does not leave it at the official defaults."""
+    return {k: case.config[k] for k in ("sigma_min", "sigma_max", "beta_min", "beta_max") if k in case.config}
+
+
 def sde_of(case: GoldenCase, steps: int = 1000) -> SDE:
-    """The case's SDE with the official defaults."""
-    config = case.config
-    ends = {k: config[k] for k in ("sigma_min", "sigma_max", "beta_min", "beta_max") if k in config}
-    return SDE(kind=config["sde"], steps=config.get("N", steps), **ends)
+    """The case's SDE."""
+    return SDE(kind=case.config["sde"], steps=case.config.get("N", steps), **ends_of(case))
 
 
 def view(net: Callable[..., Tensor], sde: SDE, unit: bool = False, continuous: bool = True) -> Denoiser:
@@ -271,9 +274,9 @@ def sdes(case: GoldenCase) -> None:
 def losses(case: GoldenCase) -> None:
     config, i = case.config, case.inputs
     if "labels" in i:
-        found = {}
-        for kind, loss in (("ve", smld_losses), ("vp", ddpm_losses)):
-            sde = SDE(kind=kind, steps=config["N"])
+        found, kinds = {}, {"ve": smld_losses, "vp": ddpm_losses}
+        for kind, loss in kinds.items() if "sde" not in config else [(config["sde"], kinds[config["sde"]])]:
+            sde = SDE(kind=kind, steps=config["N"], **ends_of(case))
             found[kind] = loss(sde, toy, i["x0"], i["labels"], i["noise"], config["reduce_mean"]).mean()
         # no key says which of the two it is: the loss does
         near = min(found, key=lambda k: abs(float(found[k] - case.outputs["loss"])))
@@ -313,6 +316,7 @@ def training(case: GoldenCase) -> None:
         reduce_mean=config["reduce_mean"],
         num_scales=config.get("num_scales", 1000),
         **weighting,
+        **ends_of(case),
     )
     betas = [config["beta1"], config.get("beta2", 0.999)]
     decay = config.get("wd", config.get("weight_decay", 0.0))
@@ -564,6 +568,13 @@ def test_networks_without_time_or_filter_are_read_off_their_tensors() -> None:
         read = PLAIN.config(PLAIN.from_ours(plain.state_dict()))
         found = tuple(read[k] for k in ("progressive_input", "fir", "ch_mult", "num_res_blocks", "resblock_type"))
         assert found == ("residual", False, [1, 2], 2, resblock_type)
+        for given in (
+            {"progressive": "residual"},
+            {"progressive": "residual", "fir": True},
+            {"progressive": "output_skip"},
+        ):
+            read = PLAIN.config(PLAIN.from_ours(tiny(**given, resblock_type=resblock_type).state_dict()))
+            assert read["progressive"] == given["progressive"] and read["fir"] == given.get("fir", False)
 
 
 @pytest.mark.parametrize(

@@ -106,7 +106,9 @@ def config_from(state: State) -> dict[str, Any]:
     attends = [n for n, level in enumerate(levels) if any(kinds[i] == "attention" for i in level)]
     size = 16 * 2 ** attends[0] if attends else 4 * 2 ** len(levels)
     fourier, skip, pyramid = kinds[0] == "fourier", "combine" in kinds, "pyramid" in kinds[:decoder]
-    filtered = any("Conv2d_0.weight" in layer for layer in layers) if pyramid else fourier or skip
+    heads = [i for i in range(decoder, len(kinds)) if kinds[i] == "norm"]  # the first is followed by the first image
+    features = layers[heads[0] + 1]["weight"].shape[0] != channels  # or, with progressive=residual, by features
+    filtered = any("Conv2d_0.weight" in layer for layer in layers) if pyramid or features else fourier or skip
     config: dict[str, Any] = {
         "image_size": size,
         "in_channels": channels,
@@ -118,7 +120,7 @@ def config_from(state: State) -> dict[str, Any]:
         "skip_rescale": not ddpm,
         "norm_groups": 32 if ddpm and nf % 32 == 0 else None,
         "fir": filtered,
-        "progressive": "output_skip" if kinds[decoder:].count("norm") > 1 else "none",
+        "progressive": "residual" if features else "output_skip" if len(heads) > 1 else "none",
         "progressive_input": "input_skip" if skip else "residual" if pyramid else "none",
         "embedding_type": "fourier" if fourier else "positional",
         "conditional": told_time(state),

@@ -89,6 +89,7 @@ class Report:
         self.t, self.until, self.progress = t, until, progress
         self.began = time.perf_counter()
         self.rate = 0.0
+        self.remarks: set[str] = set()
         self.mark()
 
     def mark(self) -> None:
@@ -117,6 +118,9 @@ class Report:
             t.run.log(row)
         ui.event("step", **row)
         t.tracker.log(row, done)
+        if (remark := t.objective.remark(row)) is not None and remark not in self.remarks:
+            self.remarks.add(remark)
+            ui.warn(remark)
         if regular:
             t.window.clear()
         t.window.refuse_divergence(done, t.run.kept())

@@ -229,6 +229,8 @@ class Trainer:
     def _choose_kernels(self) -> None:
         """Activation checkpointing and torch.compile, where they are asked for and possible."""
         kind = type(self.objective).__name__
+        if self.objective.forward_mode and self.opts.precision in ("bf16", "fp16"):
+            ui.warn(f"{kind} takes its derivatives in float32: {self.opts.precision} speeds up the rest alone")
         if self.opts.checkpointing:
             if self.objective.forward_mode:
                 raise VgmError(f"{kind} takes forward-mode derivatives", "train.checkpointing=false", USAGE)
