@@ -137,6 +137,7 @@ class ScoreSDERestorer:
     corrector_steps: Blocks = 1
     snr: Positive = 0.16
     norm: Norm = "image"
+    probability_flow: bool = False
     eps: Positive = 1e-5  # where sampling ends
     denoise: bool = True
     init: Literal["official", "noised"] = "official"  # the start's known part: without noise, or noised as later
@@ -185,6 +186,7 @@ class ScoreSDERestorer:
             corrector_steps=self.corrector_steps,
             snr=self.snr,
             norm=self.norm,
+            flow=self.probability_flow,
             eps=self.eps,
             noise=request.randn,
             impose=impose,

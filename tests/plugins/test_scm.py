@@ -348,11 +348,16 @@ def mnist_samples(case: GoldenCase) -> None:
 @golden.check(lambda c: "n" in c.config)
 def sanas_scheduler(case: GoldenCase) -> None:
     said, (found, note), n = case.config, states(), case.config["n"]
-    times = schedule_of("sana", n, math.nan)
-    second = said.get("intermediate_timesteps", times[1] if n == 2 else None)
-    times = times if second is None else [times[0], second]
+    usual = {"max_timesteps": 1.5708, "intermediate_timesteps": 1.3 if n == 2 else None}
+    own = {k: said.get(k, v) for k, v in usual.items()}
+    if own == usual:
+        times = schedule_of("sana", n, math.nan)
+    else:  # other times are the sampler's keyword `times`
+        first, second = own["max_timesteps"], own["intermediate_timesteps"]
+        times = [first * (1 - i / n) for i in range(n)] if second is None else [first, second]
     assert_close(torch.tensor([*times, 0.0]), case.outputs["timesteps"], 1e-6, "times")
-    flow = FlowMap(Small(), TRIG, "trig")
+    path = {"name": "trig", "sigma_data": said.get("sigma_data", 0.5)}
+    flow = FlowMap(Small(), {**TRIG, "path": path}, "trig")
     with torch.no_grad():
         consistency_steps(flow, drawn(case.inputs["draws_randn"]), times, callback=note)
     assert_close(torch.stack([x0 for _, x0 in found]), case.outputs["x0"], 1e-6, "x0")

@@ -396,8 +396,10 @@ def settings_of(case: GoldenCase) -> dict[str, Any]:
     config = case.config
     own = {"steps": config["N"], "snr": config["snr"], "eps": config["eps"], "norm": "batch"}
     own |= {"corrector": config["corrector"], "predictor": PREDICTORS[config.get("predictor", "reverse_diffusion")]}
+    own |= {"corrector_steps": config.get("n_steps", 1)}
+    own |= {k: config[k] for k in ("denoise", "probability_flow") if k in config}
     if own["corrector"] == "none":
-        case.ignore("snr", why="no corrector has a step size")
+        case.ignore("snr", "n_steps", why="no corrector has a step size")
     if own["predictor"] == "none":
         case.ignore("denoise", "probability_flow", why="of a predictor, which there is none")
     return own
@@ -412,10 +414,7 @@ def walking(case: GoldenCase) -> None:
     """The shipped sampler on the shipped view."""
     config, sde = case.config, sde_of(case)
     unit = not config["centered"] and sde.kind == "ve"
-    own = {**settings_of(case), "corrector_steps": config["n_steps"], "denoise": config["denoise"]}
-    sampler = ScoreSDESampler(**own, probability_flow=config["probability_flow"])
-    if config["corrector"] == "none":
-        case.ignore("n_steps", why="of a corrector, which there is none")
+    sampler = ScoreSDESampler(**settings_of(case))
     request = Drawn(draws_of(case), case.inputs["draws_randn"][0])
     got = sampler(view(toy, sde, unit, config["continuous"]), request)
     assert_close((got + 1) / 2 if unit or config["centered"] else got, case.outputs["x"], 1e-5, "samples")
@@ -433,7 +432,7 @@ def class_conditional(case: GoldenCase) -> None:
 
     sampler = ScoreSDESampler(**settings_of(case), classifier=told, classifier_scale=1.0)
     request = Drawn(draws_of(case), case.inputs["draws_randn"][0], asked={"label": case.inputs["labels"].tolist()})
-    got = sampler(view(Unconditional(), sde, unit=True), request)
+    got = sampler(view(Unconditional(), sde, True, case.config.get("continuous", True)), request)
     assert_close((got + 1) / 2, case.outputs["x"], 1e-5, "samples")
 
 
@@ -456,7 +455,8 @@ def restoring(case: GoldenCase) -> None:
         operator = Colorization().bind(shape, generators(range(len(data))))
         # a singular vector has no sign of its own: the official draws are of positive grey
         sign = operator.svd.Vt(torch.ones(1, *shape))[0, 0, 0, 0].sign()
-        own = [case.config[k] != "none" for k in ("corrector", "predictor")]  # whether each draws, before the mask does
+        own = [case.config[k] != "none" for k in ("corrector", "predictor")]  # draws of each, before the mask does
+        own = [own[0] * case.config.get("n_steps", 1), own[1]]
         places = [known for drawn in own for known in (*[False] * drawn, True)] * case.config["N"]
         for draw, known in zip(draws[1:], places, strict=True):
             if known:
@@ -465,7 +465,7 @@ def restoring(case: GoldenCase) -> None:
     y = operator(2 * data - 1 if unit else data)
     own = settings_of(case)
     request = Drawn(iter(draws), data, operator=operator, measurement=y)
-    got = ScoreSDERestorer(**own)(view(toy, sde, unit), request)
+    got = ScoreSDERestorer(**own)(view(toy, sde, unit, case.config.get("continuous", True)), request)
     assert_close((got + 1) / 2 if unit else got, case.outputs["x"], 1e-5, "restored")
 
 
@@ -732,7 +732,7 @@ def test_known_pixels_are_kept(kind: Any, init: Any) -> None:
     operator = Inpainting("left").bind((1, 8, 8), generators(range(3)))
     truth = torch.rand(3, 1, 8, 8) * 2 - 1
     request = Request(shape=(1, 8, 8), generators=generators(range(3)), operator=operator, measurement=operator(truth))
-    method = ScoreSDERestorer(steps=40, init=init)
+    method = ScoreSDERestorer(steps=40, init=init, probability_flow=init == "noised")
     found = method(view(gaussian(sde), sde, unit=kind == "ve"), request)
     assert_close(operator(found), operator(truth), 2e-3, "kept")
     assert len(request.info["residual"]) == 40

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import inspect
 import json
 import math
 import re
@@ -89,9 +90,10 @@ def weightings(case: GoldenCase) -> None:
 def weighted(case: GoldenCase) -> None:
     name = {"v": "v-cosine", "eps": "eps-cosine"}.get(case.config["weighting"], case.config["weighting"])
     name = name.replace("_", "-")
-    if name != "sigmoid":
-        case.ignore("bias", why="of the sigmoid alone")
-    weight = make_weight({"name": name, **({"bias": case.config["bias"]} if name == "sigmoid" else {})})
+    options = list(inspect.signature(WEIGHTINGS[name]).parameters)[1:]
+    case.ignore(*({"bias", "gamma"} - set(options)), why="of other weightings")
+    weight = make_weight({"name": name, **{k: case.config[k] for k in options if k in case.config}})
+    sigma_data = case.config.get("sigma_data", 0.5)
     mean, std = re.fullmatch(r"N\(([-\d.]+),\s*([-\d.]+)\^2\)", case.config["importance"]).groups()  # type: ignore[union-attr]
     l, x, noise = (case.inputs[k] for k in ("lam", "x0", "eps"))
     p = densities.normal_density(l, float(mean), float(std))
@@ -101,7 +103,7 @@ def weighted(case: GoldenCase) -> None:
         return 0.3 * torch.tanh(z) + 0.01 * l[:, None, None, None]
 
     for kind in ("eps", "v", "x", "F"):
-        view = Denoiser(toy, "cosine", "x0" if kind == "x" else kind, input_scale="none", sigma_data=0.5)
+        view = Denoiser(toy, "cosine", "x0" if kind == "x" else kind, input_scale="none", sigma_data=sigma_data)
         losses, errors = weighted_losses(view, x, l, p, noise, weight)
         assert_close(errors, case.outputs[f"mse_eps_{kind}"], 1e-10, f"error of eps from {kind}")
         assert_close(losses, case.outputs[f"loss_{kind}"], 1e-10, f"loss from {kind}")
