@@ -75,6 +75,18 @@ def test_splitmix64_is_the_published_one() -> None:
     ]
 
 
+def test_draws_are_functions_of_whole_words() -> None:
+    """They make two of a word's three rounds, where the third changes bits that they do not read."""
+    key = torch.tensor([1234567, -5])
+    whole = torch.cat([z.clone() for _, z in random.words(key, 600)])
+    high, low = (whole >> 40) & 0xFFFFFF, whole & 0xFFFFFF
+    assert torch.equal(random.uniform(key, 600), high * 2.0**-24)
+    assert torch.equal(random.integers(key, 600, 1000), (whole >> 33 & 2**31 - 1) * 1000 >> 31)
+    radius = ((high + 0.5) * 2.0**-24).log().mul(-2).sqrt()
+    angle = low.float() * (2 * math.pi / 2**24)
+    assert torch.equal(random.normal(key, 1200), torch.cat([radius * angle.cos(), radius * angle.sin()], 1))
+
+
 def test_normal_numbers_are_normal() -> None:
     """Moments, the distribution function (Kolmogorov-Smirnov), and independence of neighbours along rows, columns,
     steps and of the two numbers that one word gives."""
