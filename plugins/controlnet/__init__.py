@@ -77,7 +77,8 @@ def vgm_components() -> Iterable[Component | Paper]:
         *(
             Component(kind="converter", name=n, target=f"vgm_plugins.controlnet.{target}", summary=about)
             for n, target, about in (
-                ("controlnet", "checkpoints:CONTROLNET", "ControlNet's files, whole or control_model.* alone"),
+                ("controlnet", "checkpoints:CONTROLNET", "ControlNet's files of control_model.* alone"),
+                ("controlnet-whole", "checkpoints:WHOLE", "the same with base, first stage and text encoder"),
                 ("controlnet-diffusers", "checkpoints:CONTROLNET_DIFFUSERS", "diffusers ControlNetModel"),
                 ("hed", "hed:CONVERTER", "ControlNet's soft-edge network (ControlNetHED.pth)"),
             )

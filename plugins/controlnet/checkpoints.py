@@ -7,6 +7,7 @@ later ones do; files of the bare names are read as well. A trained decoder stand
 from __future__ import annotations
 
 from collections.abc import Iterable, Mapping
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,6 +16,7 @@ from torch import Tensor
 from vgm_cli.convert_api import Diffusers, Files, Layout, Proof, Published
 from vgm_cli.errors import USAGE, VgmError, needs_extra
 from vgm_cli.nets.ldm_unet_checkpoints import (
+    BESIDE,
     KINDS,
     RES,
     diffusers_config,
@@ -55,8 +57,19 @@ def bare(state: State) -> dict[str, Tensor]:
     return {k.removeprefix(CONTROL).removeprefix(UNET): v for k, v in own.items()}
 
 
-def recognise(names: Iterable[str]) -> bool:
+def holds_control(names: Iterable[str]) -> bool:
     return {CONTROL + FIRST, f"{CONTROL}zero_convs.0.0.weight"} <= names_of(names).keys()
+
+
+def is_whole(names: Iterable[str]) -> bool:
+    """Whether the U-Net that is steered stands beside the control."""
+    found = set(names)
+    return holds_control(found) and f"{UNET}input_blocks.0.0.weight" in found
+
+
+def recognise(names: Iterable[str]) -> bool:
+    found = set(names)
+    return holds_control(found) and not is_whole(found)
 
 
 def hint_widths(own: State) -> tuple[int, ...]:
@@ -150,7 +163,14 @@ CONTROLNET = Layout(
     published=Published(header=header, assumes=assumes),
     proof=Proof(forward=lambda network, config: maps_of(network, config)),
     transfer=transfer,
-    summary="ControlNet's files, whole or control_model.* alone",
+    summary="ControlNet's files of control_model.* alone",
+)
+WHOLE = replace(
+    CONTROLNET,
+    name="controlnet-whole",
+    recognise=is_whole,
+    beside={"base": {"ldm-unet": ""}, **{role: BESIDE[role] for role in ("codec", "text")}},
+    summary="ControlNet's files with the base, its first stage and its text encoder",
 )
 
 

@@ -74,6 +74,7 @@ TINY: dict[str, tuple[dict[str, Any], tuple[str, ...]]] = {
     "bert-text": ({"width": 24, "depth": 2, "vocabulary": 40, "length": 9}, ()),
     "class-token": ({"num_classes": 5, "width": 8, "null_class": False}, ()),
     "controlnet": (UNET | {"hint_widths": (4, 6)}, ("image_size=8",)),
+    "controlnet-whole": (UNET | {"hint_widths": (4, 6)}, ("image_size=8",)),
     "controlnet-diffusers": (UNET | {"channel_mult": (1, 1), "hint_widths": (4, 6)}, ("image_size=8",)),
     "clip-text": (TOWER | {"head": 16}, ()),
     "consistency": (ADM | {"use_new_attention_order": True}, ()),
@@ -238,6 +239,7 @@ TWINS = [
     {"rectified-flow", "score-sde", "score-sde-subvp", "score-sde-vp-discrete"},
 ]
 BY_NAME = {  # never recognised: raw weights and their averages lie in one file; turbo files are their base network's
+    "controlnet-whole": "controlnet",  # without the base that makes it whole
     "glow-average": "glow",
     "ldm-unet-turbo": "ldm-unet",
     "ldm-unet-turbo-diffusers": "ldm-unet-diffusers",

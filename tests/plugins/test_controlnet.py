@@ -16,7 +16,7 @@ import torch
 from PIL import Image
 from torch import Tensor, nn
 from vgm_plugins.controlnet import annotators
-from vgm_plugins.controlnet.checkpoints import CONTROLNET, transfer
+from vgm_plugins.controlnet.checkpoints import CONTROLNET, WHOLE, transfer
 from vgm_plugins.controlnet.hed import HED
 from vgm_plugins.controlnet.model import ControlNet
 from vgm_plugins.controlnet.objective import ControlObjective
@@ -85,7 +85,7 @@ def without_effect(case: GoldenCase) -> None:
 def networks(case: GoldenCase, state: dict[str, Tensor], unlocked: bool = False) -> tuple[LDMUNet, ControlNet]:
     """Base and ControlNet of a case, each by its own layout."""
     without_effect(case)
-    assert CONTROLNET.recognise(state)
+    assert WHOLE.recognise(state)
     unet, control = (keywords(case.config[k]) for k in ("unet_config", "control_stage_config"))
     base = LDMUNet(**unet).eval()
     base.load_state_dict(LDM_UNET.to_ours(state))
@@ -383,14 +383,15 @@ def example(network: ControlNet) -> dict[str, Tensor]:
 
 
 def test_whole_files_and_those_of_a_control_alone() -> None:
-    """Of a whole checkpoint the control is read; an unlocked decoder goes into a file that has no base, and back."""
+    """Of a whole checkpoint the control is read, by another layout; an unlocked decoder goes into a file that has no
+    base, and back."""
     base, network = small()
     own = {k: v for k, v in network.state_dict().items() if not k.startswith("base.")}
     alone = CONTROLNET.from_ours(own)
     assert all(k.startswith(CONTROL) for k in alone)
     whole = alone | LDM_UNET.from_ours(base.state_dict()) | {"betas": torch.ones(3)}
     for file in (alone, whole, {k.removeprefix(CONTROL): v for k, v in alone.items()}):
-        assert CONTROLNET.recognise(file)
+        assert CONTROLNET.recognise(file) != WHOLE.recognise(file) and WHOLE.recognise(whole)
         read = CONTROLNET.to_ours(file)
         assert read.keys() == own.keys() and all(torch.equal(read[k], own[k]) for k in own)
     assert not CONTROLNET.recognise(LDM_UNET.from_ours(base.state_dict()))
@@ -752,6 +753,31 @@ def test_files_convert_and_stand_on_a_base(runs: dict[str, Path], vgm: Vgm) -> N
     assert code == 2 and "base=OLD" in err
     code, _, err = vgm("convert", runs["control"], "folder", "--to", "controlnet-diffusers")
     assert code == 2 and "times smaller" in err
+
+
+def test_one_file_holds_the_base_too(runs: dict[str, Path], vgm: Vgm) -> None:
+    """As the published files do; read back, it becomes a network and the base beside it."""
+    code, out, err = vgm("convert", runs["control"], "whole.pt", "--to", "controlnet-whole", "--json")
+    assert code == 0, err
+    assert any("the text words, for which" in remark for remark in json.loads(out)["remarks"])
+    state = torch.load("whole.pt", weights_only=True)["state_dict"]
+    base, own = (ckpt.read_tensors(ckpt.resolve(runs[k]))[0] for k in ("base", "control"))
+    assert {k for k in state if k.startswith(UNET)} == {UNET + k for k in base}
+    assert {k for k in state if k.startswith(CONTROL)} == {CONTROL + k for k in own}
+    keys = ("num_heads=2", "norm_groups=4", "image_size=32", "in_channels=3")
+    code, out, err = vgm("convert", "whole.pt", "all.safetensors", "hint_size=32", *keys, *(f"base.{k}" for k in keys[:3]),
+                         "--json")  # fmt: skip
+    assert code == 0 and not json.loads(out)["needs_base"], err
+    header = ckpt.read_header(Path("all.safetensors"))
+    assert set(header.conditions or {}) == {"hint"} and header.parts["base"].component == "ldm-unet"
+    for file, before in (("all.safetensors", own), ("all.base.safetensors", base)):
+        after = ckpt.read_tensors(Path(file))[0]
+        assert after.keys() == before.keys() and all(torch.equal(after[k], before[k]) for k in before)
+    assert ckpt.load("all.safetensors").model.base is not None
+    code, _, err = vgm("convert", "all.safetensors", "again.pt", "--to", "controlnet-whole")
+    assert code == 0 and torch.load("again.pt", weights_only=True)["state_dict"].keys() == state.keys(), err
+    code, _, err = vgm("convert", "whole.pt", "x.safetensors", "hint_size=32", *keys, f"base={runs['base']}")
+    assert code == 0 and not Path("x.base.safetensors").exists(), err
 
 
 def test_a_paper_without_a_base_takes_none(vgm: Vgm, runs: dict[str, Path]) -> None:

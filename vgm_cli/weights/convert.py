@@ -300,6 +300,7 @@ def convert(
     if dst.suffix == "" and (job.layout is None or job.layout.diffusers is None):
         raise VgmError(f"{dst} has no suffix", f"name a file: {', '.join(weight_files.WRITABLE)}", USAGE)
     if "base" in named:
+        source.parts.pop("base", None)
         stand_on(source, ckpt.resolve(named["base"]), job.layout)
     if codec is not None and job.layout is not None:
         raise VgmError(f"a file of '{job.layout.name}' names no codec", "leave --codec away", USAGE)
@@ -320,7 +321,7 @@ def convert(
         for role in source.parts:
             atomic.refuse_existing(part_file(dst, role), overwrite)
         beside = write_parts(source, dst, limit, lambda state: cast(state, dtype, source.path) if dtype else state)
-        name_parts(source.header, source.parts)
+        name_parts(source.header, source.parts, dst)
         if "codec" in source.parts and codec is None:
             codec = str(part_file(dst, "codec"))
     files = write(job, dst, limit, codec) + beside

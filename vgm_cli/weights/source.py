@@ -145,7 +145,7 @@ def parts_beside(found: Weights, layout: Layout, words: Mapping[str, Sequence[st
     for role, known in layout.beside.items():
         for own in map(layouts.find, known):
             state = next((s for s in found.entries.values() if own.recognise(s)), None)
-            if state is not None and layouts.fit(own, state).exact:
+            if state is not None and fits(own, state, words[role]):
                 part = parts[role] = foreign_source(found, "", state, own, [], words[role])
                 if problem := disagreement(own, part.theirs, part.state):
                     raise layouts.misfit(own, state, found.path, problem)
@@ -153,6 +153,16 @@ def parts_beside(found: Weights, layout: Layout, words: Mapping[str, Sequence[st
     if lost := [role for role, own_words in words.items() if own_words and role not in parts]:
         raise VgmError(f"{found.path} holds no {lost[0]}, of which {words[lost[0]][0]} tells", code=USAGE)
     return parts
+
+
+def fits(layout: Layout, state: State, words: Sequence[str]) -> bool:
+    """Whether all of a layout's network is in a state, some of its keywords being said."""
+    try:
+        read = dict(layout.config(state))
+    except layouts.UNFIT:
+        return False
+    said = keywords(layout, words, layout.published.header(read))[0] if words else {}
+    return layouts.fit(layout, state, {**read, **said}).exact
 
 
 def own_source(found: Weights, weights: str | None, picked: bool) -> Source:

@@ -25,11 +25,15 @@ def part_file(dst: Path, role: str) -> Path:
     return dst.with_name(f"{dst.stem}.{role}.safetensors")
 
 
-def name_parts(header: Header, parts: dict[str, Source]) -> None:
-    """Let the header of a network name its parts, of which the codec is written already."""
-    conditions: dict[str, Any] = {}
+def name_parts(header: Header, parts: dict[str, Source], dst: Path) -> None:
+    """Let the header of a network in the file dst name its parts, which are written already; the codec is named with
+    the file."""
+    conditions: dict[str, Any] = dict(header.conditions or {})
     for role, part in parts.items():
         if role == "codec":
+            continue
+        if role == "base":
+            header.parts["base"] = ckpt.refer(part_file(dst, role), part.name)
             continue
         conditions[role] = {"name": part.name, **part.config, "train": True}
         if classes := part.config.get("num_classes"):
@@ -55,7 +59,8 @@ def with_parts(source: Source, layout: Layout) -> tuple[State, list[str]]:
     And remarks on what the layout has no place for, or is not there."""
     state: State = {}
     remarks: list[str] = []
-    told = [name for name, node in (source.header.conditions or {}).items() if node.get("train")]
+    nodes = (source.header.conditions or {}).items()
+    told = [name for name, node in nodes if node.get("train") or node.get("weights")]  # kept beside the network
     for role in (*source.header.parts, *told):
         try:
             if role in told:
