@@ -5,6 +5,7 @@ from __future__ import annotations
 import importlib
 import importlib.util
 from collections.abc import Iterable
+from typing import Any
 
 from vgm_cli.errors import USAGE, VgmError
 
@@ -18,7 +19,7 @@ def error(kind: str, name: str, plugins: Iterable[str], package: str) -> VgmErro
         if importlib.util.find_spec(module) is None:
             brings, back = plugin == name, f"leave -p no:{plugin} out, and name it in VGM_PLUGINS if that is set"
         else:
-            items = getattr(importlib.import_module(module), "vgm_components", list)()
+            items: list[Any] = getattr(importlib.import_module(module), "vgm_components", list)()
             brings = any((getattr(item, "kind", ""), item.name) == (kind, name) for item in items)
             back = f"leave -p no:{plugin} out"
         if brings:
