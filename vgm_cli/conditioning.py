@@ -269,10 +269,10 @@ class Conditions:
 
     def example(self, n: int, device: torch.device) -> Batch:
         """What `apply` adds to a batch, without items: for counting and timing."""
-        all_of = [p.condition for p in self.parts.values()]
-        encoders = [p.condition for p in self.parts.values() if p.guided and isinstance(p.condition, nn.Module)]
-        sizes = {"cond": (all_of, n), "null": (encoders, 1)}
-        return {key: {k: v for c in own for k, v in c.example(m, device).items()} for key, (own, m) in sizes.items()}
+        every = list(self.parts.values())
+        null = [p for p in every if p.guided and isinstance(p.condition, nn.Module)]
+        cond = {k: v for p in every for k, v in p.condition.example(n, device).items()}
+        return {"cond": cond, "null": {k: v for p in null for k, v in p.condition.example(1, device).items()}}
 
     # -- training
 

@@ -234,7 +234,7 @@ class Trainer:
         if self.opts.checkpointing:
             if self.objective.forward_mode:
                 raise VgmError(f"{kind} takes forward-mode derivatives", "train.checkpointing=false", USAGE)
-            able = [self.networks[r] for r in self.trained if isinstance(self.networks[r], Checkpointing)]
+            able = [n for n in map(self.networks.__getitem__, self.trained) if isinstance(n, Checkpointing)]
             if not able:
                 names = ", ".join(self.components.get(r, {"name": r})["name"] for r in self.trained)
                 hint = "train.checkpointing=false, train.accumulate=2 halves the memory for activations"
