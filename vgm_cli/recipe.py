@@ -136,6 +136,9 @@ def locate(target: str, recipe: str | None = None) -> tuple[str, Path]:
     if name not in files:
         paper, _, short = name.partition("/")
         own = [f.partition("/")[2] for f in files if f.startswith(paper + "/")]
+        if not own and (Path(target).exists() or target.startswith((".", "~", "/"))):
+            hint = f"a run goes on with --out {target} --resume; pictures are data.path={target}"
+            raise VgmError(f"{target} is a path, where a paper is expected", hint, USAGE)
         if not own:
             raise VgmError(f"'{paper}' has no recipes", "pass --recipe FILE.yaml", USAGE)
         raise unknown("recipe", short, own, where=paper)

@@ -29,6 +29,10 @@ def test_wrong_recipe(vgm, tiny: Path) -> None:
     check(vgm("train", "dit", "--recipe", "imagenet257"), 2, "unknown recipe", "imagenet256")
 
 
+def test_a_path_in_place_of_a_paper(vgm) -> None:
+    check(vgm("train", "./runs/a", "--resume", "train.steps=5"), 2, "a paper is expected", "--out ./runs/a --resume")
+
+
 def test_wrong_recipe_file(vgm) -> None:
     check(vgm("train", "missing.yaml"), 2, "no such recipe file")
 
