@@ -23,8 +23,8 @@ sys.path.insert(0, str(Path(__file__).parent))
 from test_convert import DIT, TINY, state_of
 
 Call = Callable[..., tuple[int, str, str]]
-# chosen by --from: their names are another layout's
-NAMED_ONLY = ("glow-average", "ldm-unet-turbo", "ldm-unet-turbo-diffusers")
+# chosen by --from: their names are another layout's; a whole file of ControlNet is known by the base, which lies beside
+NAMED_ONLY = ("controlnet-whole", "glow-average", "ldm-unet-turbo", "ldm-unet-turbo-diffusers")
 ALIKE = {"consistency": "adm-unet", "glow-average": "glow"}
 
 

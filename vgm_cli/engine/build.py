@@ -238,10 +238,11 @@ class Built:
                     )
 
 
-def build_objective(recipe: Recipe, facts: Facts, given: Mapping[str, Any] | None = None) -> Built:
+def build_objective(recipe: Recipe, facts: Facts, given: Mapping[str, Any] | None = None, drawn: bool = False) -> Built:
     """Networks by role ("model" and the `roles:` node), then the objective around them.
 
-    given: further roles made by the caller (the codec, pairs of a teacher).
+    given: further roles made by the caller (the codec, pairs of a teacher). drawn: encoders whose files nobody named
+    yet stay as they are drawn, for timing.
     """
     given = dict(given or {})
     if recipe.config.get("codec") and "codec" not in given:  # no data, no weights: its shapes
@@ -249,7 +250,7 @@ def build_objective(recipe: Recipe, facts: Facts, given: Mapping[str, Any] | Non
     roles = Roles(recipe, facts, given)
     views = {role: roles.view(role) for role in ("model", *recipe.roles()) if role not in given and roles.has(role)}
     model = roles.networks.get("model", given.get("model"))
-    conditions = conditions_for(recipe.config.get("conditions") or {}, facts, model, given.get("codec"))
+    conditions = conditions_for(recipe.config.get("conditions") or {}, facts, model, given.get("codec"), drawn)
     given["conditions"] = conditions
     objective = registry().build("objective", recipe.config["objective"], **views, **given)
     wanted = sampler_parameters(recipe) & roles.references.keys()

@@ -37,10 +37,12 @@ def beside(nodes: Mapping[str, Any] | None) -> tuple[str, ...]:
     return tuple(c for c in columns_of(nodes) if c != "image")
 
 
-def conditions_for(nodes: Mapping[str, Any], facts: Facts, model: Any = None, codec: Any = None) -> Conditions:
+def conditions_for(
+    nodes: Mapping[str, Any], facts: Facts, model: Any = None, codec: Any = None, drawn: bool = False
+) -> Conditions:
     """The conditions of a recipe, for its network; encoders whose weights lie in a file have these. VgmError: a
     condition is to be dropped and nothing says what no condition is, a file is missing or is another encoder's, an
-    encoder would stay as it was drawn."""
+    encoder would stay as it was drawn, unless its file is the user's to name and it is drawn for timing alone."""
     conditions = Conditions(build_parts(nodes, asdict(facts), codec), model)
     if isinstance(model, HasClasses) and not model.num_classes:
         conditions.parts = {n: p for n, p in conditions.parts.items() if p.condition.column != "label"}
@@ -52,7 +54,7 @@ def conditions_for(nodes: Mapping[str, Any], facts: Facts, model: Any = None, co
             read_encoder(part.condition, weights_file(part.weights, name), name)
             part.condition.requires_grad_(part.trained)
         elif not part.trained and any(p.requires_grad for p in part.condition.parameters()):
-            if "weights" in nodes[name] and any(p.is_meta for p in part.condition.parameters()):
+            if "weights" in nodes[name] and (drawn or any(p.is_meta for p in part.condition.parameters())):
                 continue  # a file that the user names, see check_files
             hint = f"conditions.{name}.train=true, or conditions.{name}.weights=RUN|FILE"
             raise VgmError(f"conditions.{name} has weights that nothing trains and no file holds", hint, USAGE)

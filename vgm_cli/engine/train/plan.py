@@ -23,6 +23,7 @@ from vgm_cli.engine.tokens import TokenCodec
 from vgm_cli.engine.train import optim
 from vgm_cli.engine.train.data_feed import IN_MEMORY
 from vgm_cli.engine.train.scale import LINK, LatentCache, Traffic, latent_cache, tokens_of, traffic
+from vgm_cli.errors import MISSING_ASSET, VgmError
 from vgm_cli.nn.meta import with_zeros
 from vgm_cli.recipe import Recipe
 from vgm_cli.ui import duration, human, ui
@@ -259,7 +260,7 @@ def time_steps(
 
     Three forward and backward passes are timed, on fewer images where the full batch would take too long, and their
     median is scaled to this process's share of the batch. (None, the reason) where even that would take longer than
-    TIMED_SECONDS.
+    TIMED_SECONDS, or a frozen network's file is not there.
     """
     opts = recipe.node("train")
     dtype = {"bf16": torch.bfloat16, "fp16": torch.float16}.get(precision)
@@ -276,7 +277,8 @@ def time_steps(
     n = max(2, min(share, int(affordable / max(flops_image, 1))))
     ui.info(f"timing {recipe.name} with {n} images on {device.type}, at most about {TIMED_SECONDS:.0f} s …")
     codec = {"codec": at_hand(planned.codec, device)} if planned else {}
-    built = build.build_objective(recipe, facts, {**codec, **build.plan_roles(recipe, facts, codec.get("codec"))})
+    given = {**codec, **build.plan_roles(recipe, facts, codec.get("codec"))}
+    built = build.build_objective(recipe, facts, given, drawn=True)
     for network in built.networks.values():
         network.to(device)
     step = Step(index=0, device=device)
@@ -285,10 +287,15 @@ def time_steps(
     times: list[float] = []
     while len(times) < 4 and sum(times) < TIMED_SECONDS / 2:
         began = time.perf_counter()
-        for phase in built.objective.phases():
-            with torch.autocast(device.type, dtype, enabled=dtype is not None):
-                loss, _ = built.objective.loss(phase.name, batch, step)
-            loss.backward()
+        try:
+            for phase in built.objective.phases():
+                with torch.autocast(device.type, dtype, enabled=dtype is not None):
+                    loss, _ = built.objective.loss(phase.name, batch, step)
+                loss.backward()
+        except VgmError as e:  # a frozen network's file, which training asks for before it starts
+            if e.code != MISSING_ASSET:
+                raise
+            return None, f"not timed: {e.message}"
         if device.type == "cuda":
             torch.cuda.synchronize()
         times.append(time.perf_counter() - began)
