@@ -83,10 +83,21 @@ def test_a_plugin_can_be_left_out(vgm) -> None:
     assert vgm("-p", "dit", "ls")[0] == 2
 
 
-def test_a_run_of_a_plugin_that_is_left_out_says_so(vgm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Files, recipes and names ask for what a plugin would bring; of a third party's nothing is imported."""
+def install_wild(monkeypatch: pytest.MonkeyPatch, raised: Exception) -> None:
+    """A third party's plugin `wild`, the import of which raises."""
     import importlib.metadata as metadata
 
+    class Entry:
+        name, value, dist, group = "wild", "wild:plugin", None, "vgm"
+
+        def load(self) -> object:
+            raise raised
+
+    monkeypatch.setattr(metadata, "entry_points", lambda group: [Entry()])
+
+
+def test_a_run_of_a_plugin_that_is_left_out_says_so(vgm, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Files, recipes and names ask for what a plugin would bring; of a third party's nothing is imported."""
     few = ("train.steps=1", "train.batch_size=2", "train.preview_n=0", "model.hidden=[8,8]")
     assert vgm("train", "vae", *few, "--out", tmp_path / "run")[0] == 0
     for command in (("sample", tmp_path / "run", "-n", "1"), ("validate", "vae")):
@@ -95,13 +106,7 @@ def test_a_run_of_a_plugin_that_is_left_out_says_so(vgm, tmp_path: Path, monkeyp
     code, _, err = vgm("-p", "no:vae", "validate", "dit", "model.name=ditt")
     assert code == 2 and "unknown model 'ditt'" in err
 
-    class Entry:
-        name, value, dist, group = "wild", "wild:plugin", None, "vgm"
-
-        def load(self) -> object:
-            raise AssertionError("it is switched off")
-
-    monkeypatch.setattr(metadata, "entry_points", lambda group: [Entry()])
+    install_wild(monkeypatch, AssertionError("it is switched off"))
     r = Registry()
     r.discover("")
     with pytest.raises(VgmError, match="plugin 'wild', which is switched off") as told:
@@ -147,15 +152,8 @@ def test_names_of_plugins_do_not_collide() -> None:
 
 
 def test_an_entry_point_that_raises_does_not_stop_discovery(monkeypatch: pytest.MonkeyPatch) -> None:
-    import importlib.metadata as metadata
 
-    class Entry:
-        name, value, dist, group = "wild", "wild:plugin", None, "vgm"
-
-        def load(self) -> object:
-            raise ImportError("torch was built for another planet")
-
-    monkeypatch.setattr(metadata, "entry_points", lambda group: [Entry()])
+    install_wild(monkeypatch, ImportError("torch was built for another planet"))
     r = Registry()
     r.discover(None)
     assert "another planet" in r.plugins["wild"].error
