@@ -14,10 +14,12 @@ from typing import Any
 from torch import Tensor
 
 from vgm_cli.convert_api import Files, Layout, Published
+from vgm_cli.errors import USAGE, VgmError
 
 from .presets import GUIDANCE
 
 State = Mapping[str, Tensor]
+NOISE = "train with model.prediction=eps for a checkpoint that official code reads"
 HEADS = {768: 12, 1024: 16, 1280: 16}  # by width, as published
 NEEDED = ("fake_latent", "mask_token", "z_proj.weight", "encoder_pos_embed_learned", "decoder_pos_embed_learned",
           "diffusion_pos_embed_learned", "decoder_embed.weight", "diffloss.net.cond_embed.weight")  # fmt: skip
@@ -69,6 +71,12 @@ def config_from(state: State) -> dict[str, Any]:
     return config
 
 
+def allows(config: Mapping[str, Any]) -> None:
+    """VgmError: the head says the token, where the official sampler takes what it says for the noise."""
+    if config.get("prediction", "eps") != "eps":
+        raise VgmError("official code takes what the head says for noise; this one says the token", NOISE, USAGE)
+
+
 def header(config: Mapping[str, Any]) -> dict[str, Any]:
     """How the released networks are sampled from (README), and the latents that they write: those of a codec of factor
     16, or of one of factor 8 with patches of 2."""
@@ -107,6 +115,7 @@ CONVERTER = Layout(
     to_ours=complete,
     from_ours=complete,
     config=config_from,
+    allows=allows,
     files=Files(wrapper="model_ema"),
     published=Published(header=header, assumes=assumes),
 )

@@ -21,6 +21,8 @@ from vgm_cli.diffusion.guidance import extrapolate
 from vgm_cli.nets.dit import TimestepEmbedder
 
 Chain = Literal["ddpm", "ddim"]
+Mean = Literal["eps", "x0"]
+Variance = Literal["learned_range", "fixed_small", "fixed_large"]
 
 
 def modulation(width: int, parts: int) -> nn.Sequential:
@@ -56,12 +58,12 @@ class LastLayer(nn.Module):
 
 
 class TokenDenoiser(nn.Module):
-    """forward(x (R, C), t (R,), z (R, D)) -> (R, 2C): the noise, and where the variance lies between its bounds. t: the
-    original process's timestep; z: the transformer's output at the token's place."""
+    """forward(x (R, C), t (R,), z (R, D)) -> (R, 2C): the noise, or the token itself, and where the variance
+    lies between its bounds. t: the original process's timestep; z: the transformer's output at the token's place."""
 
     repeated = ("res_blocks",)
 
-    def __init__(self, channels: int, condition: int, width: int, depth: int):
+    def __init__(self, channels: int, condition: int, width: int, depth: int, gain: float = 0.0):
         super().__init__()
         self.checkpointing = False
         self.time_embed = TimestepEmbedder(width)
@@ -69,11 +71,11 @@ class TokenDenoiser(nn.Module):
         self.input_proj = nn.Linear(channels, width)
         self.res_blocks = nn.ModuleList(ResidualBlock(width) for _ in range(depth))
         self.final_layer = LastLayer(width, 2 * channels)
-        self.initialise()
+        self.initialise(gain)
 
     @torch.no_grad()
-    def initialise(self) -> None:
-        """Xavier linears, a small time embedding; modulations and output at zero."""
+    def initialise(self, gain: float) -> None:
+        """Xavier linears, a small time embedding; modulations and output that much smaller, at zero as published."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -81,8 +83,8 @@ class TokenDenoiser(nn.Module):
         for layer in (self.time_embed.mlp[0], self.time_embed.mlp[2]):
             nn.init.normal_(layer.weight, std=0.02)  # type: ignore[arg-type]
         for part in (*self.res_blocks, self.final_layer):
-            nn.init.zeros_(part.adaLN_modulation[1].weight)  # type: ignore[union-attr, index]
-        nn.init.zeros_(self.final_layer.linear.weight)
+            part.adaLN_modulation[1].weight.mul_(gain)  # type: ignore[union-attr, index, operator]
+        self.final_layer.linear.weight.mul_(gain)
 
     def forward(self, x: Tensor, t: Tensor, z: Tensor) -> Tensor:
         own = self.input_proj.weight.dtype
@@ -96,22 +98,33 @@ class TokenDenoiser(nn.Module):
 
 
 class DiffusionHead(nn.Module):
-    """p(token | z) as a diffusion process. schedule, steps: of the process, see discrete.named_betas."""
+    """p(token | z) as a diffusion process. schedule, steps: of the process, see discrete.named_betas; mean: what the
+    network says of a noisy token, its noise or the token; gain: see TokenDenoiser.initialise."""
 
-    def __init__(self, channels: int, condition: int, width: int, depth: int, schedule: str, steps: int):
+    def __init__(
+        self,
+        channels: int,
+        condition: int,
+        width: int,
+        depth: int,
+        schedule: str,
+        steps: int,
+        mean: Mean = "eps",
+        gain: float = 0.0,
+    ):
         super().__init__()
-        self.net = TokenDenoiser(channels, condition, width, depth)
-        self.betas = named_betas(schedule, steps)
-        self.process = DiscreteDiffusion(self.betas)
+        self.net = TokenDenoiser(channels, condition, width, depth, gain)
+        self.betas, self.mean = named_betas(schedule, steps), mean
+        self.process = DiscreteDiffusion(self.betas, mean)
 
     def losses(self, x0: Tensor, z: Tensor, t: Tensor, noise: Tensor) -> dict[str, Tensor]:
         """Terms (R,) of every row: mse, vb (bits per dimension, not scaled) and their sum, loss. x0, noise: (R, C);
         z: (R, D); t: (R,) int64."""
         return self.process.losses(lambda x, s: self.net(x, s, z), x0, t, noise)
 
-    def respaced(self, steps: int | str) -> DiscreteDiffusion:
-        """The process over so many of its steps (discrete.space_timesteps)."""
-        return DiscreteDiffusion(self.betas, keep=space_timesteps(len(self.betas), steps))
+    def respaced(self, steps: int | str, variance: Variance = "learned_range") -> DiscreteDiffusion:
+        """The process over so many of its steps (discrete.space_timesteps), with the head's variance or a fixed one."""
+        return DiscreteDiffusion(self.betas, self.mean, variance, keep=space_timesteps(len(self.betas), steps))
 
     def sample(
         self,
@@ -128,14 +141,15 @@ class DiffusionHead(nn.Module):
         """Tokens (R, C)."""
         if not len(x):
             return x
-        model = guided(self.net, z, scale)
+        guide = guided(self.net, z, scale)
+        model = guide if process.learned else lambda x, t: guide(x, t)[:, : x.shape[1]]
         chained = process.sample_loop(model, x, lambda: temperature * noise(), chain, eta, clip_denoised)
         return deque(chained, maxlen=1).pop()[0]
 
 
 def guided(net: Callable[[Tensor, Tensor, Tensor], Tensor], z: Tensor, scale: Tensor | None) -> Network:
-    """(x (R, C), t (R,)) -> (R, 2C) of a denoiser told z: its own output, or with a scale (R,) its noise guided away
-    from that of the second half of z, the variance being the first half's."""
+    """(x (R, C), t (R,)) -> (R, 2C) of a denoiser told z: its own output, or with a scale (R,) its noise (or its token,
+    which is the same) guided away from that of the second half of z, the variance being the first half's."""
     if scale is None:
         return lambda x, t: net(x, t, z)
 

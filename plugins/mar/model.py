@@ -19,9 +19,9 @@ from torch.utils.checkpoint import checkpoint
 from vgm_cli.errors import USAGE, VgmError
 from vgm_cli.nn.attention import attend
 from vgm_cli.nn.example import label, noise
-from vgm_cli.ranges import Depth, Positive, Rate, Side, Steps, Whole, Width
+from vgm_cli.ranges import Depth, NonNegative, Positive, Rate, Side, Steps, Whole, Width
 
-from .head import DiffusionHead
+from .head import DiffusionHead, Mean
 
 
 class Attention(nn.Module):
@@ -99,6 +99,9 @@ class MAR(nn.Module):
         proj_dropout: Rate = 0.1,  # share of attention's and the MLPs' outputs dropped in training
         schedule: str = "cosine",  # of the head's betas, see discrete.named_betas
         diffusion_steps: Steps = 1000,  # of the head's process
+        prediction: Mean = "eps",  # what the head says of a noisy token: its noise, as published, or x0, the token
+        head_gain: NonNegative = 0.0,  # of the head's modulations and output before training; 0 as published
+        table_std: Positive = 0.02,  # deviation of positions, classes and mask before training
     ):
         super().__init__()
         halves = {"encoder": (encoder_width, encoder_heads), "decoder": (decoder_width, decoder_heads)}
@@ -130,12 +133,13 @@ class MAR(nn.Module):
         self.decoder_blocks = nn.ModuleList(Block(decoder_width, decoder_heads, *options) for _ in range(decoder_depth))
         self.decoder_norm = norm(decoder_width)
         self.diffusion_pos_embed_learned = nn.Parameter(torch.zeros(1, self.positions, decoder_width))
-        self.initialise()
-        self.diffloss = DiffusionHead(self.channels, decoder_width, head_width, head_depth, schedule, diffusion_steps)
+        self.initialise(table_std)
+        process = (schedule, diffusion_steps, prediction, head_gain)
+        self.diffloss = DiffusionHead(self.channels, decoder_width, head_width, head_depth, *process)
 
     @torch.no_grad()
-    def initialise(self) -> None:
-        """Xavier linears; small embeddings, positions and mask."""
+    def initialise(self, table_std: float) -> None:
+        """Xavier linears; normal embeddings, positions and mask."""
         for module in self.modules():
             if isinstance(module, nn.Linear):
                 nn.init.xavier_uniform_(module.weight)
@@ -143,7 +147,7 @@ class MAR(nn.Module):
         tables = [self.fake_latent, self.mask_token, self.encoder_pos_embed_learned, self.decoder_pos_embed_learned]
         classes = [self.class_emb.weight] if self.class_emb is not None else []
         for table in (*tables, self.diffusion_pos_embed_learned, *classes):
-            nn.init.normal_(table, std=0.02)
+            nn.init.normal_(table, std=table_std)
 
     @property
     def checkpointing(self) -> bool:

@@ -21,7 +21,7 @@ from vgm_cli.conditioning import unconditional
 from vgm_cli.ranges import NonNegative, Steps, Whole
 
 from .decoding import Draw, Ramp, by_order, guidance_scales
-from .head import Chain
+from .head import Chain, Variance
 from .model import MAR
 
 
@@ -45,11 +45,13 @@ class MARSampler:
         chain: Chain = "ddpm",  # ancestral steps, or DDIM's, which want about five times more of them
         eta: NonNegative = 0.0,  # DDIM's share of noise
         clip_denoised: bool | float = False,  # tokens to [-1, 1], or to +-that, in every step of the chain
+        variance: Variance = "learned_range",  # of ancestral steps; fixed ones are for short runs
         grow: Whole = 0,  # tokens around a hole that are made anew, too
     ):
         self.steps, self.diffusion_steps, self.temperature = steps, diffusion_steps, temperature
         self.guidance_scale, self.ramp, self.order = guidance_scale, ramp, order
         self.chain, self.eta, self.clip_denoised, self.grow = chain, eta, clip_denoised, grow
+        self.variance = variance
 
     def accepts(self, model: Any, codec: Any) -> str | None:
         """MAR alone, in latents or on pixels; None, or why not."""
@@ -91,7 +93,7 @@ class MARSampler:
         scale = self.guidance_scale if request.guidance_scale is None else request.guidance_scale
         if y is not None and scale != 1 and model.num_classes:
             null = unconditional(model, request.cond, request.null)["y"]
-        process = model.diffloss.respaced(self.diffusion_steps)
+        process = model.diffloss.respaced(self.diffusion_steps, self.variance)
         request.info["nfe"] = 0
 
         def draw(tokens: Tensor, known: Tensor, chosen: Tensor, k: int) -> Tensor:

@@ -39,7 +39,7 @@ from vgm_cli.nets.first_stage import DiagonalGaussian
 from vgm_cli.registry import registry
 from vgm_cli.settings import Optimizer
 from vgm_cli.testing import suites
-from vgm_cli.testing.golden import GoldenCase, GoldenChecks, adam_floor, assert_close
+from vgm_cli.testing.golden import GoldenCase, GoldenChecks, adam_floor, angle_floor, assert_close
 
 golden = GoldenChecks("mar")
 Cli = Callable[..., tuple[int, str, str]]
@@ -224,7 +224,7 @@ def diffloss_net(case: GoldenCase) -> None:
     net.time_embed.mlp.register_forward_pre_hook(lambda m, given: waves.append(given[0]))
     z, other = case.inputs["c"], case.inputs["c_uncond"]
     assert_close(net(x, t, z), case.outputs["eps_and_var"], 1e-5, "eps and variance")
-    assert_close(waves[0], case.outputs["t_sinusoid"], 1e-5, "waves")
+    assert_close(waves[0], case.outputs["t_sinusoid"], 1e-5, "waves", angle_floor(float(t.max())))
     both, scale = torch.cat([z, other]), case.inputs["cfg_scale"].expand(len(x))
     wanted = case.outputs["cfg_eps_and_var"]
     assert_close(guided(net, both, scale)(x, t), wanted[: len(x)], 1e-5, "guided")
@@ -403,6 +403,43 @@ def test_tokens_are_patches_with_channels_first() -> None:
     for wrong in ({"patch_size": 3}, {"encoder_heads": 3}):
         with pytest.raises(VgmError, match="does not divide"):
             tiny(**wrong)
+
+
+def test_the_head_may_say_the_token_and_listen_from_the_beginning() -> None:
+    """As published the first loss is the noise's own variance, whatever z is, and so is the gradient of z none; with a
+    gain what is known reaches the loss. A head that says the token ends its chain on what it says."""
+    g = torch.Generator().manual_seed(0)
+    x, t, noise = torch.randn(64, 3, generator=g), torch.full((64,), 700), torch.randn(64, 3, generator=g)
+    for gain, reached in ((0.0, False), (1.0, True)):
+        torch.manual_seed(0)
+        model: MAR = registry().build("model", {"name": "mar", **TINY, "head_gain": gain, "prediction": "x0"})
+        z = torch.randn(64, 16, generator=g, requires_grad=True)
+        terms = model.diffloss.losses(x, z, t, noise)
+        terms["loss"].mean().backward()
+        assert z.grad is not None and bool(z.grad.abs().max() > 1e-6) is reached
+        if not gain:
+            assert_close(terms["mse"], x.square().mean(1), 1e-5, "the token's own square")
+            chain = (model.diffloss.respaced(4), z.detach(), noise, lambda: torch.zeros_like(noise))
+            assert model.diffloss.sample(*chain).abs().max() < 1e-5
+
+
+@torch.no_grad()
+def test_a_fixed_variance_is_the_bound_whatever_the_head_says() -> None:
+    """One ancestral step moves by the fixed deviation; the learned one follows the head's second half."""
+    g = torch.Generator().manual_seed(0)
+    head = tiny().diffloss
+    z, x, noise = torch.randn(32, 16, generator=g), torch.randn(32, 3, generator=g), torch.randn(32, 3, generator=g)
+    found = {}
+    for variance in ("learned_range", "fixed_small", "fixed_large"):
+        process = head.respaced(2, variance)
+        drawn, still = (head.sample(process, z, x, lambda s=s: s * noise) for s in (1.0, 0.0))
+        assert torch.equal(head.sample(process, z, x, lambda: 0 * noise), still)
+        found[variance] = (drawn - still).abs().mean()
+        if variance != "learned_range":
+            head.net.final_layer.linear.bias[3:] += 3.0  # what it says of the variance
+            assert torch.equal(head.sample(process, z, x, lambda: noise), drawn)
+            head.net.final_layer.linear.bias[3:] -= 3.0
+    assert len({round(float(v), 6) for v in found.values()}) == 3
 
 
 @torch.no_grad()
@@ -610,8 +647,15 @@ def test_an_official_checkpoint_converts(vgm: Cli, tmp_path: Path) -> None:
 
 
 def test_a_run_becomes_an_official_checkpoint(vgm: Cli, run: Path, tmp_path: Path) -> None:
-    """Its recipe leaves most keywords at their defaults; what the layout does not tell is told."""
+    """Its recipe leaves most keywords at their defaults; what the layout does not tell is told. One whose head says the
+    token would be sampled as if it said the noise."""
     code, _, err = vgm("convert", run, tmp_path / "mar.pth", "--to", "mar")
+    assert code == 2 and "model.prediction=eps" in err and not (tmp_path / "mar.pth").exists(), err
+    noise = tmp_path / "noise"
+    words = ("train.steps=1", "train.batch_size=16", "train.preview_n=0", "model.prediction=eps")
+    code, _, err = vgm("train", "mar", *SMALL, *words, "--out", noise)
+    assert code == 0, err
+    code, _, err = vgm("convert", noise, tmp_path / "mar.pth", "--to", "mar")
     assert code == 0 and "codec=mnist-codec" in err, err
 
 

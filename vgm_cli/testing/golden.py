@@ -262,9 +262,16 @@ def adam_floor(rate: float, steps: int) -> float:
     return 0.01 * rate * steps
 
 
+def angle_floor(largest: float) -> float:
+    """How far a sine of an angle up to `largest` may be off since the angle is rounded, which kernels of other machines
+    do otherwise: half a unit in the last place. For assert_close's floor."""
+    return 2.0**-24 * largest
+
+
 def assert_close(got: Tensor, want: Tensor, rtol: float = 1e-5, what: str = "", floor: float = 0.0) -> None:
     """max|got - want| <= rtol * max|want| in float64: the specs' relative tolerance, times OTHER_KERNELS on another
-    device than the CPU. rtol=0 asks for equality. floor: an absolute error allowed all the same, see adam_floor."""
+    device than the CPU. rtol=0 asks for equality. floor: an absolute error allowed all the same, see adam_floor and
+    angle_floor."""
     rtol *= 1.0 if got.device.type == "cpu" else OTHER_KERNELS
     assert got.shape == want.shape, f"{what}: shape {tuple(got.shape)}, expected {tuple(want.shape)}"
     if not want.numel():
