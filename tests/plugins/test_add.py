@@ -698,7 +698,8 @@ def test_from_the_command_line(vgm: Any, tiny_dataset: Path, tmp_path: Path, mon
     monkeypatch.chdir(tmp_path)
     few = (f"data.path={tiny_dataset}", "codec=null", *FEW)
     assert vgm("train", "sit", f"model={{name: sit, {NET}, learn_sigma: false}}", *few, "--out", "flow")[0] == 0
-    code, _, err = vgm("distill", "add", "--teacher", "flow", *FEW, "train.checkpointing=true", "--out", "student")
+    words = ("train.checkpointing=true", "objective.update_ratio=1")
+    code, _, err = vgm("distill", "add", "--teacher", "flow", *FEW, *words, "--out", "student")
     assert code == 0, err
     record = json.loads(Path("student/metrics.jsonl").read_text().splitlines()[-1])
     terms = {"adversarial", "distillation", "hinge_real", "hinge_fake", "r1", "logits_real", "logits_fake"}
