@@ -98,19 +98,18 @@ class TokenDenoiser(nn.Module):
 
 
 class DiffusionHead(nn.Module):
-    """p(token | z) as a diffusion process. schedule, steps: of the process, see discrete.named_betas; mean: what the
-    network says of a noisy token, its noise or the token; gain: see TokenDenoiser.initialise."""
+    """p(token | z) as a diffusion process."""
 
     def __init__(
         self,
-        channels: int,
-        condition: int,
-        width: int,
-        depth: int,
-        schedule: str,
-        steps: int,
-        mean: Mean = "eps",
-        gain: float = 0.0,
+        channels: int,  # of a token
+        condition: int,  # width of z
+        width: int,  # of the network's blocks
+        depth: int,  # blocks
+        schedule: str,  # of the betas, see discrete.named_betas
+        steps: int,  # of the process
+        mean: Mean = "eps",  # what the network says of a noisy token: its noise, or x0, the token
+        gain: float = 0.0,  # see TokenDenoiser.initialise
     ):
         super().__init__()
         self.net = TokenDenoiser(channels, condition, width, depth, gain)

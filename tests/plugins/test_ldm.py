@@ -1262,9 +1262,9 @@ class Toy(nn.Module):
         return toy_perceptual(a, b)
 
 
-@pytest.mark.parametrize(("cls", "share"), [(AutoencoderKL, 0.6), (VQModel, 0.9)])
+@pytest.mark.parametrize(("cls", "share"), [(AutoencoderKL, 0.4), (VQModel, 0.8)])
 def test_training_lowers_the_loss(cls: type, share: float) -> None:
-    history = train(AutoencoderObjective(tiny(cls), reduction="mean"), blobs(8), 50)
+    history = train(AutoencoderObjective(tiny(cls), reduction="mean"), blobs(8), 100)
     assert history["rec_loss"][-1] < share * history["rec_loss"][0]
     assert "d_weight" not in history and ("perplexity" in history) == (cls is VQModel)
 
